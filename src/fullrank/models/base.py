@@ -1,0 +1,132 @@
+"""The contract of every ranker: a batch in, logits and auxiliary losses out."""
+
+# Shapes: B rows, T tasks.
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fullrank.batch import Batch
+from fullrank.embeddings import EmbeddingCollection
+from fullrank.schema import Schema
+
+
+@dataclass(frozen=True)
+class RankerOutput:
+    """What a ranker says of a batch.
+
+    Attributes:
+        logits_BT: float32 log-odds for binary tasks, predictions for regression tasks; never probabilities.
+        aux_losses: scalars that the model adds to its training loss, already weighted.
+    """
+
+    logits_BT: Tensor
+    aux_losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class ParameterCount(NamedTuple):
+    """Trainable numbers of a model, optimiser state not counted."""
+
+    dense: int
+    embedding: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.embedding
+
+
+class Ranker(nn.Module):
+    """Base of every model that scores rows.
+
+    A subclass has a `Config` beside it, builds its layers in `__init__(schema, config)` and implements `forward`.
+    """
+
+    class Config(BaseModel):
+        """Hyper-parameters shared by all rankers.
+
+        Attributes:
+            embedding_dim: width of every table that the schema does not size itself.
+            embedding_init: standard deviation of the normal distribution that tables start from.
+        """
+
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+        embedding_dim: int = 16
+        embedding_init: float = 1e-4
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+
+    def __init__(self, schema: Schema, config: Config) -> None:
+        super().__init__()
+        if not schema.labels:
+            raise ValueError(f"{type(self).__name__} needs a schema with at least one label")
+        self.schema = schema
+        self.config = config
+
+    @classmethod
+    def from_config(cls, schema: Schema, config: BaseModel | dict[str, Any] | None = None) -> Self:
+        """Build the model for a fitted schema.
+
+        Raises:
+            ValueError: if the configuration has an unknown key or a wrong value (pydantic's message names it).
+        """
+        values = config.model_dump() if isinstance(config, BaseModel) else (config or {})
+        return cls(schema, cls.Config.model_validate(values))
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.schema.labels)
+
+    def forward(self, batch: Batch) -> RankerOutput:
+        raise NotImplementedError
+
+    def loss(self, output: RankerOutput, batch: Batch) -> Tensor:
+        """Weighted mean of each task's loss over its observed labels, tasks summed by weight, plus auxiliary losses.
+
+        Binary tasks use cross-entropy on logits, regression tasks squared error. A NaN label is unobserved: it adds
+        neither loss nor gradient.
+        """
+        total = task_loss(output.logits_BT, batch.labels_BT, self.schema, batch.weights_B)
+        for extra in output.aux_losses.values():
+            total = total + extra
+        return total
+
+    def num_parameters(self) -> ParameterCount:
+        collections = [module for module in self.modules() if isinstance(module, EmbeddingCollection)]
+        embedding = sum(collection.num_parameters() for collection in collections)
+        owned = {id(p) for collection in collections for p in collection.parameters()}
+        dense = sum(p.numel() for p in self.parameters() if p.requires_grad and id(p) not in owned)
+        return ParameterCount(dense, embedding)
+
+    def flops_per_example(self, sequence_length: int | None = None) -> int:
+        """Floating-point operations of one row's forward pass (a multiply-add counts as 2), lookups not counted.
+
+        Args:
+            sequence_length: events per sequence; default each sequence's maximum.
+        """
+        raise NotImplementedError
+
+
+def task_loss(logits_BT: Tensor, labels_BT: Tensor, schema: Schema, weights_B: Tensor | None) -> Tensor:
+    """The supervised part of `Ranker.loss`: see there."""
+    if labels_BT.shape != logits_BT.shape:
+        raise ValueError(f"labels have shape {tuple(labels_BT.shape)}, logits {tuple(logits_BT.shape)}")
+    total = logits_BT.new_zeros(())
+    for task, label in enumerate(schema.labels):
+        logit_B, label_B = logits_BT[:, task], labels_BT[:, task]
+        observed_B = ~torch.isnan(label_B)
+        target_B = torch.where(observed_B, label_B, 0.0)
+        if label.kind == "binary":
+            loss_B = F.binary_cross_entropy_with_logits(logit_B, target_B, reduction="none")
+        else:
+            loss_B = (logit_B - target_B).square()
+        weight_B = observed_B.to(logit_B.dtype) if weights_B is None else observed_B * weights_B
+        total = total + label.weight * (loss_B * weight_B).sum() / weight_B.sum().clamp_min(1e-12)
+    return total

@@ -1,0 +1,306 @@
+"""What the columns of a log mean: features, labels and keys.
+
+A `Schema` is written beside a dataset as `schema.json` and travels in every checkpoint and bundle, so that training,
+evaluation and serving read the same columns in the same order. It is plain data: nothing in it is code.
+
+A schema is born unfitted (from an importer, from `fullrank data inspect`, or by hand); fitting the encoders on the
+training part fills in every `num_embeddings`. Models need a fitted schema.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Role = Literal["user", "item", "context"]
+
+# Ids that every vocabulary reserves. PADDING is never looked up: lengths say where a bag or a sequence ends.
+MISSING_ID = 0
+OUT_OF_VOCABULARY_ID = 1
+FIRST_VOCABULARY_ID = 2
+
+
+class Part(BaseModel):
+    """Base of every piece of a schema: unknown keys are errors, values do not change after construction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Numeric(Part):
+    """One real number per row.
+
+    Attributes:
+        transform: how the raw number becomes a model input; `standard` and `quantile` are fitted on training rows.
+        A missing number becomes the transform of the training mean, plus a 1 in the `<name>__missing` column when
+        `missing_indicator` is set.
+    """
+
+    kind: Literal["numeric"] = "numeric"
+    name: str = Field(min_length=1)
+    role: Role = "context"
+    transform: Literal["none", "log1p", "standard", "quantile"] = "none"
+    missing_indicator: bool = False
+
+
+class _Embedded(Part):
+    """What the three kinds of id features share.
+
+    Attributes:
+        encoding: `vocabulary` keeps the values seen at least `min_count` times in training, `hash` maps a value to one
+            of `num_embeddings` buckets, `log2_bucket` buckets a count as floor(log2(x)**2) does for x > 2 (the
+            Criteo challenge's winning recipe), `quantile` buckets a number by training quantiles, `identity` takes
+            integers in [0, num_embeddings) as they are.
+        table: name of the embedding table; features with the same table share rows. Default: the feature's own name.
+        num_embeddings: rows of the table, reserved ids included; None until fitted, required for `hash`/`identity`.
+        embedding_dim: width of this table; None means the model's default.
+    """
+
+    name: str = Field(min_length=1)
+    role: Role = "context"
+    encoding: Literal["vocabulary", "hash", "log2_bucket", "quantile", "identity"] = "vocabulary"
+    table: str | None = None
+    min_count: int = Field(default=1, ge=1)
+    num_embeddings: int | None = Field(default=None, ge=1)
+    embedding_dim: int | None = Field(default=None, ge=1)
+
+    @property
+    def table_name(self) -> str:
+        return self.table or self.name
+
+    @model_validator(mode="after")
+    def _sized(self) -> Self:
+        if self.encoding in ("hash", "identity") and self.num_embeddings is None:
+            raise ValueError(f'feature "{self.name}": encoding "{self.encoding}" needs num_embeddings')
+        return self
+
+
+class Categorical(_Embedded):
+    """Exactly one id per row."""
+
+    kind: Literal["categorical"] = "categorical"
+
+
+class MultiCategorical(_Embedded):
+    """A bag of ids per row, in no particular order; possibly empty.
+
+    Attributes:
+        separator: splits the raw text; lists in Parquet need none.
+        max_length: longer bags keep their first ids.
+        pooling: how the bag's vectors become one; the mean of an empty bag is the zero vector.
+    """
+
+    kind: Literal["multi_categorical"] = "multi_categorical"
+    separator: str = Field(default="|", min_length=1)
+    max_length: int = Field(default=32, ge=1)
+    pooling: Literal["sum", "mean"] = "mean"
+
+
+class EventId(_Embedded):
+    """An id carried by each event of a sequence, such as the clicked item or its category."""
+
+    kind: Literal["event_id"] = "event_id"
+
+
+class EventNumber(Part):
+    """A real number carried by each event of a sequence, such as its age in seconds at request time."""
+
+    kind: Literal["event_number"] = "event_number"
+    name: str = Field(min_length=1)
+    transform: Literal["none", "log1p"] = "none"
+
+
+class Sequence(Part):
+    """Events in time order, oldest first; all fields of one sequence have the same length in a row.
+
+    Attributes:
+        fields: columns in the data are named `<sequence>.<field>`.
+        max_length: longer histories keep their most recent events.
+    """
+
+    kind: Literal["sequence"] = "sequence"
+    name: str = Field(min_length=1)
+    role: Role = "user"
+    fields: tuple[Annotated[EventId | EventNumber, Field(discriminator="kind")], ...] = Field(min_length=1)
+    separator: str = Field(default="^", min_length=1)
+    max_length: int = Field(default=50, ge=1)
+
+    @property
+    def id_fields(self) -> tuple[EventId, ...]:
+        return tuple(field for field in self.fields if isinstance(field, EventId))
+
+    @property
+    def number_fields(self) -> tuple[EventNumber, ...]:
+        return tuple(field for field in self.fields if isinstance(field, EventNumber))
+
+    def column(self, field: EventId | EventNumber) -> str:
+        return f"{self.name}.{field.name}"
+
+
+Feature = Annotated[Numeric | Categorical | MultiCategorical | Sequence, Field(discriminator="kind")]
+
+
+class Label(Part):
+    """One task.
+
+    Attributes:
+        delay_seconds: how long after the impression the label is final; 0 when it is known at once.
+        weight: weight of the task in the training loss.
+    """
+
+    name: str = Field(min_length=1)
+    kind: Literal["binary", "regression"] = "binary"
+    delay_seconds: float = Field(default=0.0, ge=0)
+    weight: float = Field(default=1.0, gt=0)
+
+
+class Keys(Part):
+    """Names of the columns that identify a row; they are carried beside the features, never fed to a model.
+
+    Attributes:
+        timestamp: int64 seconds since 1970, UTC.
+        weight: non-negative importance of the row in loss and metrics.
+        bid: value of one action of the first label, used by the value formula.
+    """
+
+    request_id: str | None = None
+    user_id: str | None = None
+    item_id: str | None = None
+    timestamp: str | None = None
+    weight: str | None = None
+    bid: str | None = None
+
+
+class Schema(Part):
+    """Features, labels and keys of a log. Order of `features` is the order of columns in a `Batch`."""
+
+    version: Literal[1] = 1
+    features: tuple[Feature, ...] = ()
+    labels: tuple[Label, ...] = ()
+    keys: Keys = Keys()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [feature.name for feature in self.features] + [label.name for label in self.labels]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f'the name "{name}" is used twice; features and labels need distinct names')
+        sizes: dict[str, tuple[str, int | None, int | None]] = {}
+        for name, feature in self.embedded().items():
+            size = (feature.num_embeddings, feature.embedding_dim)
+            first = sizes.setdefault(feature.table_name, (name, *size))
+            if first[1:] != size:
+                raise ValueError(
+                    f'features "{first[0]}" and "{name}" share table "{feature.table_name}" but differ in '
+                    f"num_embeddings or embedding_dim: {first[1:]} and {size}"
+                )
+        return self
+
+    @property
+    def numeric(self) -> tuple[Numeric, ...]:
+        return tuple(feature for feature in self.features if isinstance(feature, Numeric))
+
+    @property
+    def categorical(self) -> tuple[Categorical, ...]:
+        return tuple(feature for feature in self.features if isinstance(feature, Categorical))
+
+    @property
+    def bags(self) -> tuple[MultiCategorical, ...]:
+        return tuple(feature for feature in self.features if isinstance(feature, MultiCategorical))
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        return tuple(feature for feature in self.features if isinstance(feature, Sequence))
+
+    @property
+    def numeric_columns(self) -> tuple[str, ...]:
+        """Columns of `Batch.numeric_BN`: each numeric feature, followed by its missing indicator if it has one."""
+        columns: list[str] = []
+        for feature in self.numeric:
+            columns.append(feature.name)
+            if feature.missing_indicator:
+                columns.append(f"{feature.name}__missing")
+        return tuple(columns)
+
+    @property
+    def jagged_keys(self) -> tuple[str, ...]:
+        """Keys of `Batch.jagged_values`: bags, then the id fields of each sequence as `<sequence>.<field>`."""
+        events = [sequence.column(field) for sequence in self.sequences for field in sequence.id_fields]
+        return (*(bag.name for bag in self.bags), *events)
+
+    @property
+    def event_number_keys(self) -> tuple[str, ...]:
+        """Keys of `Batch.event_values`: the number fields of each sequence as `<sequence>.<field>`."""
+        return tuple(sequence.column(field) for sequence in self.sequences for field in sequence.number_fields)
+
+    def embedded(self) -> dict[str, Categorical | MultiCategorical | EventId]:
+        """Every id column of a batch and its feature, in lookup order: categorical, then `jagged_keys`."""
+        columns: dict[str, Categorical | MultiCategorical | EventId] = {f.name: f for f in self.categorical}
+        columns.update({bag.name: bag for bag in self.bags})
+        for sequence in self.sequences:
+            columns.update({sequence.column(field): field for field in sequence.id_fields})
+        return columns
+
+    def tables(self) -> dict[str, int]:
+        """Rows of each embedding table.
+
+        Raises:
+            ValueError: if a feature is not fitted yet.
+        """
+        rows: dict[str, int] = {}
+        for name, feature in self.embedded().items():
+            if feature.num_embeddings is None:
+                raise ValueError(f'feature "{name}" has no num_embeddings yet: fit the encoders on training data first')
+            rows[feature.table_name] = feature.num_embeddings
+        return rows
+
+    def with_table_sizes(self, sizes: dict[str, int]) -> Schema:
+        """The same schema with `num_embeddings` of each table in `sizes` set."""
+
+        def sized(part: Any) -> Any:
+            if isinstance(part, Sequence):
+                return part.model_copy(update={"fields": tuple(sized(field) for field in part.fields)})
+            if isinstance(part, _Embedded) and part.table_name in sizes:
+                return part.model_copy(update={"num_embeddings": sizes[part.table_name]})
+            return part
+
+        return self.model_validate(
+            self.model_copy(update={"features": tuple(sized(f) for f in self.features)}).model_dump()
+        )
+
+    def select(self, roles: set[Role]) -> Schema:
+        """The same schema with only the features of `roles`; labels and keys stay."""
+        return self.model_copy(update={"features": tuple(f for f in self.features if f.role in roles)})
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2, exclude_defaults=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, place: str = "schema") -> Schema:
+        """Parse a schema.
+
+        Raises:
+            ValueError: one line per wrong field, each naming `place` and the path of the field.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ValueError(describe_errors(error, place)) from None
+
+    @classmethod
+    def read(cls, path: Path) -> Schema:
+        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def describe_errors(error: ValidationError, place: str) -> str:
+    """One line per wrong field: `place: path.to.field: what was expected, got what`."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(step) for step in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "unknown key"
+        got = "" if item["type"] in ("missing", "extra_forbidden", "value_error") else f", got {item['input']!r}"
+        lines.append(": ".join(piece for piece in (place, path, message) if piece) + got)
+    return "\n".join(lines)
