@@ -1,0 +1,196 @@
+"""An encoded log on disk: Parquet shards, fitted schema and encoders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import polars as pl
+
+from fullrank.data.encoders import Encoders
+from fullrank.schema import Role, Schema
+
+FORMAT_VERSION = 1
+KEY_COLUMNS = {
+    "request_id": "__request_id",
+    "user_id": "__user_id",
+    "item_id": "__item_id",
+    "timestamp": "__timestamp",
+    "weight": "__weight",
+    "bid": "__bid",
+}
+TRUE_PREFIX = "__true_"
+
+
+def encoded_columns(schema: Schema) -> dict[str, pl.DataType]:
+    """Columns of an encoded shard and their types, in order; keys excepted `__user_id` and the like, whose type is
+    the source's."""
+    columns: dict[str, pl.DataType] = {name: pl.Float32() for name in schema.numeric_columns}
+    columns.update({feature.name: pl.Int32() for feature in schema.categorical})
+    columns.update({name: pl.List(pl.Int32()) for name in schema.jagged_keys})
+    columns.update({name: pl.List(pl.Float32()) for name in schema.event_number_keys})
+    columns.update({label.name: pl.Float32() for label in schema.labels})
+    fixed = {"timestamp": pl.Int64(), "weight": pl.Float32(), "bid": pl.Float32()}
+    columns.update({KEY_COLUMNS[key]: dtype for key, dtype in fixed.items() if getattr(schema.keys, key) is not None})
+    return columns
+
+
+class Dataset:
+    """A dataset directory (see `docs` for its layout), opened for reading.
+
+    Attributes:
+        path: the directory.
+        schema: fitted schema of its columns.
+        source: what it was made from.
+        rejected: number of rejected source rows by reason.
+    """
+
+    def __init__(self, path: Path, schema: Schema, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.schema = schema
+        self.source: str = manifest["source"]
+        self.rejected: dict[str, int] = manifest["rejected"]
+        self._rows: dict[str, int] = manifest["rows"]
+        self._shards: dict[str, list[str]] = manifest["shards"]
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a dataset directory and check that its shards are there and have the schema's columns.
+
+        Raises:
+            ValueError: if `path` is not a dataset, a shard is missing, or columns and schema differ.
+        """
+        path = Path(path)
+        manifest_path = path / "dataset.json"
+        if not manifest_path.is_file():
+            raise ValueError(f"{path} is not a dataset: it has no dataset.json (make one with `fullrank data import`)")
+        try:
+            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+            version = manifest["format_version"]
+            rows, shards = manifest["rows"], manifest["shards"]
+            manifest["source"], manifest["rejected"]  # noqa: B018  a missing key is a damaged manifest
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{manifest_path} is damaged: {error!r}") from None
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{manifest_path}: format_version is {version!r}, this release reads {FORMAT_VERSION}")
+        schema = Schema.read(path / "schema.json")
+        expected = encoded_columns(schema)
+        for split, names in shards.items():
+            count = 0
+            for name in names:
+                shard = path / name
+                if Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise ValueError(f'{manifest_path}: shard "{name}" lies outside the dataset')
+                if not shard.is_file():
+                    raise ValueError(f"{path}: shard {name} is missing")
+                _check_columns(shard, expected)
+                count += _row_count(shard)
+            if count != rows.get(split):
+                raise ValueError(f"{path}: split {split} has {count} rows, dataset.json says {rows.get(split)}")
+        return cls(path, schema, manifest)
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        return Encoders.load(self.path / "encoders")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self._shards)
+
+    def rows(self, split: str) -> int:
+        self._check_split(split)
+        return self._rows[split]
+
+    def shards(self, split: str) -> list[Path]:
+        self._check_split(split)
+        return [self.path / name for name in self._shards[split]]
+
+    def scan(self, split: str) -> pl.LazyFrame:
+        """Encoded columns of a split, lazily, in stored order."""
+        shards = self.shards(split)
+        if not shards:
+            return pl.LazyFrame(schema=encoded_columns(self.schema))
+        return pl.scan_parquet(shards, glob=False)
+
+    def catalogue(self, role: Literal["item", "user"], split: str = "train") -> pl.DataFrame:
+        """One row per item (or user) of a split: its key and the last seen values of the features of that role.
+
+        "Last" is by timestamp when the log has one, else by order of rows. The first column is `__item_id` or
+        `__user_id`, the others are encoded features; rows are in order of the key.
+
+        Raises:
+            ValueError: if the schema names no key for the role.
+        """
+        if getattr(self.schema.keys, f"{role}_id") is None:
+            raise ValueError(f"{self.path}: the schema names no {role}_id, so there is no catalogue of {role}s")
+        key = KEY_COLUMNS[f"{role}_id"]
+        wanted: set[Role] = {role}
+        chosen = self.schema.select(wanted)
+        columns = [*chosen.numeric_columns, *chosen.embedded(), *chosen.event_number_keys]
+        frame = self.scan(split).select(key, *columns, *self._order_columns())
+        if self.schema.keys.timestamp is not None:
+            frame = frame.sort("__timestamp", maintain_order=True)
+        return (
+            frame.filter(pl.col(key).is_not_null())
+            .group_by(key)
+            .agg(pl.col(columns).last())
+            .select(key, *columns)
+            .sort(key)
+            .collect()
+        )
+
+    def _order_columns(self) -> list[str]:
+        return ["__timestamp"] if self.schema.keys.timestamp is not None else []
+
+    def _check_split(self, split: str) -> None:
+        if split not in self._shards:
+            raise ValueError(f'{self.path} has no split "{split}"; it has {", ".join(self._shards) or "none"}')
+
+
+def _check_columns(shard: Path, expected: Mapping[str, pl.DataType]) -> None:
+    try:
+        found = pl.read_parquet_schema(shard)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise ValueError(f"{shard} is not a readable Parquet file: {error}") from None
+    for name, dtype in expected.items():
+        if name not in found:
+            raise ValueError(f'{shard}: column "{name}" of schema.json is missing')
+        if found[name] != dtype:
+            raise ValueError(f'{shard}: column "{name}" is {found[name]}, expected {dtype}')
+
+
+def _row_count(shard: Path) -> int:
+    import pyarrow.parquet as pq
+
+    return int(pq.read_metadata(shard).num_rows)
+
+
+def write_dataset(
+    out: Path,
+    schema: Schema,
+    parts: Mapping[str, Iterable[pl.DataFrame]],
+    *,
+    source: str = "",
+    encoded: bool = False,
+    overwrite: bool = False,
+) -> Dataset:
+    """Fit encoders on the part "train", encode every part and write a dataset directory.
+
+    Args:
+        out: the directory to make; it appears only when complete.
+        schema: unfitted (or with the sizes that `hash` and `identity` need).
+        parts: frames of each split, in order; each iterable is consumed once. Raw columns named as in the schema, as
+            in `RawChunk.frame`, keys under the schema's key names; columns `__true_<label>` are kept as they are.
+        source: what the data is, for `dataset.json`.
+        encoded: the frames hold encoded columns already (ids, transformed numbers, keys under their fixed names such
+            as `__user_id`). Every id feature must then have encoding `hash` or `identity`, every number the transform
+            `none` or `log1p`, so that serving can encode without fitted state.
+        overwrite: replace an existing dataset.
+
+    Raises:
+        ValueError: if there is no "train" part, or a row is bad: a caller's own data is expected to be clean.
+    """
+    raise NotImplementedError
