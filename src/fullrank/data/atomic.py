@@ -28,6 +28,13 @@ def write_bytes(path: Path, content: bytes) -> None:
     _sync_directory(path.parent)
 
 
+def replace(partial: Path, path: Path) -> None:
+    """Move a finished file to its final name once its bytes are on disk."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
 def write_text(path: Path, content: str) -> None:
     """`write_bytes` of UTF-8 text."""
     write_bytes(path, content.encode("utf-8"))
@@ -48,7 +55,9 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ValueError: if `path` exists and `overwrite` is not set.
     """
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already: choose another name or pass --overwrite")
+        raise ValueError(
+            f"{path} exists already: choose another name or pass --overwrite"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{path.name}.partial-*"):
         if not _is_running(leftover.name.rpartition("-")[2]):

@@ -8,33 +8,41 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import polars as pl
 
-from fullrank.data.encoders import Encoders
+from fullrank.data import atomic
+from fullrank.data.building import (
+    FORMAT_VERSION,
+    DatasetBuilder,
+    ShardWriter,
+    write_manifest,
+)
+from fullrank.data.checks import check
+from fullrank.data.encoders import KEY_COLUMNS, Encoders
+from fullrank.data.formats.base import RawChunk
+from fullrank.data.splits import PARTS
 from fullrank.schema import Role, Schema
-
-FORMAT_VERSION = 1
-KEY_COLUMNS = {
-    "request_id": "__request_id",
-    "user_id": "__user_id",
-    "item_id": "__item_id",
-    "timestamp": "__timestamp",
-    "weight": "__weight",
-    "bid": "__bid",
-}
-TRUE_PREFIX = "__true_"
 
 
 def encoded_columns(schema: Schema) -> dict[str, pl.DataType]:
     """Columns of an encoded shard and their types, in order; keys excepted `__user_id` and the like, whose type is
     the source's."""
-    columns: dict[str, pl.DataType] = {name: pl.Float32() for name in schema.numeric_columns}
+    columns: dict[str, pl.DataType] = {
+        name: pl.Float32() for name in schema.numeric_columns
+    }
     columns.update({feature.name: pl.Int32() for feature in schema.categorical})
     columns.update({name: pl.List(pl.Int32()) for name in schema.jagged_keys})
     columns.update({name: pl.List(pl.Float32()) for name in schema.event_number_keys})
     columns.update({label.name: pl.Float32() for label in schema.labels})
     fixed = {"timestamp": pl.Int64(), "weight": pl.Float32(), "bid": pl.Float32()}
-    columns.update({KEY_COLUMNS[key]: dtype for key, dtype in fixed.items() if getattr(schema.keys, key) is not None})
+    columns.update(
+        {
+            KEY_COLUMNS[key]: dtype
+            for key, dtype in fixed.items()
+            if getattr(schema.keys, key) is not None
+        }
+    )
     return columns
 
 
@@ -66,16 +74,20 @@ class Dataset:
         path = Path(path)
         manifest_path = path / "dataset.json"
         if not manifest_path.is_file():
-            raise ValueError(f"{path} is not a dataset: it has no dataset.json (make one with `fullrank data import`)")
+            raise ValueError(
+                f"{path} is not a dataset: it has no dataset.json (make one with `fullrank data import`)"
+            )
         try:
             manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
             version = manifest["format_version"]
             rows, shards = manifest["rows"], manifest["shards"]
-            manifest["source"], manifest["rejected"]  # noqa: B018  a missing key is a damaged manifest
+            manifest["source"], manifest["rejected"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{manifest_path} is damaged: {error!r}") from None
         if version != FORMAT_VERSION:
-            raise ValueError(f"{manifest_path}: format_version is {version!r}, this release reads {FORMAT_VERSION}")
+            raise ValueError(
+                f"{manifest_path}: format_version is {version!r}, this release reads {FORMAT_VERSION}"
+            )
         schema = Schema.read(path / "schema.json")
         expected = encoded_columns(schema)
         for split, names in shards.items():
@@ -83,13 +95,17 @@ class Dataset:
             for name in names:
                 shard = path / name
                 if Path(name).is_absolute() or ".." in Path(name).parts:
-                    raise ValueError(f'{manifest_path}: shard "{name}" lies outside the dataset')
+                    raise ValueError(
+                        f'{manifest_path}: shard "{name}" lies outside the dataset'
+                    )
                 if not shard.is_file():
                     raise ValueError(f"{path}: shard {name} is missing")
                 _check_columns(shard, expected)
                 count += _row_count(shard)
             if count != rows.get(split):
-                raise ValueError(f"{path}: split {split} has {count} rows, dataset.json says {rows.get(split)}")
+                raise ValueError(
+                    f"{path}: split {split} has {count} rows, dataset.json says {rows.get(split)}"
+                )
         return cls(path, schema, manifest)
 
     @cached_property
@@ -115,7 +131,9 @@ class Dataset:
             return pl.LazyFrame(schema=encoded_columns(self.schema))
         return pl.scan_parquet(shards, glob=False)
 
-    def catalogue(self, role: Literal["item", "user"], split: str = "train") -> pl.DataFrame:
+    def catalogue(
+        self, role: Literal["item", "user"], split: str = "train"
+    ) -> pl.DataFrame:
         """One row per item (or user) of a split: its key and the last seen values of the features of that role.
 
         "Last" is by timestamp when the log has one, else by order of rows. The first column is `__item_id` or
@@ -125,11 +143,17 @@ class Dataset:
             ValueError: if the schema names no key for the role.
         """
         if getattr(self.schema.keys, f"{role}_id") is None:
-            raise ValueError(f"{self.path}: the schema names no {role}_id, so there is no catalogue of {role}s")
+            raise ValueError(
+                f"{self.path}: the schema names no {role}_id, so there is no catalogue of {role}s"
+            )
         key = KEY_COLUMNS[f"{role}_id"]
         wanted: set[Role] = {role}
         chosen = self.schema.select(wanted)
-        columns = [*chosen.numeric_columns, *chosen.embedded(), *chosen.event_number_keys]
+        columns = [
+            *chosen.numeric_columns,
+            *chosen.embedded(),
+            *chosen.event_number_keys,
+        ]
         frame = self.scan(split).select(key, *columns, *self._order_columns())
         if self.schema.keys.timestamp is not None:
             frame = frame.sort("__timestamp", maintain_order=True)
@@ -147,7 +171,9 @@ class Dataset:
 
     def _check_split(self, split: str) -> None:
         if split not in self._shards:
-            raise ValueError(f'{self.path} has no split "{split}"; it has {", ".join(self._shards) or "none"}')
+            raise ValueError(
+                f'{self.path} has no split "{split}"; it has {", ".join(self._shards) or "none"}'
+            )
 
 
 def _check_columns(shard: Path, expected: Mapping[str, pl.DataType]) -> None:
@@ -159,7 +185,9 @@ def _check_columns(shard: Path, expected: Mapping[str, pl.DataType]) -> None:
         if name not in found:
             raise ValueError(f'{shard}: column "{name}" of schema.json is missing')
         if found[name] != dtype:
-            raise ValueError(f'{shard}: column "{name}" is {found[name]}, expected {dtype}')
+            raise ValueError(
+                f'{shard}: column "{name}" is {found[name]}, expected {dtype}'
+            )
 
 
 def _row_count(shard: Path) -> int:
@@ -193,4 +221,83 @@ def write_dataset(
     Raises:
         ValueError: if there is no "train" part, or a row is bad: a caller's own data is expected to be clean.
     """
-    raise NotImplementedError
+    if "train" not in parts:
+        raise ValueError(
+            f'no part "train" to fit encoders on; the parts are {", ".join(parts) or "none"}'
+        )
+    for name in parts:
+        if name not in PARTS:
+            raise ValueError(
+                f'unknown part "{name}", expected one of {", ".join(PARTS)}'
+            )
+    about = {"source": source, "format": "frames", "split": "given"}
+    with atomic.new_directory(Path(out), overwrite=overwrite) as partial:
+        if encoded:
+            _write_encoded(partial, schema, parts, about)
+        else:
+            builder = DatasetBuilder(partial, schema)
+            for name in sorted(parts, key=PARTS.index):
+                row = 1
+                for frame in parts[name]:
+                    chunk, bad = check(schema, RawChunk(frame, first_line=row))
+                    if bad.height:
+                        line, column, reason, value = bad.row(0)
+                        raise ValueError(
+                            f'part {name} row {line}: column "{column}" is "{value}": {reason}'
+                        )
+                    builder.add(
+                        chunk, np.full(chunk.rows, PARTS.index(name), dtype=np.int8)
+                    )
+                    row += frame.height
+            builder.reject_duplicates()
+            if builder.rejected.count:
+                line, column, reason, value = builder.rejected.first[0]
+                raise ValueError(
+                    f'row {line}: column "{column}" is "{value}": {reason}'
+                )
+            builder.write(valid=0, test=0, about=about)
+    return Dataset.open(Path(out))
+
+
+def _write_encoded(
+    directory: Path,
+    schema: Schema,
+    parts: Mapping[str, Iterable[pl.DataFrame]],
+    about: dict[str, Any],
+) -> None:
+    encoders = Encoders.without_fitting(schema)
+    expected = encoded_columns(encoders.schema)
+    writers: dict[str, ShardWriter] = {}
+    for name in sorted(parts, key=PARTS.index):
+        writer = writers[name] = ShardWriter(directory, name)
+        for frame in parts[name]:
+            for column, dtype in expected.items():
+                found = frame.schema.get(column)
+                if found != dtype:
+                    raise ValueError(
+                        f'part {name}: encoded column "{column}" is {found or "missing"}, expected {dtype}'
+                    )
+            _check_ids(name, frame, encoders.schema)
+            writer.add(frame)
+        writer.close()
+    if not writers["train"].rows:
+        raise ValueError("no row is left to train on")
+    write_manifest(
+        directory,
+        encoders,
+        {name: w for name, w in writers.items() if w.rows},
+        {},
+        about,
+    )
+
+
+def _check_ids(part: str, frame: pl.DataFrame, schema: Schema) -> None:
+    for column, feature in schema.embedded().items():
+        ids = frame[column]
+        if isinstance(ids.dtype, pl.List):
+            ids = ids.explode().drop_nulls()
+        assert feature.num_embeddings is not None
+        if len(ids) and not ids.is_between(0, feature.num_embeddings - 1).all():
+            raise ValueError(
+                f'part {part}: column "{column}" has ids outside 0 to {feature.num_embeddings - 1}'
+            )

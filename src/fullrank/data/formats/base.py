@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import polars as pl
+import pyarrow as pa
 
 from fullrank.schema import Schema
 
 LINE_COLUMN = "__line"
 
-REJECTED_SCHEMA = {"line": pl.Int64, "column": pl.String, "reason": pl.String, "value": pl.String}
+REJECTED_SCHEMA = {
+    "line": pl.Int64,
+    "column": pl.String,
+    "reason": pl.String,
+    "value": pl.String,
+}
 
 
 def no_rejected() -> pl.DataFrame:
     """An empty table of rejected rows."""
     return pl.DataFrame(schema=REJECTED_SCHEMA)
+
+
+def as_series(array: pa.Array, name: str) -> pl.Series:
+    """An Arrow array as a polars column, without a copy where the types allow it."""
+    series = pl.from_arrow(array)
+    assert isinstance(series, pl.Series)
+    return series.alias(name)
 
 
 @dataclass(frozen=True)
@@ -34,11 +47,14 @@ class RawChunk:
             Optional column `__line` (int64): where each row stands in the source, for reports.
         rejected: rows that could not even be cut into fields: columns line (int64), column, reason, value (text).
         first_line: line (or row) number of the frame's first row, when there is no `__line`; the others follow it.
+        dictionaries: for columns that the frame holds as int32 codes, the text behind each code. A reader that has
+            dictionary codes anyway saves the importer from finding the distinct values again.
     """
 
     frame: pl.DataFrame
     rejected: pl.DataFrame = field(default_factory=no_rejected)
     first_line: int = 1
+    dictionaries: Mapping[str, pl.Series] = field(default_factory=dict)
 
 
 class Format(Protocol):

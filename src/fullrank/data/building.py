@@ -1,0 +1,267 @@
+"""Putting a dataset directory together from checked rows: split, fit, encode, write."""
+
+# Shapes: n rows of a chunk.
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from fullrank.data import atomic
+from fullrank.data.checks import Chunk
+from fullrank.data.encoders import KEY_COLUMNS, Encoders, stable_hash
+from fullrank.data.formats.base import REJECTED_SCHEMA
+from fullrank.data.splits import PARTS, TRAIN, Parts, TimestampCounts, by_time
+from fullrank.data.spool import Spool
+from fullrank.schema import Schema
+
+FORMAT_VERSION = 1
+# Rows of a file and of a row group: a loader that shuffles holds a few row groups at a time.
+SHARD_ROWS = 262_144
+GROUP_ROWS = 65_536
+
+
+class ShardWriter:
+    """Encoded frames of one split into Parquet files of `SHARD_ROWS` rows."""
+
+    def __init__(self, directory: Path, split: str) -> None:
+        self._directory = directory
+        self._split = split
+        self._pending: list[pl.DataFrame] = []
+        self._pending_rows = 0
+        self.rows = 0
+        self.shards: list[str] = []
+
+    def add(self, frame: pl.DataFrame) -> None:
+        while frame.height:
+            room = SHARD_ROWS - self._pending_rows
+            self._pending.append(frame.head(room))
+            self._pending_rows += self._pending[-1].height
+            frame = frame.slice(room)
+            if self._pending_rows == SHARD_ROWS:
+                self._flush()
+
+    def close(self) -> None:
+        if self._pending_rows:
+            self._flush()
+
+    def _flush(self) -> None:
+        name = f"{self._split}/part-{len(self.shards):05d}.parquet"
+        path = self._directory / name
+        path.parent.mkdir(exist_ok=True)
+        frame = pl.concat(self._pending, rechunk=True)
+        frame.write_parquet(
+            path, compression="lz4", statistics=False, row_group_size=GROUP_ROWS
+        )
+        self.rows += frame.height
+        self.shards.append(name)
+        self._pending, self._pending_rows = [], 0
+
+
+class RejectedRows:
+    """Bad rows: counted by reason, the first few kept, all of them written to a file as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self.reasons: Counter[str] = Counter()
+        self.first: list[tuple[int, str, str, str]] = []
+
+    def add(self, table: pl.DataFrame) -> None:
+        if not table.height:
+            return
+        with self.path.open("ab") as file:
+            # Text with tabs or line ends in it is quoted, so that the file stays one row per line of a reader.
+            table.select(REJECTED_SCHEMA.keys()).write_csv(
+                file,
+                separator="\t",
+                include_header=self.count == 0,
+                quote_style="necessary",
+            )
+        for reason, number in table["reason"].value_counts().iter_rows():
+            self.reasons[reason] += number
+        self.count += table.height
+        self.first += table.head(3 - len(self.first)).rows()
+
+
+class DatasetBuilder:
+    """Collects checked rows, then writes the dataset.
+
+    Args:
+        directory: an empty directory to fill; the caller renames it when all is done.
+        schema: unfitted.
+    """
+
+    def __init__(self, directory: Path, schema: Schema) -> None:
+        self._directory = directory
+        self._schema = schema
+        self._spool = Spool(directory / "spool")
+        self._parts: list[Parts | None] = []
+        self._timestamps = TimestampCounts()
+        self._last_timestamp: int | None = None
+        self._request_hashes: list[npt.NDArray[np.uint64]] = []
+        self._key_types: dict[str, set[pl.DataType]] = {}
+        self.rejected = RejectedRows(directory / "rejected.tsv")
+        self.rows = 0
+        self.out_of_order = 0
+
+    def add(self, chunk: Chunk, parts: Parts | None) -> None:
+        """Add rows, with the part of each (an index into `PARTS`), or None to split all by time in the end."""
+        if not chunk.rows:
+            return
+        self.rows += chunk.rows
+        if "timestamp" in chunk.keys:
+            times = chunk.keys["timestamp"].to_numpy()
+            last = times[0] if self._last_timestamp is None else self._last_timestamp
+            self.out_of_order += int((np.diff(times, prepend=last) < 0).sum())
+            self._last_timestamp = int(times[-1])
+            if parts is None:
+                self._timestamps.add(chunk.keys["timestamp"])
+        if "request_id" in chunk.keys:
+            self._request_hashes.append(
+                stable_hash(chunk.keys["request_id"]).to_numpy()
+            )
+        for key, values in chunk.keys.items():
+            self._key_types.setdefault(key, set()).add(values.dtype)
+        self._spool.add(chunk)
+        self._parts.append(parts)
+
+    def reject_duplicates(self) -> None:
+        """Reject every row whose request id an earlier row has."""
+        if not self._request_hashes:
+            return
+        hashes = np.concatenate(self._request_hashes)
+        self._request_hashes = []
+        order = np.argsort(hashes, kind="stable")
+        repeated = np.zeros(len(hashes), dtype=bool)
+        repeated[order[1:]] = hashes[order[1:]] == hashes[order[:-1]]
+        if not repeated.any():
+            return
+        column = self._schema.keys.request_id
+        start = 0
+        for place, chunk in enumerate(self._spool):
+            mine = repeated[start : start + chunk.rows]
+            start += chunk.rows
+            if not mine.any():
+                continue
+            rows = np.flatnonzero(mine)
+            self.rejected.add(
+                pl.DataFrame(
+                    {
+                        "line": chunk.line(rows),
+                        "column": [column] * len(rows),
+                        "reason": ["duplicate request id"] * len(rows),
+                        "value": chunk.keys["request_id"].gather(rows).cast(pl.String),
+                    }
+                )
+            )
+            self.rows -= len(rows)
+            parts = self._parts[place]
+            if parts is None:
+                parts = np.full(chunk.rows, _BY_TIME, dtype=np.int8)
+            self._parts[place] = np.where(mine, _DROPPED, parts).astype(np.int8)
+
+    def write(self, *, valid: float, test: float, about: dict[str, Any]) -> Encoders:
+        """Split by time what has no part yet, fit the encoders on the training rows, and write everything.
+
+        Raises:
+            ValueError: if no row is left to train on.
+        """
+        cuts: tuple[int, int] | None = None
+        if any(parts is None or (parts == _BY_TIME).any() for parts in self._parts):
+            cuts = self._timestamps.cuts(valid, test)
+        encoders = Encoders.fit_checked(self._schema, self._training_rows(cuts))
+        writers = [ShardWriter(self._directory, split) for split in PARTS]
+        for chunk, parts in zip(self._spool.drain(), self._parts, strict=True):
+            encoded = self._unify_keys(encoders.encode(chunk))
+            chosen = self._parts_of(chunk, parts, cuts)
+            for part, writer in enumerate(writers):
+                rows = chosen == part
+                if rows.all():
+                    writer.add(encoded)
+                elif rows.any():
+                    writer.add(encoded.filter(pl.Series(rows)))
+        for writer in writers:
+            writer.close()
+        shutil.rmtree(self._directory / "spool", ignore_errors=True)
+        used = {
+            split: writer
+            for split, writer in zip(PARTS, writers, strict=True)
+            if writer.rows
+        }
+        if PARTS[TRAIN] not in used:
+            raise ValueError("no row is left to train on")
+        details: dict[str, Any] = (
+            {"out_of_order": self.out_of_order}
+            if "timestamp" in self._key_types
+            else {}
+        )
+        if cuts is not None:
+            details["split_at"] = {"valid": cuts[0], "test": cuts[1]}
+        write_manifest(
+            self._directory,
+            encoders,
+            used,
+            dict(self.rejected.reasons),
+            {**about, **details},
+        )
+        return encoders
+
+    def _training_rows(self, cuts: tuple[int, int] | None) -> Iterator[Chunk]:
+        for chunk, parts in zip(self._spool, self._parts, strict=True):
+            train = self._parts_of(chunk, parts, cuts) == TRAIN
+            if train.all():
+                yield chunk
+            elif train.any():
+                yield chunk.take(np.flatnonzero(train))
+
+    def _parts_of(
+        self, chunk: Chunk, parts: Parts | None, cuts: tuple[int, int] | None
+    ) -> Parts:
+        if cuts is None:
+            assert parts is not None
+            return parts
+        timed = by_time(chunk.keys["timestamp"].to_numpy(), *cuts)
+        return (
+            timed
+            if parts is None
+            else np.where(parts == _BY_TIME, timed, parts).astype(np.int8)
+        )
+
+    def _unify_keys(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """A key that is an integer in one chunk and text in another is text in all."""
+        mixed = [
+            KEY_COLUMNS[key] for key, types in self._key_types.items() if len(types) > 1
+        ]
+        return frame.cast(dict.fromkeys(mixed, pl.String)) if mixed else frame
+
+
+_BY_TIME, _DROPPED = -1, -2
+
+
+def write_manifest(
+    directory: Path,
+    encoders: Encoders,
+    writers: dict[str, ShardWriter],
+    rejected: dict[str, int],
+    about: dict[str, Any],
+) -> None:
+    """Write `encoders/`, `schema.json` and, last of all, `dataset.json`."""
+    encoders.save(directory / "encoders")
+    atomic.write_text(directory / "schema.json", encoders.schema.to_json())
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        **about,
+        "rows": {split: writer.rows for split, writer in writers.items()},
+        "shards": {split: writer.shards for split, writer in writers.items()},
+        "rejected": rejected,
+    }
+    atomic.write_text(directory / "dataset.json", json.dumps(manifest, indent=1) + "\n")

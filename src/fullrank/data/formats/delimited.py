@@ -1,0 +1,464 @@
+"""Logs in text with separated fields (CSV, TSV) and in Parquet."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from fullrank.data.checks import raw_columns
+from fullrank.data.formats.base import LINE_COLUMN, REJECTED_SCHEMA, RawChunk, as_series
+from fullrank.schema import Schema
+
+# Text is cut into blocks of about this many bytes: large enough for the parser to be at full speed, small enough
+# that a block with its parsed columns stays well below 100 MB.
+BLOCK_BYTES = 8 << 20
+PARTS = ("train", "valid", "test")
+_SEPARATORS = (",", "\t", ";", "|")
+_SHOWN = 200
+
+
+def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """The bytes of a file, unpacked when it ends in `.gz`, cut after line ends (outside quotes).
+
+    Raises:
+        ValueError: if the file is empty, or its gzip stream is damaged or cut short.
+    """
+    rest = b""
+    empty = True
+    with _open(path) as file:
+        while True:
+            try:
+                data = file.read(block_bytes)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(
+                    f"{path}: the gzip stream is damaged or cut short: {error}"
+                ) from None
+            if not data:
+                break
+            empty = False
+            data = rest + data
+            end = _last_line_end(data)
+            if end:
+                yield data[:end]
+            rest = data[end:]
+    if empty:
+        raise ValueError(f"{path} is empty")
+    if rest:
+        yield rest
+
+
+def _open(path: Path) -> IO[bytes]:
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is not a file" if path.exists() else f"{path} does not exist"
+        )
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _last_line_end(data: bytes) -> int:
+    """Where the last whole line ends; a line end between quotes does not count."""
+    end = data.rfind(b"\n") + 1
+    if b'"' not in data:
+        return end
+    quotes = data.count(b'"', 0, end)
+    while end and quotes % 2:
+        before = data.rfind(b"\n", 0, end - 1) + 1
+        quotes -= data.count(b'"', before, end)
+        end = before
+    return end
+
+
+def first_line(path: Path) -> str:
+    """The first line of a text file, without its line end.
+
+    Raises:
+        ValueError: if the file is empty or the line is not UTF-8.
+    """
+    with _open(path) as file:
+        try:
+            line = file.readline(1 << 20)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(
+                f"{path}: the gzip stream is damaged or cut short: {error}"
+            ) from None
+    if not line:
+        raise ValueError(f"{path} is empty")
+    try:
+        return line.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} line 1: not UTF-8 text") from None
+
+
+def read_header(path: Path) -> tuple[list[str], str]:
+    """Column names in the first line of a text file, and the separator, guessed from it.
+
+    Raises:
+        ValueError: if the file is empty, not UTF-8, or names a column twice.
+    """
+    line = first_line(path)
+    separator = max(_SEPARATORS, key=line.count)
+    names = next(csv.reader([line], delimiter=separator), [])
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f'{path} line 1: the column "{name}" appears twice')
+        if not name:
+            raise ValueError(
+                f"{path} line 1: column {names.index(name) + 1} has no name"
+            )
+    return names, separator
+
+
+def delimited_chunks(
+    path: Path,
+    names: Sequence[str],
+    wanted: Sequence[str],
+    *,
+    separator: str,
+    header: bool,
+    plain: frozenset[str] = frozenset(),
+    block_bytes: int = BLOCK_BYTES,
+) -> Iterator[RawChunk]:
+    """Rows of a text file with separated fields.
+
+    Args:
+        names: every column, in the file's order.
+        wanted: the columns to read.
+        separator: between fields.
+        header: the first line holds names, not values.
+        plain: columns whose values are mostly distinct: read as text, the others as codes into their distinct texts.
+
+    Raises:
+        ValueError: if the file is empty or its gzip stream is damaged. Lines with a wrong number of fields, or that
+            are not UTF-8, are reported in the chunks.
+    """
+    line = 1
+    skip = header
+    for block in read_blocks(path, block_bytes):
+        data = block
+        if line == 1:
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        if skip:
+            # The header is a single line: names with line ends in them are not supported.
+            start = data.find(b"\n") + 1
+            data = data[start:] if start else b""
+            line, skip = 2, False
+            if not data:
+                continue
+        yield _parse_block(data, line, names, wanted, separator, plain)
+        line += data.count(b"\n")
+
+
+def _parse_block(
+    data: bytes,
+    line: int,
+    names: Sequence[str],
+    wanted: Sequence[str],
+    separator: str,
+    plain: frozenset[str],
+) -> RawChunk:
+    skipped: list[Any] = []
+    try:
+        table = _parse(data, names, wanted, separator, plain, skipped)
+    except pa.ArrowInvalid:
+        return _parse_exactly(data, line, names, wanted, separator)
+    lines = data.count(b"\n") + (not data.endswith(b"\n"))
+    if skipped or table.num_rows != lines:
+        return _parse_exactly(data, line, names, wanted, separator)
+    frame, dictionaries = _frame(table)
+    return RawChunk(frame, first_line=line, dictionaries=dictionaries)
+
+
+def _parse(
+    data: bytes,
+    names: Sequence[str],
+    wanted: Sequence[str],
+    separator: str,
+    plain: frozenset[str],
+    skipped: list[Any],
+) -> pa.Table:
+    def skip(row: Any) -> str:
+        skipped.append(row)
+        return "skip"
+
+    coded = pa.dictionary(pa.int32(), pa.string())
+    return pyarrow.csv.read_csv(
+        pa.BufferReader(data),
+        read_options=pyarrow.csv.ReadOptions(
+            column_names=list(names),
+            use_threads=False,
+            block_size=max(len(data), 1) + 1,
+        ),
+        parse_options=pyarrow.csv.ParseOptions(
+            delimiter=separator,
+            newlines_in_values=b'"' in data,
+            invalid_row_handler=skip,
+            ignore_empty_lines=False,
+        ),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types={
+                name: pa.string() if name in plain else coded for name in wanted
+            },
+            include_columns=list(wanted),
+            strings_can_be_null=False,
+        ),
+    )
+
+
+def _frame(table: pa.Table) -> tuple[pl.DataFrame, dict[str, pl.Series]]:
+    columns: list[pl.Series] = []
+    dictionaries: dict[str, pl.Series] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        array = column.combine_chunks()
+        if isinstance(array, pa.ChunkedArray):
+            array = (
+                array.chunk(0) if array.num_chunks else pa.array([], type=column.type)
+            )
+        if pa.types.is_dictionary(array.type):
+            dictionaries[name] = as_series(array.dictionary, name)
+            columns.append(as_series(array.indices, name))
+        else:
+            columns.append(as_series(array, name))
+    return pl.DataFrame(columns), dictionaries
+
+
+def _parse_exactly(
+    data: bytes, line: int, names: Sequence[str], wanted: Sequence[str], separator: str
+) -> RawChunk:
+    """`_parse_block` for a block with something odd in it: one record at a time, each with its line number."""
+    rejected: list[tuple[int, str, str, str]] = []
+    texts: list[str] = []
+    for place, piece in enumerate(data.split(b"\n")):
+        try:
+            texts.append(piece.decode("utf-8"))
+        except UnicodeDecodeError:
+            column = _undecodable_column(piece, names, separator)
+            rejected.append(
+                (
+                    line + place,
+                    column,
+                    "not UTF-8",
+                    piece[:_SHOWN].decode("utf-8", "backslashreplace"),
+                )
+            )
+            texts.append("")
+    bad_lines = {entry[0] for entry in rejected}
+    reader = csv.reader(
+        (text + "\n" for text in texts), delimiter=separator, strict=False
+    )
+    indices = [names.index(name) for name in wanted]
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    start = 1
+    while True:
+        try:
+            record = next(reader, None)
+        except csv.Error as error:
+            rejected.append((line + start - 1, "", str(error), ""))
+            start = reader.line_num + 1
+            continue
+        if record is None:
+            break
+        number = line + start - 1
+        start = reader.line_num + 1
+        # Blank lines carry nothing; where they stand is kept by counting lines.
+        if (
+            number in bad_lines
+            or not record
+            or (len(record) == 1 and not record[0].strip() and len(names) > 1)
+        ):
+            continue
+        if len(record) != len(names):
+            reason = f"{len(record)} fields, expected {len(names)}"
+            rejected.append((number, "", reason, separator.join(record)[:_SHOWN]))
+            continue
+        rows.append([record[index] for index in indices])
+        lines.append(number)
+    frame = pl.DataFrame(
+        rows, schema={name: pl.String for name in wanted}, orient="row"
+    )
+    frame = frame.with_columns(pl.Series(LINE_COLUMN, lines, dtype=pl.Int64))
+    return RawChunk(frame, rejected_table(rejected))
+
+
+def rejected_table(rows: list[tuple[int, str, str, str]]) -> pl.DataFrame:
+    """A table of rejected rows (line, column, reason, value), in order of lines."""
+    return pl.DataFrame(sorted(rows), schema=REJECTED_SCHEMA, orient="row")
+
+
+def _undecodable_column(line: bytes, names: Sequence[str], separator: str) -> str:
+    for name, piece in zip(names, line.split(separator.encode()), strict=False):
+        try:
+            piece.decode("utf-8")
+        except UnicodeDecodeError:
+            return name
+    return ""
+
+
+def split_files(path: Path, suffixes: Sequence[str]) -> dict[str, Path] | None:
+    """The files `train.*`, `valid.*` and `test.*` of a directory, or None when `path` is a file.
+
+    Raises:
+        ValueError: if the directory has no train file.
+    """
+    if not path.is_dir():
+        return None
+    found: dict[str, Path] = {}
+    for part in PARTS:
+        for name in (part, "validation" if part == "valid" else part):
+            for suffix in suffixes:
+                if part not in found and (path / f"{name}{suffix}").is_file():
+                    found[part] = path / f"{name}{suffix}"
+    if "train" not in found:
+        wanted = " or ".join(f"train{suffix}" for suffix in suffixes)
+        raise ValueError(f"{path} is a directory without {wanted}")
+    return found
+
+
+def mostly_distinct(schema: Schema) -> frozenset[str]:
+    """Columns for which looking for distinct values is a waste: numbers, sequences, request ids, timestamps."""
+    names = {feature.name for feature in schema.numeric}
+    for sequence in schema.sequences:
+        names.add(sequence.name)
+        names.update(sequence.column(part) for part in sequence.fields)
+    keys = schema.keys
+    names.update(
+        name for name in (keys.request_id, keys.weight, keys.bid) if name is not None
+    )
+    return frozenset(
+        names - set(schema.embedded())
+        | ({keys.request_id} if keys.request_id else set())
+    )
+
+
+def _check_known(path: Path, stored: Sequence[str], available: Sequence[str]) -> None:
+    for name in stored:
+        if name not in available:
+            raise ValueError(
+                f'{path}: the schema\'s column "{name}" is missing; the file has {", ".join(available)}'
+            )
+
+
+class Csv:
+    """Text with a header line; the separator (comma, tab, semicolon, bar) is read off the header; `.gz` is unpacked."""
+
+    name = "csv"
+    suffixes = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")
+
+    def __init__(self) -> None:
+        self.extra_columns: tuple[str, ...] = ()
+
+    def default_schema(self, path: Path) -> Schema:
+        from fullrank.data.inference import infer_schema
+
+        parts = self.parts(path)
+        return infer_schema(self.sample((parts or {"train": path})["train"]))
+
+    def sample(self, path: Path) -> pl.DataFrame:
+        """The first rows, as text."""
+        names, separator = read_header(path)
+        for raw in delimited_chunks(
+            path,
+            names,
+            names,
+            separator=separator,
+            header=True,
+            plain=frozenset(names),
+            block_bytes=4 << 20,
+        ):
+            return raw.frame.drop(LINE_COLUMN, strict=False)
+        raise ValueError(f"{path} has a header and no rows")
+
+    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
+        names, separator = read_header(path)
+        columns = raw_columns(schema, names)
+        wanted = list(dict.fromkeys([*columns.values(), *self.extra_columns]))
+        _check_known(path, wanted, names)
+        return delimited_chunks(
+            path,
+            names,
+            wanted,
+            separator=separator,
+            header=True,
+            plain=mostly_distinct(schema),
+        )
+
+    def parts(self, path: Path) -> dict[str, Path] | None:
+        return split_files(path, self.suffixes)
+
+
+class ParquetLog:
+    """One Parquet file, or a directory with `train.parquet` and so on."""
+
+    name = "parquet"
+
+    def __init__(self) -> None:
+        self.extra_columns: tuple[str, ...] = ()
+
+    def default_schema(self, path: Path) -> Schema:
+        from fullrank.data.inference import infer_schema
+
+        parts = self.parts(path)
+        return infer_schema(self.sample((parts or {"train": path})["train"]))
+
+    def sample(self, path: Path) -> pl.DataFrame:
+        """The first rows."""
+        for batch in _open_parquet(path).iter_batches(batch_size=50_000):
+            frame = pl.from_arrow(batch)
+            assert isinstance(frame, pl.DataFrame)
+            return frame
+        raise ValueError(f"{path} has no rows")
+
+    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
+        file = _open_parquet(path)
+        names = file.schema_arrow.names
+        wanted = list(
+            dict.fromkeys([*raw_columns(schema, names).values(), *self.extra_columns])
+        )
+        _check_known(path, wanted, names)
+        wanted += [name for name in names if name.startswith("__true_")]
+        return self._batches(file, wanted)
+
+    def _batches(
+        self, file: pyarrow.parquet.ParquetFile, wanted: list[str]
+    ) -> Iterator[RawChunk]:
+        row = 1
+        for batch in file.iter_batches(batch_size=131_072, columns=wanted):
+            frame = pl.from_arrow(batch)
+            assert isinstance(frame, pl.DataFrame)
+            yield RawChunk(frame, first_line=row)
+            row += frame.height
+
+    def parts(self, path: Path) -> dict[str, Path] | None:
+        return split_files(path, (".parquet",))
+
+
+def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is not a file" if path.exists() else f"{path} does not exist"
+        )
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}"
+        ) from None
+
+
+__all__ = [
+    "Csv",
+    "ParquetLog",
+    "delimited_chunks",
+    "read_blocks",
+    "rejected_table",
+    "split_files",
+]

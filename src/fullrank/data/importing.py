@@ -1,0 +1,202 @@
+"""The one door for logs: any format in, a dataset directory out."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import polars as pl
+
+from fullrank.data import atomic
+from fullrank.data.building import DatasetBuilder
+from fullrank.data.checks import Chunk, check
+from fullrank.data.dataset import Dataset
+from fullrank.data.encoders import stable_hash
+from fullrank.data.formats import open_format
+from fullrank.data.formats.base import LINE_COLUMN, RawChunk
+from fullrank.data.splits import PARTS, TRAIN, Parts, SplitSpec, by_hash
+from fullrank.schema import Schema
+
+Item = TypeVar("Item")
+
+
+def import_dataset(
+    format: str,
+    path: Path,
+    out: Path,
+    *,
+    schema: Schema | None = None,
+    split: SplitSpec | None = None,
+    max_bad: float = 0.001,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """Read a log, set its bad rows aside, split it, fit encoders on the training part, and write a dataset.
+
+    Memory does not grow with the log, but for 8 bytes per row when request ids must be unique, the distinct values of
+    the training part, and its distinct seconds.
+
+    Args:
+        format: a key of `FORMATS`.
+        path: the log.
+        out: the directory to make; it appears only when complete.
+        schema: what to read; the format's own when omitted.
+        split: ignored when the source comes already split into files.
+        max_bad: share of bad rows above which the import fails.
+        overwrite: replace an existing dataset.
+        progress: called with the number of good and bad rows read so far.
+
+    Raises:
+        ValueError: if the source is not in the format or lacks a column, or has too many bad rows; these are then
+            listed in `<out>.rejected.tsv`.
+    """
+    path, out = Path(path), Path(out)
+    if not 0 <= max_bad <= 1:
+        raise ValueError(f"max_bad is {max_bad}, expected a share from 0 to 1")
+    source = open_format(format)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    schema = schema or source.default_schema(path)
+    split = split or SplitSpec()
+    kind = split.kind or ("time" if schema.keys.timestamp is not None else "random")
+    files = source.parts(path)
+    if files is None:
+        _check_split(split, kind, schema)
+        if split.column is not None and hasattr(source, "extra_columns"):
+            source.extra_columns = (split.column,)
+    with atomic.new_directory(out, overwrite=overwrite) as partial:
+        builder = DatasetBuilder(partial, schema)
+        for part, file in (files or {"": path}).items():
+            for raw, chunk, bad in _prefetched(
+                _checked(source.chunks(file, schema), schema)
+            ):
+                builder.rejected.add(raw.rejected)
+                builder.rejected.add(bad)
+                if files is not None:
+                    parts: Parts | None = np.full(
+                        chunk.rows, PARTS.index(part), dtype=np.int8
+                    )
+                else:
+                    parts = _split_rows(chunk, raw, split, kind, builder)
+                builder.add(chunk, parts)
+                if progress is not None:
+                    progress(builder.rows, builder.rejected.count)
+        builder.reject_duplicates()
+        _check_rejected(path, out, builder, max_bad)
+        about = {
+            "source": str(path.name),
+            "format": format,
+            "split": "given" if files is not None else kind,
+        }
+        builder.write(valid=split.valid, test=split.test, about=about)
+    return Dataset.open(out)
+
+
+def _checked(
+    chunks: Iterator[RawChunk], schema: Schema
+) -> Iterator[tuple[RawChunk, Chunk, pl.DataFrame]]:
+    for raw in chunks:
+        yield raw, *check(schema, raw)
+
+
+def _check_split(split: SplitSpec, kind: str, schema: Schema) -> None:
+    if kind == "time" and schema.keys.timestamp is None:
+        raise ValueError('split "time" needs a timestamp among the keys of the schema')
+    if kind == "user" and schema.keys.user_id is None:
+        raise ValueError('split "user" needs a user_id among the keys of the schema')
+
+
+def _split_rows(
+    chunk: Chunk, raw: RawChunk, split: SplitSpec, kind: str, builder: DatasetBuilder
+) -> Parts | None:
+    if kind == "time":
+        return None
+    if kind == "none":
+        return np.full(chunk.rows, TRAIN, dtype=np.int8)
+    if kind == "user":
+        return by_hash(
+            stable_hash(chunk.keys["user_id"]).fill_null(0).to_numpy(), split
+        )
+    if kind == "random":
+        # The place in the source decides, so that a row keeps its part when others are rejected.
+        return by_hash(chunk.line(np.arange(chunk.rows)).astype(np.uint64), split)
+    raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _End:
+    error: BaseException | None = None
+
+
+def _prefetched(items: Iterator[Item], ahead: int = 2) -> Iterator[Item]:
+    """The same items, made by a thread of its own a few ahead: parsing overlaps with the rest."""
+    ready: queue.Queue[Item | _End] = queue.Queue(maxsize=ahead)
+    stop = threading.Event()
+
+    def put(item: Item | _End) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stop.is_set():
+                    return
+            put(_End())
+        except BaseException as error:  # handed to the consumer, which raises it
+            put(_End(error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _check_rejected(
+    path: Path, out: Path, builder: DatasetBuilder, max_bad: float
+) -> None:
+    rejected = builder.rejected
+    total = builder.rows + rejected.count
+    if not total:
+        raise ValueError(f"{path} has no rows")
+    if rejected.count <= max_bad * total:
+        if not builder.rows:
+            raise ValueError(f"{path} has no good rows")
+        return
+    report = out.with_name(f"{out.name}.rejected.tsv")
+    atomic.replace(rejected.path, report)
+    first = "; ".join(
+        f"line {line}: "
+        + (
+            f'column "{column}" is "{value}": {reason}'
+            if column
+            else f"{reason}: {value}"
+        )
+        for line, column, reason, value in rejected.first
+    )
+    raise ValueError(
+        f"{path}: {rejected.count:,} of {total:,} rows are bad ({rejected.count / total:.2%}, {max_bad:.2%} allowed by "
+        f"--max-bad): {first}; all are listed in {report}"
+    )
+
+
+__all__ = ["LINE_COLUMN", "import_dataset"]
