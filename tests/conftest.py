@@ -11,10 +11,7 @@ import pytest
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with samples of public logs: `FULLRANK_DATA`, else `shared/data` beside the repository."""
-    place = Path(
-        os.environ.get("FULLRANK_DATA")
-        or Path(__file__).resolve().parents[2] / "shared" / "data"
-    )
+    place = Path(os.environ.get("FULLRANK_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
     if not place.is_dir():
         pytest.skip(f"no public data in {place}; set FULLRANK_DATA")
     return place

@@ -34,9 +34,7 @@ def test_a_history_is_the_latest_events_strictly_before_the_row(
         delay_seconds=delay,
         age="past_age",
     )
-    assert joined.select("event", "user", "time").equals(
-        rows.select("event", "user", "time")
-    )
+    assert joined.select("event", "user", "time").equals(rows.select("event", "user", "time"))
     for row in joined.iter_rows(named=True):
         earlier = [
             (time, event)
@@ -53,42 +51,20 @@ def test_a_history_is_the_latest_events_strictly_before_the_row(
 
 @settings(max_examples=50, deadline=None)
 @given(log=logs, cut=st.integers(0, 7))
-def test_what_happens_later_does_not_change_a_history(
-    log: list[tuple[int, int]], cut: int
-) -> None:
+def test_what_happens_later_does_not_change_a_history(log: list[tuple[int, int]], cut: int) -> None:
     rows = table(log)
     past = rows.filter(pl.col("time") < cut)
 
     def histories(events: pl.DataFrame) -> pl.DataFrame:
-        return point_in_time(
-            past,
-            events,
-            user="user",
-            timestamp="time",
-            fields={"event": "past"},
-            max_length=4,
-        )
+        return point_in_time(past, events, user="user", timestamp="time", fields={"event": "past"}, max_length=4)
 
     assert histories(rows).equals(histories(past))
 
 
 def test_text_users_unknown_users_and_null_users() -> None:
-    events = pl.DataFrame(
-        {
-            "user": ["b", "a", None, "b"],
-            "time": [2, 1, 1, 1],
-            "item": ["x", "y", "z", "w"],
-        }
-    )
+    events = pl.DataFrame({"user": ["b", "a", None, "b"], "time": [2, 1, 1, 1], "item": ["x", "y", "z", "w"]})
     rows = pl.DataFrame({"user": ["b", "c", None, "a"], "time": [9, 9, 9, 1]})
-    joined = point_in_time(
-        rows,
-        events,
-        user="user",
-        timestamp="time",
-        fields={"item": "history.item"},
-        max_length=5,
-    )
+    joined = point_in_time(rows, events, user="user", timestamp="time", fields={"item": "history.item"}, max_length=5)
     assert joined["history.item"].to_list() == [["w", "x"], [], [], []]
 
 
@@ -96,24 +72,11 @@ def test_a_negative_delay_would_show_the_future() -> None:
     rows = table([(0, 1)])
     with pytest.raises(ValueError, match="a history holds no future"):
         point_in_time(
-            rows,
-            rows,
-            user="user",
-            timestamp="time",
-            fields={"event": "past"},
-            max_length=5,
-            delay_seconds=-1,
+            rows, rows, user="user", timestamp="time", fields={"event": "past"}, max_length=5, delay_seconds=-1
         )
 
 
 def test_a_row_without_time_is_an_error() -> None:
     rows = pl.DataFrame({"user": [1, 1], "time": [1, None]})
     with pytest.raises(ValueError, match=r'rows: column "time" has 1 nulls'):
-        point_in_time(
-            rows,
-            rows,
-            user="user",
-            timestamp="time",
-            fields={"time": "past"},
-            max_length=5,
-        )
+        point_in_time(rows, rows, user="user", timestamp="time", fields={"time": "past"}, max_length=5)

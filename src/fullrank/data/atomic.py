@@ -55,9 +55,7 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ValueError: if `path` exists and `overwrite` is not set.
     """
     if path.exists() and not overwrite:
-        raise ValueError(
-            f"{path} exists already: choose another name or pass --overwrite"
-        )
+        raise ValueError(f"{path} exists already: choose another name or pass --overwrite")
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{path.name}.partial-*"):
         if not _is_running(leftover.name.rpartition("-")[2]):

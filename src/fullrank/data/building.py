@@ -58,9 +58,7 @@ class ShardWriter:
         path = self._directory / name
         path.parent.mkdir(exist_ok=True)
         frame = pl.concat(self._pending, rechunk=True)
-        frame.write_parquet(
-            path, compression="lz4", statistics=False, row_group_size=GROUP_ROWS
-        )
+        frame.write_parquet(path, compression="lz4", statistics=False, row_group_size=GROUP_ROWS)
         self.rows += frame.height
         self.shards.append(name)
         self._pending, self._pending_rows = [], 0
@@ -81,10 +79,7 @@ class RejectedRows:
         with self.path.open("ab") as file:
             # Text with tabs or line ends in it is quoted, so that the file stays one row per line of a reader.
             table.select(REJECTED_SCHEMA.keys()).write_csv(
-                file,
-                separator="\t",
-                include_header=self.count == 0,
-                quote_style="necessary",
+                file, separator="\t", include_header=self.count == 0, quote_style="necessary"
             )
         for reason, number in table["reason"].value_counts().iter_rows():
             self.reasons[reason] += number
@@ -126,9 +121,7 @@ class DatasetBuilder:
             if parts is None:
                 self._timestamps.add(chunk.keys["timestamp"])
         if "request_id" in chunk.keys:
-            self._request_hashes.append(
-                stable_hash(chunk.keys["request_id"]).to_numpy()
-            )
+            self._request_hashes.append(stable_hash(chunk.keys["request_id"]).to_numpy())
         for key, values in chunk.keys.items():
             self._key_types.setdefault(key, set()).add(values.dtype)
         self._spool.add(chunk)
@@ -192,27 +185,13 @@ class DatasetBuilder:
         for writer in writers:
             writer.close()
         shutil.rmtree(self._directory / "spool", ignore_errors=True)
-        used = {
-            split: writer
-            for split, writer in zip(PARTS, writers, strict=True)
-            if writer.rows
-        }
+        used = {split: writer for split, writer in zip(PARTS, writers, strict=True) if writer.rows}
         if PARTS[TRAIN] not in used:
             raise ValueError("no row is left to train on")
-        details: dict[str, Any] = (
-            {"out_of_order": self.out_of_order}
-            if "timestamp" in self._key_types
-            else {}
-        )
+        details: dict[str, Any] = {"out_of_order": self.out_of_order} if "timestamp" in self._key_types else {}
         if cuts is not None:
             details["split_at"] = {"valid": cuts[0], "test": cuts[1]}
-        write_manifest(
-            self._directory,
-            encoders,
-            used,
-            dict(self.rejected.reasons),
-            {**about, **details},
-        )
+        write_manifest(self._directory, encoders, used, dict(self.rejected.reasons), {**about, **details})
         return encoders
 
     def _training_rows(self, cuts: tuple[int, int] | None) -> Iterator[Chunk]:
@@ -223,24 +202,16 @@ class DatasetBuilder:
             elif train.any():
                 yield chunk.take(np.flatnonzero(train))
 
-    def _parts_of(
-        self, chunk: Chunk, parts: Parts | None, cuts: tuple[int, int] | None
-    ) -> Parts:
+    def _parts_of(self, chunk: Chunk, parts: Parts | None, cuts: tuple[int, int] | None) -> Parts:
         if cuts is None:
             assert parts is not None
             return parts
         timed = by_time(chunk.keys["timestamp"].to_numpy(), *cuts)
-        return (
-            timed
-            if parts is None
-            else np.where(parts == _BY_TIME, timed, parts).astype(np.int8)
-        )
+        return timed if parts is None else np.where(parts == _BY_TIME, timed, parts).astype(np.int8)
 
     def _unify_keys(self, frame: pl.DataFrame) -> pl.DataFrame:
         """A key that is an integer in one chunk and text in another is text in all."""
-        mixed = [
-            KEY_COLUMNS[key] for key, types in self._key_types.items() if len(types) > 1
-        ]
+        mixed = [KEY_COLUMNS[key] for key, types in self._key_types.items() if len(types) > 1]
         return frame.cast(dict.fromkeys(mixed, pl.String)) if mixed else frame
 
 

@@ -12,12 +12,7 @@ import numpy as np
 import polars as pl
 
 from fullrank.data import atomic
-from fullrank.data.building import (
-    FORMAT_VERSION,
-    DatasetBuilder,
-    ShardWriter,
-    write_manifest,
-)
+from fullrank.data.building import FORMAT_VERSION, DatasetBuilder, ShardWriter, write_manifest
 from fullrank.data.checks import check
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
 from fullrank.data.formats.base import RawChunk
@@ -28,21 +23,13 @@ from fullrank.schema import Role, Schema
 def encoded_columns(schema: Schema) -> dict[str, pl.DataType]:
     """Columns of an encoded shard and their types, in order; keys excepted `__user_id` and the like, whose type is
     the source's."""
-    columns: dict[str, pl.DataType] = {
-        name: pl.Float32() for name in schema.numeric_columns
-    }
+    columns: dict[str, pl.DataType] = {name: pl.Float32() for name in schema.numeric_columns}
     columns.update({feature.name: pl.Int32() for feature in schema.categorical})
     columns.update({name: pl.List(pl.Int32()) for name in schema.jagged_keys})
     columns.update({name: pl.List(pl.Float32()) for name in schema.event_number_keys})
     columns.update({label.name: pl.Float32() for label in schema.labels})
     fixed = {"timestamp": pl.Int64(), "weight": pl.Float32(), "bid": pl.Float32()}
-    columns.update(
-        {
-            KEY_COLUMNS[key]: dtype
-            for key, dtype in fixed.items()
-            if getattr(schema.keys, key) is not None
-        }
-    )
+    columns.update({KEY_COLUMNS[key]: dtype for key, dtype in fixed.items() if getattr(schema.keys, key) is not None})
     return columns
 
 
@@ -74,9 +61,7 @@ class Dataset:
         path = Path(path)
         manifest_path = path / "dataset.json"
         if not manifest_path.is_file():
-            raise ValueError(
-                f"{path} is not a dataset: it has no dataset.json (make one with `fullrank data import`)"
-            )
+            raise ValueError(f"{path} is not a dataset: it has no dataset.json (make one with `fullrank data import`)")
         try:
             manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
             version = manifest["format_version"]
@@ -85,9 +70,7 @@ class Dataset:
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{manifest_path} is damaged: {error!r}") from None
         if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{manifest_path}: format_version is {version!r}, this release reads {FORMAT_VERSION}"
-            )
+            raise ValueError(f"{manifest_path}: format_version is {version!r}, this release reads {FORMAT_VERSION}")
         schema = Schema.read(path / "schema.json")
         expected = encoded_columns(schema)
         for split, names in shards.items():
@@ -95,17 +78,13 @@ class Dataset:
             for name in names:
                 shard = path / name
                 if Path(name).is_absolute() or ".." in Path(name).parts:
-                    raise ValueError(
-                        f'{manifest_path}: shard "{name}" lies outside the dataset'
-                    )
+                    raise ValueError(f'{manifest_path}: shard "{name}" lies outside the dataset')
                 if not shard.is_file():
                     raise ValueError(f"{path}: shard {name} is missing")
                 _check_columns(shard, expected)
                 count += _row_count(shard)
             if count != rows.get(split):
-                raise ValueError(
-                    f"{path}: split {split} has {count} rows, dataset.json says {rows.get(split)}"
-                )
+                raise ValueError(f"{path}: split {split} has {count} rows, dataset.json says {rows.get(split)}")
         return cls(path, schema, manifest)
 
     @cached_property
@@ -131,9 +110,7 @@ class Dataset:
             return pl.LazyFrame(schema=encoded_columns(self.schema))
         return pl.scan_parquet(shards, glob=False)
 
-    def catalogue(
-        self, role: Literal["item", "user"], split: str = "train"
-    ) -> pl.DataFrame:
+    def catalogue(self, role: Literal["item", "user"], split: str = "train") -> pl.DataFrame:
         """One row per item (or user) of a split: its key and the last seen values of the features of that role.
 
         "Last" is by timestamp when the log has one, else by order of rows. The first column is `__item_id` or
@@ -143,17 +120,11 @@ class Dataset:
             ValueError: if the schema names no key for the role.
         """
         if getattr(self.schema.keys, f"{role}_id") is None:
-            raise ValueError(
-                f"{self.path}: the schema names no {role}_id, so there is no catalogue of {role}s"
-            )
+            raise ValueError(f"{self.path}: the schema names no {role}_id, so there is no catalogue of {role}s")
         key = KEY_COLUMNS[f"{role}_id"]
         wanted: set[Role] = {role}
         chosen = self.schema.select(wanted)
-        columns = [
-            *chosen.numeric_columns,
-            *chosen.embedded(),
-            *chosen.event_number_keys,
-        ]
+        columns = [*chosen.numeric_columns, *chosen.embedded(), *chosen.event_number_keys]
         frame = self.scan(split).select(key, *columns, *self._order_columns())
         if self.schema.keys.timestamp is not None:
             frame = frame.sort("__timestamp", maintain_order=True)
@@ -171,9 +142,7 @@ class Dataset:
 
     def _check_split(self, split: str) -> None:
         if split not in self._shards:
-            raise ValueError(
-                f'{self.path} has no split "{split}"; it has {", ".join(self._shards) or "none"}'
-            )
+            raise ValueError(f'{self.path} has no split "{split}"; it has {", ".join(self._shards) or "none"}')
 
 
 def _check_columns(shard: Path, expected: Mapping[str, pl.DataType]) -> None:
@@ -185,9 +154,7 @@ def _check_columns(shard: Path, expected: Mapping[str, pl.DataType]) -> None:
         if name not in found:
             raise ValueError(f'{shard}: column "{name}" of schema.json is missing')
         if found[name] != dtype:
-            raise ValueError(
-                f'{shard}: column "{name}" is {found[name]}, expected {dtype}'
-            )
+            raise ValueError(f'{shard}: column "{name}" is {found[name]}, expected {dtype}')
 
 
 def _row_count(shard: Path) -> int:
@@ -222,14 +189,10 @@ def write_dataset(
         ValueError: if there is no "train" part, or a row is bad: a caller's own data is expected to be clean.
     """
     if "train" not in parts:
-        raise ValueError(
-            f'no part "train" to fit encoders on; the parts are {", ".join(parts) or "none"}'
-        )
+        raise ValueError(f'no part "train" to fit encoders on; the parts are {", ".join(parts) or "none"}')
     for name in parts:
         if name not in PARTS:
-            raise ValueError(
-                f'unknown part "{name}", expected one of {", ".join(PARTS)}'
-            )
+            raise ValueError(f'unknown part "{name}", expected one of {", ".join(PARTS)}')
     about = {"source": source, "format": "frames", "split": "given"}
     with atomic.new_directory(Path(out), overwrite=overwrite) as partial:
         if encoded:
@@ -242,28 +205,19 @@ def write_dataset(
                     chunk, bad = check(schema, RawChunk(frame, first_line=row))
                     if bad.height:
                         line, column, reason, value = bad.row(0)
-                        raise ValueError(
-                            f'part {name} row {line}: column "{column}" is "{value}": {reason}'
-                        )
-                    builder.add(
-                        chunk, np.full(chunk.rows, PARTS.index(name), dtype=np.int8)
-                    )
+                        raise ValueError(f'part {name} row {line}: column "{column}" is "{value}": {reason}')
+                    builder.add(chunk, np.full(chunk.rows, PARTS.index(name), dtype=np.int8))
                     row += frame.height
             builder.reject_duplicates()
             if builder.rejected.count:
                 line, column, reason, value = builder.rejected.first[0]
-                raise ValueError(
-                    f'row {line}: column "{column}" is "{value}": {reason}'
-                )
+                raise ValueError(f'row {line}: column "{column}" is "{value}": {reason}')
             builder.write(valid=0, test=0, about=about)
     return Dataset.open(Path(out))
 
 
 def _write_encoded(
-    directory: Path,
-    schema: Schema,
-    parts: Mapping[str, Iterable[pl.DataFrame]],
-    about: dict[str, Any],
+    directory: Path, schema: Schema, parts: Mapping[str, Iterable[pl.DataFrame]], about: dict[str, Any]
 ) -> None:
     encoders = Encoders.without_fitting(schema)
     expected = encoded_columns(encoders.schema)
@@ -282,13 +236,7 @@ def _write_encoded(
         writer.close()
     if not writers["train"].rows:
         raise ValueError("no row is left to train on")
-    write_manifest(
-        directory,
-        encoders,
-        {name: w for name, w in writers.items() if w.rows},
-        {},
-        about,
-    )
+    write_manifest(directory, encoders, {name: w for name, w in writers.items() if w.rows}, {}, about)
 
 
 def _check_ids(part: str, frame: pl.DataFrame, schema: Schema) -> None:
@@ -298,6 +246,4 @@ def _check_ids(part: str, frame: pl.DataFrame, schema: Schema) -> None:
             ids = ids.explode().drop_nulls()
         assert feature.num_embeddings is not None
         if len(ids) and not ids.is_between(0, feature.num_embeddings - 1).all():
-            raise ValueError(
-                f'part {part}: column "{column}" has ids outside 0 to {feature.num_embeddings - 1}'
-            )
+            raise ValueError(f'part {part}: column "{column}" has ids outside 0 to {feature.num_embeddings - 1}')

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fullrank.data import atomic
 from fullrank.data.checks import Chunk, Coded, Integers, as_text, check
 from fullrank.data.formats.base import RawChunk, as_series
-from fullrank.data.hashing import hash_series, hash_text
+from fullrank.data.hashing import hash_series, hash_text, splitmix
 from fullrank.schema import (
     FIRST_VOCABULARY_ID,
     MISSING_ID,
@@ -68,11 +68,7 @@ def stable_hash(values: pl.Series) -> pl.Series:
     """
     text = as_text(values)
     hashes = pl.Series(values.name, hash_series(text), dtype=pl.UInt64)
-    return (
-        hashes.zip_with(text.is_not_null(), pl.Series([None], dtype=pl.UInt64))
-        if text.null_count()
-        else hashes
-    )
+    return hashes.zip_with(text.is_not_null(), pl.Series([None], dtype=pl.UInt64)) if text.null_count() else hashes
 
 
 class Vocabulary:
@@ -101,9 +97,7 @@ class Vocabulary:
     def ids(self, values: pl.Series) -> Integers:
         """Ids of text values; null is missing, an unknown value is out of vocabulary."""
         if len(values) <= 4:
-            return np.array(
-                [self.id_of(value) for value in values.to_list()], dtype=np.int32
-            )
+            return np.array([self.id_of(value) for value in values.to_list()], dtype=np.int32)
         ids = np.full(len(values), OUT_OF_VOCABULARY_ID, dtype=np.int32)
         if len(self._hashes):
             hashes = hash_series(values)
@@ -135,13 +129,8 @@ class ValueCounts:
 
     def add(self, values: pl.Series, counts: npt.NDArray[np.int64]) -> None:
         """Add counts of distinct (or not) text values; null and zero counts are ignored."""
-        frame = pl.DataFrame(
-            {"value": values, "count": counts},
-            schema={"value": pl.String, "count": pl.Int64},
-        )
-        self._pending.append(
-            frame.filter((pl.col("count") > 0) & pl.col("value").is_not_null())
-        )
+        frame = pl.DataFrame({"value": values, "count": counts}, schema={"value": pl.String, "count": pl.Int64})
+        self._pending.append(frame.filter((pl.col("count") > 0) & pl.col("value").is_not_null()))
         self._pending_values += self._pending[-1].height
         size = 0 if self._merged is None else self._merged.height
         # Merging only when the new values are as many as the old keeps the total work near-linear.
@@ -149,25 +138,15 @@ class ValueCounts:
             self._merge()
 
     def _merge(self) -> None:
-        frames = (
-            self._pending if self._merged is None else [self._merged, *self._pending]
-        )
-        self._merged = (
-            pl.concat(frames).group_by("value").agg(pl.col("count").sum())
-            if frames
-            else None
-        )
+        frames = self._pending if self._merged is None else [self._merged, *self._pending]
+        self._merged = pl.concat(frames).group_by("value").agg(pl.col("count").sum()) if frames else None
         self._pending, self._pending_values = [], 0
 
     def vocabulary(self, min_count: int) -> Vocabulary:
         self._merge()
         if self._merged is None:
-            return Vocabulary(
-                pl.Series([], dtype=pl.String), pl.Series([], dtype=pl.Int64)
-            )
-        kept = self._merged.filter(pl.col("count") >= min_count).sort(
-            ["count", "value"], descending=[True, False]
-        )
+            return Vocabulary(pl.Series([], dtype=pl.String), pl.Series([], dtype=pl.Int64))
+        kept = self._merged.filter(pl.col("count") >= min_count).sort(["count", "value"], descending=[True, False])
         return Vocabulary(kept["value"], kept["count"])
 
 
@@ -190,24 +169,12 @@ class Sample:
         self._priorities = np.concatenate([self._priorities, splitmix(position)])
         if len(self._numbers) > SAMPLE_SIZE:
             keep = np.sort(np.argpartition(self._priorities, SAMPLE_SIZE)[:SAMPLE_SIZE])
-            self._numbers, self._priorities = (
-                self._numbers[keep],
-                self._priorities[keep],
-            )
+            self._numbers, self._priorities = (self._numbers[keep], self._priorities[keep])
 
     def quantiles(self, points: npt.NDArray[np.float64]) -> list[float]:
         if not len(self._numbers):
             return []
         return [float(q) for q in np.quantile(self._numbers, points)]
-
-
-def splitmix(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64: a random-looking 64-bit number for each integer."""
-    with np.errstate(over="ignore"):
-        state = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return state ^ (state >> np.uint64(31))
 
 
 class _State(BaseModel):
@@ -278,9 +245,7 @@ def log2_buckets(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """
     safe = np.where(np.isnan(numbers), 0.0, numbers)
     squared = np.floor(np.log2(np.maximum(safe, 2.0)) ** 2) + 2
-    return np.where(safe > 2, squared, np.maximum(np.floor(safe), LOWEST_COUNT)).astype(
-        np.int64
-    )
+    return np.where(safe > 2, squared, np.maximum(np.floor(safe), LOWEST_COUNT)).astype(np.int64)
 
 
 class _Fitting:
@@ -306,13 +271,8 @@ class _Fitting:
                 self.counts.setdefault(feature.table_name, ValueCounts())
             elif feature.encoding == "quantile":
                 self.samples.setdefault(feature.table_name, Sample())
-            elif (
-                feature.encoding == "hash"
-                and cast(int, feature.num_embeddings) <= FIRST_VOCABULARY_ID
-            ):
-                raise ValueError(
-                    f'feature "{name}": encoding "hash" needs num_embeddings >= {FIRST_VOCABULARY_ID + 1}'
-                )
+            elif feature.encoding == "hash" and cast(int, feature.num_embeddings) <= FIRST_VOCABULARY_ID:
+                raise ValueError(f'feature "{name}": encoding "hash" needs num_embeddings >= {FIRST_VOCABULARY_ID + 1}')
         for numeric in schema.numeric:
             if numeric.transform == "quantile":
                 self.samples[f"number {numeric.name}"] = Sample()
@@ -326,36 +286,22 @@ class _Fitting:
             self._add_values(self.features[name], column.codes, column.values, None)
         for name, bag in chunk.bags.items():
             weights = None
-            if len(bag.lists) != len(bag.list_lengths) or not np.array_equal(
-                bag.lists, np.arange(len(bag.lists))
-            ):
-                uses = np.bincount(bag.lists, minlength=len(bag.list_lengths))[
-                    : len(bag.list_lengths)
-                ]
+            if len(bag.lists) != len(bag.list_lengths) or not np.array_equal(bag.lists, np.arange(len(bag.lists))):
+                uses = np.bincount(bag.lists, minlength=len(bag.list_lengths))[: len(bag.list_lengths)]
                 weights = np.repeat(uses, bag.list_lengths)
-            self._add_values(
-                self.features[name], bag.elements.codes, bag.elements.values, weights
-            )
+            self._add_values(self.features[name], bag.elements.codes, bag.elements.values, weights)
 
     def _add_values(
-        self,
-        feature: Embedded,
-        codes: Integers,
-        values: pl.Series,
-        weights: npt.NDArray[np.int64] | None,
+        self, feature: Embedded, codes: Integers, values: pl.Series, weights: npt.NDArray[np.int64] | None
     ) -> None:
         table = feature.table_name
         if feature.encoding in ("hash", "identity") or not len(values):
             return
         if feature.encoding == "quantile":
             numbers = values.cast(pl.Float64).fill_null(float("nan")).to_numpy()[codes]
-            self.samples[table].add(
-                numbers if weights is None else np.repeat(numbers, weights)
-            )
+            self.samples[table].add(numbers if weights is None else np.repeat(numbers, weights))
             return
-        counts = np.bincount(codes, weights=weights, minlength=len(values)).astype(
-            np.int64
-        )
+        counts = np.bincount(codes, weights=weights, minlength=len(values)).astype(np.int64)
         if feature.encoding == "vocabulary":
             self.counts[table].add(values, counts)
             return
@@ -363,10 +309,7 @@ class _Fitting:
         buckets = log2_buckets(seen[~np.isnan(seen)])
         if len(buckets):
             low, high = self.ranges.get(table, (int(buckets[0]), int(buckets[0])))
-            self.ranges[table] = (
-                min(low, int(buckets.min())),
-                max(high, int(buckets.max())),
-            )
+            self.ranges[table] = (min(low, int(buckets.min())), max(high, int(buckets.max())))
 
     def finish(self) -> Encoders:
         vocabularies: dict[str, Vocabulary] = {}
@@ -377,9 +320,7 @@ class _Fitting:
             if table in sizes:
                 continue
             if feature.encoding == "vocabulary":
-                vocabularies[table] = self.counts.pop(table).vocabulary(
-                    feature.min_count
-                )
+                vocabularies[table] = self.counts.pop(table).vocabulary(feature.min_count)
                 sizes[table] = len(vocabularies[table])
             elif feature.encoding == "log2_bucket":
                 low, high = self.ranges.get(table, (0, 0))
@@ -387,12 +328,9 @@ class _Fitting:
                 sizes[table] = FIRST_VOCABULARY_ID + high - low + 1
             elif feature.encoding == "quantile":
                 wanted = (
-                    feature.num_embeddings
-                    or DEFAULT_QUANTILE_BUCKETS + FIRST_VOCABULARY_ID
+                    feature.num_embeddings or DEFAULT_QUANTILE_BUCKETS + FIRST_VOCABULARY_ID
                 ) - FIRST_VOCABULARY_ID
-                edges = self.samples[table].quantiles(
-                    np.linspace(0, 1, max(wanted, 1) + 1)[1:-1]
-                )
+                edges = self.samples[table].quantiles(np.linspace(0, 1, max(wanted, 1) + 1)[1:-1])
                 buckets[table] = BucketState(edges=tuple(sorted(set(edges))))
                 sizes[table] = FIRST_VOCABULARY_ID + len(buckets[table].edges) + 1
             else:
@@ -402,20 +340,13 @@ class _Fitting:
             moments = self.moments[numeric.name]
             points: list[float] = []
             if numeric.transform == "quantile":
-                points = self.samples[f"number {numeric.name}"].quantiles(
-                    np.linspace(0, 1, QUANTILE_POINTS)
-                )
+                points = self.samples[f"number {numeric.name}"].quantiles(np.linspace(0, 1, QUANTILE_POINTS))
             # A constant column has no spread to divide by.
             deviation = moments.deviation if moments.deviation > 0 else 1.0
             numbers[numeric.name] = NumberState(
-                fill=moments.mean,
-                mean=moments.mean,
-                deviation=deviation,
-                quantiles=tuple(points),
+                fill=moments.mean, mean=moments.mean, deviation=deviation, quantiles=tuple(points)
             )
-        return Encoders(
-            self.schema.with_table_sizes(sizes), numbers, buckets, vocabularies
-        )
+        return Encoders(self.schema.with_table_sizes(sizes), numbers, buckets, vocabularies)
 
 
 class Encoders:
@@ -472,19 +403,13 @@ class Encoders:
         """
         for name, feature in schema.embedded().items():
             if feature.encoding not in ("hash", "identity"):
-                raise ValueError(
-                    f'feature "{name}": encoding "{feature.encoding}" needs training data to be fitted'
-                )
+                raise ValueError(f'feature "{name}": encoding "{feature.encoding}" needs training data to be fitted')
         for numeric in schema.numeric:
             if numeric.transform not in ("none", "log1p"):
-                raise ValueError(
-                    f'feature "{numeric.name}": transform "{numeric.transform}" needs training data'
-                )
+                raise ValueError(f'feature "{numeric.name}": transform "{numeric.transform}" needs training data')
         return _Fitting(schema).finish()
 
-    def transform(
-        self, frame: pl.DataFrame, *, allow_missing: bool = False
-    ) -> pl.DataFrame:
+    def transform(self, frame: pl.DataFrame, *, allow_missing: bool = False) -> pl.DataFrame:
         """Encoded columns (features, labels, and keys under their fixed names) of a raw frame.
 
         Args:
@@ -504,45 +429,23 @@ class Encoders:
             raw = chunk.numbers[numeric.name]
             columns.append(_series(numeric.name, self._number(numeric, raw)))
             if numeric.missing_indicator:
-                columns.append(
-                    _series(
-                        f"{numeric.name}__missing", np.isnan(raw).astype(np.float32)
-                    )
-                )
+                columns.append(_series(f"{numeric.name}__missing", np.isnan(raw).astype(np.float32)))
         for name, column in chunk.ids.items():
             columns.append(_series(name, self._ids(self._features[name], column)))
         for name in self.schema.jagged_keys:
             bag = chunk.bags[name]
-            columns.append(
-                _lists(
-                    name,
-                    bag.lists,
-                    bag.offsets,
-                    self._ids(self._features[name], bag.elements),
-                )
-            )
+            columns.append(_lists(name, bag.lists, bag.offsets, self._ids(self._features[name], bag.elements)))
         for sequence in self.schema.sequences:
             for part in sequence.number_fields:
                 name = sequence.column(part)
                 events = chunk.event_numbers[name]
-                columns.append(
-                    _lists(
-                        name,
-                        events.lists,
-                        events.offsets,
-                        _event_number(part, events.numbers),
-                    )
-                )
+                columns.append(_lists(name, events.lists, events.offsets, _event_number(part, events.numbers)))
         columns.extend(_series(name, labels) for name, labels in chunk.labels.items())
-        columns.extend(
-            values.alias(KEY_COLUMNS[key]) for key, values in chunk.keys.items()
-        )
+        columns.extend(values.alias(KEY_COLUMNS[key]) for key, values in chunk.keys.items())
         columns.extend(_series(name, values) for name, values in chunk.extra.items())
         return pl.DataFrame(columns)
 
-    def _number(
-        self, feature: Numeric, raw: npt.NDArray[np.float64]
-    ) -> npt.NDArray[np.float32]:
+    def _number(self, feature: Numeric, raw: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
         state = self.numbers[feature.name]
         numbers = np.where(np.isnan(raw), state.fill, raw)
         if feature.transform == "log1p":
@@ -565,16 +468,10 @@ class Encoders:
             numbers = values.cast(pl.Float64).fill_null(float("nan")).to_numpy()
             state = self.buckets[table]
             if feature.encoding == "log2_bucket":
-                places = (
-                    np.clip(log2_buckets(numbers), state.low, state.high) - state.low
-                )
+                places = np.clip(log2_buckets(numbers), state.low, state.high) - state.low
             else:
-                places = np.searchsorted(
-                    np.asarray(state.edges), np.nan_to_num(numbers), side="right"
-                )
-            return np.where(
-                np.isnan(numbers), MISSING_ID, places + FIRST_VOCABULARY_ID
-            ).astype(np.int32)
+                places = np.searchsorted(np.asarray(state.edges), np.nan_to_num(numbers), side="right")
+            return np.where(np.isnan(numbers), MISSING_ID, places + FIRST_VOCABULARY_ID).astype(np.int32)
         size = cast(int, feature.num_embeddings)
         if feature.encoding == "identity":
             return values.cast(pl.Int32).fill_null(MISSING_ID).to_numpy()
@@ -584,17 +481,10 @@ class Encoders:
         room = size - FIRST_VOCABULARY_ID
         if len(values) <= 4:
             return np.array(
-                [
-                    MISSING_ID
-                    if v is None
-                    else FIRST_VOCABULARY_ID + hash_text(v) % room
-                    for v in values.to_list()
-                ],
+                [MISSING_ID if v is None else FIRST_VOCABULARY_ID + hash_text(v) % room for v in values.to_list()],
                 dtype=np.int32,
             )
-        ids = (hash_series(values) % np.uint64(room)).astype(np.int32) + np.int32(
-            FIRST_VOCABULARY_ID
-        )
+        ids = (hash_series(values) % np.uint64(room)).astype(np.int32) + np.int32(FIRST_VOCABULARY_ID)
         if values.null_count():
             ids[values.is_null().to_numpy()] = MISSING_ID
         return ids
@@ -605,22 +495,14 @@ class Encoders:
         files: dict[str, str] = {}
         for place, (table, vocabulary) in enumerate(self.vocabularies.items()):
             files[table] = f"vocabulary-{place:03d}.parquet"
-            frame = pl.DataFrame(
-                {"value": vocabulary.values, "count": vocabulary.counts}
-            )
+            frame = pl.DataFrame({"value": vocabulary.values, "count": vocabulary.counts})
             partial = directory / f".{files[table]}.partial"
             frame.write_parquet(partial, compression="zstd", compression_level=1)
             atomic.replace(partial, directory / files[table])
         stored = _Stored(
-            version=1,
-            table_schema=self.schema,
-            numbers=self.numbers,
-            buckets=self.buckets,
-            vocabularies=files,
+            version=1, table_schema=self.schema, numbers=self.numbers, buckets=self.buckets, vocabularies=files
         )
-        atomic.write_text(
-            directory / "encoders.json", stored.model_dump_json(indent=1) + "\n"
-        )
+        atomic.write_text(directory / "encoders.json", stored.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> Encoders:
@@ -638,46 +520,28 @@ class Encoders:
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
         if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: version is {version!r}, this release reads {FORMAT_VERSION}"
-            )
+            raise ValueError(f"{path}: version is {version!r}, this release reads {FORMAT_VERSION}")
         try:
             stored = _Stored.model_validate_json(text)
         except ValidationError as error:
-            raise ValueError(
-                describe_errors(error, str(path)).splitlines()[0]
-            ) from None
+            raise ValueError(describe_errors(error, str(path)).splitlines()[0]) from None
         vocabularies = {}
         for table, name in stored.vocabularies.items():
             if Path(name).name != name:
-                raise ValueError(
-                    f'{path}: vocabulary file "{name}" lies outside the directory'
-                )
+                raise ValueError(f'{path}: vocabulary file "{name}" lies outside the directory')
             vocabularies[table] = _read_vocabulary(directory / name)
         sizes = stored.table_schema.tables()
         for table, vocabulary in vocabularies.items():
             if sizes.get(table) != len(vocabulary):
-                raise ValueError(
-                    f'{path}: table "{table}" has {sizes.get(table)} rows, its file {len(vocabulary)}'
-                )
-        encoders = cls(
-            stored.table_schema, stored.numbers, stored.buckets, vocabularies
-        )
+                raise ValueError(f'{path}: table "{table}" has {sizes.get(table)} rows, its file {len(vocabulary)}')
+        encoders = cls(stored.table_schema, stored.numbers, stored.buckets, vocabularies)
         for name, feature in encoders._features.items():
             if feature.encoding in ("hash", "identity"):
                 continue
-            known = (
-                encoders.vocabularies
-                if feature.encoding == "vocabulary"
-                else encoders.buckets
-            )
+            known = encoders.vocabularies if feature.encoding == "vocabulary" else encoders.buckets
             if feature.table_name not in known:
-                raise ValueError(
-                    f'{path}: no {feature.encoding} state for feature "{name}"'
-                )
-        missing = {numeric.name for numeric in encoders.schema.numeric} - set(
-            encoders.numbers
-        )
+                raise ValueError(f'{path}: no {feature.encoding} state for feature "{name}"')
+        missing = {numeric.name for numeric in encoders.schema.numeric} - set(encoders.numbers)
         if missing:
             raise ValueError(f'{path}: no state for number "{min(missing)}"')
         return encoders
@@ -688,26 +552,18 @@ def _read_vocabulary(path: Path) -> Vocabulary:
         frame = pl.read_parquet(path)
         return Vocabulary(frame["value"].cast(pl.String), frame["count"].cast(pl.Int64))
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a readable vocabulary: {str(error).splitlines()[0]}"
-        ) from None
+        raise ValueError(f"{path} is not a readable vocabulary: {str(error).splitlines()[0]}") from None
 
 
-def _clean(
-    schema: Schema, frame: pl.DataFrame, first_row: int, *, allow_missing: bool
-) -> Chunk:
-    chunk, bad = check(
-        schema, RawChunk(frame, first_line=first_row), allow_missing=allow_missing
-    )
+def _clean(schema: Schema, frame: pl.DataFrame, first_row: int, *, allow_missing: bool) -> Chunk:
+    chunk, bad = check(schema, RawChunk(frame, first_line=first_row), allow_missing=allow_missing)
     if bad.height:
         line, column, reason, value = bad.row(0)
         raise ValueError(f'row {line}: column "{column}" is "{value}": {reason}')
     return chunk
 
 
-def _rank(
-    numbers: npt.NDArray[np.float64], quantiles: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
+def _rank(numbers: npt.NDArray[np.float64], quantiles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Where each number stands in the training distribution, in [0, 1]; ties take the middle of their range."""
     if not len(quantiles):
         return np.full(len(numbers), 0.5)
@@ -717,9 +573,7 @@ def _rank(
     return (rising + falling) / 2
 
 
-def _event_number(
-    part: EventNumber, raw: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float32]:
+def _event_number(part: EventNumber, raw: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     # A missing event number is 0: events have no training mean of their own.
     numbers = np.nan_to_num(raw)
     if part.transform == "log1p":
@@ -731,9 +585,7 @@ def _series(name: str, values: npt.NDArray[Any]) -> pl.Series:
     return pl.Series(name, values)
 
 
-def _lists(
-    name: str, rows: Integers, offsets: Integers, elements: npt.NDArray[Any]
-) -> pl.Series:
+def _lists(name: str, rows: Integers, offsets: Integers, elements: npt.NDArray[Any]) -> pl.Series:
     lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(elements))
     if len(rows) != len(lists) or not np.array_equal(rows, np.arange(len(rows))):
         lists = lists.take(pa.array(rows))

@@ -13,9 +13,7 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xFF51AFD7ED558CCD
 _MIX_2 = 0xC4CEB9FE1A85EC53
-_KEEP = np.array(
-    [(1 << (8 * size)) - 1 for size in range(8)] + [_MASK], dtype=np.uint64
-)
+_KEEP = np.array([(1 << (8 * size)) - 1 for size in range(8)] + [_MASK], dtype=np.uint64)
 
 
 def hash_text(text: str) -> int:
@@ -27,9 +25,7 @@ def hash_text(text: str) -> int:
     data = text.encode("utf-8")
     state = (len(data) * _GOLDEN) & _MASK
     for start in range(0, len(data), 8):
-        state = (
-            (state ^ int.from_bytes(data[start : start + 8], "little")) * _MIX_1
-        ) & _MASK
+        state = ((state ^ int.from_bytes(data[start : start + 8], "little")) * _MIX_1) & _MASK
         state ^= state >> 32
     state ^= state >> 33
     state = (state * _MIX_2) & _MASK
@@ -40,22 +36,14 @@ def hash_series(values: pl.Series) -> Hashes:
     """Hash of each text of a String column; what stands at nulls has no meaning."""
     array = values.rechunk().to_arrow()
     buffers = array.buffers()
-    offsets = np.frombuffer(buffers[1], dtype=np.int64)[
-        array.offset : array.offset + len(array) + 1
-    ]
+    offsets = np.frombuffer(buffers[1], dtype=np.int64)[array.offset : array.offset + len(array) + 1]
     if len(array) == 0:
         return np.zeros(0, dtype=np.uint64)
     begin, end = int(offsets[0]), int(offsets[-1])
-    text = (
-        np.frombuffer(buffers[2], dtype=np.uint8)[begin:end]
-        if buffers[2] is not None
-        else np.zeros(0, np.uint8)
-    )
+    text = np.frombuffer(buffers[2], dtype=np.uint8)[begin:end] if buffers[2] is not None else np.zeros(0, np.uint8)
     data = np.concatenate([text, np.zeros(8, dtype=np.uint8)])
     # One unaligned little-endian word at every byte.
-    words = np.ndarray(
-        shape=(len(data) - 7,), dtype="<u8", buffer=data.data, strides=(1,)
-    )
+    words = np.ndarray(shape=(len(data) - 7,), dtype="<u8", buffer=data.data, strides=(1,))
     starts = offsets[:-1] - begin
     lengths = np.diff(offsets)
     with np.errstate(over="ignore"):
@@ -75,3 +63,12 @@ def hash_series(values: pl.Series) -> Hashes:
         state ^= state >> np.uint64(33)
         state *= np.uint64(_MIX_2)
         return state ^ (state >> np.uint64(29))
+
+
+def splitmix(numbers: Hashes) -> Hashes:
+    """SplitMix64: a random-looking 64-bit number for each integer."""
+    with np.errstate(over="ignore"):
+        state = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return state ^ (state >> np.uint64(31))

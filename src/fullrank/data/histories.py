@@ -47,35 +47,21 @@ def point_in_time(
     if max_length < 1:
         raise ValueError(f"max_length is {max_length}, expected at least 1")
     if delay_seconds < 0:
-        raise ValueError(
-            f"delay_seconds is {delay_seconds}, expected at least 0: a history holds no future"
-        )
+        raise ValueError(f"delay_seconds is {delay_seconds}, expected at least 0: a history holds no future")
     for name, frame in (("rows", rows), ("events", events)):
         if frame[timestamp].null_count():
-            raise ValueError(
-                f'{name}: column "{timestamp}" has {frame[timestamp].null_count()} nulls, expected none'
-            )
-    known = events.filter(pl.col(user).is_not_null()).sort(
-        user, timestamp, maintain_order=True
-    )
-    codes = known.select(pl.col(user).unique(maintain_order=True)).with_row_index(
-        "code"
-    )
-    row_codes = rows.select(user).join(
-        codes, on=user, how="left", maintain_order="left"
-    )["code"]
+            raise ValueError(f'{name}: column "{timestamp}" has {frame[timestamp].null_count()} nulls, expected none')
+    known = events.filter(pl.col(user).is_not_null()).sort(user, timestamp, maintain_order=True)
+    codes = known.select(pl.col(user).unique(maintain_order=True)).with_row_index("code")
+    row_codes = rows.select(user).join(codes, on=user, how="left", maintain_order="left")["code"]
     row_users = row_codes.cast(pl.Int64).fill_null(-1).to_numpy()
     event_users = known.select(pl.col(user).rle_id())[user].cast(pl.Int64).to_numpy()
     event_times = known[timestamp].cast(pl.Int64).to_numpy() + delay_seconds
     row_times = rows[timestamp].cast(pl.Int64).to_numpy()
     # Users and times as one sorted integer key: times become ranks, so that the product cannot overflow.
     moments = np.unique(event_times)
-    event_keys = event_users * (len(moments) + 1) + np.searchsorted(
-        moments, event_times
-    )
-    row_keys = row_users * (len(moments) + 1) + np.searchsorted(
-        moments, row_times, side="left"
-    )
+    event_keys = event_users * (len(moments) + 1) + np.searchsorted(moments, event_times)
+    row_keys = row_users * (len(moments) + 1) + np.searchsorted(moments, row_times, side="left")
     ends = np.searchsorted(event_keys, row_keys, side="left")
     firsts = np.searchsorted(event_users, row_users, side="left")
     ends = np.where(row_users < 0, firsts, ends)
@@ -93,10 +79,5 @@ def point_in_time(
     return rows.with_columns(columns)
 
 
-def _lists(
-    name: str, offsets: np.ndarray[tuple[int], np.dtype[np.int64]], elements: pl.Series
-) -> pl.Series:
-    return as_series(
-        pa.LargeListArray.from_arrays(pa.array(offsets), elements.rechunk().to_arrow()),
-        name,
-    )
+def _lists(name: str, offsets: np.ndarray[tuple[int], np.dtype[np.int64]], elements: pl.Series) -> pl.Series:
+    return as_series(pa.LargeListArray.from_arrays(pa.array(offsets), elements.rechunk().to_arrow()), name)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +17,8 @@ from fullrank.data.checks import Chunk, check
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import stable_hash
 from fullrank.data.formats import open_format
-from fullrank.data.formats.base import LINE_COLUMN, RawChunk
+from fullrank.data.formats.base import RawChunk
+from fullrank.data.formats.delimited import Csv, ParquetLog
 from fullrank.data.splits import PARTS, TRAIN, Parts, SplitSpec, by_hash
 from fullrank.schema import Schema
 
@@ -62,46 +62,46 @@ def import_dataset(
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     schema = schema or source.default_schema(path)
+    if not schema.labels:
+        raise ValueError(
+            f"{path}: no label found (a column of 0 and 1 called label, click or the like); "
+            "write a schema with `fullrank data inspect FILE --out schema.json`, name the label in it, and pass it"
+        )
     split = split or SplitSpec()
     kind = split.kind or ("time" if schema.keys.timestamp is not None else "random")
     files = source.parts(path)
     if files is None:
         _check_split(split, kind, schema)
-        if split.column is not None and hasattr(source, "extra_columns"):
+        if split.column is not None and isinstance(source, (Csv, ParquetLog)):
             source.extra_columns = (split.column,)
+    elif split.kind is not None:
+        raise ValueError(f"{path} comes already split into {', '.join(files)}: leave out the split")
     with atomic.new_directory(out, overwrite=overwrite) as partial:
         builder = DatasetBuilder(partial, schema)
         for part, file in (files or {"": path}).items():
-            for raw, chunk, bad in _prefetched(
-                _checked(source.chunks(file, schema), schema)
-            ):
+            checked = _checked(source.chunks(file, schema), schema, None if files is not None else split.column)
+            for raw, chunk, bad in _prefetched(checked):
                 builder.rejected.add(raw.rejected)
                 builder.rejected.add(bad)
                 if files is not None:
-                    parts: Parts | None = np.full(
-                        chunk.rows, PARTS.index(part), dtype=np.int8
-                    )
+                    parts: Parts | None = np.full(chunk.rows, PARTS.index(part), dtype=np.int8)
                 else:
-                    parts = _split_rows(chunk, raw, split, kind, builder)
+                    parts = _split_rows(chunk, split, kind)
                 builder.add(chunk, parts)
                 if progress is not None:
                     progress(builder.rows, builder.rejected.count)
         builder.reject_duplicates()
         _check_rejected(path, out, builder, max_bad)
-        about = {
-            "source": str(path.name),
-            "format": format,
-            "split": "given" if files is not None else kind,
-        }
+        about = {"source": str(path.name), "format": format, "split": "given" if files is not None else kind}
         builder.write(valid=split.valid, test=split.test, about=about)
     return Dataset.open(out)
 
 
 def _checked(
-    chunks: Iterator[RawChunk], schema: Schema
+    chunks: Iterator[RawChunk], schema: Schema, split_column: str | None
 ) -> Iterator[tuple[RawChunk, Chunk, pl.DataFrame]]:
     for raw in chunks:
-        yield raw, *check(schema, raw)
+        yield raw, *check(schema, raw, split_column=split_column)
 
 
 def _check_split(split: SplitSpec, kind: str, schema: Schema) -> None:
@@ -111,69 +111,30 @@ def _check_split(split: SplitSpec, kind: str, schema: Schema) -> None:
         raise ValueError('split "user" needs a user_id among the keys of the schema')
 
 
-def _split_rows(
-    chunk: Chunk, raw: RawChunk, split: SplitSpec, kind: str, builder: DatasetBuilder
-) -> Parts | None:
+def _split_rows(chunk: Chunk, split: SplitSpec, kind: str) -> Parts | None:
     if kind == "time":
         return None
     if kind == "none":
         return np.full(chunk.rows, TRAIN, dtype=np.int8)
     if kind == "user":
-        return by_hash(
-            stable_hash(chunk.keys["user_id"]).fill_null(0).to_numpy(), split
-        )
+        return by_hash(stable_hash(chunk.keys["user_id"]).fill_null(0).to_numpy(), split)
     if kind == "random":
         # The place in the source decides, so that a row keeps its part when others are rejected.
         return by_hash(chunk.line(np.arange(chunk.rows)).astype(np.uint64), split)
-    raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class _End:
-    error: BaseException | None = None
+    assert chunk.parts is not None
+    return chunk.parts
 
 
 def _prefetched(items: Iterator[Item], ahead: int = 2) -> Iterator[Item]:
     """The same items, made by a thread of its own a few ahead: parsing overlaps with the rest."""
-    ready: queue.Queue[Item | _End] = queue.Queue(maxsize=ahead)
-    stop = threading.Event()
-
-    def put(item: Item | _End) -> None:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(item)
-                if stop.is_set():
-                    return
-            put(_End())
-        except BaseException as error:  # handed to the consumer, which raises it
-            put(_End(error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = ready.get()
-            if isinstance(item, _End):
-                if item.error is not None:
-                    raise item.error
-                return
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = deque(pool.submit(next, items, None) for _ in range(ahead))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(pool.submit(next, items, None))
             yield item
-    finally:
-        stop.set()
-        thread.join()
 
 
-def _check_rejected(
-    path: Path, out: Path, builder: DatasetBuilder, max_bad: float
-) -> None:
+def _check_rejected(path: Path, out: Path, builder: DatasetBuilder, max_bad: float) -> None:
     rejected = builder.rejected
     total = builder.rows + rejected.count
     if not total:
@@ -185,18 +146,10 @@ def _check_rejected(
     report = out.with_name(f"{out.name}.rejected.tsv")
     atomic.replace(rejected.path, report)
     first = "; ".join(
-        f"line {line}: "
-        + (
-            f'column "{column}" is "{value}": {reason}'
-            if column
-            else f"{reason}: {value}"
-        )
+        f"line {line}: " + (f'column "{column}" is "{value}": {reason}' if column else f"{reason}: {value}")
         for line, column, reason, value in rejected.first
     )
     raise ValueError(
         f"{path}: {rejected.count:,} of {total:,} rows are bad ({rejected.count / total:.2%}, {max_bad:.2%} allowed by "
         f"--max-bad): {first}; all are listed in {report}"
     )
-
-
-__all__ = ["LINE_COLUMN", "import_dataset"]

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fullrank.data.hashing import splitmix
+
 PARTS = ("train", "valid", "test")
 TRAIN, VALID, TEST = range(3)
 Parts = npt.NDArray[np.int8]
@@ -53,9 +55,7 @@ class SplitSpec(BaseModel):
                 f"valid + test is {self.valid + self.test}, expected less than 1: nothing is left to train on"
             )
         if (self.kind == "given") != (self.column is not None):
-            raise ValueError(
-                'split "given" needs the name of its column, and only "given" has one'
-            )
+            raise ValueError('split "given" needs the name of its column, and only "given" has one')
         return self
 
 
@@ -68,24 +68,16 @@ class TimestampCounts:
         self._pending_rows = 0
 
     def add(self, timestamps: pl.Series) -> None:
-        frame = (
-            timestamps.alias("timestamp").to_frame().group_by("timestamp").len("rows")
-        )
+        frame = timestamps.alias("timestamp").to_frame().group_by("timestamp").len("rows")
         self._pending.append(frame.cast({"rows": pl.Int64}))
         self._pending_rows += frame.height
-        if self._pending_rows > max(
-            1 << 20, 0 if self._merged is None else self._merged.height
-        ):
+        if self._pending_rows > max(1 << 20, 0 if self._merged is None else self._merged.height):
             self._merge()
 
     def _merge(self) -> None:
-        frames = (
-            self._pending if self._merged is None else [self._merged, *self._pending]
-        )
+        frames = self._pending if self._merged is None else [self._merged, *self._pending]
         if frames:
-            self._merged = (
-                pl.concat(frames).group_by("timestamp").agg(pl.col("rows").sum())
-            )
+            self._merged = pl.concat(frames).group_by("timestamp").agg(pl.col("rows").sum())
         self._pending, self._pending_rows = [], 0
 
     def cuts(self, valid: float, test: float) -> tuple[int, int]:
@@ -107,19 +99,13 @@ class TimestampCounts:
         return min(cut(valid + test), test_from), test_from
 
 
-def by_time(
-    timestamps: npt.NDArray[np.int64], valid_from: int, test_from: int
-) -> Parts:
+def by_time(timestamps: npt.NDArray[np.int64], valid_from: int, test_from: int) -> Parts:
     """Part of each row: equal timestamps stay together, and training ends before validation begins."""
-    return (timestamps >= valid_from).astype(np.int8) + (
-        timestamps >= test_from
-    ).astype(np.int8)
+    return (timestamps >= valid_from).astype(np.int8) + (timestamps >= test_from).astype(np.int8)
 
 
 def by_hash(hashes: npt.NDArray[np.uint64], spec: SplitSpec) -> Parts:
     """Part of each row by a hash of its number or its user: no state, so it streams and can be repeated."""
-    from fullrank.data.encoders import splitmix
-
     seed = splitmix(np.array([spec.seed], dtype=np.uint64))[0]
     uniform = (splitmix(hashes ^ seed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     parts = np.full(len(hashes), TRAIN, dtype=np.int8)
@@ -130,9 +116,4 @@ def by_hash(hashes: npt.NDArray[np.uint64], spec: SplitSpec) -> Parts:
 
 def by_name(names: pl.Series) -> npt.NDArray[np.int8]:
     """Part of each row from its name; -1 where there is none of that name."""
-    return (
-        names.cast(pl.String)
-        .str.to_lowercase()
-        .replace_strict(_GIVEN, default=-1, return_dtype=pl.Int8)
-        .to_numpy()
-    )
+    return names.cast(pl.String).str.to_lowercase().replace_strict(_GIVEN, default=-1, return_dtype=pl.Int8).to_numpy()

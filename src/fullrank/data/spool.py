@@ -77,17 +77,11 @@ def _arrays(chunk: Chunk) -> dict[str, pa.Array]:
         arrays[f"events/lists/{name}"] = events.lists
         arrays[f"events/offsets/{name}"] = events.offsets
         arrays[f"events/numbers/{name}"] = events.numbers
-    for kind, columns in (
-        ("labels", chunk.labels),
-        ("keys", chunk.keys),
-        ("extra", chunk.extra),
-    ):
+    for kind, columns in (("labels", chunk.labels), ("keys", chunk.keys), ("extra", chunk.extra)):
         for name, values in columns.items():
             arrays[f"{kind}//{name}"] = values
     return {
-        name: values.rechunk().to_arrow()
-        if isinstance(values, pl.Series)
-        else pa.array(values)
+        name: values.rechunk().to_arrow() if isinstance(values, pl.Series) else pa.array(values)
         for name, values in arrays.items()
     }
 
@@ -100,18 +94,14 @@ def _read(path: Path) -> Chunk:
             table = pa.ipc.open_stream(file).read_all()
             kind, piece, name = table.column_names[0].split("/", 2)
             column = table.column(0)
-            array = (
-                column.chunk(0) if column.num_chunks else pa.array([], type=column.type)
-            )
+            array = column.chunk(0) if column.num_chunks else pa.array([], type=column.type)
             found.setdefault(kind, {}).setdefault(name, {})[piece] = array
 
     def numpy(kind: str, name: str, piece: str = "") -> Any:
         return found[kind][name][piece].to_numpy(zero_copy_only=False)
 
     def coded(kind: str, name: str) -> Coded:
-        return Coded(
-            numpy(kind, name, "codes"), as_series(found[kind][name]["values"], name)
-        )
+        return Coded(numpy(kind, name, "codes"), as_series(found[kind][name]["values"], name))
 
     rows, first_line = (int(number) for number in numpy("rows", ""))
     return Chunk(
@@ -121,26 +111,14 @@ def _read(path: Path) -> Chunk:
         numbers={name: numpy("numbers", name) for name in found.get("numbers", {})},
         ids={name: coded("ids", name) for name in found.get("ids", {})},
         bags={
-            name: Jagged(
-                numpy("bags", name, "lists"),
-                numpy("bags", name, "offsets"),
-                coded("bags", name),
-            )
+            name: Jagged(numpy("bags", name, "lists"), numpy("bags", name, "offsets"), coded("bags", name))
             for name in found.get("bags", {})
         },
         event_numbers={
-            name: JaggedNumbers(
-                *(
-                    numpy("events", name, piece)
-                    for piece in ("lists", "offsets", "numbers")
-                )
-            )
+            name: JaggedNumbers(*(numpy("events", name, piece) for piece in ("lists", "offsets", "numbers")))
             for name in found.get("events", {})
         },
         labels={name: numpy("labels", name) for name in found.get("labels", {})},
-        keys={
-            name: as_series(pieces[""], name)
-            for name, pieces in found.get("keys", {}).items()
-        },
+        keys={name: as_series(pieces[""], name) for name, pieces in found.get("keys", {}).items()},
         extra={name: numpy("extra", name) for name in found.get("extra", {})},
     )

@@ -24,17 +24,13 @@ _CLASSES = {
 def _opener(place: str) -> Callable[[], Format]:
     def open_format() -> Format:
         module, name = place.split(":")
-        format_: Format = getattr(
-            importlib.import_module(f"fullrank.data.formats.{module}"), name
-        )()
+        format_: Format = getattr(importlib.import_module(f"fullrank.data.formats.{module}"), name)()
         return format_
 
     return open_format
 
 
-FORMATS: dict[str, Callable[[], Format]] = {
-    name: _opener(place) for name, place in _CLASSES.items()
-}
+FORMATS: dict[str, Callable[[], Format]] = {name: _opener(place) for name, place in _CLASSES.items()}
 
 
 def open_format(name: str) -> Format:
@@ -44,7 +40,5 @@ def open_format(name: str) -> Format:
         ValueError: if there is none; the message lists the names.
     """
     if name not in FORMATS:
-        raise ValueError(
-            f'unknown format "{name}"; expected one of {", ".join(FORMATS)}'
-        )
+        raise ValueError(f'unknown format "{name}"; expected one of {", ".join(FORMATS)}')
     return FORMATS[name]()

@@ -14,12 +14,7 @@ from fullrank.schema import Schema
 
 LINE_COLUMN = "__line"
 
-REJECTED_SCHEMA = {
-    "line": pl.Int64,
-    "column": pl.String,
-    "reason": pl.String,
-    "value": pl.String,
-}
+REJECTED_SCHEMA = {"line": pl.Int64, "column": pl.String, "reason": pl.String, "value": pl.String}
 
 
 def no_rejected() -> pl.DataFrame:

@@ -39,9 +39,7 @@ def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
             try:
                 data = file.read(block_bytes)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise ValueError(
-                    f"{path}: the gzip stream is damaged or cut short: {error}"
-                ) from None
+                raise ValueError(f"{path}: the gzip stream is damaged or cut short: {error}") from None
             if not data:
                 break
             empty = False
@@ -58,9 +56,7 @@ def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
 
 def _open(path: Path) -> IO[bytes]:
     if not path.is_file():
-        raise ValueError(
-            f"{path} is not a file" if path.exists() else f"{path} does not exist"
-        )
+        raise ValueError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
@@ -87,9 +83,7 @@ def first_line(path: Path) -> str:
         try:
             line = file.readline(1 << 20)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(
-                f"{path}: the gzip stream is damaged or cut short: {error}"
-            ) from None
+            raise ValueError(f"{path}: the gzip stream is damaged or cut short: {error}") from None
     if not line:
         raise ValueError(f"{path} is empty")
     try:
@@ -111,9 +105,7 @@ def read_header(path: Path) -> tuple[list[str], str]:
         if names.count(name) > 1:
             raise ValueError(f'{path} line 1: the column "{name}" appears twice')
         if not name:
-            raise ValueError(
-                f"{path} line 1: column {names.index(name) + 1} has no name"
-            )
+            raise ValueError(f"{path} line 1: column {names.index(name) + 1} has no name")
     return names, separator
 
 
@@ -158,12 +150,7 @@ def delimited_chunks(
 
 
 def _parse_block(
-    data: bytes,
-    line: int,
-    names: Sequence[str],
-    wanted: Sequence[str],
-    separator: str,
-    plain: frozenset[str],
+    data: bytes, line: int, names: Sequence[str], wanted: Sequence[str], separator: str, plain: frozenset[str]
 ) -> RawChunk:
     skipped: list[Any] = []
     try:
@@ -178,12 +165,7 @@ def _parse_block(
 
 
 def _parse(
-    data: bytes,
-    names: Sequence[str],
-    wanted: Sequence[str],
-    separator: str,
-    plain: frozenset[str],
-    skipped: list[Any],
+    data: bytes, names: Sequence[str], wanted: Sequence[str], separator: str, plain: frozenset[str], skipped: list[Any]
 ) -> pa.Table:
     def skip(row: Any) -> str:
         skipped.append(row)
@@ -193,20 +175,13 @@ def _parse(
     return pyarrow.csv.read_csv(
         pa.BufferReader(data),
         read_options=pyarrow.csv.ReadOptions(
-            column_names=list(names),
-            use_threads=False,
-            block_size=max(len(data), 1) + 1,
+            column_names=list(names), use_threads=False, block_size=max(len(data), 1) + 1
         ),
         parse_options=pyarrow.csv.ParseOptions(
-            delimiter=separator,
-            newlines_in_values=b'"' in data,
-            invalid_row_handler=skip,
-            ignore_empty_lines=False,
+            delimiter=separator, newlines_in_values=b'"' in data, invalid_row_handler=skip, ignore_empty_lines=False
         ),
         convert_options=pyarrow.csv.ConvertOptions(
-            column_types={
-                name: pa.string() if name in plain else coded for name in wanted
-            },
+            column_types={name: pa.string() if name in plain else coded for name in wanted},
             include_columns=list(wanted),
             strings_can_be_null=False,
         ),
@@ -219,9 +194,7 @@ def _frame(table: pa.Table) -> tuple[pl.DataFrame, dict[str, pl.Series]]:
     for name, column in zip(table.column_names, table.columns, strict=True):
         array = column.combine_chunks()
         if isinstance(array, pa.ChunkedArray):
-            array = (
-                array.chunk(0) if array.num_chunks else pa.array([], type=column.type)
-            )
+            array = array.chunk(0) if array.num_chunks else pa.array([], type=column.type)
         if pa.types.is_dictionary(array.type):
             dictionaries[name] = as_series(array.dictionary, name)
             columns.append(as_series(array.indices, name))
@@ -230,9 +203,7 @@ def _frame(table: pa.Table) -> tuple[pl.DataFrame, dict[str, pl.Series]]:
     return pl.DataFrame(columns), dictionaries
 
 
-def _parse_exactly(
-    data: bytes, line: int, names: Sequence[str], wanted: Sequence[str], separator: str
-) -> RawChunk:
+def _parse_exactly(data: bytes, line: int, names: Sequence[str], wanted: Sequence[str], separator: str) -> RawChunk:
     """`_parse_block` for a block with something odd in it: one record at a time, each with its line number."""
     rejected: list[tuple[int, str, str, str]] = []
     texts: list[str] = []
@@ -241,19 +212,10 @@ def _parse_exactly(
             texts.append(piece.decode("utf-8"))
         except UnicodeDecodeError:
             column = _undecodable_column(piece, names, separator)
-            rejected.append(
-                (
-                    line + place,
-                    column,
-                    "not UTF-8",
-                    piece[:_SHOWN].decode("utf-8", "backslashreplace"),
-                )
-            )
+            rejected.append((line + place, column, "not UTF-8", piece[:_SHOWN].decode("utf-8", "backslashreplace")))
             texts.append("")
     bad_lines = {entry[0] for entry in rejected}
-    reader = csv.reader(
-        (text + "\n" for text in texts), delimiter=separator, strict=False
-    )
+    reader = csv.reader((text + "\n" for text in texts), delimiter=separator, strict=False)
     indices = [names.index(name) for name in wanted]
     rows: list[list[str]] = []
     lines: list[int] = []
@@ -270,11 +232,7 @@ def _parse_exactly(
         number = line + start - 1
         start = reader.line_num + 1
         # Blank lines carry nothing; where they stand is kept by counting lines.
-        if (
-            number in bad_lines
-            or not record
-            or (len(record) == 1 and not record[0].strip() and len(names) > 1)
-        ):
+        if number in bad_lines or not record or (len(record) == 1 and not record[0].strip() and len(names) > 1):
             continue
         if len(record) != len(names):
             reason = f"{len(record)} fields, expected {len(names)}"
@@ -282,9 +240,7 @@ def _parse_exactly(
             continue
         rows.append([record[index] for index in indices])
         lines.append(number)
-    frame = pl.DataFrame(
-        rows, schema={name: pl.String for name in wanted}, orient="row"
-    )
+    frame = pl.DataFrame(rows, schema={name: pl.String for name in wanted}, orient="row")
     frame = frame.with_columns(pl.Series(LINE_COLUMN, lines, dtype=pl.Int64))
     return RawChunk(frame, rejected_table(rejected))
 
@@ -330,21 +286,14 @@ def mostly_distinct(schema: Schema) -> frozenset[str]:
         names.add(sequence.name)
         names.update(sequence.column(part) for part in sequence.fields)
     keys = schema.keys
-    names.update(
-        name for name in (keys.request_id, keys.weight, keys.bid) if name is not None
-    )
-    return frozenset(
-        names - set(schema.embedded())
-        | ({keys.request_id} if keys.request_id else set())
-    )
+    names.update(name for name in (keys.request_id, keys.weight, keys.bid) if name is not None)
+    return frozenset(names - set(schema.embedded()) | ({keys.request_id} if keys.request_id else set()))
 
 
 def _check_known(path: Path, stored: Sequence[str], available: Sequence[str]) -> None:
     for name in stored:
         if name not in available:
-            raise ValueError(
-                f'{path}: the schema\'s column "{name}" is missing; the file has {", ".join(available)}'
-            )
+            raise ValueError(f'{path}: the schema\'s column "{name}" is missing; the file has {", ".join(available)}')
 
 
 class Csv:
@@ -366,13 +315,7 @@ class Csv:
         """The first rows, as text."""
         names, separator = read_header(path)
         for raw in delimited_chunks(
-            path,
-            names,
-            names,
-            separator=separator,
-            header=True,
-            plain=frozenset(names),
-            block_bytes=4 << 20,
+            path, names, names, separator=separator, header=True, plain=frozenset(names), block_bytes=4 << 20
         ):
             return raw.frame.drop(LINE_COLUMN, strict=False)
         raise ValueError(f"{path} has a header and no rows")
@@ -382,14 +325,7 @@ class Csv:
         columns = raw_columns(schema, names)
         wanted = list(dict.fromkeys([*columns.values(), *self.extra_columns]))
         _check_known(path, wanted, names)
-        return delimited_chunks(
-            path,
-            names,
-            wanted,
-            separator=separator,
-            header=True,
-            plain=mostly_distinct(schema),
-        )
+        return delimited_chunks(path, names, wanted, separator=separator, header=True, plain=mostly_distinct(schema))
 
     def parts(self, path: Path) -> dict[str, Path] | None:
         return split_files(path, self.suffixes)
@@ -420,16 +356,12 @@ class ParquetLog:
     def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
         file = _open_parquet(path)
         names = file.schema_arrow.names
-        wanted = list(
-            dict.fromkeys([*raw_columns(schema, names).values(), *self.extra_columns])
-        )
+        wanted = list(dict.fromkeys([*raw_columns(schema, names).values(), *self.extra_columns]))
         _check_known(path, wanted, names)
         wanted += [name for name in names if name.startswith("__true_")]
         return self._batches(file, wanted)
 
-    def _batches(
-        self, file: pyarrow.parquet.ParquetFile, wanted: list[str]
-    ) -> Iterator[RawChunk]:
+    def _batches(self, file: pyarrow.parquet.ParquetFile, wanted: list[str]) -> Iterator[RawChunk]:
         row = 1
         for batch in file.iter_batches(batch_size=131_072, columns=wanted):
             frame = pl.from_arrow(batch)
@@ -443,22 +375,11 @@ class ParquetLog:
 
 def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
     if not path.is_file():
-        raise ValueError(
-            f"{path} is not a file" if path.exists() else f"{path} does not exist"
-        )
+        raise ValueError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(
-            f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}"
-        ) from None
+        raise ValueError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
-__all__ = [
-    "Csv",
-    "ParquetLog",
-    "delimited_chunks",
-    "read_blocks",
-    "rejected_table",
-    "split_files",
-]
+__all__ = ["Csv", "ParquetLog", "delimited_chunks", "read_blocks", "rejected_table", "split_files"]

@@ -1,0 +1,60 @@
+"""Criteo display advertising: a label, 13 counts, 26 hashed categories.
+
+The original files are tab-separated without a header; the benchmark splits that circulate as CSV have one
+(`label,I1,...,I13,C1,...,C26`). Both are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fullrank.data.formats.base import RawChunk
+from fullrank.data.formats.delimited import delimited_chunks, first_line, read_header, split_files
+from fullrank.schema import Categorical, Feature, Label, Schema
+
+COUNTS = tuple(f"I{place}" for place in range(1, 14))
+CATEGORIES = tuple(f"C{place}" for place in range(1, 27))
+COLUMNS = ("label", *COUNTS, *CATEGORIES)
+# As in the public benchmark's first Criteo setting: rarer categories share the out-of-vocabulary row.
+MIN_COUNT = 10
+
+
+class Criteo:
+    """See the module."""
+
+    name = "criteo"
+
+    def default_schema(self, path: Path) -> Schema:
+        files = self.parts(path) or {"train": path}
+        self._layout(files["train"])
+        counts: list[Feature] = [Categorical(name=name, encoding="log2_bucket") for name in COUNTS]
+        categories = [Categorical(name=name, min_count=MIN_COUNT) for name in CATEGORIES]
+        return Schema(features=(*counts, *categories), labels=(Label(name="label"),))
+
+    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
+        names, separator, header = self._layout(path)
+        wanted = [*(feature.name for feature in schema.features), *(label.name for label in schema.labels)]
+        for name in wanted:
+            if name not in names:
+                raise ValueError(f"{path}: the schema's column \"{name}\" is not one of Criteo's: {', '.join(COLUMNS)}")
+        return delimited_chunks(path, names, wanted, separator=separator, header=header)
+
+    def parts(self, path: Path) -> dict[str, Path] | None:
+        return split_files(path, (".txt", ".txt.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz"))
+
+    def _layout(self, path: Path) -> tuple[list[str], str, bool]:
+        line = first_line(path)
+        if line.lower().startswith("label"):
+            names, separator = read_header(path)
+            names[0] = "label"
+            if sorted(names) != sorted(COLUMNS):
+                raise ValueError(f"{path} line 1: expected the columns label, I1 to I13, C1 to C26")
+            return names, separator, True
+        fields = line.count("\t") + 1
+        if fields != len(COLUMNS):
+            raise ValueError(
+                f"{path} line 1: {fields} tab-separated fields, expected {len(COLUMNS)} (the label, 13 counts, 26 "
+                "categories): this is not Criteo's format"
+            )
+        return list(COLUMNS), "\t", False

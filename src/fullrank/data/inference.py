@@ -1,0 +1,241 @@
+"""A first guess at what the columns of a log mean, to be edited by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+
+from fullrank.data.checks import as_numbers, as_text
+from fullrank.schema import (
+    Categorical,
+    EventId,
+    EventNumber,
+    Feature,
+    Keys,
+    Label,
+    MultiCategorical,
+    Numeric,
+    Role,
+    Schema,
+    Sequence,
+)
+
+LABEL_NAMES = ("label", "click", "clicked", "is_click", "isclick", "clk", "y", "target", "conversion", "purchase")
+KEY_NAMES = {
+    "request_id": ("request_id", "impression_id", "request", "bid_id", "bidid"),
+    "user_id": ("user_id", "userid", "user", "uid", "visitor_id"),
+    "item_id": ("item_id", "itemid", "item", "iid", "ad_id", "adid", "adgroup_id", "creative_id", "movie_id"),
+    "timestamp": ("timestamp", "time", "ts", "datetime", "event_time", "time_stamp", "unix_timestamp"),
+    "weight": ("weight", "sample_weight"),
+    "bid": ("bid", "bid_price"),
+}
+_ITEM_KEYS_TOO = ("article_id", "video_id", "product_id", "news_id", "asin")
+_SEPARATORS = ("^", "|", ";")
+_HISTORY_WORDS = ("history", "hist", "sequence", "seq")
+# An integer column with more distinct values than this, not named like an id, is taken for a quantity.
+_MOST_CODES = 1000
+# Enough rows per user (or item) to believe that a column follows from it.
+_ROWS_PER_KEY = 3
+
+
+@dataclass(frozen=True)
+class ColumnProfile:
+    """What a sample shows of a column.
+
+    Attributes:
+        use: what the inferred schema does with it.
+        dtype: as stored; `text` columns are shown with what the text holds.
+        distinct: number of different non-missing values in the sample.
+        missing: share of missing values in the sample.
+        example: the most frequent value.
+    """
+
+    name: str
+    use: str
+    dtype: str
+    distinct: int
+    missing: float
+    example: str
+
+
+def infer_schema(sample: pl.DataFrame) -> Schema:
+    """An unfitted schema guessed from the names and values of a sample of rows."""
+    return profile(sample)[0]
+
+
+def profile(sample: pl.DataFrame) -> tuple[Schema, list[ColumnProfile]]:
+    """The guessed schema, and what was seen of each column."""
+    facts = {name: _facts(sample[name]) for name in sample.columns}
+    keys = _keys(facts)
+    labels = _labels(facts)
+    features: list[Feature] = []
+    uses: dict[str, str] = {}
+    for key, column in keys.items():
+        uses[column] = f"key {key}"
+    for label in labels:
+        uses[label] = "label"
+    only_keys = {keys.get(key) for key in ("request_id", "timestamp", "weight", "bid")}
+    sequences: dict[str, list[str]] = {}
+    for name in sample.columns:
+        if name in labels or name in only_keys:
+            continue
+        fact = facts[name]
+        role = _role(sample, name, keys, fact)
+        if fact.is_list and "." in name:
+            sequences.setdefault(name.split(".", 1)[0], []).append(name)
+            continue
+        if fact.is_list and any(word in name.lower() for word in _HISTORY_WORDS):
+            shared = keys.get("item_id")
+            table = shared if shared is not None and _overlap(sample, name, shared, fact.separator) > 0.5 else None
+            field = EventId(name=shared or "id", table=table) if table else EventId(name="id")
+            features.append(Sequence(name=name, fields=(field,), separator=fact.separator or "^"))
+            uses.setdefault(name, "sequence")
+        elif fact.is_list:
+            features.append(MultiCategorical(name=name, role=role, separator=fact.separator or "|"))
+            uses.setdefault(name, "bag of ids")
+        elif fact.all_distinct and name not in keys.values() and not fact.is_quantity:
+            uses[name] = "left out: every value is different"
+        elif fact.is_quantity and name not in keys.values():
+            transform = "log1p" if fact.is_integer and fact.lowest >= 0 else "standard"
+            features.append(
+                Numeric(name=name, role=role, transform=transform, missing_indicator=fact.missing > 0)  # type: ignore[arg-type]
+            )
+            uses[name] = f"number, {transform}"
+        else:
+            features.append(Categorical(name=name, role=role))
+            uses[name] = f"{uses[name]}, categorical" if name in uses else "categorical"
+    for sequence, columns in sequences.items():
+        fields = tuple(_event_field(column.split(".", 1)[1], facts[column], keys.get("item_id")) for column in columns)
+        features.append(Sequence(name=sequence, fields=fields))
+        uses.update(dict.fromkeys(columns, "sequence"))
+    schema = Schema(features=tuple(features), labels=tuple(Label(name=name) for name in labels), keys=Keys(**keys))
+    profiles = [
+        ColumnProfile(name, uses[name], facts[name].dtype, facts[name].distinct, facts[name].missing, facts[name].top)
+        for name in sample.columns
+    ]
+    return schema, profiles
+
+
+@dataclass(frozen=True)
+class _Facts:
+    dtype: str
+    distinct: int
+    missing: float
+    top: str
+    is_list: bool
+    separator: str | None
+    is_number: bool
+    is_integer: bool
+    is_quantity: bool
+    all_distinct: bool
+    lowest: float
+    is_binary: bool
+    numbers_in_list: bool = False
+
+
+def _facts(column: pl.Series) -> _Facts:
+    rows = max(len(column), 1)
+    if isinstance(column.dtype, (pl.List, pl.Array)):
+        elements = column.explode().drop_nulls()
+        top = str(column.drop_nulls().head(1).to_list()[0])[:60] if column.null_count() < len(column) else ""
+        return _Facts(
+            dtype=str(column.dtype), distinct=elements.n_unique(), missing=column.null_count() / rows, top=top,
+            is_list=True, separator=None, is_number=False, is_integer=False, is_quantity=False, all_distinct=False,
+            lowest=0.0, is_binary=False, numbers_in_list=elements.dtype.is_float(),
+        )  # fmt: skip
+    text = as_text(column.cast(pl.String) if column.dtype.is_temporal() else column)
+    present = text.drop_nulls()
+    counts = present.value_counts(sort=True).head(1)
+    distinct = present.n_unique()
+    numbers, wrong, infinite = as_numbers(present)
+    is_number = len(present) > 0 and not wrong.any() and not infinite.any() and not column.dtype.is_temporal()
+    is_integer = bool(is_number and (numbers == numbers.round()).all())
+    lowest = float(numbers.min()) if is_number else 0.0
+    named_id = column.name.lower().endswith(("id", "code", "_no")) or column.dtype == pl.Boolean
+    separator = None if is_number else _separator(present)
+    dtype = str(column.dtype)
+    if column.dtype == pl.String:
+        kind = "integer" if is_integer else "number" if is_number else "list" if separator else "text"
+        dtype = kind if len(present) else "empty"
+    return _Facts(
+        dtype=dtype,
+        distinct=distinct,
+        missing=(rows - len(present)) / rows if len(column) else 0.0,
+        top="" if not counts.height else str(counts.row(0)[0])[:60],
+        is_list=separator is not None,
+        separator=separator,
+        is_number=is_number,
+        is_integer=is_integer,
+        is_quantity=is_number and not named_id and (not is_integer or distinct > _MOST_CODES),
+        all_distinct=distinct == len(present) and len(present) > 100,
+        lowest=lowest,
+        is_binary=bool(is_number and distinct <= 2 and ((numbers == 0) | (numbers == 1)).all()),
+    )
+
+
+def _separator(present: pl.Series) -> str | None:
+    """The character that joins lists: it stands in at least a tenth of the texts, and cutting there finds values that
+    recur."""
+    for separator in _SEPARATORS:
+        joined = present.filter(present.str.contains(separator, literal=True))
+        if len(joined) >= max(len(present) // 10, 1):
+            pieces = joined.str.split(separator).explode()
+            if pieces.n_unique() < len(pieces):
+                return separator
+    return None
+
+
+def _keys(facts: dict[str, _Facts]) -> dict[str, str]:
+    keys: dict[str, str] = {}
+    lower = {name.lower(): name for name in reversed(facts)}
+    for key, names in KEY_NAMES.items():
+        for name in (*names, *(_ITEM_KEYS_TOO if key == "item_id" else ())):
+            if key not in keys and name in lower and not facts[lower[name]].is_list:
+                keys[key] = lower[name]
+    for key in ("timestamp", "weight", "bid"):
+        if key in keys and not facts[keys[key]].is_number and key != "timestamp":
+            del keys[key]
+    return keys
+
+
+def _labels(facts: dict[str, _Facts]) -> list[str]:
+    named = [name for name in facts if name.lower() in LABEL_NAMES and facts[name].is_binary]
+    if named:
+        return named
+    binary = [name for name in facts if facts[name].is_binary and facts[name].distinct == 2]
+    # A single column of zeros and ones is the only thing that can be the label; of several, the user must choose.
+    return binary if len(binary) == 1 else []
+
+
+def _role(sample: pl.DataFrame, name: str, keys: dict[str, str], fact: _Facts) -> Role:
+    """The key that decides the column's value, if one does."""
+    roles: tuple[tuple[str, Role], ...] = (("user_id", "user"), ("item_id", "item"))
+    for key, role in roles:
+        column = keys.get(key)
+        if column is None:
+            continue
+        if name == column:
+            return role
+        if fact.distinct < 2 or isinstance(sample[name].dtype, (pl.List, pl.Array)):
+            continue
+        pairs = sample.select(
+            pl.col(column).n_unique().alias("keys"), pl.struct(column, name).n_unique().alias("pairs")
+        )
+        different, both = pairs.row(0)
+        if sample.height >= _ROWS_PER_KEY * different and both == different:
+            return role
+    return "context"
+
+
+def _overlap(sample: pl.DataFrame, name: str, shared: str, separator: str | None) -> float:
+    """Share of the elements of a list column that are values of another column."""
+    column = sample[name].head(10_000)
+    elements = (column if separator is None else column.str.split(separator)).explode().drop_nulls().cast(pl.String)
+    return float(elements.is_in(sample[shared].cast(pl.String).unique().implode()).mean() or 0.0)  # type: ignore[arg-type]
+
+
+def _event_field(name: str, fact: _Facts, item: str | None) -> EventId | EventNumber:
+    if fact.numbers_in_list:
+        return EventNumber(name=name)
+    return EventId(name=name, table=item if name == item else None)
