@@ -41,6 +41,7 @@ class Dataset:
         schema: fitted schema of its columns.
         source: what it was made from.
         rejected: number of rejected source rows by reason.
+        out_of_order: rows whose timestamp lies before that of the row above them in the source.
     """
 
     def __init__(self, path: Path, schema: Schema, manifest: dict[str, Any]) -> None:
@@ -48,6 +49,7 @@ class Dataset:
         self.schema = schema
         self.source: str = manifest["source"]
         self.rejected: dict[str, int] = manifest["rejected"]
+        self.out_of_order: int = manifest.get("out_of_order", 0)
         self._rows: dict[str, int] = manifest["rows"]
         self._shards: dict[str, list[str]] = manifest["shards"]
 

@@ -103,7 +103,7 @@ def read_header(path: Path) -> tuple[list[str], str]:
     names = next(csv.reader([line], delimiter=separator), [])
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f'{path} line 1: the column "{name}" appears twice')
+            raise ValueError(f'{path} line 1: the column "{name}" appears twice (is the header line missing?)')
         if not name:
             raise ValueError(f"{path} line 1: column {names.index(name) + 1} has no name")
     return names, separator

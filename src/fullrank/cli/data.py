@@ -1,0 +1,206 @@
+"""`fullrank data`: import, simulate and inspect logs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from fullrank.data.dataset import Dataset
+
+app = typer.Typer(help="Make datasets: import a log, simulate one, look at a file.", no_args_is_help=True)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+
+
+@app.command("import")
+def import_(
+    format: Annotated[str, typer.Argument(metavar="FORMAT", help="criteo, avazu, csv, parquet, libfm, movielens, ...")],
+    path: Annotated[Path, typer.Argument(help="The log: a file, or a directory of the format's files.")],
+    out: Annotated[Path, typer.Argument(help="The dataset directory to make.")],
+    schema: Annotated[
+        Path | None, typer.Option("--schema", help="What the columns mean; see `fullrank data inspect`.")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="time, user, random, given or none. Default: time if there is a timestamp."),
+    ] = None,
+    valid: Annotated[float, typer.Option("--valid", help="Share of rows (users) for validation.")] = 0.1,
+    test: Annotated[float, typer.Option("--test", help="Share of rows (users) for the test.")] = 0.1,
+    seed: Annotated[int, typer.Option("--seed", help="Of a split by user or at random.")] = 0,
+    split_column: Annotated[
+        str | None, typer.Option("--split-column", help='Column with train, valid or test, for "given".')
+    ] = None,
+    max_bad: Annotated[
+        float, typer.Option("--max-bad", help="Share of bad rows above which the import fails.")
+    ] = 0.001,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read a log into a dataset directory: Parquet shards, schema and encoders fitted on the training part.
+
+    Example: fullrank data import csv log.csv data/log --schema schema.json --split time
+    """
+    from pydantic import ValidationError
+
+    from fullrank.data.importing import import_dataset
+    from fullrank.data.splits import SplitSpec
+    from fullrank.schema import Schema, describe_errors
+
+    began = time.perf_counter()
+    values: dict[str, Any] = {"kind": split, "valid": valid, "test": test, "seed": seed, "column": split_column}
+    try:
+        spec = SplitSpec.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(describe_errors(error, "split").splitlines()[0]) from None
+    with _progress() as bar:
+        task = bar.add_task("reading", total=None)
+
+        def show(good: int, bad: int) -> None:
+            bar.update(task, description=f"{good:,} rows read" + (f", {bad:,} bad" if bad else ""))
+
+        dataset = import_dataset(
+            format,
+            path,
+            out,
+            schema=None if schema is None else Schema.read(schema),
+            split=spec,
+            max_bad=max_bad,
+            overwrite=overwrite,
+            progress=show,
+        )
+    _report(dataset, time.perf_counter() - began, as_json=as_json)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(help="The dataset directory to make.")],
+    impressions: Annotated[int, typer.Option("--impressions", min=1, help="Rows of the log.")] = 1_000_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same log.")] = 0,
+    true_probabilities: Annotated[
+        bool, typer.Option("--true-probabilities", help="Keep the true probability of each label beside the log.")
+    ] = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Simulate an ads log whose true click probabilities are known.
+
+    Example: fullrank data simulate data/world --impressions 1000000 --seed 7 --true-probabilities
+    """
+    from fullrank.data.dataset import Dataset
+    from fullrank.data.simulate import simulate_dataset
+
+    began = time.perf_counter()
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already: choose another name or pass --overwrite")
+    with _progress() as bar:
+        bar.add_task(f"simulating {impressions:,} impressions", total=None)
+        simulate_dataset(
+            out, impressions=impressions, seed=seed, true_probabilities=true_probabilities, overwrite=overwrite
+        )
+    _report(Dataset.open(out), time.perf_counter() - began, as_json=as_json)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A CSV, TSV or Parquet file, or another format's file with --format.")],
+    format: Annotated[
+        str | None, typer.Option("--format", help="Default: parquet for .parquet, csv for anything else.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the schema to this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at the first rows of a log and guess what its columns mean; the schema is yours to edit.
+
+    Example: fullrank data inspect log.csv --out schema.json
+    """
+    from fullrank.data import atomic
+    from fullrank.data.formats import open_format
+    from fullrank.data.formats.delimited import Csv, ParquetLog
+    from fullrank.data.inference import ColumnProfile, profile
+
+    source = open_format(format or ("parquet" if file.suffix == ".parquet" else "csv"))
+    if not file.exists():
+        raise ValueError(f"{file} does not exist")
+    rows = 0
+    columns: list[ColumnProfile] = []
+    if isinstance(source, (Csv, ParquetLog)):
+        sample = source.sample((source.parts(file) or {"train": file})["train"])
+        rows = sample.height
+        schema, columns = profile(sample)
+    else:
+        schema = source.default_schema(file)
+    if out is not None:
+        atomic.write_text(out, schema.to_json())
+    if as_json:
+        listed = [vars(column) for column in columns]
+        print(json.dumps({"rows_seen": rows, "columns": listed, "schema": schema.model_dump()}))
+        return
+    if columns:
+        _print_columns(columns, file, rows)
+    if out is None:
+        print(schema.to_json(), end="")
+    else:
+        print(f"schema written to {out}", file=sys.stderr)
+    if not schema.labels:
+        print('no label found: add one to "labels", such as {"name": "click"}', file=sys.stderr)
+
+
+def _print_columns(columns: list[Any], file: Path, rows: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{file.name}: first {rows:,} rows", title_justify="left")
+    for heading in ("column", "type", "distinct", "missing", "most frequent", "use"):
+        table.add_column(heading, justify="right" if heading in ("distinct", "missing") else "left")
+    for column in columns:
+        missing = f"{column.missing:.1%}" if column.missing else ""
+        table.add_row(column.name, column.dtype, f"{column.distinct:,}", missing, column.example, column.use)
+    Console(stderr=True).print(table)
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
+    rows = {split: dataset.rows(split) for split in dataset.splits}
+    if as_json:
+        summary = {
+            "dataset": str(dataset.path),
+            "rows": rows,
+            "rejected": dataset.rejected,
+            "tables": dataset.schema.tables(),
+            "seconds": round(seconds, 3),
+        }
+        print(json.dumps(summary))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{dataset.path}", title_justify="left", show_header=False)
+    for split, count in rows.items():
+        table.add_row(f"{split} rows", f"{count:,}")
+    for reason, count in dataset.rejected.items():
+        table.add_row(f"rejected: {reason}", f"{count:,}")
+    if dataset.rejected:
+        table.add_row("rejected rows listed in", str(dataset.path / "rejected.tsv"))
+    if dataset.out_of_order:
+        table.add_row("rows older than the row before", f"{dataset.out_of_order:,}")
+    sizes = dataset.schema.tables()
+    table.add_row("embedding tables", f"{len(sizes)}, {sum(sizes.values()):,} rows")
+    table.add_row("seconds", f"{seconds:.1f}")
+    Console().print(table)
