@@ -1,0 +1,49 @@
+"""Which rule updates the rows of embedding tables."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Kind = Literal["dense", "sgd", "adagrad", "row_wise_adagrad", "adam"]
+
+
+class EmbeddingOptimizer(BaseModel):
+    """How tables learn.
+
+    `dense` leaves them ordinary parameters of the model's own optimiser, whose step touches every row: right for small
+    tables, and what published leaderboards do. The other kinds update inside the backward pass the rows that the batch
+    looked up and no other, so that a step costs the same at any number of rows.
+
+    With g the gradient of a row summed over the whole batch, w its weights, t the step, η the learning rate:
+
+    * sgd: w -= η g
+    * adagrad: v += g²; w -= η g / (√v + eps)
+    * row_wise_adagrad: v += mean(g²), one number per row; w -= η g / (√v + eps)
+    * adam: moments of the touched rows only, corrected for their bias by the global t (PyTorch's SparseAdam)
+
+    Attributes:
+        l2: coefficient λ of the penalty λ/2 ‖E‖² on whole tables.
+        l2_mode: `exact` adds λE to the gradient of every row at every step (kind `dense` only). `lazy` multiplies a
+            row, when it is next looked up, by the decay (1 - ηλ) of all steps since it was last; for sgd that equals
+            the exact penalty, for the others it is decoupled weight decay.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Kind = "dense"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    l2: float = Field(default=0.0, ge=0)
+    l2_mode: Literal["exact", "lazy"] = "exact"
+
+    @model_validator(mode="after")
+    def _l2_is_possible(self) -> Self:
+        if self.l2 > 0 and (self.kind == "dense") != (self.l2_mode == "exact"):
+            raise ValueError(
+                f'l2_mode "{self.l2_mode}" does not go with kind "{self.kind}": an exact penalty touches every row and '
+                'needs kind "dense"; the other kinds offer "lazy"'
+            )
+        return self
