@@ -103,9 +103,7 @@ def simulate(
         raise ValueError(f"{out} exists already: choose another name or pass --overwrite")
     with _progress() as bar:
         bar.add_task(f"simulating {impressions:,} impressions", total=None)
-        simulate_dataset(
-            out, impressions=impressions, seed=seed, true_probabilities=true_probabilities, overwrite=overwrite
-        )
+        simulate_dataset(out, impressions, seed, true_probabilities=true_probabilities, overwrite=overwrite)
     _report(Dataset.open(out), time.perf_counter() - began, as_json=as_json)
 
 

@@ -171,7 +171,8 @@ class DatasetBuilder:
         cuts: tuple[int, int] | None = None
         if any(parts is None or (parts == _BY_TIME).any() for parts in self._parts):
             cuts = self._timestamps.cuts(valid, test)
-        encoders = Encoders.fit_checked(self._schema, self._training_rows(cuts))
+        spool = self._directory / "spool"
+        encoders = Encoders.fit_checked(self._schema, self._training_rows(cuts), spool)
         writers = [ShardWriter(self._directory, split) for split in PARTS]
         for chunk, parts in zip(self._spool.drain(), self._parts, strict=True):
             encoded = self._unify_keys(encoders.encode(chunk))
@@ -184,7 +185,7 @@ class DatasetBuilder:
                     writer.add(encoded.filter(pl.Series(rows)))
         for writer in writers:
             writer.close()
-        shutil.rmtree(self._directory / "spool", ignore_errors=True)
+        shutil.rmtree(spool, ignore_errors=True)
         used = {split: writer for split, writer in zip(PARTS, writers, strict=True) if writer.rows}
         if PARTS[TRAIN] not in used:
             raise ValueError("no row is left to train on")

@@ -9,7 +9,9 @@ Encoders are fitted on the training part of a log and encode requests with the s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -56,9 +58,10 @@ QUANTILE_POINTS = 1001
 SAMPLE_SIZE = 1 << 18
 # Counts at or below this keep a bucket of their own in `log2_bucket`; lower numbers share the lowest.
 LOWEST_COUNT = -8
-# Distinct values of one table whose counts are merged in memory before they are set aside on disk.
-_PENDING_VALUES = 1 << 18
-_FEW_VALUES = 256
+# Distinct values, over all tables, whose counts are held in memory.
+MOST_VALUES = 1 << 22
+_COUNT_PARTS_BITS = 4
+_NO_COUNTS = pl.DataFrame(schema={"value": pl.String, "count": pl.Int64})
 
 
 def stable_hash(values: pl.Series) -> pl.Series:
@@ -120,34 +123,62 @@ class Vocabulary:
 
 
 class ValueCounts:
-    """How often each value of a table occurs, over chunks."""
+    """How often each value of a table occurs, over chunks.
 
-    def __init__(self) -> None:
-        self._merged: pl.DataFrame | None = None
+    When the distinct values become many, their counts so far are put aside in files, cut into parts by the hash of the
+    value; the parts are merged one at a time in the end. So memory grows with the values that stay in the vocabulary,
+    not with those that are too rare for it.
+
+    Args:
+        directory: where files may go; made when needed.
+        most_values: distinct values to hold in memory.
+    """
+
+    def __init__(self, directory: Path, most_values: int = MOST_VALUES) -> None:
+        self._directory = directory
+        self._most_values = most_values
+        self._merged = _NO_COUNTS
         self._pending: list[pl.DataFrame] = []
         self._pending_values = 0
+        self._runs = 0
 
     def add(self, values: pl.Series, counts: npt.NDArray[np.int64]) -> None:
         """Add counts of distinct (or not) text values; null and zero counts are ignored."""
-        frame = pl.DataFrame({"value": values, "count": counts}, schema={"value": pl.String, "count": pl.Int64})
+        frame = pl.DataFrame({"value": values, "count": counts}, schema=_NO_COUNTS.schema)
         self._pending.append(frame.filter((pl.col("count") > 0) & pl.col("value").is_not_null()))
         self._pending_values += self._pending[-1].height
-        size = 0 if self._merged is None else self._merged.height
         # Merging only when the new values are as many as the old keeps the total work near-linear.
-        if self._pending_values > max(size, _PENDING_VALUES):
+        if self._pending_values > max(self._merged.height, self._most_values // 8):
             self._merge()
 
     def _merge(self) -> None:
-        frames = self._pending if self._merged is None else [self._merged, *self._pending]
-        self._merged = pl.concat(frames).group_by("value").agg(pl.col("count").sum()) if frames else None
+        self._merged = _summed([self._merged, *self._pending])
         self._pending, self._pending_values = [], 0
+        if self._merged.height > self._most_values:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            parts = pl.Series(hash_series(self._merged["value"]) >> np.uint64(64 - _COUNT_PARTS_BITS))
+            for part in range(1 << _COUNT_PARTS_BITS):
+                self._merged.filter(parts == part).write_ipc(self._directory / f"{self._runs}-{part}.arrow")
+            self._runs += 1
+            self._merged = _NO_COUNTS
 
     def vocabulary(self, min_count: int) -> Vocabulary:
         self._merge()
-        if self._merged is None:
-            return Vocabulary(pl.Series([], dtype=pl.String), pl.Series([], dtype=pl.Int64))
-        kept = self._merged.filter(pl.col("count") >= min_count).sort(["count", "value"], descending=[True, False])
-        return Vocabulary(kept["value"], kept["count"])
+        kept = []
+        for part in range(1 << _COUNT_PARTS_BITS) if self._runs else ():
+            files = [self._directory / f"{run}-{part}.arrow" for run in range(self._runs)]
+            rest = pl.Series(hash_series(self._merged["value"]) >> np.uint64(64 - _COUNT_PARTS_BITS)) == part
+            runs = [pl.read_ipc(file) for file in files]
+            kept.append(_summed([self._merged.filter(rest), *runs]).filter(pl.col("count") >= min_count))
+        if not self._runs:
+            kept.append(self._merged.filter(pl.col("count") >= min_count))
+        shutil.rmtree(self._directory, ignore_errors=True)
+        values = pl.concat(kept).sort(["count", "value"], descending=[True, False])
+        return Vocabulary(values["value"], values["count"])
+
+
+def _summed(frames: list[pl.DataFrame]) -> pl.DataFrame:
+    return pl.concat(frames).group_by("value").agg(pl.col("count").sum())
 
 
 class Sample:
@@ -251,9 +282,11 @@ def log2_buckets(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
 class _Fitting:
     """Everything that one pass over the training rows accumulates."""
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, directory: Path) -> None:
         self.schema = schema
         self.features = schema.embedded()
+        tables = {feature.table_name for feature in self.features.values()}
+        most_values = max(MOST_VALUES // max(len(tables), 1), 1 << 16)
         self.counts: dict[str, ValueCounts] = {}
         self.samples: dict[str, Sample] = {}
         self.ranges: dict[str, tuple[int, int]] = {}
@@ -268,7 +301,8 @@ class _Fitting:
                     f"min_count: {expected} and {rule}"
                 )
             if feature.encoding == "vocabulary":
-                self.counts.setdefault(feature.table_name, ValueCounts())
+                place = directory / f"counts-{len(self.counts)}"
+                self.counts.setdefault(feature.table_name, ValueCounts(place, most_values))
             elif feature.encoding == "quantile":
                 self.samples.setdefault(feature.table_name, Sample())
             elif feature.encoding == "hash" and cast(int, feature.num_embeddings) <= FIRST_VOCABULARY_ID:
@@ -379,17 +413,20 @@ class Encoders:
         Raises:
             ValueError: if a row is bad; the importer sorts bad rows out before.
         """
-        fitting = _Fitting(schema)
-        first_row = 1
-        for frame in chunks:
-            fitting.add(_clean(schema, frame, first_row, allow_missing=False))
-            first_row += frame.height
-        return fitting.finish()
+
+        def checked() -> Iterator[Chunk]:
+            first_row = 1
+            for frame in chunks:
+                yield _clean(schema, frame, first_row, allow_missing=False)
+                first_row += frame.height
+
+        with tempfile.TemporaryDirectory(prefix="fullrank-") as directory:
+            return cls.fit_checked(schema, checked(), Path(directory))
 
     @classmethod
-    def fit_checked(cls, schema: Schema, chunks: Iterable[Chunk]) -> Encoders:
-        """`fit` on rows that are checked already."""
-        fitting = _Fitting(schema)
+    def fit_checked(cls, schema: Schema, chunks: Iterable[Chunk], directory: Path) -> Encoders:
+        """`fit` on rows that are checked already; counts of very many values go through files in `directory`."""
+        fitting = _Fitting(schema, directory)
         for chunk in chunks:
             fitting.add(chunk)
         return fitting.finish()
@@ -407,7 +444,7 @@ class Encoders:
         for numeric in schema.numeric:
             if numeric.transform not in ("none", "log1p"):
                 raise ValueError(f'feature "{numeric.name}": transform "{numeric.transform}" needs training data')
-        return _Fitting(schema).finish()
+        return _Fitting(schema, Path()).finish()
 
     def transform(self, frame: pl.DataFrame, *, allow_missing: bool = False) -> pl.DataFrame:
         """Encoded columns (features, labels, and keys under their fixed names) of a raw frame.

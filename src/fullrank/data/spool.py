@@ -33,7 +33,7 @@ class Spool:
             self._used += size
             self._entries.append(chunk)
             return
-        self._directory.mkdir(exist_ok=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"{len(self._entries):06d}.arrow"
         with pa.OSFile(str(path), "wb") as file:
             # The arrays differ in length, so each is a stream of its own, one after the other.
