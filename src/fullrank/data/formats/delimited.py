@@ -153,6 +153,9 @@ def _parse_block(
     data: bytes, line: int, names: Sequence[str], wanted: Sequence[str], separator: str, plain: frozenset[str]
 ) -> RawChunk:
     skipped: list[Any] = []
+    if data.endswith((b"\n\n", b"\n\r\n")):
+        # Blank lines at the end are common, and no reason to leave the fast path.
+        data = data.rstrip(b"\r\n") + b"\n"
     try:
         table = _parse(data, names, wanted, separator, plain, skipped)
     except pa.ArrowInvalid:
@@ -178,7 +181,7 @@ def _parse(
             column_names=list(names), use_threads=False, block_size=max(len(data), 1) + 1
         ),
         parse_options=pyarrow.csv.ParseOptions(
-            delimiter=separator, newlines_in_values=b'"' in data, invalid_row_handler=skip, ignore_empty_lines=False
+            delimiter=separator, newlines_in_values=b'"' in data, invalid_row_handler=skip
         ),
         convert_options=pyarrow.csv.ConvertOptions(
             column_types={name: pa.string() if name in plain else coded for name in wanted},
@@ -232,7 +235,7 @@ def _parse_exactly(data: bytes, line: int, names: Sequence[str], wanted: Sequenc
         number = line + start - 1
         start = reader.line_num + 1
         # Blank lines carry nothing; where they stand is kept by counting lines.
-        if number in bad_lines or not record or (len(record) == 1 and not record[0].strip() and len(names) > 1):
+        if number in bad_lines or not record or (len(record) == 1 and not record[0].strip()):
             continue
         if len(record) != len(names):
             reason = f"{len(record)} fields, expected {len(names)}"
