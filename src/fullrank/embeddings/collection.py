@@ -213,6 +213,14 @@ class EmbeddingCollection(nn.Module):
         lengths = {key: batch.jagged_lengths_KB[batch.jagged_keys.index(key)] for key in self.event_keys}
         return Embedded(flat, self.widths, events, lengths)
 
+    def lookup_single(self, ids_BF: Tensor) -> Tensor:
+        """Vectors (B, sum of widths) of a collection that has single-id features of one width only."""
+        if self.jagged or len(self.groups) != 1:
+            raise ValueError("lookup_single is for collections of single-id features of one width")
+        ids = (ids_BF + self.get_buffer("_single_offset_0")).view(-1)
+        vectors: Tensor = self.buffers_[0](ids).view(ids_BF.shape[0], -1)
+        return vectors
+
     def _jagged_places(self, batch: Batch) -> tuple[list[int], list[int]]:
         """Number of values and place of the first of each of our jagged keys."""
         if not self.jagged:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -106,7 +107,10 @@ class RowBuffer(nn.Module):
     def after_step(self) -> None:
         """Count the decay of one step; called once per training step."""
         if self.row_log_decay_R is not None:
-            self.log_decay += float(torch.log1p(torch.tensor(-self.learning_rate * self.optimizer.l2).double()))
+            self.log_decay += self._step_decay()
+
+    def _step_decay(self) -> float:
+        return math.log1p(-self.learning_rate * self.optimizer.l2)
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -154,7 +158,12 @@ class RowBuffer(nn.Module):
                 change_UD = mean_UD.mul_(-size).div_(square_UD.sqrt_().add_(eps))
             case "dense":
                 raise AssertionError("kind dense is updated by the model's optimiser")
-        weight_RD.index_copy_(0, ids_U, weight_RD.index_select(0, ids_U).add_(change_UD))
+        rows_UD = weight_RD.index_select(0, ids_U)
+        if self.row_log_decay_R is not None:  # this step's decay, on the weights that the gradient was taken at
+            decay = self._step_decay()
+            rows_UD.mul_(math.exp(decay))
+            self.row_log_decay_R[ids_U] = self.log_decay + decay
+        weight_RD.index_copy_(0, ids_U, rows_UD.add_(change_UD))
 
 
 class _FusedLookup(torch.autograd.Function):
@@ -181,6 +190,8 @@ def _fbgemm_kernel(
         obstacle = f'FBGEMM has no CPU kernel for optimiser "{optimizer.kind}"'
     elif width % 4 != 0:
         obstacle = f"FBGEMM needs an embedding width that is a multiple of 4, got {width}"
+    elif optimizer.l2 > 0:
+        obstacle = "FBGEMM has no lazy L2"
     elif weight_RD.device.type != "cpu":
         obstacle = "the fused backend runs on CPU tensors only"
     if obstacle is None:

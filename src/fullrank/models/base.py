@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection
@@ -105,13 +106,56 @@ class Ranker(nn.Module):
         dense = sum(p.numel() for p in self.parameters() if p.requires_grad and id(p) not in owned)
         return ParameterCount(dense, embedding)
 
+    def require_single_task(self) -> None:
+        """Raises:
+        ValueError: if the schema has more than one label.
+        """
+        if self.num_tasks != 1:
+            names = ", ".join(label.name for label in self.schema.labels)
+            raise ValueError(f"{type(self).__name__} has one output, the schema has {self.num_tasks} labels: {names}")
+
     def flops_per_example(self, sequence_length: int | None = None) -> int:
-        """Floating-point operations of one row's forward pass (a multiply-add counts as 2), lookups not counted.
+        """Floating-point operations of one row's forward pass, counted by PyTorch: matrix products, a multiply-add
+        as 2; lookups and element-wise work are not in it.
 
         Args:
-            sequence_length: events per sequence; default each sequence's maximum.
+            sequence_length: events per sequence and ids per bag; default each one's maximum.
         """
-        raise NotImplementedError
+        rows = 16
+        batch = example_batch(self.schema, rows, sequence_length)
+        training = self.training
+        self.eval()
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            self(batch)
+        self.train(training)
+        return round(counter.get_total_flops() / rows)
+
+
+def example_batch(schema: Schema, rows: int, sequence_length: int | None = None) -> Batch:
+    """A valid batch of zeros: every id 0, every bag and sequence `sequence_length` long (default its maximum)."""
+    lengths = [min(bag.max_length, sequence_length or bag.max_length) for bag in schema.bags]
+    event_lengths = []
+    for sequence in schema.sequences:
+        length = sequence_length or sequence.max_length
+        lengths += [length] * len(sequence.id_fields)
+        event_lengths += [length] * len(sequence.number_fields)
+    return Batch(
+        numeric_BN=torch.zeros(rows, len(schema.numeric_columns)),
+        ids_BF=torch.zeros(rows, len(schema.categorical), dtype=torch.int64),
+        jagged_keys=schema.jagged_keys,
+        jagged_values=torch.zeros(rows * sum(lengths), dtype=torch.int64),
+        jagged_lengths_KB=torch.tensor(lengths, dtype=torch.int64)[:, None].expand(-1, rows).contiguous(),
+        event_keys=schema.event_number_keys,
+        event_values=torch.zeros(rows * sum(event_lengths)),
+        event_lengths_EB=torch.tensor(event_lengths, dtype=torch.int64)[:, None].expand(-1, rows).contiguous(),
+        labels_BT=torch.zeros(rows, len(schema.labels)),
+    )
+
+
+def stacked(logits: list[Tensor]) -> Tensor:
+    """One logit vector (B,) per task as logits_BT in float32."""
+    return torch.stack(logits, 1).float()
 
 
 def task_loss(logits_BT: Tensor, labels_BT: Tensor, schema: Schema, weights_B: Tensor | None) -> Tensor:

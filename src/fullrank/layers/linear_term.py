@@ -1,0 +1,45 @@
+"""First-order part of factorisation-machine-like models."""
+
+# Shapes: B rows, N numeric columns.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fullrank.batch import Batch
+from fullrank.embeddings import EmbeddingCollection
+from fullrank.schema import Schema, Sequence
+
+
+class LinearTerm(nn.Module):
+    """One weight per id and per number: z = Σ w_i x_i, plus a bias if asked for.
+
+    Bags and sequences contribute the mean (or sum) of their ids' weights.
+    """
+
+    def __init__(self, schema: Schema, init_std: float, *, bias: bool) -> None:
+        super().__init__()
+        self.weights = EmbeddingCollection(
+            _without_widths(schema), embedding_dim=1, init_std=init_std, pool_sequences=True
+        )
+        self.numeric_N = nn.Parameter(torch.zeros(len(schema.numeric_columns)))
+        self.bias = nn.Parameter(torch.zeros(())) if bias else None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits of shape (B,)."""
+        logits_B: Tensor = self.weights(batch).flat.sum(1)
+        if self.numeric_N.numel():
+            logits_B = logits_B + batch.numeric_BN @ self.numeric_N
+        return logits_B if self.bias is None else logits_B + self.bias
+
+
+def _without_widths(schema: Schema) -> Schema:
+    def plain(feature: object) -> object:
+        if isinstance(feature, Sequence):
+            return feature.model_copy(update={"fields": tuple(plain(part) for part in feature.fields)})
+        if hasattr(feature, "embedding_dim"):
+            return feature.model_copy(update={"embedding_dim": None})  # type: ignore[attr-defined]
+        return feature
+
+    return schema.model_copy(update={"features": tuple(plain(feature) for feature in schema.features)})

@@ -1,0 +1,19 @@
+"""Rankers, one file per architecture."""
+
+from fullrank.models.autoint import AutoInt
+from fullrank.models.base import ParameterCount, Ranker, RankerOutput
+from fullrank.models.dcn_v2 import DCNv2
+from fullrank.models.deepfm import DeepFM
+from fullrank.models.din import DIN
+from fullrank.models.dlrm import DLRM
+from fullrank.models.finalmlp import FinalMLP
+from fullrank.models.fm import FM
+from fullrank.models.lr import LR
+from fullrank.models.mmoe import MMoE
+from fullrank.models.ple import PLE
+
+MODELS: dict[str, type[Ranker]] = {
+    model.name: model for model in (LR, FM, DeepFM, DCNv2, DLRM, AutoInt, FinalMLP, DIN, MMoE, PLE)
+}
+
+__all__ = ["MODELS", "ParameterCount", "Ranker", "RankerOutput", *sorted(model.__name__ for model in MODELS.values())]

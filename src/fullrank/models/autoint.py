@@ -1,0 +1,107 @@
+"""AutoInt+: self-attention over feature tokens, beside an MLP."""
+
+# Shapes: B rows, F tokens, D token width, A attention width, H heads.
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fullrank.batch import Batch
+from fullrank.layers.linear_term import LinearTerm
+from fullrank.layers.mlp import MLP, Float32Linear
+from fullrank.layers.tokens import FeatureTokens
+from fullrank.models.base import Ranker, RankerOutput, stacked
+from fullrank.schema import Schema
+
+
+class InteractingLayer(nn.Module):
+    """Multi-head self-attention over tokens with a residual: relu(norm(attention(x) + W x))."""
+
+    def __init__(self, width: int, attention_dim: int, num_heads: int, *, layer_norm: bool, scale: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query_key_value = nn.Linear(width, 3 * attention_dim, bias=False)
+        self.residual = nn.Identity() if width == attention_dim else nn.Linear(width, attention_dim, bias=False)
+        self.norm = nn.LayerNorm(attention_dim) if layer_norm else nn.Identity()
+        self.scale = (attention_dim // num_heads) ** -0.5 if scale else 1.0
+        for part in self.query_key_value.weight.data.chunk(3):
+            nn.init.xavier_normal_(part)
+        if isinstance(self.residual, nn.Linear):
+            nn.init.xavier_normal_(self.residual.weight)
+
+    def forward(self, tokens_BFD: Tensor) -> Tensor:
+        query, key, value = (
+            part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.query_key_value(tokens_BFD).chunk(3, dim=2)
+        )
+        mixed_BHFA = torch.softmax(query @ key.transpose(2, 3) * self.scale, dim=3) @ value
+        mixed_BFA = mixed_BHFA.transpose(1, 2).flatten(2)
+        return F.relu(self.norm(mixed_BFA + self.residual(tokens_BFD)))
+
+
+class AutoInt(Ranker):
+    """Automatic feature interaction learning; with an empty `hidden` the plain AutoInt. Single-task."""
+
+    name = "autoint"
+    source = "Song et al., AutoInt: Automatic Feature Interaction Learning via Self-Attentive Networks, CIKM 2019"
+
+    class Config(Ranker.Config):
+        """Hyper-parameters.
+
+        Attributes:
+            wide: add a first-order term.
+            scale: divide attention scores by the square root of a head's width (the paper does not).
+        """
+
+        attention_dim: int = Field(default=64, ge=1)
+        num_layers: int = Field(default=2, ge=1)
+        num_heads: int = Field(default=2, ge=1)
+        layer_norm: bool = False
+        scale: bool = False
+        wide: bool = False
+        hidden: tuple[int, ...] = (256, 128, 64)
+        batch_norm: bool = False
+        dropout: float = 0.0
+
+        @model_validator(mode="after")
+        def _heads_divide(self) -> Self:
+            if self.attention_dim % self.num_heads:
+                raise ValueError(f"attention_dim {self.attention_dim} is not divisible by num_heads {self.num_heads}")
+            return self
+
+    config: Config
+
+    def __init__(self, schema: Schema, config: Config) -> None:
+        super().__init__(schema, config)
+        self.require_single_task()
+        self.tokens = FeatureTokens(schema, config.embedding_dim, config.embedding_init)
+        widths = [config.embedding_dim] + [config.attention_dim] * config.num_layers
+        self.attention = nn.Sequential(
+            *(
+                InteractingLayer(
+                    w, config.attention_dim, config.num_heads, layer_norm=config.layer_norm, scale=config.scale
+                )
+                for w in widths[:-1]
+            )
+        )
+        self.head = Float32Linear(self.tokens.num_tokens * config.attention_dim, 1)
+        nn.init.xavier_normal_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        flat = self.tokens.num_tokens * config.embedding_dim
+        options: dict[str, Any] = {"batch_norm": config.batch_norm, "dropout": config.dropout}
+        self.mlp = MLP(flat, config.hidden, 1, **options) if config.hidden else None
+        self.linear = LinearTerm(schema, config.embedding_init, bias=False) if config.wide else None
+
+    def forward(self, batch: Batch) -> RankerOutput:
+        tokens_BFD = self.tokens(batch)
+        logit_B = self.head(self.attention(tokens_BFD).flatten(1)).squeeze(1)
+        if self.mlp is not None:
+            logit_B = logit_B + self.mlp(tokens_BFD.flatten(1)).squeeze(1)
+        if self.linear is not None:
+            logit_B = logit_B + self.linear(batch)
+        return RankerOutput(stacked([logit_B]))

@@ -1,0 +1,143 @@
+"""FinalMLP: two MLPs on differently gated copies of the input, fused by a multi-head bilinear form."""
+
+# Shapes: B rows, I width of the flat input, H heads, X and Y width of a head of either stream.
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fullrank.batch import Batch
+from fullrank.embeddings import EmbeddingCollection
+from fullrank.layers.mlp import MLP, Float32Linear
+from fullrank.layers.tokens import FlatFeatures
+from fullrank.models.base import Ranker, RankerOutput, stacked
+from fullrank.schema import Schema
+
+
+class FeatureGate(nn.Module):
+    """2σ(MLP(context)): how much each input number counts; the context is some features' own vectors, or a bias."""
+
+    def __init__(
+        self,
+        schema: Schema,
+        context: tuple[str, ...],
+        width: int,
+        hidden: tuple[int, ...],
+        embedding_dim: int,
+        init_std: float,
+    ) -> None:
+        super().__init__()
+        names = {feature.name for feature in schema.features}
+        for name in context:
+            if name not in names:
+                raise ValueError(f'gate context "{name}" is not a feature of the schema')
+        self.context: EmbeddingCollection | None = None
+        if context:
+            chosen = schema.model_copy(update={"features": tuple(f for f in schema.categorical if f.name in context)})
+            if len(chosen.features) != len(context):
+                raise ValueError(f"gate contexts {context} must be single-id features")
+            self.context = EmbeddingCollection(chosen, embedding_dim=embedding_dim, init_std=init_std)
+            columns = [[f.name for f in schema.categorical].index(f.name) for f in chosen.categorical]
+            self.register_buffer("columns", torch.tensor(columns), persistent=False)
+            size = self.context.flat_dim
+        else:
+            self.bias_1D = nn.Parameter(torch.zeros(1, embedding_dim))
+            size = embedding_dim
+        self.mlp = MLP(size, hidden, width)
+
+    def forward(self, batch: Batch) -> Tensor:
+        if self.context is None:
+            context: Tensor = self.bias_1D
+        else:
+            ids = batch.ids_BF.index_select(1, self.get_buffer("columns"))
+            context = self.context.lookup_single(ids)
+        return 2 * torch.sigmoid(self.mlp(context))
+
+
+class BilinearFusion(nn.Module):
+    """z = b + w_xᵀ x + w_yᵀ y + Σ_h x_hᵀ W_h y_h."""
+
+    def __init__(self, x_dim: int, y_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.linear_x = Float32Linear(x_dim, 1)
+        self.linear_y = Float32Linear(y_dim, 1)
+        for layer in (self.linear_x, self.linear_y):
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.bilinear_HXY = nn.Parameter(torch.empty(num_heads, x_dim // num_heads, y_dim // num_heads))
+        for head in self.bilinear_HXY.data:
+            nn.init.xavier_normal_(head)
+
+    def forward(self, x_BI: Tensor, y_BI: Tensor) -> Tensor:
+        """Logits of shape (B,)."""
+        logit_B: Tensor = (self.linear_x(x_BI) + self.linear_y(y_BI)).squeeze(1)
+        if self.num_heads == 1:
+            mapped_BI = x_BI @ self.bilinear_HXY[0]
+        else:
+            x_HBX = x_BI.view(x_BI.shape[0], self.num_heads, -1).transpose(0, 1)
+            mapped_BI = torch.bmm(x_HBX, self.bilinear_HXY.to(x_HBX.dtype)).transpose(0, 1).flatten(1)
+        pair_B: Tensor = (mapped_BI.float() * y_BI.float()).sum(1)
+        return logit_B + pair_B
+
+
+class FinalMLP(Ranker):
+    """Two-stream MLP; single-task."""
+
+    name = "finalmlp"
+    source = "Mao et al., FinalMLP: An Enhanced Two-Stream MLP Model for CTR Prediction, AAAI 2023"
+
+    class Config(Ranker.Config):
+        """Hyper-parameters.
+
+        Attributes:
+            gate_hidden: widths of the gates' MLPs; empty for no gates.
+            context1, context2: single-id features that steer the gate of either stream; with none it is a constant.
+        """
+
+        hidden1: tuple[int, ...] = (256, 128, 64)
+        hidden2: tuple[int, ...] = (256, 128, 64)
+        dropout1: float = 0.0
+        dropout2: float = 0.0
+        batch_norm: bool = False
+        gate_hidden: tuple[int, ...] = (64,)
+        context1: tuple[str, ...] = ()
+        context2: tuple[str, ...] = ()
+        num_heads: int = Field(default=1, ge=1)
+
+        @model_validator(mode="after")
+        def _heads_divide(self) -> Self:
+            for name, hidden in (("hidden1", self.hidden1), ("hidden2", self.hidden2)):
+                if not hidden or hidden[-1] % self.num_heads:
+                    raise ValueError(
+                        f"the last width of {name} {hidden} is not divisible by num_heads {self.num_heads}"
+                    )
+            return self
+
+    config: Config
+
+    def __init__(self, schema: Schema, config: Config) -> None:
+        super().__init__(schema, config)
+        self.require_single_task()
+        self.features = FlatFeatures(schema, config.embedding_dim, config.embedding_init)
+        width = self.features.width
+
+        def gate(context: tuple[str, ...]) -> FeatureGate | None:
+            if not config.gate_hidden:
+                return None
+            return FeatureGate(schema, context, width, config.gate_hidden, config.embedding_dim, config.embedding_init)
+
+        self.gate1, self.gate2 = gate(config.context1), gate(config.context2)
+        self.mlp1 = MLP(width, config.hidden1, batch_norm=config.batch_norm, dropout=config.dropout1)
+        self.mlp2 = MLP(width, config.hidden2, batch_norm=config.batch_norm, dropout=config.dropout2)
+        self.fusion = BilinearFusion(config.hidden1[-1], config.hidden2[-1], config.num_heads)
+
+    def forward(self, batch: Batch) -> RankerOutput:
+        x_BI = self.features(batch)
+        x1_BI = x_BI if self.gate1 is None else x_BI * self.gate1(batch)
+        x2_BI = x_BI if self.gate2 is None else x_BI * self.gate2(batch)
+        return RankerOutput(stacked([self.fusion(self.mlp1(x1_BI), self.mlp2(x2_BI))]))

@@ -1,0 +1,26 @@
+"""Factorisation machine: z = b + Σ w_i x_i + Σ_{i<j} <e_i, e_j>."""
+
+from __future__ import annotations
+
+from fullrank.batch import Batch
+from fullrank.layers.factorization import pairwise_term
+from fullrank.layers.linear_term import LinearTerm
+from fullrank.layers.tokens import FeatureTokens
+from fullrank.models.base import Ranker, RankerOutput, stacked
+from fullrank.schema import Schema
+
+
+class FM(Ranker):
+    """Single-task."""
+
+    name = "fm"
+    source = "Rendle, Factorization Machines, ICDM 2010"
+
+    def __init__(self, schema: Schema, config: Ranker.Config) -> None:
+        super().__init__(schema, config)
+        self.require_single_task()
+        self.linear = LinearTerm(schema, config.embedding_init, bias=True)
+        self.tokens = FeatureTokens(schema, config.embedding_dim, config.embedding_init)
+
+    def forward(self, batch: Batch) -> RankerOutput:
+        return RankerOutput(stacked([self.linear(batch) + pairwise_term(self.tokens(batch))]))
