@@ -303,7 +303,7 @@ def test_a_directory_of_split_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="comes already split into train, valid, test: leave out the split"):
         bring(source, tmp_path / "no", split=SplitSpec(kind="time"))
     (source / "train.csv").unlink()
-    with pytest.raises(ValueError, match="is a directory without train.csv"):
+    with pytest.raises(ValueError, match=r"is a directory without train\.csv"):
         bring(source, tmp_path / "no", split=None)
 
 
@@ -374,7 +374,9 @@ def test_a_killed_import_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> N
     (tmp_path / "schema.json").write_text(SCHEMA.to_json())
     out = tmp_path / "out"
     program = (
-        "from pathlib import Path; from fullrank.data.importing import import_dataset; from fullrank.schema import Schema;"
+        "from pathlib import Path\n"
+        "from fullrank.data.importing import import_dataset\n"
+        "from fullrank.schema import Schema\n"
         f"import_dataset('csv', Path({str(tmp_path / 'log.csv')!r}), Path({str(out)!r}),"
         f"schema=Schema.read(Path({str(tmp_path / 'schema.json')!r})))"
     )

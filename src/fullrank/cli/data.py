@@ -194,11 +194,11 @@ def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
         table.add_row(f"{split} rows", f"{count:,}")
     for reason, count in dataset.rejected.items():
         table.add_row(f"rejected: {reason}", f"{count:,}")
-    if dataset.rejected:
-        table.add_row("rejected rows listed in", str(dataset.path / "rejected.tsv"))
     if dataset.out_of_order:
         table.add_row("rows older than the row before", f"{dataset.out_of_order:,}")
     sizes = dataset.schema.tables()
     table.add_row("embedding tables", f"{len(sizes)}, {sum(sizes.values()):,} rows")
     table.add_row("seconds", f"{seconds:.1f}")
     Console().print(table)
+    if dataset.rejected:
+        print(f"rejected rows are listed in {dataset.path / 'rejected.tsv'}")

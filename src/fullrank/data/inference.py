@@ -35,6 +35,8 @@ _SEPARATORS = ("^", "|", ";")
 _HISTORY_WORDS = ("history", "hist", "sequence", "seq")
 # An integer column with more distinct values than this, not named like an id, is taken for a quantity.
 _MOST_CODES = 1000
+# So many bad values do not change what a column is: they are the importer's to reject.
+_BAD_SHARE = 0.01
 # Enough rows per user (or item) to believe that a column follows from it.
 _ROWS_PER_KEY = 3
 
@@ -149,7 +151,9 @@ def _facts(column: pl.Series) -> _Facts:
     counts = present.value_counts(sort=True).head(1)
     distinct = present.n_unique()
     numbers, wrong, infinite = as_numbers(present)
-    is_number = len(present) > 0 and not wrong.any() and not infinite.any() and not column.dtype.is_temporal()
+    bad = wrong | infinite
+    is_number = len(present) > 0 and bad.mean() <= _BAD_SHARE and not column.dtype.is_temporal()
+    numbers = numbers[~bad]
     is_integer = bool(is_number and (numbers == numbers.round()).all())
     lowest = float(numbers.min()) if is_number else 0.0
     named_id = column.name.lower().endswith(("id", "code", "_no")) or column.dtype == pl.Boolean
@@ -170,7 +174,7 @@ def _facts(column: pl.Series) -> _Facts:
         is_quantity=is_number and not named_id and (not is_integer or distinct > _MOST_CODES),
         all_distinct=distinct == len(present) and len(present) > 100,
         lowest=lowest,
-        is_binary=bool(is_number and distinct <= 2 and ((numbers == 0) | (numbers == 1)).all()),
+        is_binary=bool(is_number and ((numbers != 0) & (numbers != 1)).sum() + bad.sum() <= _BAD_SHARE * len(present)),
     )
 
 
@@ -203,7 +207,7 @@ def _labels(facts: dict[str, _Facts]) -> list[str]:
     named = [name for name in facts if name.lower() in LABEL_NAMES and facts[name].is_binary]
     if named:
         return named
-    binary = [name for name in facts if facts[name].is_binary and facts[name].distinct == 2]
+    binary = [name for name in facts if facts[name].is_binary and facts[name].distinct > 1]
     # A single column of zeros and ones is the only thing that can be the label; of several, the user must choose.
     return binary if len(binary) == 1 else []
 

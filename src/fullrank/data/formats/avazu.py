@@ -77,10 +77,10 @@ def _with_times(chunk: RawChunk, derived: list[str]) -> RawChunk:
     # polars reads an hour only with its minute; eight digits, so that a shorter text is not read as another day.
     parsed = (texts + "00").str.to_datetime("%y%m%d%H%M", time_unit="ms", strict=False)
     parsed = parsed.zip_with(texts.str.len_chars() == 8, pl.Series([None] * len(texts), dtype=parsed.dtype))
-    # An hour that does not parse keeps its text, so that the report of bad rows shows it.
+    # An hour that does not parse is shown in the report of bad rows, and must not pass for a number of seconds.
     seconds = parsed.dt.epoch("s").cast(pl.String)
     values = {
-        "timestamp": seconds.zip_with(seconds.is_not_null(), texts),
+        "timestamp": seconds.zip_with(seconds.is_not_null(), "hour " + texts),
         "hour_of_day": parsed.dt.hour().cast(pl.String),
         "weekday": parsed.dt.weekday().cast(pl.String),
     }

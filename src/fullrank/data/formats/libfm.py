@@ -7,6 +7,7 @@ varying length become a single bag. Only entries of value 1 are ids; a log with 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from fullrank.data.formats.delimited import (
 from fullrank.schema import Categorical, Keys, Label, MultiCategorical, Schema
 
 _SAMPLE_BYTES = 1 << 20
+# Share of the rows that must have the same number of entries to be read as fields.
+_MOST_ROWS = 0.99
 # A character that no text of this format holds: lines are read whole.
 _NEVER = "\x01"
 _ENDINGS = (".libfm", ".svm", ".libsvm", ".txt", ".csv")
@@ -101,11 +104,12 @@ def _separator(path: Path) -> str:
 
 
 def _fields(path: Path) -> int | None:
-    """Number of entries per row when all rows of a sample have the same."""
+    """Number of entries per row when the rows of a sample have the same, but for a few bad ones."""
     block = next(read_blocks(path, _SAMPLE_BYTES))
-    counts = {line.count(b":") for line in block.splitlines() if line.strip()}
+    counts = Counter(line.count(b":") for line in block.splitlines() if line.strip())
+    fields, rows = counts.most_common(1)[0]
     trailing = block.split(b"\n", 1)[0].rstrip(b"\r").endswith(b" ")
-    return counts.pop() if len(counts) == 1 and not trailing else None
+    return fields if rows >= _MOST_ROWS * counts.total() and not trailing else None
 
 
 def _check(path: Path, named: list[str], names: list[str]) -> None:
