@@ -1,0 +1,51 @@
+# Everything runs in a virtual environment of its own; the first target that needs it makes it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Idle OpenMP threads sleep instead of spinning: two processes on two cores would otherwise starve each other.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test lint types docs bench install install-distributed clean
+
+demo: $(STAMP)
+	$(BIN)/fullrank demo --out runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest --cov=fullrank --cov-report=term:skip-covered
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/embedding_backends.py
+	$(BIN)/python benchmarks/loader_throughput.py
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fullrank needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "Python cannot make a virtual environment; on Debian install python3-venv" >&2; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e '.[fbgemm,serve,retrieval,report,docs,dev,distributed]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps torchrec==1.8.0
+	@touch $@
+
+# TorchRec's own metadata asks for the CUDA build of FBGEMM, whose files overwrite the CPU build's: hence --no-deps.
+install-distributed: $(STAMP)
+
+clean:
+	rm -rf $(VENV) site runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,106 @@
+"""`fullrank doctor`: what is installed, what is fast, what is missing."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+EXTRAS = {
+    "fbgemm": ("fbgemm-gpu-cpu",),
+    "serve": ("fastapi", "uvicorn", "prometheus-client"),
+    "retrieval": ("faiss-cpu",),
+    "report": ("matplotlib", "tensorboard"),
+}
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check the installation and measure this machine for two seconds.
+
+    Example: fullrank doctor
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    report = examine()
+    if as_json:
+        print(json.dumps(report))
+        return
+    table = Table(show_header=False)
+    for key, value in report.items():
+        table.add_row(key.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
+    Console().print(table)
+
+
+def examine() -> dict[str, Any]:
+    """What `fullrank doctor` prints."""
+    import torch
+
+    def installed(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    problems = []
+    for extra, packages in EXTRAS.items():
+        missing = [name for name in packages if installed(name) is None]
+        if missing:
+            problems.append(f"missing {', '.join(missing)}: pip install fullrank[{extra}]")
+    if installed("fbgemm-gpu") and installed("fbgemm-gpu-cpu"):
+        problems.append(
+            "both fbgemm-gpu and fbgemm-gpu-cpu are installed and share one folder: pip uninstall -y fbgemm-gpu && pip "
+            "install --force-reinstall --no-deps fbgemm-gpu-cpu==1.8.0"
+        )
+    try:
+        import fbgemm_gpu  # noqa: F401
+
+        fbgemm = "loads"
+    except (ImportError, OSError) as error:
+        fbgemm = f"does not load: {str(error).splitlines()[0]}"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.is_available(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "fbgemm": fbgemm,
+        "float32_gflops": round(gemm_gflops(torch.float32)),
+        "bfloat16_gflops": round(gemm_gflops(torch.bfloat16)),
+        "memory_gb_per_s": round(memory_bandwidth(), 1),
+        "problems": problems,
+    }
+
+
+def gemm_gflops(dtype: Any) -> float:
+    """Best of several products of the size of a ranker's hidden layer, in GFLOP/s."""
+    import torch
+
+    a, b = torch.randn(4096, 256).to(dtype), torch.randn(256, 256).to(dtype)
+    best = _best_time(lambda: torch.mm(a, b))
+    return 2 * 4096 * 256 * 256 / best / 1e9
+
+
+def memory_bandwidth() -> float:
+    """Best of several copies of 128 MB, in GB read and written per second."""
+    import torch
+
+    source = torch.zeros(1 << 25)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / _best_time(lambda: target.copy_(source)) / 1e9
+
+
+def _best_time(action: Any) -> float:
+    action()
+    best, end = float("inf"), time.perf_counter() + 0.4
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        action()
+        best = min(best, time.perf_counter() - begin)
+    return best
