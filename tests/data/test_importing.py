@@ -394,3 +394,22 @@ def test_a_killed_import_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> N
     assert hidden.exists()
     assert sum(bring(tmp_path / "log.csv", out).rows(split) for split in ("train",)) == 200_000
     assert not hidden.exists()
+
+
+def test_a_quote_that_is_not_closed_spoils_its_own_line_alone(tmp_path: Path) -> None:
+    filler = [f"0,u{n},i,1,a,5\n" for n in range(30_000)]
+    lines = ['1,5" screen,i,1,a,5\n', '1,"open,i,1,a,5\n', *filler, '1,"closed",i,1,a,5\n', '1,"open,i,1,a,5\n', GOOD]
+    dataset = bring(write(tmp_path / "log.csv", lines), tmp_path / "out")
+    reason = "quote is not closed, or field is too long"
+    assert rejected(dataset) == [(3, "", reason, '1,"open,i,1,a,5'), (30_005, "", reason, '1,"open,i,1,a,5')]
+    users = dataset.scan("train").collect()["__user_id"]
+    assert users.to_list() == ['5" screen', *(f"u{n}" for n in range(30_000)), "closed", "u1"]
+
+
+def test_stray_quotes_do_not_hold_up_the_reading(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(HEADER + '1,5" screen,i,1,a,5\n' + GOOD * 40_000)
+    blocks = list(delimited.read_blocks(path, 1 << 16))
+    assert b"".join(blocks) == path.read_bytes()
+    # The odd quote makes the first cuts wait for its partner; the wait ends.
+    assert max(len(block) for block in blocks) < 1 << 19

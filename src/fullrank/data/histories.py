@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
@@ -42,7 +43,8 @@ def point_in_time(
         `rows` with the list columns; rows of an unknown or null user have empty lists.
 
     Raises:
-        ValueError: if a timestamp is null, or `max_length` is below 1, or `delay_seconds` is negative.
+        ValueError: if a timestamp is null, or `max_length` is below 1, or `delay_seconds` is negative, or the histories
+            hold 2^31 events or more.
     """
     if max_length < 1:
         raise ValueError(f"max_length is {max_length}, expected at least 1")
@@ -69,6 +71,8 @@ def point_in_time(
     lengths = ends - starts
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"the histories hold {offsets[-1]:,} events, at most 2^31 - 1 fit: join fewer rows at a time")
     places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
     columns = []
     for column, name in fields.items():
@@ -79,5 +83,7 @@ def point_in_time(
     return rows.with_columns(columns)
 
 
-def _lists(name: str, offsets: np.ndarray[tuple[int], np.dtype[np.int64]], elements: pl.Series) -> pl.Series:
-    return as_series(pa.LargeListArray.from_arrays(pa.array(offsets), elements.rechunk().to_arrow()), name)
+def _lists(name: str, offsets: npt.NDArray[np.int64], elements: pl.Series) -> pl.Series:
+    # 32-bit offsets: releases of polars before 2 crash on lists of text with 64-bit ones.
+    array = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), elements.rechunk().to_arrow())
+    return as_series(array, name)

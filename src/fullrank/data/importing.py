@@ -38,8 +38,8 @@ def import_dataset(
 ) -> Dataset:
     """Read a log, set its bad rows aside, split it, fit encoders on the training part, and write a dataset.
 
-    Memory does not grow with the log, but for 8 bytes per row when request ids must be unique, the distinct values of
-    the training part, and its distinct seconds.
+    Memory does not grow with the log, but for a byte per row (its part), 8 more when request ids must be unique, the
+    vocabularies, and the distinct seconds of a split by time.
 
     Args:
         format: a key of `FORMATS`.

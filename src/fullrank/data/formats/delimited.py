@@ -21,6 +21,9 @@ from fullrank.schema import Schema
 # Text is cut into blocks of about this many bytes: large enough for the parser to be at full speed, small enough
 # that a block with its parsed columns stays well below 100 MB.
 BLOCK_BYTES = 8 << 20
+# Longest text between quotes that may hold line ends; beyond it, a quote is taken for a mistake.
+_MOST_QUOTED_BYTES = 1 << 17
+_OPEN_QUOTE = "quote is not closed, or field is too long"
 PARTS = ("train", "valid", "test")
 _SEPARATORS = (",", "\t", ";", "|")
 _SHOWN = 200
@@ -45,6 +48,9 @@ def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
             empty = False
             data = rest + data
             end = _last_line_end(data)
+            if len(data) - end > _MOST_QUOTED_BYTES:
+                # No text between quotes is that long: a quote is not closed, or stands for inches.
+                end = data.rfind(b"\n") + 1
             if end:
                 yield data[:end]
             rest = data[end:]
@@ -218,27 +224,16 @@ def _parse_exactly(data: bytes, line: int, names: Sequence[str], wanted: Sequenc
             rejected.append((line + place, column, "not UTF-8", piece[:_SHOWN].decode("utf-8", "backslashreplace")))
             texts.append("")
     bad_lines = {entry[0] for entry in rejected}
-    reader = csv.reader((text + "\n" for text in texts), delimiter=separator, strict=False)
     indices = [names.index(name) for name in wanted]
     rows: list[list[str]] = []
     lines: list[int] = []
-    start = 1
-    while True:
-        try:
-            record = next(reader, None)
-        except csv.Error as error:
-            rejected.append((line + start - 1, "", str(error), ""))
-            start = reader.line_num + 1
-            continue
-        if record is None:
-            break
-        number = line + start - 1
-        start = reader.line_num + 1
+    for place, height, record in _records(texts, separator):
+        number = line + place
         # Blank lines carry nothing; where they stand is kept by counting lines.
         if number in bad_lines or not record or (len(record) == 1 and not record[0].strip()):
             continue
-        if len(record) != len(names):
-            reason = f"{len(record)} fields, expected {len(names)}"
+        if len(record) != len(names) or (height > 1 and number + height - 1 in bad_lines):
+            reason = f"{len(record)} fields, expected {len(names)}" if height else _OPEN_QUOTE
             rejected.append((number, "", reason, separator.join(record)[:_SHOWN]))
             continue
         rows.append([record[index] for index in indices])
@@ -246,6 +241,28 @@ def _parse_exactly(data: bytes, line: int, names: Sequence[str], wanted: Sequenc
     frame = pl.DataFrame(rows, schema={name: pl.String for name in wanted}, orient="row")
     frame = frame.with_columns(pl.Series(LINE_COLUMN, lines, dtype=pl.Int64))
     return RawChunk(frame, rejected_table(rejected))
+
+
+def _records(texts: list[str], separator: str) -> Iterator[tuple[int, int, list[str]]]:
+    """Records of some lines: index of the first line, number of lines, fields. A quote that is not closed within
+    `_MOST_QUOTED_BYTES` spoils its own line alone: it gives a record of no height, and reading goes on after it."""
+    start = 0
+    while start < len(texts):
+        reader = csv.reader((text + "\n" for text in texts[start:]), delimiter=separator)
+        begun = start
+        try:
+            for record in reader:
+                end = begun + reader.line_num
+                if end == len(texts) and record and record[-1].endswith("\n"):
+                    break
+                yield start, end - start, record
+                start = end
+            else:
+                return
+        except csv.Error:
+            pass
+        yield start, 0, [texts[start]]
+        start += 1
 
 
 def rejected_table(rows: list[tuple[int, str, str, str]]) -> pl.DataFrame:
