@@ -210,6 +210,7 @@ def test_too_many_bad_rows_fail_and_are_kept_beside(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log.csv", "out.rejected.tsv"]
     assert len((tmp_path / "out.rejected.tsv").read_text().splitlines()) == 3
     assert bring(path, tmp_path / "out", max_bad=0.002).rows("train") == 998
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.csv", "out"]
 
 
 def test_a_second_row_with_the_same_request_id_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,7 @@ def import_dataset(
         _check_rejected(path, out, builder, max_bad)
         about = {"source": str(path.name), "format": format, "split": "given" if files is not None else kind}
         builder.write(valid=split.valid, test=split.test, about=about)
+    _report_of(out).unlink(missing_ok=True)
     return Dataset.open(out)
 
 
@@ -134,6 +135,11 @@ def _prefetched(items: Iterator[Item], ahead: int = 2) -> Iterator[Item]:
             yield item
 
 
+def _report_of(out: Path) -> Path:
+    """Where the bad rows of a failed import are listed, until an import succeeds."""
+    return out.with_name(f"{out.name}.rejected.tsv")
+
+
 def _check_rejected(path: Path, out: Path, builder: DatasetBuilder, max_bad: float) -> None:
     rejected = builder.rejected
     total = builder.rows + rejected.count
@@ -143,7 +149,7 @@ def _check_rejected(path: Path, out: Path, builder: DatasetBuilder, max_bad: flo
         if not builder.rows:
             raise ValueError(f"{path} has no good rows")
         return
-    report = out.with_name(f"{out.name}.rejected.tsv")
+    report = _report_of(out)
     atomic.replace(rejected.path, report)
     first = "; ".join(
         f"line {line}: " + (f'column "{column}" is "{value}": {reason}' if column else f"{reason}: {value}")
