@@ -24,6 +24,7 @@ class EmbeddingOptimizer(BaseModel):
     * adam: moments of the touched rows only, corrected for their bias by the global t (PyTorch's SparseAdam)
 
     Attributes:
+        learning_rate: of the tables, in every kind; default that of the rest of the model.
         l2: coefficient λ of the penalty λ/2 ‖E‖² on whole tables.
         l2_mode: `exact` adds λE to the gradient of every row at every step (kind `dense` only). `lazy` multiplies a
             row, when it is next looked up, by the decay (1 - ηλ) of all steps since it was last; for sgd that equals
@@ -33,7 +34,7 @@ class EmbeddingOptimizer(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Kind = "dense"
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
     eps: float = Field(default=1e-8, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     l2: float = Field(default=0.0, ge=0)

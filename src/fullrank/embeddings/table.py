@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "fbgemm", "torch"]
 FBGEMM_KINDS: tuple[Kind, ...] = ("sgd", "adagrad", "row_wise_adagrad")
+# Learning rate of a collection that nobody trains.
+DEFAULT_RATE = 1e-3
 # Optimiser state of each kind: name -> one number per row, or per weight.
 STATES: dict[Kind, dict[str, Literal["row", "weight"]]] = {
     "dense": {},
@@ -41,7 +43,7 @@ class RowBuffer(nn.Module):
         self.weight_RD = nn.Parameter(weight_RD)
         self.backend: Backend = backend
         self.optimizer = EmbeddingOptimizer()
-        self.learning_rate = self.optimizer.learning_rate
+        self.learning_rate = DEFAULT_RATE
         self.step = 0
         self.states: dict[str, Tensor] = {}
         # Lazy decay: log of the decay since the start, now and when each row was last brought up to date.
@@ -58,7 +60,7 @@ class RowBuffer(nn.Module):
         """
         self.flush()
         self.optimizer = optimizer
-        self.learning_rate = optimizer.learning_rate
+        self.learning_rate = optimizer.learning_rate or DEFAULT_RATE
         self.step = 0
         rows, width = self.weight_RD.shape
         self.states = {
@@ -221,7 +223,7 @@ def _fbgemm_kernel(
         kernel = SplitTableBatchedEmbeddingBagsCodegen(
             embedding_specs=[(rows, width, EmbeddingLocation.HOST, ComputeDevice.CPU)],
             optimizer=kinds[optimizer.kind],
-            learning_rate=optimizer.learning_rate,
+            learning_rate=optimizer.learning_rate or DEFAULT_RATE,
             eps=optimizer.eps,
             pooling_mode=PoolingMode.SUM,
             output_dtype=SparseType.FP32,
