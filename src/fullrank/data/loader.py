@@ -1,19 +1,19 @@
-"""From Parquet shards to batches: shuffled, prefetched, resumable at any batch."""
+"""Encoded Parquet to batches: shuffled, prefetched by threads, resumable at any batch."""
 
-# Shapes: n rows of a block, F single-id features, N numeric columns, T labels, B rows of a batch.
+# Shapes: R decoded rows, B rows of a batch, N numeric columns, F single-id features, K jagged keys, E event-number
+# keys, T tasks.
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -23,171 +23,116 @@ from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS, stable_hash
 from fullrank.schema import Schema
 
-Array = npt.NDArray[Any]
-# A shuffled split that decodes to less than this is permuted as a whole and kept between epochs.
+if TYPE_CHECKING:
+    import polars as pl
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
+Number = TypeVar("Number", bound=np.generic)
+
 MEMORY_LIMIT = 1 << 30
+# Batches that each worker has ready, or in the making, before they are asked for.
+AHEAD = 3
 
 
-@dataclass
-class _Jagged:
-    values: Array
-    offsets: npt.NDArray[np.int64]
+class Jagged(NamedTuple):
+    """Lists of K keys: row r of key k is `values[offsets_KR1[k, r] : offsets_KR1[k, r + 1]]`."""
 
-    def take(self, rows: npt.NDArray[np.int64]) -> tuple[Array, npt.NDArray[np.int64]]:
-        starts, ends = self.offsets[rows], self.offsets[rows + 1]
-        lengths = ends - starts
-        total = int(lengths.sum())
-        before = np.cumsum(lengths) - lengths
-        places = np.arange(total) + np.repeat(starts - before, lengths)
-        return self.values[places], lengths
+    values: npt.NDArray[Any]
+    offsets_KR1: npt.NDArray[Any]
 
-    @staticmethod
-    def joined(parts: list[_Jagged]) -> _Jagged:
-        offsets, last = [np.zeros(1, np.int64)], 0
-        for part in parts:
-            offsets.append(part.offsets[1:] + last)
-            last += int(part.offsets[-1])
-        return _Jagged(np.concatenate([part.values for part in parts]), np.concatenate(offsets))
+    def gather(self, rows: Longs | slice, dtype: npt.DTypeLike) -> tuple[npt.NDArray[Any], Longs]:
+        """Values and lengths_KB of some rows, laid out as `Batch` wants them, without a loop over rows."""
+        if isinstance(rows, slice):
+            starts_KB = self.offsets_KR1[:, rows]
+            ends_KB = self.offsets_KR1[:, rows.start + 1 : rows.stop + 1]
+        else:
+            starts_KB = self.offsets_KR1.take(rows, axis=1)
+            ends_KB = self.offsets_KR1.take(rows + 1, axis=1)
+        lengths_KB = (ends_KB - starts_KB).astype(np.int64)
+        lengths = lengths_KB.ravel()
+        # Place of each value: where its list begins in the store, plus how far it is into the list.
+        shift = starts_KB.ravel() - (lengths.cumsum() - lengths)
+        places = np.repeat(shift, lengths)
+        places += np.arange(len(places))
+        return self.values.take(places).astype(dtype, copy=False), lengths_KB
 
 
-@dataclass
-class Block:
-    """Decoded rows, as compact as they are on disk: ids stay int32 until they are in a batch."""
+@dataclass(frozen=True)
+class Rows:
+    """Decoded rows in a compact form: 4 bytes a number or id, row after row."""
 
-    numeric_nN: npt.NDArray[np.float32]
-    ids_nF: npt.NDArray[np.int32]
-    bags: list[_Jagged]
-    events: list[_Jagged]
-    labels_nT: npt.NDArray[np.float32]
-    weights_n: npt.NDArray[np.float32] | None
-    timestamp_n: npt.NDArray[np.int64] | None
-    user_n: npt.NDArray[np.int64] | None
+    numeric_RN: Floats
+    ids_RF: Ints
+    labels_RT: Floats
+    jagged: Jagged
+    events: Jagged
+    weights_R: Floats | None
+    timestamp_R: Longs | None
+    user_R: Longs | None
 
-    def __len__(self) -> int:
-        return len(self.labels_nT)
+    def batch(self, rows: Longs | slice, schema: Schema) -> Batch:
+        """Some rows, in the given order, as a batch."""
+        jagged_values, jagged_lengths_KB = self.jagged.gather(rows, np.int64)
+        event_values, event_lengths_EB = self.events.gather(rows, np.float32)
 
-    @classmethod
-    def from_arrow(cls, table: pa.Table, schema: Schema) -> Block:
-        n = table.num_rows
+        def of(store: npt.NDArray[Any]) -> torch.Tensor:
+            return torch.from_numpy(store[rows].copy() if isinstance(rows, slice) else store.take(rows, axis=0))
 
-        def matrix(names: list[str], dtype: Any) -> Array:
-            out = np.empty((n, len(names)), dtype)
-            for place, name in enumerate(names):
-                out[:, place] = _plain(table[name])
-            return out
-
-        def jagged(name: str) -> _Jagged:
-            column = table[name].combine_chunks()
-            if isinstance(column, pa.ChunkedArray):
-                column = column.chunk(0) if column.num_chunks else pa.array([], type=column.type)
-            lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-            offsets = np.zeros(n + 1, np.int64)
-            np.cumsum(lengths, out=offsets[1:])
-            return _Jagged(column.flatten().to_numpy(zero_copy_only=False), offsets)
-
-        def key(name: str) -> Any:
-            return table[KEY_COLUMNS[name]] if KEY_COLUMNS[name] in table.column_names else None
-
-        weight, timestamp, user = key("weight"), key("timestamp"), key("user_id")
-        return cls(
-            numeric_nN=matrix(list(schema.numeric_columns), np.float32),
-            ids_nF=matrix([feature.name for feature in schema.categorical], np.int32),
-            bags=[jagged(name) for name in schema.jagged_keys],
-            events=[jagged(name) for name in schema.event_number_keys],
-            labels_nT=matrix([label.name for label in schema.labels], np.float32),
-            weights_n=None if weight is None else _plain(weight).astype(np.float32),
-            timestamp_n=None if timestamp is None else _plain(timestamp).astype(np.int64),
-            user_n=None if user is None else _user_keys(user),
-        )
-
-    @classmethod
-    def joined(cls, parts: list[Block]) -> Block:
-        if len(parts) == 1:
-            return parts[0]
-
-        def keys(name: str) -> Any:
-            values = [getattr(part, name) for part in parts]
-            return None if values[0] is None else np.concatenate(values)
-
-        return cls(
-            numeric_nN=np.concatenate([part.numeric_nN for part in parts]),
-            ids_nF=np.concatenate([part.ids_nF for part in parts]),
-            bags=[_Jagged.joined(list(group)) for group in zip(*(part.bags for part in parts), strict=True)],
-            events=[_Jagged.joined(list(group)) for group in zip(*(part.events for part in parts), strict=True)],
-            labels_nT=np.concatenate([part.labels_nT for part in parts]),
-            weights_n=keys("weights_n"),
-            timestamp_n=keys("timestamp_n"),
-            user_n=keys("user_n"),
-        )
-
-    def take(self, rows: npt.NDArray[np.int64], schema: Schema) -> Batch:
-        """The given rows, in the given order."""
-        values, lengths = _taken(self.bags, rows, np.int64)
-        event_values, event_lengths = _taken(self.events, rows, np.float32)
-
-        def optional(array: Array | None) -> torch.Tensor | None:
-            return None if array is None else torch.from_numpy(array[rows])
-
+        ids = self.ids_RF[rows] if isinstance(rows, slice) else self.ids_RF.take(rows, axis=0)
         return Batch(
-            numeric_BN=torch.from_numpy(self.numeric_nN[rows]),
-            ids_BF=torch.from_numpy(self.ids_nF[rows].astype(np.int64)),
+            numeric_BN=of(self.numeric_RN),
+            ids_BF=torch.from_numpy(ids.astype(np.int64)),
             jagged_keys=schema.jagged_keys,
-            jagged_values=torch.from_numpy(values),
-            jagged_lengths_KB=torch.from_numpy(lengths),
+            jagged_values=torch.from_numpy(jagged_values),
+            jagged_lengths_KB=torch.from_numpy(jagged_lengths_KB),
             event_keys=schema.event_number_keys,
             event_values=torch.from_numpy(event_values),
-            event_lengths_EB=torch.from_numpy(event_lengths),
-            labels_BT=torch.from_numpy(self.labels_nT[rows]),
-            weights_B=optional(self.weights_n),
-            timestamp_B=optional(self.timestamp_n),
-            user_B=optional(self.user_n),
+            event_lengths_EB=torch.from_numpy(event_lengths_EB),
+            labels_BT=of(self.labels_RT),
+            weights_B=None if self.weights_R is None else of(self.weights_R),
+            timestamp_B=None if self.timestamp_R is None else of(self.timestamp_R),
+            user_B=None if self.user_R is None else of(self.user_R),
         )
-
-
-def _plain(column: pa.ChunkedArray) -> Array:
-    values: Array = column.to_numpy()
-    return values
-
-
-def _user_keys(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    if pa.types.is_integer(column.type) and not column.null_count:
-        return _plain(column).astype(np.int64)
-    series = pl.Series(pl.from_arrow(column))
-    return stable_hash(series).fill_null(0).reinterpret(signed=True).to_numpy()
-
-
-def _taken(columns: list[_Jagged], rows: npt.NDArray[np.int64], dtype: Any) -> tuple[Array, Array]:
-    taken = [column.take(rows) for column in columns]
-    values = np.concatenate([values for values, _ in taken]) if taken else np.zeros(0)
-    lengths = np.stack([lengths for _, lengths in taken]) if taken else np.zeros((0, len(rows)), np.int64)
-    return values.astype(dtype), lengths
 
 
 def batch_from_frame(frame: pl.DataFrame, schema: Schema) -> Batch:
-    """An encoded frame as one batch; labels that the frame lacks are NaN (unobserved)."""
-    missing = [pl.lit(None, pl.Float32).alias(t.name) for t in schema.labels if t.name not in frame.columns]
-    table = frame.with_columns(missing).with_columns(pl.col([t.name for t in schema.labels]).fill_null(float("nan")))
-    columns = [
-        *schema.numeric_columns,
-        *schema.embedded(),
-        *schema.event_number_keys,
-        *(label.name for label in schema.labels),
-        *(key for key in KEY_COLUMNS.values() if key in frame.columns),
-    ]
-    block = Block.from_arrow(table.select(columns).to_arrow(compat_level=pl.CompatLevel.oldest()), schema)
-    return block.take(np.arange(len(block)), schema)
+    """An encoded frame as one batch, in the frame's order.
+
+    Labels and keys may be absent: labels are then NaN (unobserved), keys None.
+
+    Raises:
+        ValueError: if a feature's column is absent, has another type, or holds an impossible value.
+    """
+    columns = [name for name in _columns(schema) if name in frame.columns]
+    decoder = _Decoder(schema, frame.height, columns, "frame")
+    decoder.add(frame.select(columns).to_arrow())
+    return decoder.finish().batch(slice(0, frame.height), schema)
 
 
 class Loader:
-    """Batches of one split of a dataset, one epoch per iteration.
+    """One split of a dataset as batches.
 
-    Order depends on `seed` and the epoch only, not on threads. With `shuffle`, row groups are drawn in random order
-    into windows of at most `memory_limit` bytes and rows are permuted within a window; a split that fits in one
-    window is decoded once, kept, and permuted as a whole.
+    A split that fits in `memory_limit` is decoded once, held compactly and shuffled as a whole. A larger one is read
+    anew in each epoch: row groups in random order, and rows shuffled inside windows of consecutive row groups that
+    take a third of `memory_limit`. The order of rows depends on `seed` and the number of the epoch alone, never on
+    the threads.
 
     Args:
-        workers: threads that assemble batches ahead of the consumer.
-        schema: columns to read; default the dataset's own.
+        shuffle: a new order in each epoch; else stored order.
+        workers: threads that put batches together ahead of their use; 0 works in the caller's thread. Row groups are
+            decoded by one more thread.
+        drop_last: leave out the last batch of an epoch if it is smaller than the others.
+        schema: the columns to read; a part of the dataset's schema. Default: all of it.
+        memory_limit: bytes of decoded rows to hold.
+
+    Attributes:
+        epoch: number of the epoch that the next iteration gives, from 0.
+        rows: of the split.
+
+    Raises:
+        ValueError: if the split or a column does not exist, or (while iterating) a column holds an impossible value.
     """
 
     def __init__(
@@ -203,143 +148,399 @@ class Loader:
         schema: Schema | None = None,
         memory_limit: int = MEMORY_LIMIT,
     ) -> None:
-        if batch_size < 1 or workers < 1:
-            raise ValueError(f"batch_size and workers must be at least 1, got {batch_size} and {workers}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        if workers < 0:
+            raise ValueError(f"workers is {workers}, expected at least 0")
         self.schema = schema or dataset.schema
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
         self.workers = workers
         self.drop_last = drop_last
+        self._columns = _columns(self.schema)
+        self._groups: list[_RowGroup] = []
+        size = 0
+        for path in dataset.shards(split):
+            metadata = pq.read_metadata(path)
+            leaves = [metadata.schema.column(i).path.split(".list.")[0] for i in range(metadata.num_columns)]
+            for name in self._columns:
+                if name not in leaves:
+                    raise ValueError(f'{path}: column "{name}" is missing')
+            for index in range(metadata.num_row_groups):
+                group = metadata.row_group(index)
+                self._groups.append(_RowGroup(path, index, group.num_rows))
+                counts = {name: group.column(i).num_values for i, name in enumerate(leaves)}
+                size += sum(_bytes(name) * counts[name] for name in self._columns)
+                size += 4 * group.num_rows * len((*self.schema.jagged_keys, *self.schema.event_number_keys))
+        self.rows = sum(group.rows for group in self._groups)
+        self.in_memory = size <= memory_limit
+        self._held: Rows | None = None
+        average = max(1, size // max(1, len(self._groups)))
+        # Up to three windows live at a time: the one in use, the one being decoded, and the tail of the one before.
+        self._groups_per_window = max(1, memory_limit // 3 // average) if shuffle else 1
         self.epoch = 0
-        self._next_batch = 0
-        self._groups: list[tuple[Path, int, int, int]] = []
-        for shard in dataset.shards(split):
-            metadata = pq.read_metadata(shard)
-            for group in range(metadata.num_row_groups):
-                part = metadata.row_group(group)
-                self._groups.append((shard, group, part.num_rows, part.total_byte_size))
-        self.rows = sum(rows for _, _, rows, _ in self._groups)
-        self._memory_limit = memory_limit
-        self._whole: Block | None = None
+        self._batch = 0
+        self._start = 0
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
-        full, rest = divmod(self.rows, self.batch_size)
-        return full + (1 if rest and not self.drop_last else 0)
+        """Number of batches of a whole epoch."""
+        return self.rows // self.batch_size if self.drop_last else -(-self.rows // self.batch_size)
 
     def state(self) -> dict[str, int]:
-        """Where the consumer is: the epoch and the batches it has taken of it."""
-        return {"epoch": self.epoch, "batch": self._next_batch}
+        """Where the next batch is; give it to `restore` of a loader built alike to go on from there."""
+        return {
+            "epoch": self.epoch,
+            "batch": self._batch,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "rows": self.rows,
+        }
 
     def restore(self, state: dict[str, int]) -> None:
-        """Continue from `state()`: the next iteration yields the batches that were still to come."""
-        self.epoch, self._next_batch = state["epoch"], state["batch"]
+        """Begin the next iteration where `state()` was taken, in the middle of its epoch.
+
+        Raises:
+            ValueError: if the state is of a loader with another seed, batch size or number of rows.
+        """
+        for name, own in (("seed", self.seed), ("batch_size", self.batch_size), ("rows", self.rows)):
+            if state.get(name) != own:
+                raise ValueError(f"loader state has {name} {state.get(name)}, this loader has {own}")
+        if not 0 <= state["batch"] <= len(self) or state["epoch"] < 0:
+            raise ValueError(f"loader state is at epoch {state['epoch']}, batch {state['batch']} of {len(self)}")
+        self.epoch, self._batch = state["epoch"], state["batch"]
+        self._start = self._batch
 
     def __iter__(self) -> Iterator[Batch]:
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="loader") as pool:
-            ahead: deque[Future[Batch]] = deque()
-            try:
-                for block, rows in self._row_blocks(self._next_batch):
-                    ahead.append(pool.submit(block.take, rows, self.schema))
-                    if len(ahead) > 2 * self.workers:
-                        self._next_batch += 1
-                        yield ahead.popleft().result()
-                while ahead:
-                    self._next_batch += 1
-                    yield ahead.popleft().result()
-            finally:
-                for future in ahead:
-                    future.cancel()
-        self.epoch += 1
-        self._next_batch = 0
+        """The batches of one epoch, or what is left of it after `restore`.
 
-    def _row_blocks(self, skip: int) -> Iterator[tuple[Block, npt.NDArray[np.int64]]]:
-        """The rows of each batch from batch number `skip` on, and the block that holds them."""
-        generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(len(self._groups)) if self.shuffle else np.arange(len(self._groups))
-        behind = skip * self.batch_size
-        limit = len(self) * self.batch_size if self.drop_last else self.rows
-        emitted = behind
-        rest: Block | None = None
-        for window in self._windows(order):
-            window_rows = sum(self._groups[i][2] for i in window)
-            permutation = generator.permutation(window_rows) if self.shuffle else np.arange(window_rows)
-            if behind >= window_rows:
-                behind -= window_rows
-                continue
-            block = self._read(window)
-            rows, behind = permutation[behind:], 0
-            if rest is not None:  # a batch may end in the next window
-                kept = len(rest)
-                block = Block.joined([rest, block])
-                rows = np.concatenate([np.arange(kept), rows + kept])
-                rest = None
-            full = len(rows) // self.batch_size * self.batch_size
-            for begin in range(0, full, self.batch_size):
-                emitted += self.batch_size
-                yield block, rows[begin : begin + self.batch_size]
-            if full < len(rows):
-                rest = _subset(block, rows[full:])
-        if rest is not None and emitted < limit:
-            yield rest, np.arange(len(rest))
+        An epoch counts when it is finished: an iteration that is abandoned is repeated by the next one.
+        """
+        self._batch, self._start = self._start, 0
+        for batch in self._produce(self.epoch, self._batch):
+            self._batch += 1
+            yield batch
+        self.epoch, self._batch = self.epoch + 1, 0
 
-    def _windows(self, order: npt.NDArray[np.int64]) -> Iterator[list[int]]:
-        total = sum(size for *_, size in self._groups)
-        if not self.shuffle and total > self._memory_limit:
-            yield from ([int(i)] for i in order)
+    def _windows(self, epoch: int) -> list[_Window]:
+        if self.in_memory:
+            chunks = [self._groups]
+        else:
+            groups = self._groups
+            if self.shuffle:
+                order = np.random.default_rng([self.seed, epoch]).permutation(len(groups))
+                groups = [groups[place] for place in order]
+            step = self._groups_per_window
+            chunks = [groups[begin : begin + step] for begin in range(0, len(groups), step)]
+        windows, begin = [], 0
+        for index, chunk in enumerate(chunks):
+            windows.append(_Window(index, begin, chunk))
+            begin += windows[-1].rows
+        return windows
+
+    def _load(self, window: _Window, epoch: int) -> tuple[Rows, Ints | None]:
+        """Decoded rows of a window and the order to take them in."""
+        rows = self._held
+        if rows is None:
+            rows = self._decode(window.groups)
+            if self.in_memory:
+                self._held = rows
+        if not self.shuffle:
+            return rows, None
+        order = np.arange(window.rows, dtype=np.int32)
+        np.random.default_rng([self.seed, epoch, window.index]).shuffle(order)
+        return rows, order
+
+    def _decode(self, groups: Sequence[_RowGroup]) -> Rows:
+        decoder = _Decoder(self.schema, sum(group.rows for group in groups), self._columns, "")
+        path, file = None, None
+        for group in groups:
+            if group.path != path:
+                path, file = group.path, pq.ParquetFile(group.path, memory_map=True)
+            assert file is not None
+            table = pa.Table.from_batches(
+                file.iter_batches(
+                    batch_size=group.rows, row_groups=[group.place], columns=self._columns, use_threads=False
+                )
+            )
+            decoder.place = str(group.path)
+            decoder.add(table)
+            del table
+        pa.default_memory_pool().release_unused()  # Arrow would keep what it freed as resident memory
+        return decoder.finish()
+
+    def _produce(self, epoch: int, first: int) -> Iterator[Batch]:
+        windows = self._windows(epoch)
+        jobs = iter(self._jobs(windows, first))
+        if self.workers == 0:
+            yield from self._in_line(jobs, epoch)
             return
-        window: list[int] = []
-        size = 0
-        for i in order:
-            if window and size + self._groups[i][3] > self._memory_limit:
-                yield window
-                window, size = [], 0
-            window.append(int(i))
-            size += self._groups[i][3]
-        if window:
-            yield window
+        decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        assembling = ThreadPoolExecutor(self.workers, thread_name_prefix="batch")
+        loaded: dict[int, Future[tuple[Rows, Ints | None]]] = {}
+        pending: deque[Future[Batch]] = deque()
 
-    def _read(self, window: list[int]) -> Block:
-        everything = len(window) == len(self._groups)
-        if everything and self._whole is not None:
-            return self._whole
-        columns = [
-            *self.schema.numeric_columns,
-            *self.schema.embedded(),
-            *self.schema.event_number_keys,
-            *(label.name for label in self.schema.labels),
-        ]
-        blocks = []
-        # A kept split is read in stored order, so that the permutation alone decides the order of rows.
-        for i in sorted(window) if everything else window:
-            shard, group, *_ = self._groups[i]
-            with pq.ParquetFile(shard) as file:
-                keys = [KEY_COLUMNS[k] for k in ("weight", "timestamp", "user_id")]
-                present = [key for key in keys if key in file.schema_arrow.names]
-                table = file.read_row_group(group, columns=[*columns, *present], use_threads=False)
-                blocks.append(Block.from_arrow(table, self.schema))
-        block = Block.joined(blocks)
-        if everything:
-            self._whole = block
-        return block
+        def submit() -> None:
+            job = next(jobs, None)
+            if job is None:
+                return
+            needed = [part.window.index for part in job]
+            for index in [old for old in loaded if old < needed[0]]:
+                del loaded[index]
+            for window in windows[needed[0] : needed[-1] + 2]:
+                if window.index not in loaded:
+                    loaded[window.index] = decoding.submit(self._load, window, epoch)
+            sources = [loaded[index] for index in needed]
+            pending.append(assembling.submit(self._assemble, job, sources))
+
+        try:
+            for _ in range(self.workers * AHEAD):
+                submit()
+            while pending:
+                batch = pending.popleft().result()
+                submit()
+                yield batch
+        finally:
+            decoding.shutdown(wait=False, cancel_futures=True)
+            assembling.shutdown(wait=False, cancel_futures=True)
+
+    def _in_line(self, jobs: Iterator[list[_Part]], epoch: int) -> Iterator[Batch]:
+        loaded: dict[int, tuple[Rows, Ints | None]] = {}
+        for job in jobs:
+            for index in [old for old in loaded if old < job[0].window.index]:
+                del loaded[index]
+            pieces = []
+            for part in job:
+                if part.window.index not in loaded:
+                    loaded[part.window.index] = self._load(part.window, epoch)
+                pieces.append(self._piece(part, *loaded[part.window.index]))
+            yield _concat(pieces)
+
+    def _jobs(self, windows: list[_Window], first: int) -> Iterator[list[_Part]]:
+        """The parts of each batch from number `first` on: a batch may reach over the end of a window."""
+        current = 0
+        for number in range(first, len(self)):
+            begin, end = number * self.batch_size, min((number + 1) * self.batch_size, self.rows)
+            parts = []
+            while begin < end:
+                window = windows[current]
+                stop = min(end, window.begin + window.rows)
+                if begin < stop:
+                    parts.append(_Part(window, begin - window.begin, stop - window.begin))
+                    begin = stop
+                if begin < end:
+                    current += 1
+            yield parts
+
+    def _assemble(self, job: list[_Part], sources: list[Future[tuple[Rows, Ints | None]]]) -> Batch:
+        return _concat([self._piece(part, *source.result()) for part, source in zip(job, sources, strict=True)])
+
+    def _piece(self, part: _Part, rows: Rows, order: Ints | None) -> Batch:
+        if order is None:
+            return rows.batch(slice(part.begin, part.end), self.schema)
+        return rows.batch(order[part.begin : part.end].astype(np.int64), self.schema)
 
 
-def _subset(block: Block, rows: npt.NDArray[np.int64]) -> Block:
-    def jagged(column: _Jagged) -> _Jagged:
-        values, lengths = column.take(rows)
-        return _Jagged(values, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+class _RowGroup(NamedTuple):
+    path: Path
+    place: int
+    rows: int
 
-    def optional(array: Any) -> Any:
-        return None if array is None else array[rows]
 
-    return Block(
-        block.numeric_nN[rows],
-        block.ids_nF[rows],
-        [jagged(column) for column in block.bags],
-        [jagged(column) for column in block.events],
-        block.labels_nT[rows],
-        optional(block.weights_n),
-        optional(block.timestamp_n),
-        optional(block.user_n),
+class _Window:
+    """Row groups whose rows are shuffled together; `begin` is the place of its first row in the epoch."""
+
+    def __init__(self, index: int, begin: int, groups: Sequence[_RowGroup]) -> None:
+        self.index = index
+        self.begin = begin
+        self.groups = groups
+        self.rows = sum(group.rows for group in groups)
+
+
+class _Part(NamedTuple):
+    window: _Window
+    begin: int
+    end: int
+
+
+def _columns(schema: Schema) -> list[str]:
+    """Columns of a shard that a batch of this schema is made of."""
+    names = [*schema.numeric_columns, *schema.embedded(), *schema.event_number_keys]
+    names += [label.name for label in schema.labels]
+    keys = ("user_id", "timestamp", "weight")
+    return names + [KEY_COLUMNS[key] for key in keys if getattr(schema.keys, key) is not None]
+
+
+def _bytes(column: str) -> int:
+    return 8 if column in (KEY_COLUMNS["user_id"], KEY_COLUMNS["timestamp"]) else 4
+
+
+class _Decoder:
+    """Fills the compact store of a known number of rows from Arrow tables, and checks every value on the way."""
+
+    def __init__(self, schema: Schema, rows: int, columns: Sequence[str], place: str) -> None:
+        self.schema = schema
+        self.place = place
+        self._present = set(columns)
+        self._done = 0
+        self._numeric_RN = np.empty((rows, len(schema.numeric_columns)), dtype=np.float32)
+        self._ids_RF = np.empty((rows, len(schema.categorical)), dtype=np.int32)
+        self._labels_RT = np.full((rows, len(schema.labels)), np.nan, dtype=np.float32)
+        self._weights_R = np.empty(rows, dtype=np.float32) if KEY_COLUMNS["weight"] in columns else None
+        self._timestamp_R = np.empty(rows, dtype=np.int64) if KEY_COLUMNS["timestamp"] in columns else None
+        self._user_R = np.empty(rows, dtype=np.int64) if KEY_COLUMNS["user_id"] in columns else None
+        self._lists: dict[str, list[npt.NDArray[Any]]] = {
+            name: [] for name in (*schema.jagged_keys, *schema.event_number_keys)
+        }
+        self._lengths = {name: np.zeros(rows, dtype=np.int32) for name in self._lists}
+        self._sizes = {name: feature.num_embeddings for name, feature in schema.embedded().items()}
+
+    def add(self, table: pa.Table) -> None:
+        begin, end = self._done, self._done + table.num_rows
+        self._done = end
+        for place, name in enumerate(self.schema.numeric_columns):
+            values = self._flat(table, name, np.float32)
+            if not np.isfinite(values).all():
+                raise ValueError(f'{self.place}: column "{name}" has NaN or infinity, expected finite numbers')
+            self._numeric_RN[begin:end, place] = values
+        for place, feature in enumerate(self.schema.categorical):
+            ids = self._flat(table, feature.name, np.int32)
+            self._check_ids(feature.name, ids)
+            self._ids_RF[begin:end, place] = ids
+        for place, label in enumerate(self.schema.labels):
+            if label.name not in self._present:
+                continue
+            values = self._flat(table, label.name, np.float32, nulls=True)
+            if label.kind == "binary" and ((values < 0) | (values > 1)).any():
+                raise ValueError(f'{self.place}: label "{label.name}" has values outside [0, 1]')
+            self._labels_RT[begin:end, place] = values
+        for name in self._lists:
+            event = name in self.schema.event_number_keys
+            dtype = np.float32 if event else np.int32
+            offsets, values = self._list(table, name, dtype)
+            if event and not np.isfinite(values).all():
+                raise ValueError(f'{self.place}: column "{name}" has NaN or infinity, expected finite numbers')
+            if not event:
+                self._check_ids(name, values)
+            self._lengths[name][begin:end] = np.diff(offsets)
+            self._lists[name].append(values.copy())  # not a view, so that Arrow's memory can go
+        if self._weights_R is not None:
+            weights = self._weights_R[begin:end] = self._flat(table, KEY_COLUMNS["weight"], np.float32)
+            if not (np.isfinite(weights) & (weights >= 0)).all():
+                raise ValueError(f'{self.place}: column "__weight" has values that are not finite and >= 0')
+        if self._timestamp_R is not None:
+            self._timestamp_R[begin:end] = self._flat(table, KEY_COLUMNS["timestamp"], np.int64)
+        if self._user_R is not None:
+            self._user_R[begin:end] = _user_keys(self._column(table, KEY_COLUMNS["user_id"]))
+
+    def finish(self) -> Rows:
+        for sequence in self.schema.sequences:
+            first, *others = (sequence.column(field) for field in sequence.fields)
+            for other in others:
+                if not np.array_equal(self._lengths[first], self._lengths[other]):
+                    raise ValueError(
+                        f'{self.place}: columns "{first}" and "{other}" of one sequence have lists of unequal length'
+                    )
+        return Rows(
+            self._numeric_RN,
+            self._ids_RF,
+            self._labels_RT,
+            self._join(self.schema.jagged_keys, np.int32),
+            self._join(self.schema.event_number_keys, np.float32),
+            self._weights_R,
+            self._timestamp_R,
+            self._user_R,
+        )
+
+    def _join(self, keys: tuple[str, ...], dtype: npt.DTypeLike) -> Jagged:
+        rows = self._ids_RF.shape[0]
+        total = sum(len(piece) for name in keys for piece in self._lists[name])
+        values = np.empty(total, dtype=dtype)
+        offsets_KR1 = np.zeros((len(keys), rows + 1), dtype=np.int32 if total < 2**31 else np.int64)
+        begin = 0
+        for place, name in enumerate(keys):
+            np.cumsum(self._lengths.pop(name), out=offsets_KR1[place, 1:])
+            offsets_KR1[place] += begin
+            pieces = deque(self._lists.pop(name))
+            while pieces:  # each piece is let go once copied, so that the lists are never in memory twice
+                piece = pieces.popleft()
+                values[begin : begin + len(piece)] = piece
+                begin += len(piece)
+        return Jagged(values, offsets_KR1)
+
+    def _column(self, table: pa.Table, name: str) -> Any:
+        if name not in self._present:
+            raise ValueError(f'{self.place}: column "{name}" is missing')
+        column = table.column(name)
+        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+    def _flat(self, table: pa.Table, name: str, dtype: type[Number], *, nulls: bool = False) -> npt.NDArray[Number]:
+        column = self._column(table, name)
+        if column.null_count and not nulls:
+            raise ValueError(f'{self.place}: column "{name}" has nulls')
+        values: npt.NDArray[Number] = column.to_numpy(zero_copy_only=False)
+        if values.dtype != dtype:
+            raise ValueError(f'{self.place}: column "{name}" is {column.type}, expected {np.dtype(dtype).name}')
+        return values
+
+    def _list(self, table: pa.Table, name: str, dtype: type[np.generic]) -> tuple[Longs, npt.NDArray[Any]]:
+        column = self._column(table, name)
+        expected = np.dtype(dtype).name
+        if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+            raise ValueError(f'{self.place}: column "{name}" is {column.type}, expected lists of {expected}')
+        if column.null_count:
+            raise ValueError(f'{self.place}: column "{name}" has nulls, expected lists (an empty one for no value)')
+        flat = column.flatten()
+        if flat.null_count or flat.type != pa.from_numpy_dtype(dtype):
+            found = "nulls in its lists" if flat.null_count else f"lists of {flat.type}"
+            raise ValueError(f'{self.place}: column "{name}" has {found}, expected lists of {expected}')
+        return column.offsets.to_numpy(), flat.to_numpy(zero_copy_only=False)
+
+    def _check_ids(self, name: str, ids: npt.NDArray[Any]) -> None:
+        size = self._sizes[name]
+        if size is not None and len(ids) and (ids.min() < 0 or ids.max() >= size):
+            bad = ids[(ids < 0) | (ids >= size)][0]
+            raise ValueError(f'{self.place}: column "{name}" has id {bad}, expected 0 to {size - 1}')
+
+
+def _user_keys(column: pa.Array) -> Longs:
+    """One number per user; 0 for rows without one."""
+    if pa.types.is_integer(column.type):
+        return np.asarray(column.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64))
+    import polars as pl
+
+    hashes = stable_hash(pl.Series("user", pl.from_arrow(column))).fill_null(0)
+    return np.asarray(hashes.to_numpy().view(np.int64))
+
+
+def _concat(batches: list[Batch]) -> Batch:
+    """Batches of equal columns, one after the other."""
+    if len(batches) == 1:
+        return batches[0]
+
+    def jagged(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        split = [torch.split(values, lengths_KB.sum(1).tolist()) for values, lengths_KB in pieces]
+        by_key = [piece[key] for key in range(len(split[0])) for piece in split]
+        values = torch.cat(by_key) if by_key else pieces[0][0]
+        return values, torch.cat([lengths_KB for _, lengths_KB in pieces], 1)
+
+    def rows(name: str) -> Any:
+        parts = [getattr(batch, name) for batch in batches]
+        return None if parts[0] is None else torch.cat(parts)
+
+    jagged_values, jagged_lengths_KB = jagged([(batch.jagged_values, batch.jagged_lengths_KB) for batch in batches])
+    event_values, event_lengths_EB = jagged([(batch.event_values, batch.event_lengths_EB) for batch in batches])
+    return Batch(
+        numeric_BN=rows("numeric_BN"),
+        ids_BF=rows("ids_BF"),
+        jagged_keys=batches[0].jagged_keys,
+        jagged_values=jagged_values,
+        jagged_lengths_KB=jagged_lengths_KB,
+        event_keys=batches[0].event_keys,
+        event_values=event_values,
+        event_lengths_EB=event_lengths_EB,
+        labels_BT=rows("labels_BT"),
+        weights_B=rows("weights_B"),
+        timestamp_B=rows("timestamp_B"),
+        user_B=rows("user_B"),
     )

@@ -6,61 +6,126 @@ import hashlib
 import json
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fullrank.data import atomic
 
+FORMAT_VERSION = 1
 _PREFIX = "step-"
+_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "checkpoint.json"
 
 
-def write(directory: Path, step: int, tensors: dict[str, Tensor], about: dict[str, Any], *, keep: int) -> Path:
-    """Write checkpoint `step-<step>` and remove all but the `keep` newest.
+class Checkpoint(NamedTuple):
+    """A checkpoint whose files have the checksums that it promises."""
 
-    Files are written beside, synced to disk and renamed; `checkpoint.json` holds the SHA-256 of the tensors.
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors whose names begin with `prefix`, under the rest of their names."""
+        with safe_open(self.path / _TENSORS, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a mapping)
+            return {name[len(prefix) :]: file.get_tensor(name) for name in names}
+
+
+def write(
+    directory: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    keep: int,
+    protect: Collection[int] = (),
+) -> Path:
+    """Write checkpoint `step-<step>`, then remove all but the `keep` newest and those of the steps in `protect`.
+
+    The files are written beside, synced to disk and renamed, and `checkpoint.json` holds the SHA-256 of the others, so
+    that the older checkpoints are valid until this one is. Checkpoints of later steps are of a run that is being
+    repeated from an earlier one (they were damaged): they are removed.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{_PREFIX}{step:010d}"
     with atomic.new_directory(path, overwrite=True) as partial:
-        content = to_safetensors({key: value.detach().contiguous().clone() for key, value in tensors.items()})
-        atomic.write_bytes(partial / "tensors.safetensors", content)
-        record = {**about, "step": step, "sha256": hashlib.sha256(content).hexdigest()}
-        atomic.write_text(partial / "checkpoint.json", json.dumps(record, indent=2) + "\n")
-    for old in _paths(directory)[:-keep]:
-        shutil.rmtree(old)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial / _TENSORS)
+        (partial / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        files = {name: _sha256(partial / name) for name in (_TENSORS, _STATE)}
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "sha256": files}
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    steps = list_steps(directory)
+    kept = {old for old in steps if old <= step}
+    kept = set(sorted(kept)[-keep:]) | set(protect)
+    for old in steps:
+        if old not in kept:
+            _remove(directory / f"{_PREFIX}{old:010d}")
     return path
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON of one checkpoint.
+def read(path: Path) -> Checkpoint:
+    """Open one checkpoint and verify its checksums.
 
     Raises:
-        ValueError: if a file is missing, or the checksum does not match.
+        ValueError: if a file is missing or damaged.
     """
     try:
-        about = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
-        content = (path / "tensors.safetensors").read_bytes()
-        expected = about["sha256"]
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        version, step, sums = manifest["format_version"], manifest["step"], manifest["sha256"]
     except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole checkpoint: {error!r}") from None
-    if hashlib.sha256(content).hexdigest() != expected:
-        raise ValueError(f"{path / 'tensors.safetensors'} does not match its checksum: the file is damaged")
-    return from_safetensors(content), about
-
-
-def latest(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest whole checkpoint; damaged ones are skipped with a warning. None if there is none."""
-    for path in reversed(_paths(directory)):
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format_version is {version!r}, this release reads {FORMAT_VERSION}")
+    for name in (_TENSORS, _STATE):
         try:
-            return read(path)
+            found = _sha256(path / name)
+        except OSError as error:
+            raise ValueError(f"{path} is not a whole checkpoint: {error}") from None
+        if found != sums.get(name):
+            raise ValueError(f"{path / name} does not match its checksum: the file is damaged")
+    try:
+        with safe_open(path / _TENSORS, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path / _TENSORS} cannot be read: {error}") from None
+    return Checkpoint(path, step, json.loads((path / _STATE).read_text(encoding="utf-8")))
+
+
+def latest(directory: Path) -> Checkpoint | None:
+    """The newest valid checkpoint; damaged ones are skipped with a warning. None if there is none."""
+    for step in reversed(list_steps(directory)):
+        try:
+            return read(directory / f"{_PREFIX}{step:010d}")
         except ValueError as error:
             warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
     return None
 
 
-def _paths(directory: Path) -> list[Path]:
-    return sorted(directory.glob(f"{_PREFIX}*")) if directory.is_dir() else []
+def of_step(directory: Path, step: int) -> Checkpoint:
+    """The checkpoint of one step.
+
+    Raises:
+        ValueError: if it is missing or damaged.
+    """
+    return read(directory / f"{_PREFIX}{step:010d}")
+
+
+def list_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints in a directory, valid or not, in order."""
+    names = (path.name.removeprefix(_PREFIX) for path in directory.glob(f"{_PREFIX}*"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _remove(path: Path) -> None:
+    # Without its manifest it is no checkpoint any more, however far a kill lets the rest of the removal go.
+    (path / _MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
