@@ -1,0 +1,81 @@
+"""A user vector and an item vector from one table per vocabulary."""
+
+# Shapes: B rows, F tokens, N numeric columns, D output width.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fullrank.batch import Batch
+from fullrank.embeddings import EmbeddingCollection
+from fullrank.layers.mlp import MLP
+from fullrank.schema import Role, Schema
+
+
+class Towers(nn.Module):
+    """Two MLPs, one on the features of the user and of the context, one on those of the item.
+
+    Both look up the same tables, so an item in a history and the candidate item share their vector where the schema
+    gives them one table. Sequences are mean-pooled. Neither tower sees the other's columns, so the vectors of all
+    items can be computed before any request comes.
+    """
+
+    def __init__(
+        self, schema: Schema, *, embedding_dim: int, init_std: float, hidden: Sequence[int], output_dim: int
+    ) -> None:
+        super().__init__()
+        self.ids = EmbeddingCollection(schema, embedding_dim=embedding_dim, init_std=init_std, pool_sequences=True)
+        self.sides: dict[str, tuple[list[int], list[int]]] = {}
+        for side, roles in SIDES.items():
+            places, numbers = _columns(schema, self.ids.widths, roles)
+            if not places and not numbers:
+                raise ValueError(f"the schema has no feature with role {' or '.join(sorted(roles))}: a tower needs one")
+            self.sides[side] = (places, numbers)
+            self.register_buffer(f"_{side}_places", torch.tensor(places, dtype=torch.int64), persistent=False)
+            self.register_buffer(f"_{side}_numbers", torch.tensor(numbers, dtype=torch.int64), persistent=False)
+        self.user_mlp = MLP(sum(map(len, self.sides["user"])), hidden, output_dim)
+        self.item_mlp = MLP(sum(map(len, self.sides["item"])), hidden, output_dim)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Vectors of each row's user and item, user_BD and item_BD."""
+        flat = self.ids(batch).flat
+        return self.user_mlp(self._inputs("user", flat, batch)), self.item_mlp(self._inputs("item", flat, batch))
+
+    def users(self, batch: Batch) -> Tensor:
+        """user_BD; the item columns of the batch may hold anything valid."""
+        vectors: Tensor = self.user_mlp(self._inputs("user", self.ids(batch).flat, batch))
+        return vectors
+
+    def items(self, batch: Batch) -> Tensor:
+        """item_BD; the user and context columns of the batch may hold anything valid."""
+        vectors: Tensor = self.item_mlp(self._inputs("item", self.ids(batch).flat, batch))
+        return vectors
+
+    def _inputs(self, side: str, flat: Tensor, batch: Batch) -> Tensor:
+        places, numbers = self.get_buffer(f"_{side}_places"), self.get_buffer(f"_{side}_numbers")
+        vectors = flat.index_select(1, places)
+        if not numbers.numel():
+            return vectors
+        return torch.cat([vectors, batch.numeric_BN.index_select(1, numbers)], 1)
+
+
+SIDES: dict[str, set[Role]] = {"user": {"user", "context"}, "item": {"item"}}
+
+
+def _columns(schema: Schema, widths: tuple[int, ...], roles: set[Role]) -> tuple[list[int], list[int]]:
+    """Places in `Embedded.flat` and columns of `numeric_BN` of the features that have one of `roles`."""
+    token_roles = [feature.role for feature in (*schema.categorical, *schema.bags)]
+    token_roles += [sequence.role for sequence in schema.sequences for _ in sequence.id_fields]
+    places: list[int] = []
+    begin = 0
+    for role, width in zip(token_roles, widths, strict=True):
+        if role in roles:
+            places.extend(range(begin, begin + width))
+        begin += width
+    number_roles = {
+        name: feature.role for feature in schema.numeric for name in (feature.name, f"{feature.name}__missing")
+    }
+    return places, [i for i, name in enumerate(schema.numeric_columns) if number_roles[name] in roles]

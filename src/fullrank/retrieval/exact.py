@@ -1,0 +1,91 @@
+"""Exact search of the largest inner products."""
+
+# Shapes: B queries, I items, D width, K results.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fullrank.retrieval.base import SearchResult, check_k
+
+# Scores held at once: 4M floats are 16 MB, about what a laptop's last-level cache takes.
+SCORES_AT_ONCE = 4_000_000
+
+
+class ExactIndex:
+    """Item vectors in order of their keys, searched by one matrix product and a running top k.
+
+    Every item is scored, so recall against the scorer is 1 by construction. Ties go to the smaller key, which makes
+    results independent of the order in which items came.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.keys_I = torch.zeros(0, dtype=torch.int64)
+        self.vectors_ID = torch.zeros(0, width)
+
+    def __len__(self) -> int:
+        return self.keys_I.numel()
+
+    def add(self, keys_I: Tensor, vectors_ID: Tensor) -> None:
+        """Raises:
+        ValueError: if a key occurs twice or is there already, the width differs, or a number is not finite.
+        """
+        if vectors_ID.ndim != 2 or vectors_ID.shape != (keys_I.numel(), self.vectors_ID.shape[1]):
+            expected = (keys_I.numel(), self.vectors_ID.shape[1])
+            raise ValueError(f"item vectors have shape {tuple(vectors_ID.shape)}, expected {expected}")
+        finite_I = torch.isfinite(vectors_ID).all(1)
+        if not bool(finite_I.all()):
+            raise ValueError(f"the vector of item {int(keys_I[~finite_I][0])} has a NaN or infinite number")
+        keys = torch.cat([self.keys_I, keys_I])
+        vectors = torch.cat([self.vectors_ID, vectors_ID.float()])
+        keys, order = keys.sort(stable=True)
+        twice = keys[1:] == keys[:-1]
+        if bool(twice.any()):
+            raise ValueError(f"item {int(keys[1:][twice][0])} is in the index already or given twice")
+        self.keys_I, self.vectors_ID = keys, vectors[order].contiguous()
+
+    def remove(self, keys: Tensor) -> None:
+        """Raises:
+        KeyError: if a key is not in the index.
+        """
+        unknown = ~torch.isin(keys, self.keys_I)
+        if bool(unknown.any()):
+            raise KeyError(f"item {int(keys[unknown][0])} is not in the index")
+        kept = ~torch.isin(self.keys_I, keys)
+        self.keys_I, self.vectors_ID = self.keys_I[kept], self.vectors_ID[kept].contiguous()
+
+    def search(self, queries_BD: Tensor, k: int) -> SearchResult:
+        """Raises:
+        ValueError: if k is below 1.
+        """
+        check_k(k)
+        rows, count = queries_BD.shape[0], len(self)
+        block = max(k, SCORES_AT_ONCE // max(rows, 1))
+        places_BK = torch.zeros((rows, 0), dtype=torch.int64)
+        scores_BK = torch.zeros((rows, 0))
+        for begin in range(0, count, block):
+            scores_BI = queries_BD @ self.vectors_ID[begin : begin + block].T
+            best_BK, place_BK = top_k(scores_BI, k)
+            if begin:
+                # Earlier blocks stand first, so that a stable choice keeps their smaller keys.
+                best_BK, place_BK = torch.cat([scores_BK, best_BK], 1), torch.cat([places_BK, place_BK + begin], 1)
+                scores_BK, order_BK = top_k(best_BK, k)
+                places_BK = place_BK.gather(1, order_BK)
+            else:
+                scores_BK, places_BK = best_BK, place_BK
+        return SearchResult(self.keys_I[places_BK], scores_BK)
+
+
+def top_k(scores_BI: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest scores of each row and their places, largest first, ties by smaller place; all if k is larger."""
+    k = min(k, scores_BI.shape[1])
+    scores_BK, place_BK = scores_BI.topk(k, dim=1)
+    # topk leaves open which of several equal scores it takes. Rows that tie at the k-th score choose again.
+    if 0 < k < scores_BI.shape[1]:
+        tied_B = (scores_BI >= scores_BK[:, -1:]).sum(1) > k
+        for row in tied_B.nonzero().squeeze(1).tolist():
+            place_BK[row] = torch.sort(scores_BI[row], descending=True, stable=True).indices[:k]
+    place_BK = place_BK.sort(dim=1).values
+    scores_BK, order_BK = scores_BI.gather(1, place_BK).sort(dim=1, descending=True, stable=True)
+    return scores_BK, place_BK.gather(1, order_BK)

@@ -1,0 +1,94 @@
+"""The most clicked items, the same for everyone: the baseline that a retriever has to beat."""
+
+# Shapes: B users, I items, K results.
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fullrank.batch import Batch
+from fullrank.data import atomic
+from fullrank.data.dataset import Dataset
+from fullrank.retrieval.base import Items, Retriever, SearchResult
+from fullrank.retrieval.exact import ExactIndex
+from fullrank.retrieval.two_tower import positive_rows, read_saved
+from fullrank.schema import Schema
+
+
+class Popularity(Retriever):
+    """Score = log(1 + clicks in training)."""
+
+    name = "popularity"
+
+    def __init__(self, schema: Schema, config: Retriever.Config | None = None) -> None:
+        self.schema = schema
+        self.config = config or self.Config()
+        self.clicked = ExactIndex(1)
+        self.exact = ExactIndex(1)
+
+    def fit(self, log: Dataset) -> Self:
+        """Raises:
+        ValueError: if the log names no item_id, has no binary label or no positive row.
+        """
+        _, keys_P = positive_rows(log)
+        keys_I, count_I = torch.unique(keys_P, return_counts=True)
+        self.clicked = ExactIndex(1)
+        self.clicked.add(keys_I, count_I.float().log1p()[:, None])
+        return self
+
+    def _scores(self, keys_I: Tensor) -> Tensor:
+        known_keys, known = self.clicked.keys_I, self.clicked.vectors_ID
+        if not known_keys.numel():
+            return torch.zeros(keys_I.numel(), 1)
+        place_I = torch.searchsorted(known_keys, keys_I).clamp_max(known_keys.numel() - 1)
+        return torch.where((known_keys[place_I] == keys_I)[:, None], known[place_I], 0.0)
+
+    def index(self, items: Items) -> None:
+        fresh = ExactIndex(1)
+        fresh.add(items.keys_I, self._scores(items.keys_I))
+        self.exact = fresh
+
+    def add(self, items: Items) -> None:
+        self.exact.add(items.keys_I, self._scores(items.keys_I))
+
+    def remove(self, keys: Tensor) -> None:
+        self.exact.remove(keys)
+
+    def search(self, users: Batch, k: int) -> SearchResult:
+        best = self.exact.search(torch.ones(1, 1), k)
+        return SearchResult(
+            best.item_keys_BK.expand(len(users), -1).contiguous(), best.scores_BK.expand(len(users), -1).contiguous()
+        )
+
+    def cost(self) -> int:
+        return len(self.exact)
+
+    def save(self, directory: Path) -> None:
+        from safetensors.torch import save
+
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {
+            "clicked.keys": self.clicked.keys_I,
+            "clicked.scores": self.clicked.vectors_ID.contiguous(),
+            "index.keys": self.exact.keys_I,
+            "index.scores": self.exact.vectors_ID.contiguous(),
+        }
+        atomic.write_bytes(directory / "retriever.safetensors", save(state))
+        about = {"kind": self.name, "config": self.config.model_dump(mode="json")}
+        atomic.write_text(directory / "retriever.json", json.dumps(about, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path, schema: Schema) -> Self:
+        config, state = read_saved(cls, directory)
+        retriever = cls(schema, cls.Config.model_validate(config))
+        try:
+            retriever.clicked.add(state["clicked.keys"], state["clicked.scores"])
+            retriever.exact.add(state["index.keys"], state["index.scores"])
+        except KeyError as error:
+            raise ValueError(f"{directory / 'retriever.safetensors'} holds no {error}") from None
+        return retriever

@@ -1,0 +1,84 @@
+"""Facts about the value formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fullrank.funnel.value import ValueFormula
+
+KNOWN = ("bid", "click", "hide")
+number = st.floats(0.01, 10)
+
+
+def expressions() -> st.SearchStrategy[str]:
+    atom = st.sampled_from(KNOWN) | st.floats(0.1, 9, allow_nan=False).map(repr)
+    return st.recursive(
+        atom,
+        lambda inner: st.one_of(
+            st.tuples(inner, st.sampled_from("+-*/"), inner).map(lambda t: f"({t[0]} {t[1]} {t[2]})"),
+            inner.map(lambda text: f"-{text}"),
+            st.tuples(st.sampled_from(("min", "max")), inner, inner).map(lambda t: f"{t[0]}({t[1]}, {t[2]})"),
+        ),
+        max_leaves=8,
+    )
+
+
+@given(expressions(), number, number, number)
+def test_it_computes_what_python_would(text: str, bid: float, click: float, hide: float) -> None:
+    columns = {"bid": bid, "click": click, "hide": hide}
+    if not any(name in text for name in KNOWN):
+        text += " + 0 * bid"
+    try:
+        expected = eval(text, {"__builtins__": {}, "min": min, "max": max}, columns)
+    except ZeroDivisionError:
+        return
+    found = ValueFormula(text, KNOWN)(
+        {name: torch.tensor(value, dtype=torch.float64) for name, value in columns.items()}
+    )
+    assert float(found) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_powers_and_log1p() -> None:
+    columns = {"bid": torch.tensor([2.0, 3.0]), "click": torch.tensor([0.5, 0.1]), "hide": torch.zeros(2)}
+    found = ValueFormula("bid ** 2 * log1p(click) - -hide", KNOWN)(columns)
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx([4 * math.log1p(0.5), 9 * math.log1p(0.1)])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("bid * clik", 'character 7: unknown name "clik"; allowed are bid, click, hide'),
+        ("__import__('os')", 'function "__import__" is not allowed'),
+        ("bid.real", "Attribute is not allowed"),
+        ("[bid][0]", "Subscript is not allowed"),
+        ("(lambda: bid)()", "Call is not allowed"),
+        ("bid if click else hide", "IfExp is not allowed"),
+        ("bid // click", "operator FloorDiv is not allowed"),
+        ("bid @ click", "operator MatMult is not allowed"),
+        ("not bid", "operator Not is not allowed"),
+        ("bid * 'x'", "'x' is not a number"),
+        ("bid * True", "True is not a number"),
+        ("bid * 1e99", "a number is too large"),
+        ("min(bid)", "min takes 2 arguments, got 1"),
+        ("max(bid, *click)", "Starred is not allowed"),
+        ("max(a=bid, b=1)", "Call is not allowed"),
+        ("bid *", "cannot be read"),
+        ("", "cannot be read"),
+        ("2 + 2", "is a constant"),
+        ("(" * 400 + "bid" + ")" * 400, "cannot be read"),
+        ("bid + " * 200 + "bid", "at most 1000 are allowed"),
+        ("bid; click", "cannot be read"),
+        ("(x := bid)", "NamedExpr is not allowed"),
+    ],
+)
+def test_all_but_arithmetic_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match="value formula") as caught:
+        ValueFormula(text, KNOWN)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
