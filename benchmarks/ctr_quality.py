@@ -91,7 +91,9 @@ def ours(name: str, folder: Path, models: list[str], seeds: list[int], own: bool
     return records
 
 
-def theirs(name: str, folder: Path, models: list[str], seeds: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
+def theirs(
+    name: str, folder: Path, models: list[str], seeds: list[int], args: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Run FuxiCTR's jobs, after one preprocessing for the models that pool the history and one for DIN."""
     names = {fuxictr: ours for ours, (fuxictr, _, _) in MODELS.items()}
     records = []
@@ -108,8 +110,8 @@ def theirs(name: str, folder: Path, models: list[str], seeds: list[int], args: a
         with tempfile.TemporaryDirectory() as scratch:
             # A history that shares the item table leaves FuxiCTR's linear terms uninitialised: own table there.
             share = ["--no-share"] if name == "globo_seq" and not attends else []
-            command = [args.fuxictr_python, str(HERE / "peers/fuxictr_peer.py"), "--jobs", *jobs, "--data", str(folder),
-                       "--zoo", args.fuxictr_zoo, "--work", scratch, "--threads", str(args.threads), *share]  # fmt: skip
+            command = [args.fuxictr_python, str(HERE / "peers/fuxictr_peer.py"), "--jobs", *jobs,
+                       "--data", str(folder), "--zoo", args.fuxictr_zoo, "--work", scratch, "--threads", str(args.threads), *share]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(done.stderr[-3000:])

@@ -55,7 +55,8 @@ def ours(case: str, args: argparse.Namespace, environment: dict[str, str], scrat
     for made in ("dataset", "run"):
         shutil.rmtree(scratch / made, ignore_errors=True)
     command = [
-        sys.executable, "-c", "from fullrank.cli.main import main; main()", "train", str(HERE.parent / f"recipes/{recipe}.yaml"),
+        sys.executable, "-c", "from fullrank.cli.main import main; main()", "train",
+        str(HERE.parent / f"recipes/{recipe}.yaml"),
         "--set", f"data.dataset={scratch / 'dataset'}", "--set", f"data.source.path={args.tables / name}",
         "--set", f"data.source.schema_file={HERE.parent / 'recipes'}/{recipe.rsplit('-', 1)[0]}.schema.json",
         "--set", f"threads={args.threads}", "--out", str(scratch / "run"), "--json",
@@ -74,7 +75,9 @@ def ours(case: str, args: argparse.Namespace, environment: dict[str, str], scrat
     }
 
 
-def peer(case: str, program: str, args: argparse.Namespace, environment: dict[str, str], scratch: Path) -> dict[str, Any] | None:
+def peer(
+    case: str, program: str, args: argparse.Namespace, environment: dict[str, str], scratch: Path
+) -> dict[str, Any] | None:
     name = case.split()[0]
     _, fuxictr, norm, recbole, deepctr = CASES[case]
     data = str(args.tables / name)
@@ -134,7 +137,16 @@ def main() -> None:
     summary = summarise(runs)
     roofline = rooflines(summary)
     print()
-    columns = ["case", "program", "samples_per_s", "csv_to_tested_s", "peak_main_mib", "peak_all_mib", "test_auc", "speed_ratio"]
+    columns = [
+        "case",
+        "program",
+        "samples_per_s",
+        "csv_to_tested_s",
+        "peak_main_mib",
+        "peak_all_mib",
+        "test_auc",
+        "speed_ratio",
+    ]
     table(summary, columns)
     print()
     table(roofline, list(roofline[0]))

@@ -3,8 +3,8 @@
     python benchmarks/embedding_backends.py
 
 A step is DeepFM on single-id fields (dim 16, hidden 256-128-64, batch 4096): forward, backward, update. The dense rows
-(`nn.Embedding`, Adam over all parameters) are what FuxiCTR and RecBole do with their tables; the sparse row is PyTorch's
-best answer without fused kernels. Ids follow a power law. The median step is reported.
+(`nn.Embedding`, Adam over all parameters) are what FuxiCTR and RecBole do with their tables; the sparse row is
+PyTorch's best answer without fused kernels. Ids follow a power law. The median step is reported.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ A job is model:learning_rate:batch_norm:seed. All jobs share one preprocessing o
 
 The wheel holds the library only; the model classes live in the project's repository (`model_zoo/`), which --zoo names.
 """
+
 import argparse
 import importlib
 import logging
@@ -22,7 +23,6 @@ from fuxictr.features import FeatureMap
 from fuxictr.preprocess import FeatureProcessor, build_dataset
 from fuxictr.pytorch.dataloaders import RankDataLoader
 from fuxictr.pytorch.torch_utils import seed_everything
-
 from measure import BatchClock, Watch, emit
 
 HIDDEN = [256, 128, 64]
@@ -33,30 +33,71 @@ def categorical(*names):
 
 
 TABLES = {
-    "ml1m_ctr": categorical("user_id", "item_id", "gender", "age", "occupation", "zip_code", "year")
-    + [{"name": "genres", "active": True, "dtype": "str", "type": "sequence", "splitter": "^", "max_len": 6,
-        "feature_encoder": "layers.MaskedAveragePooling()"}],
-    "globo_seq": categorical("item_id", "hour", "environment", "device", "os", "country", "region",
-                             "referrer"),
+    "ml1m_ctr": [
+        *categorical("user_id", "item_id", "gender", "age", "occupation", "zip_code", "year"),
+        {
+            "name": "genres",
+            "active": True,
+            "dtype": "str",
+            "type": "sequence",
+            "splitter": "^",
+            "max_len": 6,
+            "feature_encoder": "layers.MaskedAveragePooling()",
+        },
+    ],
+    "globo_seq": categorical("item_id", "hour", "environment", "device", "os", "country", "region", "referrer"),
 }
 # plain rankers pool the history; DIN attends over it, so its encoder is null
-HISTORY = {"name": "click_history", "active": True, "dtype": "str", "type": "sequence", "splitter": "^",
-           "max_len": 20, "padding": "pre", "share_embedding": "item_id"}
+HISTORY = {
+    "name": "click_history",
+    "active": True,
+    "dtype": "str",
+    "type": "sequence",
+    "splitter": "^",
+    "max_len": 20,
+    "padding": "pre",
+    "share_embedding": "item_id",
+}
 
 MODELS = {
     "LR": ("LR", {}),
     "FM": ("FM", {}),
     "AutoInt": ("AutoInt", {"dnn_hidden_units": HIDDEN, "attention_layers": 2, "num_heads": 2, "attention_dim": 64}),
     "DeepFM": ("DeepFM/DeepFM_torch", {"hidden_units": HIDDEN}),
-    "DCNv2": ("DCNv2", {"model_structure": "parallel", "use_low_rank_mixture": False, "num_cross_layers": 3,
-                        "parallel_dnn_hidden_units": HIDDEN, "stacked_dnn_hidden_units": HIDDEN}),
+    "DCNv2": (
+        "DCNv2",
+        {
+            "model_structure": "parallel",
+            "use_low_rank_mixture": False,
+            "num_cross_layers": 3,
+            "parallel_dnn_hidden_units": HIDDEN,
+            "stacked_dnn_hidden_units": HIDDEN,
+        },
+    ),
     "DLRM": ("DLRM", {"top_mlp_units": HIDDEN, "bottom_mlp_units": HIDDEN, "interaction_op": "dot"}),
-    "FinalMLP": ("FinalMLP", {"mlp1_hidden_units": HIDDEN, "mlp2_hidden_units": HIDDEN, "use_fs": True,
-                              "fs_hidden_units": [64], "fs1_context": ["user_id"], "fs2_context": ["item_id"],
-                              "num_heads": 1}),
-    "DIN": ("DIN", {"dnn_hidden_units": HIDDEN, "attention_hidden_units": [64],
-                    "attention_hidden_activations": "Dice", "din_target_field": ["item_id"],
-                    "din_sequence_field": ["click_history"], "din_use_softmax": False}),
+    "FinalMLP": (
+        "FinalMLP",
+        {
+            "mlp1_hidden_units": HIDDEN,
+            "mlp2_hidden_units": HIDDEN,
+            "use_fs": True,
+            "fs_hidden_units": [64],
+            "fs1_context": ["user_id"],
+            "fs2_context": ["item_id"],
+            "num_heads": 1,
+        },
+    ),
+    "DIN": (
+        "DIN",
+        {
+            "dnn_hidden_units": HIDDEN,
+            "attention_hidden_units": [64],
+            "attention_hidden_activations": "Dice",
+            "din_target_field": ["item_id"],
+            "din_sequence_field": ["click_history"],
+            "din_use_softmax": False,
+        },
+    ),
 }
 
 
@@ -89,15 +130,39 @@ def main():
     dataset_id = f"{table}_{'din' if attends == {True} else 'flat'}"
     shutil.rmtree(args.work / dataset_id, ignore_errors=True)
     common = {
-        "dataset_id": dataset_id, "data_root": str(args.work), "model_root": str(args.work / "checkpoints"),
-        "data_format": "csv", "feature_cols": features, "label_col": {"name": "label", "dtype": "float"},
-        "min_categr_count": 1, "train_data": str(args.data / "train.csv"), "valid_data": str(args.data / "valid.csv"),
-        "test_data": str(args.data / "test.csv"), "loss": "binary_crossentropy", "metrics": ["logloss", "AUC"],
-        "task": "binary_classification", "optimizer": "adam", "embedding_regularizer": 0, "net_regularizer": 0,
-        "net_dropout": 0, "batch_size": args.batch, "embedding_dim": args.dim, "epochs": args.epochs, "shuffle": True,
-        "monitor": "AUC", "monitor_mode": "max", "verbose": 0, "num_workers": 1, "early_stop_patience": 2,
-        "save_best_only": True, "eval_steps": None, "group_id": None, "use_features": None, "feature_specs": None,
-        "feature_config": None, "gpu": -1,
+        "dataset_id": dataset_id,
+        "data_root": str(args.work),
+        "model_root": str(args.work / "checkpoints"),
+        "data_format": "csv",
+        "feature_cols": features,
+        "label_col": {"name": "label", "dtype": "float"},
+        "min_categr_count": 1,
+        "train_data": str(args.data / "train.csv"),
+        "valid_data": str(args.data / "valid.csv"),
+        "test_data": str(args.data / "test.csv"),
+        "loss": "binary_crossentropy",
+        "metrics": ["logloss", "AUC"],
+        "task": "binary_classification",
+        "optimizer": "adam",
+        "embedding_regularizer": 0,
+        "net_regularizer": 0,
+        "net_dropout": 0,
+        "batch_size": args.batch,
+        "embedding_dim": args.dim,
+        "epochs": args.epochs,
+        "shuffle": True,
+        "monitor": "AUC",
+        "monitor_mode": "max",
+        "verbose": 0,
+        "num_workers": 1,
+        "early_stop_patience": 2,
+        "save_best_only": True,
+        "eval_steps": None,
+        "group_id": None,
+        "use_features": None,
+        "feature_specs": None,
+        "feature_config": None,
+        "gpu": -1,
     }
     os.makedirs(Path(common["model_root"]) / dataset_id, exist_ok=True)
     with Watch() as watch:
@@ -109,8 +174,16 @@ def main():
             folder, extra = MODELS[name]
             norm = bool(int(batch_norm))
             params = {
-                **common, "model": name, "model_id": name, "learning_rate": float(rate), "seed": int(seed),
-                "batch_norm": norm, "mlp1_batch_norm": norm, "mlp2_batch_norm": norm, "regularizer": 0, **extra,
+                **common,
+                "model": name,
+                "model_id": name,
+                "learning_rate": float(rate),
+                "seed": int(seed),
+                "batch_norm": norm,
+                "mlp1_batch_norm": norm,
+                "mlp2_batch_norm": norm,
+                "regularizer": 0,
+                **extra,
             }
             seed_everything(params["seed"])
             feature_map = FeatureMap(dataset_id, str(args.work / dataset_id))
@@ -129,16 +202,33 @@ def main():
             checked = model.evaluate(valid)
             result = model.evaluate(RankDataLoader(feature_map, stage="test", **loader))
             watch.lap("test")
-            emit({"peer": "fuxictr", "version": fuxictr_version, "torch": torch.__version__,
-                  "threads": torch.get_num_threads(), "table": table, "model": name, "batch": args.batch,
-                  "dim": args.dim, "epochs": args.epochs, "share_embedding": not args.no_share, "batch_norm": norm,
-                  "learning_rate": float(rate), "seed": int(seed),
-                  "parameters": sum(p.numel() for p in model.parameters()),
-                  "valid_auc": float(checked["AUC"]), "test_auc": float(result["AUC"]),
-                  "test_logloss": float(result["logloss"]), **clock.report(),
-                  **watch.marks, "peak_rss_main_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-                  "peak_pss_tree_mib": watch.peak_kib // 1024,
-                  "wall_s": round(time.perf_counter() - watch.begin, 1)}, args.json)
+            emit(
+                {
+                    "peer": "fuxictr",
+                    "version": fuxictr_version,
+                    "torch": torch.__version__,
+                    "threads": torch.get_num_threads(),
+                    "table": table,
+                    "model": name,
+                    "batch": args.batch,
+                    "dim": args.dim,
+                    "epochs": args.epochs,
+                    "share_embedding": not args.no_share,
+                    "batch_norm": norm,
+                    "learning_rate": float(rate),
+                    "seed": int(seed),
+                    "parameters": sum(p.numel() for p in model.parameters()),
+                    "valid_auc": float(checked["AUC"]),
+                    "test_auc": float(result["AUC"]),
+                    "test_logloss": float(result["logloss"]),
+                    **clock.report(),
+                    **watch.marks,
+                    "peak_rss_main_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                    "peak_pss_tree_mib": watch.peak_kib // 1024,
+                    "wall_s": round(time.perf_counter() - watch.begin, 1),
+                },
+                args.json,
+            )
 
 
 if __name__ == "__main__":
