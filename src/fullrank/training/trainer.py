@@ -22,6 +22,7 @@ from fullrank.models import Ranker
 from fullrank.training import checkpoint
 from fullrank.training.callbacks import Callback, TensorBoard
 from fullrank.training.evaluation import evaluate
+from fullrank.training.optimizers import DenseOptimizer
 from fullrank.training.patience import Patience
 
 # On an accelerator the loss is looked at this often, because looking waits for the device.
@@ -191,7 +192,7 @@ class _Run:
             collection.set_optimizer(self.embedding)
         self.table_rate = self.embedding.learning_rate or config.learning_rate
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = self._dense_optimizer() if self.parameters else None
+        self.optimizer = self._dense_optimizer()
         self.rate_scale = math.nan  # so that the first step sets the rates
         self.patience = Patience(
             config.monitor, config.plateau_factor if config.schedule == "plateau" else 1.0, config.patience
@@ -213,21 +214,13 @@ class _Run:
             elif checkpoint.list_steps(self.checkpoints):
                 raise ValueError(f"{self.checkpoints} has checkpoints already: resume, or choose another directory")
 
-    def _dense_optimizer(self) -> torch.optim.Optimizer:
+    def _dense_optimizer(self) -> DenseOptimizer:
         tables = {id(parameter) for collection in self.collections.values() for parameter in collection.parameters()}
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in self.parameters.values() if id(p) not in tables], "lr": self.config.learning_rate},
-            {"params": [p for p in self.parameters.values() if id(p) in tables], "lr": self.table_rate},
-        ]
-        groups = [{**group, "full_rate": group["lr"]} for group in groups if group["params"]]
-        fused = self.device.type in ("cpu", "cuda")
-        match self.config.optimizer:
-            case "adam":
-                return torch.optim.Adam(groups, fused=fused)
-            case "adagrad":
-                return torch.optim.Adagrad(groups, fused=self.device.type == "cpu")
-            case "sgd":
-                return torch.optim.SGD(groups, fused=fused)
+        rates = {
+            name: self.table_rate if id(parameter) in tables else self.config.learning_rate
+            for name, parameter in self.parameters.items()
+        }
+        return DenseOptimizer(self.config.optimizer, self.parameters, rates)
 
     # The loop
 
@@ -303,11 +296,10 @@ class _Run:
         loss.backward()  # type: ignore[no-untyped-call]
         for collection in self.collections.values():
             collection.before_step()
-        if self.optimizer is not None:
-            if self.config.gradient_clip is not None:
-                nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        if self.config.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
+        self.optimizer.step(self.rate_scale)
+        self.optimizer.zero_grad()
         for collection in self.collections.values():
             collection.after_step()
         self.step += 1
@@ -335,9 +327,6 @@ class _Run:
         if scale == self.rate_scale:
             return
         self.rate_scale = scale
-        if self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["full_rate"] * scale
         if self.embedding.kind != "dense":
             for collection in self.collections.values():
                 collection.set_learning_rate(self.table_rate * scale)
@@ -397,10 +386,8 @@ class _Run:
     def _save(self, directory: Path) -> None:
         self._check_losses(self.step)
         tensors = {f"model|{name}": value for name, value in self.model.state_dict().items()}
-        if self.optimizer is not None:
-            for name, parameter in self.parameters.items():
-                for key, value in self.optimizer.state.get(parameter, {}).items():
-                    tensors[f"optimizer|{name}|{key}"] = torch.as_tensor(value)
+        for name, values in self.optimizer.state.items():
+            tensors.update({f"optimizer|{name}|{key}": value for key, value in values.items()})
         for name, collection in self.collections.items():
             tensors.update({f"tables|{name}|{key}": value for key, value in collection.optimizer_state().items()})
         tensors["random"] = torch.get_rng_state()
@@ -437,10 +424,10 @@ class _Run:
                     "or start anew in another directory"
                 )
         self.model.load_state_dict(found.tensors("model|"))
-        if self.optimizer is not None:
-            for name, parameter in self.parameters.items():
-                if values := found.tensors(f"optimizer|{name}|"):
-                    self.optimizer.state[parameter] = {key: _placed(v, parameter) for key, v in values.items()}
+        for name, parameter in self.parameters.items():
+            if values := found.tensors(f"optimizer|{name}|"):
+                # In memory of its own, on its parameter's device, rather than in the file's.
+                self.optimizer.state[name] = {key: v.to(parameter.device, copy=True) for key, v in values.items()}
         for name, collection in self.collections.items():
             collection.load_optimizer_state(found.tensors(f"tables|{name}|"))
         torch.set_rng_state(found.tensors("random")[""])
@@ -450,8 +437,3 @@ class _Run:
         self.history, self.patience = state["history"], Patience(**state["patience"])
         self.loss_sum, self.loss_count, self.train_loss = state["loss"]
         train.restore(state["loader"])
-
-
-def _placed(value: Tensor, parameter: Tensor) -> Tensor:
-    """Optimiser state on the device of its parameter, in memory of its own rather than the file's."""
-    return value.to(parameter.device, copy=True)
