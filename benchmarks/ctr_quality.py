@@ -110,8 +110,9 @@ def theirs(
         with tempfile.TemporaryDirectory() as scratch:
             # A history that shares the item table leaves FuxiCTR's linear terms uninitialised: own table there.
             share = ["--no-share"] if name == "globo_seq" and not attends else []
-            command = [args.fuxictr_python, str(HERE / "peers/fuxictr_peer.py"), "--jobs", *jobs,
-                       "--data", str(folder), "--zoo", args.fuxictr_zoo, "--work", scratch, "--threads", str(args.threads), *share]  # fmt: skip
+            command = [args.fuxictr_python, str(HERE / "peers/fuxictr_peer.py"), "--jobs", *jobs]
+            command += ["--data", str(folder), "--zoo", args.fuxictr_zoo, "--work", scratch]
+            command += ["--threads", str(args.threads), *share]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(done.stderr[-3000:])
