@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -110,9 +111,14 @@ class TwoTower(Retriever):
         self.towers.eval()
         self.exact = ExactIndex(self.config.output_dim + 1)
 
-    def fit(self, log: Dataset) -> Self:
-        """Raises:
-        ValueError: if the log names no item_id, has no binary label or no positive row.
+    def fit(self, log: Dataset, *, progress: Callable[[int, int, float], None] | None = None) -> Self:
+        """Learn from the training part of a log.
+
+        Args:
+            progress: called with step, number of steps and loss, every few steps.
+
+        Raises:
+            ValueError: if the log names no item_id, has no binary label or no positive row.
         """
         rows_P, keys_P = positive_rows(log)
         positives = Rows(rows_P)
@@ -124,6 +130,7 @@ class TwoTower(Retriever):
         steps = config.epochs * max(1, len(keys_P) // config.batch_size)
         # The rate falls to 0 linearly: measured on the simulated log, the last epoch is then the best one.
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+        step = 0
         self.towers.train()
         for _ in range(config.epochs):
             order = torch.randperm(len(keys_P), generator=generator)
@@ -142,6 +149,9 @@ class TwoTower(Retriever):
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
+                step += 1
+                if progress is not None and step % 20 == 0:
+                    progress(step, steps, loss.item())
         self.towers.eval()
         return self
 

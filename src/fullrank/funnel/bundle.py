@@ -1,0 +1,241 @@
+"""A funnel on disk: one directory that training writes and serving opens. Opening it runs no code from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import polars as pl
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+
+import fullrank
+from fullrank.data import atomic
+from fullrank.data.encoders import Encoders
+from fullrank.funnel.catalogue import Catalogue
+from fullrank.funnel.funnel import Funnel, StageSizes
+from fullrank.models import MODELS, Ranker
+from fullrank.models.early_stage import EarlyStageRanker
+from fullrank.retrieval import RETRIEVERS
+from fullrank.schema import Schema, describe_errors
+
+VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class File(BaseModel):
+    """What a file must be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+class Stage(BaseModel):
+    """One model of the funnel.
+
+    Attributes:
+        kind: name of the retriever or ranker class.
+        config: fields of its `Config`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: Literal["retrieval", "early", "final"]
+    kind: str
+    config: dict[str, Any]
+
+
+class Manifest(BaseModel):
+    """`manifest.json`. Any file of the bundle that it does not list, or that differs from its hash, is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["fullrank-bundle"]
+    version: int
+    made_by: str
+    stages: tuple[Stage, ...]
+    value: str
+    sizes: StageSizes
+    about: dict[str, Any] = {}
+    files: dict[str, File]
+
+
+def save_bundle(funnel: Funnel, path: Path, *, about: dict[str, Any] | None = None, overwrite: bool = False) -> None:
+    """Write a bundle directory; it appears whole or not at all.
+
+    Args:
+        about: where it comes from, for people: data, seed, metrics.
+
+    Raises:
+        ValueError: if `path` exists and `overwrite` is not set.
+    """
+    with atomic.new_directory(path, overwrite=overwrite) as partial:
+        atomic.write_text(partial / "schema.json", funnel.schema.to_json())
+        funnel.encoders.save(partial / "encoders")
+        funnel.items.frame.write_parquet(partial / "items.parquet", compression="zstd")
+        if funnel.users is not None:
+            funnel.users.frame.write_parquet(partial / "users.parquet", compression="zstd")
+        funnel.context.write_parquet(partial / "context.parquet")
+        funnel.retriever.save(partial / "retrieval")
+        stages = [Stage(stage="retrieval", kind=funnel.retriever.name, config=_retriever_config(partial / "retrieval"))]
+        models: tuple[tuple[Literal["early", "final"], Ranker], ...] = (
+            ("early", funnel.early),
+            ("final", funnel.final),
+        )
+        for stage, model in models:
+            state = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
+            atomic.write_bytes(partial / f"{stage}.safetensors", to_safetensors(state))
+            stages.append(Stage(stage=stage, kind=model.name, config=model.config.model_dump(mode="json")))
+        manifest = Manifest(
+            format="fullrank-bundle",
+            version=VERSION,
+            made_by=f"fullrank {fullrank.__version__}",
+            stages=tuple(stages),
+            value=funnel.value.text,
+            sizes=funnel.sizes,
+            about=about or {},
+            files={name: _file(partial / name) for name in _listing(partial)},
+        )
+        atomic.write_text(partial / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+
+
+def _retriever_config(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((directory / "retriever.json").read_text(encoding="utf-8"))["config"]
+    return config
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The checked manifest of a bundle.
+
+    Raises:
+        ValueError: if `path` is no bundle, is of another version, or holds a file that is missing, changed, not listed
+            or outside the directory; names the file.
+    """
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        nested = path / "bundle" / MANIFEST
+        hint = f"; did you mean {path / 'bundle'}?" if nested.is_file() else ""
+        raise ValueError(f"{path} is not a bundle: it has no {MANIFEST}{hint}")
+    try:
+        values = json.loads(manifest_path.read_text(encoding="utf-8"))
+        version = values["version"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{manifest_path} is damaged: {error!r}") from None
+    if version != VERSION:
+        raise ValueError(f"{manifest_path}: version is {version!r}, this release reads {VERSION}")
+    try:
+        manifest = Manifest.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(describe_errors(error, str(manifest_path)).splitlines()[0]) from None
+    root = path.resolve()
+    for name, expected in manifest.files.items():
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in name or not (path / name).resolve().is_relative_to(root):
+            raise ValueError(f'{manifest_path}: file "{name}" lies outside the bundle')
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing from the bundle")
+        if _file(path / name) != expected:
+            raise ValueError(f"{path / name} does not match its hash in {MANIFEST}: it was changed or damaged")
+    for name in _listing(path):
+        if name not in manifest.files and name != MANIFEST:
+            raise ValueError(f"{path / name} is not listed in {MANIFEST}: remove it from the bundle")
+    return manifest
+
+
+def load_bundle(path: Path) -> Funnel:
+    """Open a bundle: check every file, then build the funnel.
+
+    Raises:
+        ValueError: as `read_manifest`, or if the parts do not fit together.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    for name in ("schema.json", "items.parquet", "context.parquet", "early.safetensors", "final.safetensors"):
+        if name not in manifest.files:
+            raise ValueError(f"{path / MANIFEST}: no file {name}")
+    stages = {stage.stage: stage for stage in manifest.stages}
+    absent = {"retrieval", "early", "final"} - set(stages)
+    if absent:
+        raise ValueError(f"{path / MANIFEST}: no stage {min(absent)}")
+    schema = Schema.read(path / "schema.json")
+    encoders = Encoders.load(path / "encoders")
+    if encoders.schema != schema:
+        raise ValueError(f"{path}: schema.json and encoders differ")
+    retrieval = stages["retrieval"]
+    if retrieval.kind not in RETRIEVERS:
+        raise ValueError(f'{path / MANIFEST}: retriever "{retrieval.kind}" is unknown; known: {", ".join(RETRIEVERS)}')
+    early = _model(path, stages["early"], {EarlyStageRanker.name: EarlyStageRanker}, schema)
+    assert isinstance(early, EarlyStageRanker)
+    return Funnel(
+        encoders=encoders,
+        items=_catalogue(path / "items.parquet", schema),
+        users=_catalogue(path / "users.parquet", schema) if "users.parquet" in manifest.files else None,
+        context=_frame(path / "context.parquet"),
+        retriever=RETRIEVERS[retrieval.kind].load(path / "retrieval", schema),
+        early=early,
+        final=_model(path, stages["final"], dict(MODELS), schema),
+        value=manifest.value,
+        sizes=manifest.sizes,
+    )
+
+
+def _model(path: Path, stage: Stage, kinds: dict[str, type[Any]], schema: Schema) -> Ranker:
+    place = f"{path / MANIFEST}: stage {stage.stage}"
+    if stage.kind not in kinds:
+        raise ValueError(f'{place}: model "{stage.kind}" is unknown; known: {", ".join(kinds)}')
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model: Ranker = kinds[stage.kind].from_config(schema, stage.config)
+    except ValidationError as error:
+        raise ValueError(describe_errors(error, place).splitlines()[0]) from None
+    weights = path / f"{stage.stage}.safetensors"
+    try:
+        model.load_state_dict(load_file(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{weights} does not fit the {stage.kind} of the manifest: {_last(error)}") from None
+    return model.eval()
+
+
+def _catalogue(path: Path, schema: Schema) -> Catalogue:
+    try:
+        return Catalogue.of(_frame(path), schema)
+    except (pl.exceptions.PolarsError, IndexError) as error:
+        raise ValueError(f"{path} does not fit the schema: {_last(error)}") from None
+
+
+def _frame(path: Path) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(path, glob=False)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise ValueError(f"{path} is not a readable Parquet file: {_last(error)}") from None
+
+
+def _last(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
+def _file(path: Path) -> File:
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return File(sha256=digest.hexdigest(), bytes=size)
+
+
+def _listing(root: Path) -> list[str]:
+    """Every file below `root`, links included, as a relative path with forward slashes."""
+    names = []
+    for parent, directories, files in os.walk(root):
+        links = [name for name in directories if os.path.islink(os.path.join(parent, name))]
+        names += [(Path(parent) / name).relative_to(root).as_posix() for name in (*files, *links)]
+    return sorted(names)

@@ -1,0 +1,124 @@
+"""The items, or the users, that a funnel knows: their keys and encoded features."""
+
+# Shapes: I rows.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from fullrank.data.dataset import Dataset
+from fullrank.data.encoders import KEY_COLUMNS
+from fullrank.retrieval.base import item_keys
+from fullrank.retrieval.rows import Rows, partial_batch
+from fullrank.schema import Schema
+
+BID = KEY_COLUMNS["bid"]
+# Whether an item may be retrieved; the others can still be scored by name.
+ACTIVE = "__active"
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Rows in order of `keys_I`.
+
+    Attributes:
+        frame: the id column as in the log, encoded feature columns of the role, for items also bid and activity.
+        keys_I: int64, see `item_keys`.
+        rows: the features of all rows, ready to be gathered.
+    """
+
+    frame: pl.DataFrame
+    keys_I: Tensor
+    rows: Rows
+
+    @classmethod
+    def of(cls, frame: pl.DataFrame, schema: Schema) -> Catalogue:
+        """Raises:
+        ValueError: if an id occurs twice.
+        """
+        keys_I = item_keys(frame[frame.columns[0]])
+        order = torch.argsort(keys_I)
+        frame, keys_I = frame[order.numpy()], keys_I[order]
+        if bool((keys_I[1:] == keys_I[:-1]).any()):
+            raise ValueError(f'a catalogue has an id twice in column "{frame.columns[0]}"')
+        return cls(frame, keys_I, Rows(partial_batch(frame, schema)))
+
+    def __len__(self) -> int:
+        return self.frame.height
+
+    @cached_property
+    def ids(self) -> list[int | str]:
+        """The id of each row, as in the log."""
+        return self.frame[self.frame.columns[0]].to_list()
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        """Row of each id, written as text: a request may say 7 or "7"."""
+        return {str(name): row for row, name in enumerate(self.ids)}
+
+    def places(self, keys: Tensor) -> Tensor:
+        """Rows of keys that are all in the catalogue."""
+        return torch.searchsorted(self.keys_I, keys)
+
+    @cached_property
+    def bid_I(self) -> Tensor | None:
+        if BID not in self.frame.columns:
+            return None
+        return torch.from_numpy(self.frame[BID].to_numpy().copy())
+
+    @cached_property
+    def active_I(self) -> Tensor:
+        """Rows that may be retrieved."""
+        if ACTIVE not in self.frame.columns:
+            return torch.arange(len(self))
+        return torch.from_numpy(self.frame[ACTIVE].to_numpy().copy()).nonzero().squeeze(1)
+
+
+def all_rows(dataset: Dataset, role: Literal["item", "user"]) -> pl.DataFrame:
+    """The catalogue of a role over all splits: the last seen features of each item or user.
+
+    Features only: what an item is and what a user did is known at serving time; no label is in it.
+    """
+    parts = [dataset.catalogue(role, split) for split in ("train", "valid", "test") if split in dataset.splits]
+    return pl.concat(parts).unique(parts[0].columns[0], keep="last", maintain_order=True)
+
+
+def with_market(items: pl.DataFrame, dataset: Dataset, active_days: float | None) -> pl.DataFrame:
+    """Add each item's last bid, and whether it was shown in the last `active_days` of the log (None: all are)."""
+    item, time = KEY_COLUMNS["item_id"], KEY_COLUMNS["timestamp"]
+    has_bid, has_time = dataset.schema.keys.bid is not None, dataset.schema.keys.timestamp is not None
+    if active_days is not None and not has_time:
+        raise ValueError(f"{dataset.path}: active_days needs a timestamp among the schema's keys")
+    columns = [item, *([BID] if has_bid else []), *([time] if has_time else [])]
+    log = pl.concat(
+        [dataset.scan(split).select(columns) for split in ("train", "valid", "test") if split in dataset.splits]
+    )
+    if has_time:
+        log = log.sort(time, maintain_order=True)
+    last = log.group_by(item).agg(pl.col(columns[1:]).last()).collect()
+    if active_days is None:
+        last = last.with_columns(pl.lit(True).alias(ACTIVE))
+    else:
+        oldest = pl.col(time).max() - round(active_days * 86_400)
+        last = last.with_columns((pl.col(time) >= oldest).alias(ACTIVE))
+    return items.join(
+        last.select(item, *([BID] if has_bid else []), ACTIVE), on=item, how="left", maintain_order="left"
+    )
+
+
+def usual_context(dataset: Dataset) -> pl.DataFrame:
+    """One row: the most frequent value of each context id in training, the mean of each context number.
+
+    A request that does not say where or when it comes from is scored as a usual one. For the position of an ad, which
+    is not known before ranking, this compares all candidates at one position.
+    """
+    schema = dataset.schema.select({"context"})
+    wanted = [pl.col(name).mean().cast(pl.Float32) for name in schema.numeric_columns]
+    wanted += [pl.col(f.name).drop_nulls().mode().min() for f in schema.categorical]
+    return dataset.scan("train").select(wanted).collect() if wanted else pl.DataFrame()

@@ -1,0 +1,175 @@
+"""From what a request says of a user and a context to a row of features."""
+
+# Shapes: one row, N numeric columns, F single-id features.
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from fullrank.batch import Batch
+from fullrank.data.encoders import Encoders
+from fullrank.funnel.catalogue import Catalogue
+from fullrank.retrieval.rows import Rows, concatenate, partial_batch
+from fullrank.schema import Categorical, Numeric
+
+# Distinct raw values whose codes are remembered; context values repeat from request to request.
+REMEMBERED = 65_536
+
+
+@dataclass(frozen=True)
+class Request:
+    """Who asks, and where.
+
+    Attributes:
+        user_id: as in the log; unknown ones are served with the out-of-vocabulary id.
+        features: raw values of user and context features by column name; events of a sequence are lists named
+            `<sequence>.<field>`, oldest first. What is given replaces what is known of the user, what is not given
+            stays as it was last seen, or is missing for an unknown user.
+    """
+
+    user_id: int | str | None = None
+    features: Mapping[str, Any] = field(default_factory=dict)
+
+
+class RequestEncoder:
+    """Encodes requests with the encoders of training.
+
+    A known user who says nothing new costs one gather; a scalar feature that was seen before costs one lookup. No
+    data frame is built for either.
+    """
+
+    def __init__(self, encoders: Encoders, users: Catalogue | None, context: pl.DataFrame) -> None:
+        self.schema = schema = encoders.schema
+        self.encoders = encoders
+        self.users = users
+        self.stranger = partial_batch(context if context.width else pl.DataFrame({"_": [0]}), schema)
+        self.known_rows: Rows | None = None
+        if users is not None:
+            row = users.rows.batch
+            number = [schema.numeric_columns.index(name) for name in context.columns if name in schema.numeric_columns]
+            names = [feature.name for feature in schema.categorical]
+            ids = [names.index(name) for name in context.columns if name in names]
+            row.numeric_BN[:, number] = self.stranger.numeric_BN[:, number]
+            row.ids_BF[:, ids] = self.stranger.ids_BF[:, ids]
+            self.known_rows = users.rows
+        self.scalars: dict[str, Numeric | Categorical] = {f.name: f for f in schema.numeric if f.role != "item"}
+        self.scalars.update({f.name: f for f in schema.categorical if f.role != "item"})
+        self.lists = {bag.name: bag for bag in schema.bags if bag.role != "item"}
+        self.events = {
+            sequence.column(part): sequence
+            for sequence in schema.sequences
+            if sequence.role != "item"
+            for part in sequence.fields
+        }
+        key = schema.keys.user_id
+        self.user_feature = key if isinstance(self.scalars.get(key or ""), Categorical) else None
+        self._scalar = lru_cache(REMEMBERED)(self._encode_scalar)
+
+    def __call__(self, requests: Sequence[Request]) -> Batch:
+        """One row per request, user and context columns filled.
+
+        Raises:
+            ValueError: if a feature is unknown, belongs to the item, or has a value of the wrong type; names it.
+        """
+        rows = [self._row(request) for request in requests]
+        return rows[0] if len(rows) == 1 else concatenate(rows)
+
+    def _row(self, request: Request) -> Batch:
+        known = None
+        if request.user_id is not None and self.users is not None:
+            known = self.users.row_of.get(str(request.user_id))
+        scalars = {name: value for name, value in request.features.items() if name in self.scalars}
+        others = {name: value for name, value in request.features.items() if name not in self.scalars}
+        if known is not None and self.known_rows is not None:
+            row = self.known_rows.take(torch.tensor([known]))
+        else:
+            row = self.stranger
+            if request.user_id is not None and self.user_feature is not None:
+                scalars.setdefault(self.user_feature, request.user_id)
+        if scalars:
+            row = self._with_scalars(row, scalars)
+        return self._with_lists(row, others) if others else row
+
+    def _with_scalars(self, row: Batch, values: Mapping[str, Any]) -> Batch:
+        numeric_BN, ids_BF = row.numeric_BN.clone(), row.ids_BF.clone()
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+                raise ValueError(f'feature "{name}" is {value!r}, expected one {_kind(self.scalars[name])}')
+            numbers, place = self._scalar(name, type(value).__name__, value)
+            if isinstance(self.scalars[name], Numeric):
+                numeric_BN[0, place : place + len(numbers)] = torch.tensor(numbers)
+            else:
+                ids_BF[0, place] = int(numbers[0])
+        return replace(row, numeric_BN=numeric_BN, ids_BF=ids_BF)
+
+    def _encode_scalar(self, name: str, kind: str, value: str | int | float | None) -> tuple[tuple[float, ...], int]:
+        """Codes of one value, and their first column. `kind` keeps 1, 1.0 and "1" apart in the memory."""
+        feature = self.scalars[name]
+        encoded = self._encoded({name: [value]})
+        if isinstance(feature, Numeric):
+            columns = [name, f"{name}__missing"] if feature.missing_indicator else [name]
+            return tuple(float(encoded[column][0]) for column in columns), self.schema.numeric_columns.index(name)
+        return (float(encoded[name][0]),), [f.name for f in self.schema.categorical].index(name)
+
+    def _with_lists(self, row: Batch, values: Mapping[str, Any]) -> Batch:
+        for name, value in values.items():
+            if name not in self.lists and name not in self.events:
+                raise ValueError(self._unknown(name))
+            if not isinstance(value, list):
+                raise ValueError(f'feature "{name}" is {value!r}, expected a list')
+        for name in values:
+            if name in self.events:
+                sequence = self.events[name]
+                fields = [sequence.column(part) for part in sequence.fields]
+                absent = [column for column in fields if column not in values]
+                if absent:
+                    raise ValueError(f'"{name}" is given without "{absent[0]}": give all fields of {sequence.name}')
+        encoded = partial_batch(self._encoded({name: [value] for name, value in values.items()}), self.schema)
+
+        def merged(old: Tensor, old_KB: Tensor, new: Tensor, new_KB: Tensor, keys: Sequence[str]) -> Any:
+            if not keys:
+                return old, old_KB
+            given = torch.tensor([key in values for key in keys])
+            olds, news = torch.split(old, old_KB[:, 0].tolist()), torch.split(new, new_KB[:, 0].tolist())
+            pieces = [news[i] if given[i] else olds[i] for i in range(len(keys))]
+            return torch.cat(pieces), torch.where(given[:, None], new_KB, old_KB)
+
+        ids, lengths_KB = merged(
+            row.jagged_values, row.jagged_lengths_KB, encoded.jagged_values, encoded.jagged_lengths_KB, row.jagged_keys
+        )
+        numbers, lengths_EB = merged(
+            row.event_values, row.event_lengths_EB, encoded.event_values, encoded.event_lengths_EB, row.event_keys
+        )
+        return replace(
+            row, jagged_values=ids, jagged_lengths_KB=lengths_KB, event_values=numbers, event_lengths_EB=lengths_EB
+        )
+
+    def _encoded(self, columns: Mapping[str, Any]) -> pl.DataFrame:
+        try:
+            frame = pl.DataFrame(columns, strict=True)
+        except (TypeError, pl.exceptions.PolarsError):
+            name = next(iter(columns))
+            raise ValueError(
+                f'feature "{name}" is {columns[name][0]!r}: values of different types in one list'
+            ) from None
+        try:
+            return self.encoders.transform(frame, allow_missing=True)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("row 1: ").splitlines()[0]) from None
+
+    def _unknown(self, name: str) -> str:
+        names = {feature.name for feature in self.schema.features if feature.role == "item"}
+        if name in names:
+            return f'"{name}" is a feature of items; a request gives features of the user and the context'
+        return f'unknown feature "{name}"; expected one of {", ".join((*self.scalars, *self.lists, *self.events))}'
+
+
+def _kind(feature: Numeric | Categorical) -> str:
+    return "number" if isinstance(feature, Numeric) else "text or number"
