@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +25,7 @@ def train(
     Example: fullrank train recipes/movielens-1m-dcn_v2.yaml --set training.epochs=2
     """
     begin = time.perf_counter()
+    importing = _start_import(recipe, set_)
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,10 +33,8 @@ def train(
 
     from fullrank.data import atomic
     from fullrank.data.dataset import Dataset
-    from fullrank.data.importing import import_dataset
     from fullrank.data.loader import Loader
     from fullrank.models import MODELS
-    from fullrank.schema import Schema
     from fullrank.training import Trainer, evaluate, save_model
     from fullrank.training.recipe import read_recipe
 
@@ -41,18 +42,8 @@ def train(
     run = out or Path("runs") / recipe.stem
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    source = settings.data.source
-    if source is not None and not settings.data.dataset.exists():
-        settings.data.dataset.parent.mkdir(parents=True, exist_ok=True)
-        schema = None if source.schema_file is None else Schema.read(source.schema_file)
-        import_dataset(
-            source.format,
-            source.path,
-            settings.data.dataset,
-            schema=schema,
-            split=source.split,
-            max_bad=source.max_bad,
-        )
+    if importing is not None:
+        importing.result()
     imported = time.perf_counter()
     dataset = Dataset.open(settings.data.dataset)
     config = settings.training
@@ -112,3 +103,24 @@ def train(
             table.add_row(split, label, *(f"{value:.5f}" for value in row))
     Console().print(table)
     Console().print(f"{result.samples_per_second:,.0f} samples/s; run written to {run}")
+
+
+def _start_import(recipe: Path, overrides: list[str] | None) -> Future[None] | None:
+    """Import the recipe's log, if its dataset is not there yet, in a process of its own.
+
+    It runs while this one loads PyTorch, and its memory is gone before training begins.
+    """
+    from pydantic import ValidationError
+
+    from fullrank.data.source import DataSpec, import_source, read_values
+
+    try:
+        data = DataSpec.model_validate(read_values(recipe, overrides).get("data"))
+    except ValidationError:
+        return None  # reading the whole recipe reports it
+    if data.source is None or data.dataset.exists():
+        return None
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    future = pool.submit(import_source, data)
+    pool.shutdown(wait=False)
+    return future

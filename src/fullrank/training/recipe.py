@@ -6,39 +6,13 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fullrank.data.splits import SplitSpec
+from fullrank.data.source import DataSpec, read_values
 from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.models import MODELS
 from fullrank.schema import describe_errors
 from fullrank.training.trainer import TrainerConfig
-
-
-class ImportSpec(BaseModel):
-    """A log to import before training, with the arguments of `fullrank data import`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: str
-    path: Path
-    schema_file: Path | None = None
-    split: SplitSpec | None = None
-    max_bad: float = Field(default=0.001, ge=0, le=1)
-
-
-class DataSpec(BaseModel):
-    """Where the rows are.
-
-    Attributes:
-        dataset: a dataset directory; made from `source` first if it does not exist yet.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dataset: Path
-    source: ImportSpec | None = None
 
 
 class Recipe(BaseModel):
@@ -74,14 +48,7 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         ValueError: one line per wrong field, with the file and the path of the field.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping with data, model, ...; got {type(values).__name__}")
-    for override in overrides or []:
-        _override(values, override)
+    values = read_values(path, overrides)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -95,22 +62,6 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         text = describe_errors(error, f"{path}: model")
         raise ValueError(_with_suggestions(text, error, MODELS[str(name)].Config)) from None
     return recipe
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"--set {override}: expected key=value, such as training.learning_rate=0.002")
-    place = values
-    *parents, last = key.split(".")
-    for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
-            raise ValueError(f'--set {override}: "{parent}" is not a section')
-    try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {override}: the value is not YAML") from None
 
 
 def _with_suggestions(text: str, error: ValidationError, base: type[BaseModel] = Recipe) -> str:
