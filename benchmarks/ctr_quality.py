@@ -27,6 +27,7 @@ from machine import table, write
 HERE = Path(__file__).parent
 FLOORS = {"ml1m_ctr": 0.8611, "globo_seq": 0.571}
 SCHEMAS = {"ml1m_ctr": "movielens-1m", "globo_seq": "globo"}
+Done = set[tuple[str, str, str, bool, int]]
 HIDDEN = (256, 128, 64)
 # our name -> FuxiCTR's name, our configuration, whether there is batch norm to tune
 MODELS: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -45,7 +46,7 @@ TABLES = {
 }
 
 
-def ours(name: str, folder: Path, models: list[str], seeds: list[int], own: bool) -> list[dict[str, Any]]:
+def ours(name: str, folder: Path, models: list[str], seeds: list[int], own: bool, done: Done) -> list[dict[str, Any]]:
     """Import the table once and train every job on it."""
     import torch
 
@@ -74,7 +75,10 @@ def ours(name: str, folder: Path, models: list[str], seeds: list[int], own: bool
                 recipe = read_recipe(recipe_file)
                 jobs.append(("own", recipe.model_config_values, recipe.training, recipe.embedding))
             for protocol, values, training, embedding in jobs:
+                program = "fullrank" if protocol == "same" else "fullrank, own recipe"
                 for seed in seeds:
+                    if (program, name, model_name, bool(values.get("batch_norm")), seed) in done:
+                        continue
                     torch.manual_seed(seed)
                     model = RANKERS[model_name].from_config(dataset.schema, values)
                     train = Loader(dataset, "train", training.batch_size, shuffle=True, seed=seed)
@@ -82,7 +86,7 @@ def ours(name: str, folder: Path, models: list[str], seeds: list[int], own: bool
                     Trainer(settings, embedding).fit(model, train)
                     checked, tested = (next(iter(evaluate(model, part).values())) for part in (valid, test))
                     records.append({
-                        "program": "fullrank" if protocol == "same" else "fullrank, own recipe", "table": name,
+                        "program": program, "table": name,
                         "model": model_name, "batch_norm": bool(values.get("batch_norm")), "seed": seed,
                         "valid_auc": checked["auc"], "test_auc": tested["auc"], "test_logloss": tested["logloss"],
                         "parameters": model.num_parameters().total,
@@ -92,7 +96,7 @@ def ours(name: str, folder: Path, models: list[str], seeds: list[int], own: bool
 
 
 def theirs(
-    name: str, folder: Path, models: list[str], seeds: list[int], args: argparse.Namespace
+    name: str, folder: Path, models: list[str], seeds: list[int], args: argparse.Namespace, done: Done
 ) -> list[dict[str, Any]]:
     """Run FuxiCTR's jobs, after one preprocessing for the models that pool the history and one for DIN."""
     names = {fuxictr: ours for ours, (fuxictr, _, _) in MODELS.items()}
@@ -104,6 +108,7 @@ def theirs(
             for model in chosen
             for norm in ((0, 1) if MODELS[model][2] else (0,))
             for seed in seeds
+            if ("fuxictr", name, model, bool(norm), seed) not in done
         ]
         if not jobs:
             continue
@@ -113,10 +118,10 @@ def theirs(
             command = [args.fuxictr_python, str(HERE / "peers/fuxictr_peer.py"), "--jobs", *jobs]
             command += ["--data", str(folder), "--zoo", args.fuxictr_zoo, "--work", scratch]
             command += ["--threads", str(args.threads), *share]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(done.stderr[-3000:])
-        for line in done.stdout.splitlines():
+            finished = subprocess.run(command, capture_output=True, text=True, check=False)
+            if finished.returncode:
+                raise RuntimeError(finished.stderr[-3000:])
+        for line in finished.stdout.splitlines():
             if line.startswith("{"):
                 record = json.loads(line)
                 kept = {key: record[key] for key in ("table", "batch_norm", "seed", "valid_auc", "test_auc",
@@ -152,18 +157,22 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--reuse", type=Path, help="output of an interrupted run: its jobs are not run again")
     parser.add_argument("--own", action="store_true", help="also our recipes' settings")
     parser.add_argument("--fuxictr-python")
     parser.add_argument("--fuxictr-zoo")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     records: list[dict[str, Any]] = []
+    if args.reuse is not None:
+        records = [json.loads(line) for line in args.reuse.read_text().splitlines() if line.startswith('{"program"')]
+    done = {(r["program"], r["table"], r["model"], r["batch_norm"], r["seed"]) for r in records}
     for name in args.only:
         models = [model for model in TABLES[name] if model in args.models]
         folder = (args.tables / name).resolve()
-        records += ours(name, folder, models, args.seeds, args.own)
+        records += ours(name, folder, models, args.seeds, args.own, done)
         if args.fuxictr_python:
-            records += theirs(name, folder, models, args.seeds, args)
+            records += theirs(name, folder, models, args.seeds, args, done)
     rows = summarise(records)
     print()
     table(rows, ["table", "model", "program", "batch_norm", "valid_auc", "test_auc", "standard_error",

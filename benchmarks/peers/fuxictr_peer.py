@@ -185,6 +185,8 @@ def main():
                 "regularizer": 0,
                 **extra,
             }
+            if name in ("LR", "FM"):  # these two pass their `regularizer` on under both of the other names
+                del params["embedding_regularizer"], params["net_regularizer"]
             seed_everything(params["seed"])
             feature_map = FeatureMap(dataset_id, str(args.work / dataset_id))
             feature_map.load(str(args.work / dataset_id / "feature_map.json"), params)

@@ -191,6 +191,15 @@ class Funnel:
         lap("final")
         return Ranking(kept_UC.gather(1, place_UK), value_UK, probabilities_UKT, retrieved_UC, kept_UC)
 
+    @torch.inference_mode()
+    def stage_values(self, users: Batch) -> tuple[Tensor, Tensor]:
+        """Value of everything that retrieval finds, by the early and by the final stage, both (U, C)."""
+        found = self.retriever.search(users, self.sizes.retrieve)
+        retrieved_UC = self.items.places(found.item_keys_BK)
+        early_UCT = self.early.score(users, self._early_vectors_IV[retrieved_UC])
+        final_UCT = self._final_logits(users, retrieved_UC)
+        return self._values(early_UCT, retrieved_UC), self._values(final_UCT, retrieved_UC)
+
     def recommend(
         self, requests: Sequence[Request], k: int = 10, observe: Observe | None = None
     ) -> list[Recommendation]:
