@@ -1,0 +1,22 @@
+"""Stages put together: the funnel, its value formula, its bundle on disk, its evaluation."""
+
+from fullrank.funnel.bundle import load_bundle, save_bundle
+from fullrank.funnel.evaluation import evaluate_funnel
+from fullrank.funnel.funnel import Funnel, Recommendation, ScoredItem, StageSizes
+from fullrank.funnel.requests import Request
+from fullrank.funnel.training import FunnelConfig, train_funnel
+from fullrank.funnel.value import ValueFormula
+
+__all__ = [
+    "Funnel",
+    "FunnelConfig",
+    "Recommendation",
+    "Request",
+    "ScoredItem",
+    "StageSizes",
+    "ValueFormula",
+    "evaluate_funnel",
+    "load_bundle",
+    "save_bundle",
+    "train_funnel",
+]

@@ -282,10 +282,12 @@ class Funnel:
 
     def _final_logits(self, users: Batch, items_UC: Tensor) -> Tensor:
         count_U, count_C = items_UC.shape
-        user_P = torch.arange(count_U).repeat_interleave(count_C)
-        pairs = self.pairing(Rows(users), user_P, self.items.rows, items_UC.reshape(-1))
-        logits_PT: Tensor = self.final(pairs).logits_BT
-        return logits_PT.view(count_U, count_C, -1)
+        rows, user_P, item_P = Rows(users), torch.arange(count_U).repeat_interleave(count_C), items_UC.reshape(-1)
+        pieces: list[Tensor] = []
+        for begin in range(0, user_P.numel(), PAIRS_AT_ONCE):
+            part = slice(begin, begin + PAIRS_AT_ONCE)
+            pieces.append(self.final(self.pairing(rows, user_P[part], self.items.rows, item_P[part])).logits_BT)
+        return torch.cat(pieces).view(count_U, count_C, -1)
 
     def _predictions(self, logits_UCT: Tensor) -> Tensor:
         return torch.where(self._binary_T, torch.sigmoid(logits_UCT), logits_UCT)

@@ -1,0 +1,5 @@
+"""A bundle over HTTP."""
+
+from fullrank.serving.app import ServingConfig, create_app
+
+__all__ = ["ServingConfig", "create_app"]

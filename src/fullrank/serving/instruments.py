@@ -1,0 +1,34 @@
+"""What `/metrics` reports."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+SECONDS = (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 5.0)
+
+
+class Instruments:
+    """Counters of one application; each has a registry of its own, so that several can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "fullrank_requests", "Requests by path and HTTP status.", ("path", "status"), registry=self.registry
+        )
+        self.seconds = Histogram(
+            "fullrank_request_seconds", "Whole request.", ("path",), registry=self.registry, buckets=SECONDS
+        )
+        self.stage_seconds = Histogram(
+            "fullrank_stage_seconds",
+            "Encoding of the request, and each stage of the funnel.",
+            ("stage",),
+            registry=self.registry,
+            buckets=SECONDS,
+        )
+        self.in_flight = Gauge("fullrank_requests_in_flight", "Requests being served.", registry=self.registry)
+        self.refused = Counter(
+            "fullrank_requests_refused", "Requests answered with 503 because too many waited.", registry=self.registry
+        )
+
+    def observe_stage(self, stage: str, seconds: float) -> None:
+        self.stage_seconds.labels(stage).observe(seconds)
