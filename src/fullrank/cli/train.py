@@ -1,23 +1,30 @@
-"""`fullrank train`: one recipe, one model."""
+"""`fullrank train`: one recipe, one model or one funnel."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
+import math
 import shutil
+import sys
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from fullrank.data.dataset import Dataset
+    from fullrank.training.recipe import Recipe
 
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override: training.learning_rate=0.002")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<name of the recipe>.")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train the model of a recipe and test it.
@@ -25,57 +32,114 @@ def train(
     Example: fullrank train recipes/movielens-1m-dcn_v2.yaml --set training.epochs=2
     """
     begin = time.perf_counter()
-    importing = _start_import(recipe, set_)
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Table
 
     from fullrank.data import atomic
-    from fullrank.data.dataset import Dataset
-    from fullrank.data.loader import Loader
-    from fullrank.models import MODELS
-    from fullrank.training import Trainer, evaluate, save_model
     from fullrank.training.recipe import read_recipe
 
     settings = read_recipe(recipe, set_)
     run = out or Path("runs") / recipe.stem
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    if importing is not None:
-        importing.result()
-    imported = time.perf_counter()
-    dataset = Dataset.open(settings.data.dataset)
+    _prepare(run, resume=resume, overwrite=overwrite)
+    with _progress() as bar:
+        dataset = _dataset(settings, bar)
+        imported = time.perf_counter()
+        run.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(run / "recipe.json", settings.model_dump_json(indent=2) + "\n")
+        if settings.funnel is not None:
+            report = _train_funnel(settings, dataset, run, str(recipe), bar)
+        else:
+            report = _train_model(settings, dataset, run, bar, resume=resume)
+    now = time.perf_counter()
+    report["seconds"] = {"import": imported - begin, **report["seconds"], "total": now - begin}
+    report["run"] = str(run)
+    text = json.dumps(_defined(report), indent=2, allow_nan=False)
+    atomic.write_text(run / "metrics.json", text + "\n")
+    if as_json:
+        print(text)
+    else:
+        _print(report)
+
+
+def _prepare(run: Path, *, resume: bool, overwrite: bool) -> None:
+    earlier = [run / name for name in ("checkpoints", "model", "bundle", "metrics.json") if (run / name).exists()]
+    if not earlier or resume:
+        return
+    if not overwrite:
+        raise ValueError(f"{run} holds an earlier run: pass --resume to continue it, --overwrite, or another --out")
+    for path in earlier:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _dataset(settings: Recipe, bar: Progress) -> Dataset:
+    from fullrank.data.dataset import Dataset
+    from fullrank.data.importing import import_dataset
+    from fullrank.schema import Schema
+
+    place, source = settings.data.dataset, settings.data.source
+    if source is not None and not place.exists():
+        task = bar.add_task(f"importing {source.path}", total=None)
+
+        def show(good: int, bad: int) -> None:
+            bar.update(task, description=f"{good:,} rows read" + (f", {bad:,} bad" if bad else ""))
+
+        place.parent.mkdir(parents=True, exist_ok=True)
+        schema = None if source.schema_file is None else Schema.read(source.schema_file)
+        import_dataset(
+            source.format,
+            source.path,
+            place,
+            schema=schema,
+            split=source.split,
+            max_bad=source.max_bad,
+            progress=show,
+        )
+        bar.remove_task(task)
+    return Dataset.open(place)
+
+
+def _train_model(settings: Recipe, dataset: Dataset, run: Path, bar: Progress, *, resume: bool) -> dict[str, Any]:
+    import torch
+
+    from fullrank.data.loader import Loader
+    from fullrank.models import MODELS
+    from fullrank.training import Trainer, evaluate, save_model
+
     config = settings.training
     torch.manual_seed(config.seed)
     model = MODELS[settings.model_name].from_config(dataset.schema, settings.model_config_values)
-    loader = Loader(dataset, "train", config.batch_size, shuffle=True, seed=config.seed)
+    rows = dataset.rows("train")
+    # Batch norm cannot learn from a batch of one row.
+    lonely = rows > 1 and rows % config.batch_size == 1
+    loader = Loader(
+        dataset,
+        "train",
+        config.batch_size,
+        shuffle=True,
+        seed=config.seed,
+        workers=settings.data.workers,
+        drop_last=lonely,
+    )
     others = {
-        split: Loader(dataset, split, 4 * config.batch_size)
+        split: Loader(dataset, split, 2 * config.batch_size)
         for split in ("valid", "test")
         if split in dataset.splits and dataset.rows(split)
     }
-    run.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(run / "recipe.json", settings.model_dump_json(indent=2) + "\n")
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("training", total=None)
+    task = bar.add_task("training", total=None)
 
-        def show(step: int, total: int, loss: float) -> None:
-            bar.update(task, completed=step, total=total, description=f"training, loss {loss:.4f}")
+    def show(step: int, total: int, loss: float) -> None:
+        bar.update(task, completed=step, total=total, description=f"training, loss {loss:.4f}")
 
-        result = Trainer(config, settings.embedding).fit(
-            model, loader, others.get("valid"), run_directory=run, resume=resume, progress=show
-        )
+    result = Trainer(config, settings.embedding).fit(
+        model, loader, others.get("valid"), run_directory=run, resume=resume, progress=show
+    )
+    del loader  # and with it the training rows in memory
     metrics = {split: evaluate(model, batches) for split, batches in others.items()}
-    save_model(model, run / "model")
-    if (run / "encoders").exists():
-        shutil.rmtree(run / "encoders")
-    dataset.encoders.save(run / "encoders")
+    save_model(model, run / "model", dataset.encoders)
     parameters = model.num_parameters()
     first = dataset.schema.labels[0].name
-    report: dict[str, Any] = {
+    return {
         "model": settings.model_name,
         **{split: {"label": first, **values[first]} for split, values in metrics.items()},
         "tasks": metrics,
@@ -83,44 +147,89 @@ def train(
         "flops_per_example": model.flops_per_example(),
         "samples_per_second": result.samples_per_second,
         "epochs": result.epochs,
-        "seconds": {
-            "import": imported - begin,
-            "fit": result.seconds,
-            "total": time.perf_counter() - begin,
-        },
-        "run": str(run),
+        "steps": result.steps,
+        "best": result.best,
+        "seconds": {"fit": result.seconds},
     }
-    atomic.write_text(run / "metrics.json", json.dumps(report, indent=2) + "\n")
-    if as_json:
-        print(json.dumps(report))
-        return
-    table = Table(title=f"{settings.model_name}: {parameters.total:,} parameters, {result.epochs} epochs")
-    for name in ("split", "label", "AUC", "NE", "logloss", "calibration"):
-        table.add_column(name, justify="left" if name in ("split", "label") else "right")
-    for split, values in metrics.items():
-        for label, m in values.items():
-            row = (m["auc"], m["ne"], m["logloss"], m["calibration"])
-            table.add_row(split, label, *(f"{value:.5f}" for value in row))
-    Console().print(table)
-    Console().print(f"{result.samples_per_second:,.0f} samples/s; run written to {run}")
 
 
-def _start_import(recipe: Path, overrides: list[str] | None) -> Future[None] | None:
-    """Import the recipe's log, if its dataset is not there yet, in a process of its own.
-
-    It runs while this one loads PyTorch, and its memory is gone before training begins.
-    """
+def _train_funnel(settings: Recipe, dataset: Dataset, run: Path, recipe: str, bar: Progress) -> dict[str, Any]:
     from pydantic import ValidationError
 
-    from fullrank.data.source import DataSpec, import_source, read_values
+    from fullrank.funnel.bundle import save_bundle
+    from fullrank.funnel.evaluation import evaluate_funnel
+    from fullrank.funnel.training import FunnelConfig, train_funnel
+    from fullrank.training.recipe import explain
 
     try:
-        data = DataSpec.model_validate(read_values(recipe, overrides).get("data"))
-    except ValidationError:
-        return None  # reading the whole recipe reports it
-    if data.source is None or data.dataset.exists():
-        return None
-    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-    future = pool.submit(import_source, data)
-    pool.shutdown(wait=False)
-    return future
+        config = FunnelConfig.model_validate(settings.funnel)
+    except ValidationError as error:
+        raise ValueError(explain(error, f"{recipe}: funnel", FunnelConfig, separator=".")) from None
+    task = bar.add_task("training", total=None)
+
+    def show(stage: str, step: int, total: int, loss: float) -> None:
+        detail = "" if math.isnan(loss) else f", loss {loss:.4f}"
+        bar.update(task, completed=step, total=total or None, description=f"training {stage}{detail}")
+
+    begin = time.perf_counter()
+    funnel, results = train_funnel(dataset, config, run_directory=run, progress=show)
+    fitted = time.perf_counter() - begin
+    metrics: dict[str, Any] = {
+        split: evaluate_funnel(funnel, dataset, split)
+        for split in ("valid", "test")
+        if split in dataset.splits and dataset.rows(split)
+    }
+    save_bundle(funnel, run / "bundle", about={"recipe": recipe, "metrics": _defined(metrics)}, overwrite=True)
+    return {
+        **metrics,
+        "samples_per_second": {stage: result.samples_per_second for stage, result in results.items()},
+        "bundle": str(run / "bundle"),
+        "seconds": {"fit": fitted},
+    }
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _defined(value: Any) -> Any:
+    """The same with null for numbers that JSON lacks, such as the AUC of one class."""
+    if isinstance(value, dict):
+        return {key: _defined(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_defined(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows: list[tuple[str, str, dict[str, float]]] = []
+    if "model" in report:
+        title = f"{report['model']}: {report['parameters']['total']:,} parameters, {report['epochs']} epochs"
+        for split, values in report["tasks"].items():
+            rows += [(split, label, metrics) for label, metrics in values.items()]
+    else:
+        title = "funnel"
+        for split in ("valid", "test"):
+            for stage, tasks in report.get(split, {}).get("stages", {}).items():
+                rows += [(split, f"{stage}: {label}", metrics) for label, metrics in tasks.items()]
+    columns = {"auc": "AUC", "gauc": "GAUC", "ne": "NE", "logloss": "logloss", "calibration": "calibration"}
+    columns["mse"] = "MSE"
+    shown = [name for name in columns if any(name in metrics for *_, metrics in rows)]
+    table = Table(title=title, title_justify="left")
+    for heading in ("split", "label", *(columns[name] for name in shown)):
+        table.add_column(heading, justify="left" if heading in ("split", "label") else "right")
+    for split, label, metrics in rows:
+        table.add_row(split, label, *(f"{metrics[name]:.5f}" if name in metrics else "" for name in shown))
+    console = Console()
+    console.print(table)
+    if "model" in report:
+        print(f"{report['samples_per_second']:,.0f} samples/s in training", file=sys.stderr)
+    print(f"run written to {report['run']}", file=sys.stderr)

@@ -3,44 +3,88 @@
 from __future__ import annotations
 
 import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fullrank.data.source import DataSpec, read_values
+from fullrank.data.splits import SplitSpec
 from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.models import MODELS
 from fullrank.schema import describe_errors
 from fullrank.training.trainer import TrainerConfig
 
 
-class Recipe(BaseModel):
-    """One run of `fullrank train`.
-
-    Attributes:
-        model: `name` and the fields of that model's `Config`.
-        threads: of PyTorch; default one per core.
-    """
+class Section(BaseModel):
+    """Base of the sections: unknown keys are errors, values do not change after construction."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+
+class ImportSpec(Section):
+    """A log to import before training, with the arguments of `fullrank data import`."""
+
+    format: str
+    path: Path
+    schema_file: Path | None = None
+    split: SplitSpec | None = None
+    max_bad: float = Field(default=0.001, ge=0, le=1)
+
+
+class DataSpec(Section):
+    """Where the rows are.
+
+    Attributes:
+        dataset: a dataset directory; made from `source` first if it does not exist yet.
+        workers: threads that put training batches together.
+    """
+
+    dataset: Path
+    source: ImportSpec | None = None
+    workers: int = Field(default=1, ge=0)
+
+
+class Recipe(Section):
+    """One run of `fullrank train`: one model, or a whole funnel.
+
+    Attributes:
+        model: `name` and the fields of that model's `Config`.
+        funnel: instead of `model`: the stages, each with its own model and training (`fullrank.funnel.FunnelConfig`).
+        training, embedding: of `model`.
+        threads: of PyTorch; default one per core.
+    """
+
     data: DataSpec
-    model: dict[str, Any]
+    model: dict[str, Any] | None = None
+    funnel: dict[str, Any] | None = None
     training: TrainerConfig = TrainerConfig()
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
     threads: int | None = Field(default=None, ge=1)
 
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.model is None) == (self.funnel is None):
+            raise ValueError(f"expected either model or funnel, got {'neither' if self.model is None else 'both'}")
+        if self.funnel is not None and {"training", "embedding"} & self.model_fields_set:
+            raise ValueError("training and embedding belong to model; those of a funnel's stages are in its stages")
+        return self
+
     @property
     def model_name(self) -> str:
+        assert self.model is not None
         return str(self.model["name"])
 
     @property
     def model_config_values(self) -> dict[str, Any]:
+        assert self.model is not None
         return {key: value for key, value in self.model.items() if key != "name"}
 
 
-def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+def read_recipe(path: Path, overrides: Sequence[str] | None = None) -> Recipe:
     """Read a recipe; each override is `dotted.key=value` with the value as YAML.
 
     Relative paths in the recipe are relative to the current directory.
@@ -48,33 +92,101 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         ValueError: one line per wrong field, with the file and the path of the field.
     """
-    values = read_values(path, overrides)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping with data, model, ...; got {type(values).__name__}")
+    for override in overrides or []:
+        _override(values, override)
+    values = {key: value for key, value in values.items() if value is not None}  # a section left empty is not there
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_with_suggestions(describe_errors(error, str(path)), error)) from None
+        raise ValueError(explain(error, str(path), Recipe)) from None
+    if recipe.model is None:
+        return recipe
     name = recipe.model.get("name")
     if name not in MODELS:
-        raise ValueError(f"{path}: model.name: expected one of {', '.join(MODELS)}, got {name!r}")
+        raise ValueError(
+            f"{path}: model.name: expected one of {', '.join(MODELS)}, got {name!r}" + _near(str(name), list(MODELS))
+        )
     try:
         MODELS[str(name)].Config.model_validate(recipe.model_config_values)
     except ValidationError as error:
-        text = describe_errors(error, f"{path}: model")
-        raise ValueError(_with_suggestions(text, error, MODELS[str(name)].Config)) from None
+        raise ValueError(explain(error, f"{path}: model", MODELS[str(name)].Config, separator=".")) from None
     return recipe
 
 
-def _with_suggestions(text: str, error: ValidationError, base: type[BaseModel] = Recipe) -> str:
-    """Add "did you mean" to unknown keys."""
-    lines = text.split("\n")
+def explain(error: ValidationError, place: str, base: type[BaseModel], *, separator: str = ": ") -> str:
+    """One line per wrong field: what was expected, what was found, and for an unknown key the nearest known one."""
+    lines = describe_errors(error, "").split("\n")
     for index, item in enumerate(error.errors()):
-        if item["type"] != "extra_forbidden":
-            continue
-        owner: Any = base
-        for step in item["loc"][:-1]:
-            known = getattr(owner, "model_fields", {})
-            owner = known[step].annotation if step in known else None
-        names = list(getattr(owner, "model_fields", {}))
-        close = difflib.get_close_matches(str(item["loc"][-1]), names, n=1)
-        lines[index] += f'; did you mean "{close[0]}"?' if close else f"; known are {', '.join(names)}"
-    return "\n".join(lines)
+        lines[index] = lines[index].replace("Input should be ", "expected ", 1)
+        if item["type"] == "extra_forbidden":
+            owner = base
+            for step in item["loc"][:-1]:
+                owner = _section(owner, str(step)) or owner
+            wrong = str(item["loc"][-1])
+            known = list(owner.model_fields)
+            elsewhere = [f"{section}.{wrong}" for section, keys in _sections(base) if wrong in keys]
+            lines[index] += (
+                _near(wrong, known)
+                or (f'; did you mean "{elsewhere[0]}"?' if elsewhere else "")
+                or f"; known are {', '.join(known)}"
+            )
+    return "\n".join(
+        f"{place}{separator if item['loc'] else ': '}{line}" for line, item in zip(lines, error.errors(), strict=True)
+    )
+
+
+def _near(wrong: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(wrong, known, n=1)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def _sections(base: type[BaseModel]) -> Iterator[tuple[str, list[str]]]:
+    for name in base.model_fields:
+        part = _section(base, name)
+        if part is not None:
+            yield name, list(part.model_fields)
+
+
+def _section(owner: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The model class of a field, also where the field may be None."""
+    if name not in owner.model_fields:
+        return None
+    annotation = owner.model_fields[name].annotation
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set {override}: expected key=value, such as training.learning_rate=0.002")
+    place = values
+    *parents, last = key.split(".")
+    for parent in parents:
+        if place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent]
+        if not isinstance(place, dict):
+            raise ValueError(f'--set {override}: "{parent}" is not a section')
+    try:
+        place[last] = yaml.load(text, _UniqueKeys)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {override}: the value is not YAML") from None
+
+
+class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML's safe subset, in which a key that is given twice is an error instead of the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f'the key "{key}" is given twice', node.start_mark)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping

@@ -7,36 +7,51 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
+from safetensors.torch import load_file, save_file
 
 from fullrank.data import atomic
+from fullrank.data.encoders import Encoders
 from fullrank.models import MODELS, Ranker
 from fullrank.schema import Schema
 
+FORMAT_VERSION = 1
 
-def save_model(model: Ranker, directory: Path, *, overwrite: bool = True) -> None:
-    """Write `weights.safetensors`, `model.json` and `schema.json` to a new directory, all or nothing."""
+
+def save_model(model: Ranker, directory: Path, encoders: Encoders | None = None, *, overwrite: bool = True) -> None:
+    """Write a new directory, all or nothing: `weights.safetensors`, `model.json`, `schema.json`, `encoders/`.
+
+    Args:
+        encoders: what turned the raw log into the ids and numbers that the model was trained on; with them the
+            directory is all that scoring raw rows needs.
+    """
     with atomic.new_directory(directory, overwrite=overwrite) as partial:
-        state = {key: value.detach().contiguous().clone() for key, value in model.state_dict().items()}
-        atomic.write_bytes(partial / "weights.safetensors", to_safetensors(state))
-        config = {"name": model.name, "config": json.loads(model.config.model_dump_json())}
-        atomic.write_text(partial / "model.json", json.dumps(config, indent=2) + "\n")
+        state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+        save_file(state, partial / "weights.safetensors")
+        about = {
+            "format_version": FORMAT_VERSION,
+            "name": model.name,
+            "config": model.config.model_dump(mode="json"),
+        }
+        atomic.write_text(partial / "model.json", json.dumps(about, indent=2) + "\n")
         atomic.write_text(partial / "schema.json", model.schema.to_json())
+        if encoders is not None:
+            encoders.save(partial / "encoders")
 
 
 def load_model(directory: Path) -> Ranker:
-    """The model of `save_model`, in evaluation mode. Runs no code from the files.
+    """The model of `save_model`, in evaluation mode, with its schema as `.schema`. Runs no code from the files.
 
     Raises:
         ValueError: if a file is missing or damaged, or weights and configuration do not fit.
     """
     try:
         about = json.loads((directory / "model.json").read_text(encoding="utf-8"))
-        name, config = about["name"], about["config"]
+        version, name, config = about["format_version"], about["name"], about["config"]
         state = load_file(directory / "weights.safetensors")
     except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{directory} holds no readable model: {error}") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{directory}: format_version is {version!r}, this release reads {FORMAT_VERSION}")
     if name not in MODELS:
         raise ValueError(f'{directory / "model.json"}: model "{name}" is unknown; known are {", ".join(MODELS)}')
     with torch.random.fork_rng(devices=[]):

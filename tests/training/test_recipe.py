@@ -1,0 +1,96 @@
+"""Recipes: what they become, and what a wrong one is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fullrank.training.recipe import Recipe, read_recipe
+
+GOOD = """
+data: {dataset: logs/clicks}
+model: {name: dcn_v2, num_cross_layers: 2, hidden: [32, 16]}
+training:
+  epochs: 3
+  learning_rate: 1e-3
+embedding: {kind: row_wise_adagrad, learning_rate: 0.02}
+"""
+
+
+def _read(tmp_path: Path, text: str, *overrides: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return read_recipe(path, overrides)
+
+
+def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
+    recipe = _read(
+        tmp_path, GOOD, "training.epochs=5", "model.hidden=[8]", "data.source.format=csv", "data.source.path=x"
+    )
+    assert recipe.training.epochs == 5
+    assert recipe.training.learning_rate == 1e-3  # YAML 1.1 reads 1e-3 as text
+    assert recipe.model_name == "dcn_v2" and recipe.model_config_values == {"num_cross_layers": 2, "hidden": [8]}
+    assert recipe.data.source is not None and recipe.data.source.format == "csv"
+    assert recipe.embedding.kind == "row_wise_adagrad"
+
+
+def test_an_empty_section_is_as_good_as_none(tmp_path: Path) -> None:
+    recipe = _read(tmp_path, "data: {dataset: d}\nmodel: {name: lr}\ntraining:\n", "embedding.kind=sgd")
+    assert recipe.training == Recipe.model_fields["training"].default and recipe.embedding.kind == "sgd"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD.replace("epochs", "epoch"), 'training.epoch: unknown key; did you mean "epochs"?'),
+        (GOOD.replace("embedding:", "embeding:"), 'embeding: unknown key; did you mean "embedding"?'),
+        (GOOD.replace("  epochs: 3", "  kind: adam"), 'training.kind: unknown key; did you mean "embedding.kind"?'),
+        (
+            GOOD.replace("num_cross_layers", "num_cross_layer"),
+            'model.num_cross_layer: unknown key; did you mean "num_c',
+        ),
+        (GOOD.replace("dcn_v2", "dcnv2"), "model.name: expected one of lr, .*, got 'dcnv2'; did you mean \"dcn_v2\""),
+        (GOOD.replace("epochs: 3", "epochs: 0"), "training.epochs: expected greater than or equal to 1, got 0"),
+        (GOOD.replace("epochs: 3", "epochs: two"), "training.epochs: expected a valid integer.*got 'two'"),
+        (GOOD.replace("{dataset: logs/clicks}", "{}"), "data.dataset: Field required"),
+        (GOOD + "funnel: {}\n", "expected either model or funnel, got both"),
+        ("data: {dataset: d}\n", "expected either model or funnel, got neither"),
+        ("data: {dataset: d}\nfunnel: {}\ntraining: {epochs: 2}\n", "training and embedding belong to model"),
+        (GOOD + "data: {dataset: other}\n", 'the key "data" is given twice'),
+        ("- a\n- b\n", "expected a mapping"),
+        ("a: [", "is not YAML"),
+        (
+            GOOD.replace("kind: row_wise_adagrad", "kind: row_wise_adagrad, l2: 0.1"),
+            'embedding: l2_mode "exact" does not',
+        ),
+    ],
+)
+def test_a_wrong_field_is_one_line_with_file_and_path(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        _read(tmp_path, text)
+    assert str(caught.value).startswith(str(tmp_path / "recipe.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_every_wrong_field_has_its_line(tmp_path: Path) -> None:
+    text = GOOD.replace("epochs: 3", "epochs: 0\n  precison: float32").replace("kind: row_wise_adagrad", "kind: lamb")
+    with pytest.raises(ValueError) as caught:
+        _read(tmp_path, text)
+    lines = str(caught.value).split("\n")
+    assert [line.split(": ")[1] for line in lines] == ["training.epochs", "training.precison", "embedding.kind"]
+    assert 'did you mean "precision"?' in lines[1]
+
+
+@pytest.mark.parametrize("override", ["training.epochs", "=3", "model.name.x=3", "training.epochs=[1"])
+def test_a_wrong_override_is_quoted(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ValueError, match="--set") as caught:
+        _read(tmp_path, GOOD, override)
+    assert override in str(caught.value)
+
+
+def test_committed_recipes_are_right() -> None:
+    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        read_recipe(path)
