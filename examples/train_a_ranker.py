@@ -21,9 +21,9 @@ with tempfile.TemporaryDirectory() as folder:
     dataset = simulate_dataset(Path(folder) / "log", impressions, seed=1)
     schema = dataset.schema.model_copy(update={"labels": dataset.schema.labels[:1]})  # clicks only
     torch.manual_seed(0)
-    model = MODELS["dcn_v2"].from_config(schema, {"batch_norm": True, "embedding_init": 0.001})
-    config = TrainerConfig(batch_size=1024, learning_rate=0.002, schedule="linear")
-    Trainer(config).fit(model, Loader(dataset, "train", 1024, shuffle=True, schema=schema))
+    model = MODELS["dcn_v2"].from_config(schema, {"embedding_init": 0.01})
+    config = TrainerConfig(batch_size=256, learning_rate=0.002, schedule="linear")
+    Trainer(config).fit(model, Loader(dataset, "train", 256, shuffle=True, schema=schema))
     metrics = evaluate(model, Loader(dataset, "test", 4096, schema=schema))["click"]
 
     test = dataset.scan("test").select("click", "__true_click").collect()
