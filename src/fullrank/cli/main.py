@@ -43,8 +43,10 @@ def main() -> None:
     try:
         app()
     except (ValueError, IndexError, OSError) as error:
-        message = str(error) if not isinstance(error, OSError) or error.filename is None else (
-            f"{error.filename}: {error.strerror}"
+        message = (
+            str(error)
+            if not isinstance(error, OSError) or error.filename is None
+            else (f"{error.filename}: {error.strerror}")
         )
         print(f"fullrank: {message or type(error).__name__}", file=sys.stderr)
         raise SystemExit(2) from None
