@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from fullrank.data.source import read_values
 from fullrank.training.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +21,6 @@ def test_a_ranker_trained_on_a_simulated_log_beats_the_mean_and_not_the_oracle()
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("**/*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_its_schema_exists(recipe: Path) -> None:
-    read_recipe(recipe)
-    source = read_values(recipe)["data"].get("source", {})
-    if "schema_file" in source:
-        assert (ROOT / source["schema_file"]).is_file()
+    source = read_recipe(recipe).data.source
+    if source is not None and source.schema_file is not None:
+        assert (ROOT / source.schema_file).is_file()

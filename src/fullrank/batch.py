@@ -120,8 +120,11 @@ class Batch:
         )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            changed[field.name] = change(value) if isinstance(value, Tensor) else value
+        return Batch(**changed)
 
 
 def _jagged(keys: tuple[str, ...], values: Tensor, lengths_KB: Tensor, key: str) -> tuple[Tensor, Tensor]:
