@@ -184,7 +184,8 @@ def test_the_best_validation_is_the_one_whose_weights_remain(dataset: Dataset) -
     assert result.best["auc"] == max(scores)
     assert result.best["step"] < result.steps
     assert _equal(_weights(model), snapshots.weights[int(result.best["step"])])
-    assert evaluate(model, valid)["click"]["auc"] == result.best["auc"]
+    assert evaluate(model, valid) == result.best_tasks
+    assert result.best_tasks["click"].items() <= result.best.items()
     gains = [score > max(scores[:place], default=0) + 1e-6 for place, score in enumerate(scores)]
     assert [v["learning_rate"] for v in result.history] == pytest.approx(
         [0.05 * 0.1 ** gains[:place].count(False) for place in range(len(scores))]

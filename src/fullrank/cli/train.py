@@ -149,7 +149,9 @@ def _train_model(settings: Recipe, dataset: Dataset, run: Path, bar: Progress, *
         model, loader, others.get("valid"), run_directory=run, resume=resume, progress=show
     )
     del loader  # and with it the training rows in memory
-    metrics = {split: evaluate(model, batches) for split, batches in others.items()}
+    metrics = {
+        split: result.best_tasks if split == "valid" else evaluate(model, batches) for split, batches in others.items()
+    }
     save_model(model, run / "model", dataset.encoders)
     parameters = model.num_parameters()
     first = dataset.schema.labels[0].name

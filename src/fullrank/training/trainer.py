@@ -103,6 +103,7 @@ class TrainingResult:
             validations, checkpoints and the first ten steps.
         history: metrics of each validation, in order.
         best: the best of them by the monitored metric, whose weights the model has now; empty without validation.
+        best_tasks: that validation's metrics of every label, as `evaluate` gives them.
         train_loss: mean over the steps since the last validation but one (all steps when there was none).
     """
 
@@ -113,6 +114,7 @@ class TrainingResult:
     stopped_early: bool
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
+    best_tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     train_loss: float = math.nan
 
 
@@ -200,6 +202,7 @@ class _Run:
         self.total_steps = min(config.epochs * len(train), config.max_steps or config.epochs * len(train))
         self.step = self.epoch = self.batch = 0
         self.history: list[dict[str, float]] = []
+        self.best_tasks: dict[str, dict[str, float]] = {}
         self.best_state: dict[str, Tensor] | None = None
         self.loss_sum, self.loss_count, self.train_loss = 0.0, 0, math.nan
         self.unchecked: list[Tensor] = []
@@ -248,6 +251,7 @@ class _Run:
             stopped_early=self.patience.stopped,
             history=self.history,
             best=self.patience.best,
+            best_tasks=self.best_tasks,
             train_loss=self.train_loss,
         )
 
@@ -350,8 +354,9 @@ class _Run:
         if self.valid is None:
             return
         first = self.model.schema.labels[0].name
+        tasks = evaluate(self.model, self.valid)
         metrics = {
-            **evaluate(self.model, self.valid)[first],
+            **tasks[first],
             "epoch": self.epoch + self.batch / len(self.train),
             "step": float(self.step),
             "train_loss": self.train_loss,
@@ -360,6 +365,8 @@ class _Run:
         self.loss_sum, self.loss_count = 0.0, 0
         self.history.append(metrics)
         improved = self.patience.observe(self.step, metrics)
+        if improved:
+            self.best_tasks = tasks
         # The best weights are in a checkpoint if there are any; else in memory, but for those that are the last.
         if improved and self.checkpoints is None and not self._over:
             self.best_state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -403,6 +410,7 @@ class _Run:
             "epoch": self.epoch,
             "batch": self.batch,
             "history": self.history,
+            "best_tasks": self.best_tasks,
             "patience": self.patience.state(),
             "loss": [self.loss_sum, self.loss_count, self.train_loss],
         }
@@ -434,6 +442,7 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(found.tensors("random.cuda")[""], self.device)
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-        self.history, self.patience = state["history"], Patience(**state["patience"])
+        self.history, self.best_tasks = state["history"], state["best_tasks"]
+        self.patience = Patience(**state["patience"])
         self.loss_sum, self.loss_count, self.train_loss = state["loss"]
         train.restore(state["loader"])
