@@ -180,14 +180,15 @@ def _recall(funnel: Funnel, dataset: Dataset, split: str, requests: int, seed: i
     found: dict[str, list[Tensor]] = {}
     for begin in range(0, len(users), REQUESTS_AT_ONCE):
         part, wanted_B1 = users[begin : begin + REQUESTS_AT_ONCE], wanted_R[begin : begin + REQUESTS_AT_ONCE, None]
-        ranking = funnel.rank(part, 100)
-        retrieved_BC = funnel.items.keys_I[ranking.retrieved_UC]
+        # A list longer than the final stage's share would widen the stages before it, and flatter them.
+        ranking = funnel.rank(part, min(100, funnel.sizes.keep))
+        retrieved_BC = funnel.retriever.search(part, max(100, funnel.sizes.retrieve)).item_keys_BK
         kept_BC = funnel.items.keys_I[ranking.kept_UC]
         ranked_BK = funnel.items.keys_I[ranking.items_UK]
         hits = {
             "retrieval_at_100": retrieved_BC[:, :100] == wanted_B1,
             "popularity_at_100": popular_K[None] == wanted_B1,
-            "retrieval": retrieved_BC == wanted_B1,
+            "retrieval": retrieved_BC[:, : funnel.sizes.retrieve] == wanted_B1,
             "early": kept_BC == wanted_B1,
             "final_at_100": ranked_BK == wanted_B1,
             "final_at_10": ranked_BK[:, :10] == wanted_B1,

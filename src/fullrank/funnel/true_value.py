@@ -45,7 +45,7 @@ def true_value(
     users = first[KEY_COLUMNS["user_id"]].to_numpy().astype(np.int64)
     times = first[KEY_COLUMNS["timestamp"]].to_numpy().astype(np.int64)
     device = _decoded(dataset.encoders, "device", first["device"])
-    history = _histories(dataset.encoders, first["history.item"])
+    history = _histories(dataset.encoders, first, world)
     bid = world.arrays["item_bid"]
     everything = np.arange(world.config.num_items)
     alive = np.stack([world.alive(float(time)) for time in times])
@@ -116,15 +116,24 @@ def _table(encoders: Encoders, name: str) -> str:
     return encoders.schema.embedded()[name].table_name
 
 
-def _histories(encoders: Encoders, ids: pl.Series) -> Ints:
-    """Items of each row's history, -1 behind shorter ones and for items that training never saw."""
-    values = np.array(
-        [-1] * FIRST_VOCABULARY_ID
-        + [int(value) for value in encoders.vocabularies[_table(encoders, "history.item")].values.to_list()]
-    )
-    longest = max(1, int(ids.list.len().max() or 0))  # type: ignore[arg-type]
-    history = np.full((len(ids), longest), -1, np.int64)
-    lengths = ids.list.len().to_numpy()
-    mask = np.arange(longest) < lengths[:, None]
-    history[mask] = values[ids.explode().drop_nulls().to_numpy()]
+def _histories(encoders: Encoders, frame: pl.DataFrame, world: World) -> Ints:
+    """Items of each row's history, -1 behind shorter ones.
+
+    An item that training never saw has no name in the encoded log; another one of its category stands for it, which
+    is all that the click probability asks of a history.
+    """
+    category_I = world.arrays["item_category"]
+    first_of = {int(category): int(np.flatnonzero(category_I == category)[0]) for category in np.unique(category_I)}
+
+    def names(column: str) -> Ints:
+        values = encoders.vocabularies[_table(encoders, column)].values.to_list()
+        ids = frame[column].explode().drop_nulls().to_numpy()
+        decoded: Ints = np.array([-1] * FIRST_VOCABULARY_ID + [int(value) for value in values])[ids]
+        return decoded
+
+    items, categories = names("history.item"), names("history.category")
+    stand_in = np.array([first_of.get(int(category), -1) for category in categories], dtype=np.int64)
+    lengths = frame["history.item"].list.len().to_numpy()
+    history = np.full((frame.height, max(1, int(lengths.max(initial=0)))), -1, np.int64)
+    history[np.arange(history.shape[1]) < lengths[:, None]] = np.where(items >= 0, items, stand_in)
     return history
