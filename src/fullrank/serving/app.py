@@ -251,7 +251,6 @@ _EXPECTED = {
     "dict_type": "an object",
     "model_attributes_type": "an object",
     "missing": "a value",
-    "extra_forbidden": "no such key",
 }
 
 
@@ -262,6 +261,8 @@ def _first(error: RequestValidationError) -> str:
     if first["type"] == "json_invalid":
         return f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"
     place = _place(first)
+    if first["type"] == "extra_forbidden":
+        return f"{place}: unknown key"
     # Where several types would do, pydantic reports each that did not fit.
     kinds = [_EXPECTED[e["type"]] for e in errors if _place(e) == place and e["type"] in _EXPECTED]
     message = f"expected {' or '.join(dict.fromkeys(kinds))}" if kinds else first["msg"].replace("Input should", "must")

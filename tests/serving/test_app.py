@@ -1,0 +1,240 @@
+"""Facts about the HTTP application."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from fullrank.data.simulate import simulate_dataset
+from fullrank.funnel import Funnel, FunnelConfig, Request, StageSizes, save_bundle, train_funnel
+from fullrank.funnel.training import EarlyConfig, FinalConfig
+from fullrank.serving import ServingConfig, create_app
+from fullrank.training import TrainerConfig
+
+
+@pytest.fixture(scope="module")
+def funnel(tmp_path_factory: pytest.TempPathFactory) -> Funnel:
+    dataset = simulate_dataset(tmp_path_factory.mktemp("log") / "data", 3000, 3, items=80, users=60)
+    training = TrainerConfig(batch_size=256)
+    final = FinalConfig(model={"name": "din", "hidden": [16], "embedding_dim": 8}, training=training)
+    sizes = StageSizes(retrieve=50, keep=20)
+    return train_funnel(dataset, FunnelConfig(early=EarlyConfig(training=training), final=final, sizes=sizes))[0]
+
+
+@pytest.fixture(scope="module")
+def client(funnel: Funnel) -> Iterator[TestClient]:
+    with TestClient(create_app(funnel)) as client:
+        yield client
+
+
+def metric(client: TestClient, line: str) -> float:
+    found = re.search(rf"^{re.escape(line)} ([0-9.e+-]+)$", client.get("/metrics").text, re.MULTILINE)
+    return float(found.group(1)) if found else 0.0
+
+
+def test_the_answer_is_the_funnels(client: TestClient, funnel: Funnel) -> None:
+    body = {"user_id": 3, "features": {"gender": 1}, "context": {"device": 2}, "k": 7}
+    answer = client.post("/v1/recommend", json=body)
+    assert answer.status_code == 200
+    expected = funnel.recommend([Request(3, {"gender": 1, "device": 2})], 7)[0]
+    assert answer.json()["candidates"] == expected.candidates
+    for found, item in zip(answer.json()["items"], expected.items, strict=True):
+        assert found == {"item_id": item.item_id, "value": item.value, "predictions": item.predictions}
+
+
+def test_scores_come_in_the_order_of_the_request(client: TestClient, funnel: Funnel) -> None:
+    answer = client.post("/v1/score", json={"user_id": 3, "item_ids": [9, "new", 4]})
+    assert answer.status_code == 200
+    expected = funnel.score(Request(3), [9, "new", 4])
+    assert [item["item_id"] for item in answer.json()["items"]] == [9, "new", 4]
+    assert [item["predictions"] for item in answer.json()["items"]] == [item.predictions for item in expected]
+
+
+@pytest.mark.parametrize("body", [{}, {"user_id": None}, {"user_id": "never seen"}, {"user_id": -1}, {"k": 1}])
+def test_strangers_are_served(client: TestClient, body: dict[str, Any]) -> None:
+    answer = client.post("/v1/recommend", json=body)
+    assert answer.status_code == 200
+    assert len(answer.json()["items"]) == body.get("k", 10)
+
+
+def test_k_beyond_the_catalogue_returns_all(client: TestClient, funnel: Funnel) -> None:
+    items = client.post("/v1/recommend", json={"k": 2**31 - 1}).json()["items"]
+    assert len({item["item_id"] for item in items}) == len(items) == len(funnel.items)
+
+
+HISTORY = {"history.item": [1], "history.category": [1], "history.age": [3.0]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "detail"),
+    [
+        ("recommend", {"k": 0}, "k: must be greater than or equal to 1, got 0"),
+        ("recommend", {"k": -3}, "k: must be greater than or equal to 1, got -3"),
+        ("recommend", {"k": "3"}, "k: expected an integer, got '3'"),
+        ("recommend", {"k": 2.5}, "k: expected an integer, got 2.5"),
+        ("recommend", {"k": True}, "k: expected an integer, got True"),
+        ("recommend", {"k": None}, "k: expected an integer, got None"),
+        ("recommend", {"user_id": [3]}, "user_id: expected an integer or text"),
+        ("recommend", {"user_id": 3.5}, "user_id: expected an integer or text"),
+        ("recommend", {"features": [1]}, "features: expected an object"),
+        ("recommend", {"features": {"gender": {"a": 1}}}, "features.gender: expected"),
+        ("recommend", {"kk": 1}, "kk: unknown key"),
+        ("recommend", {"context": {"devise": 1}}, 'unknown feature "devise"; expected one of'),
+        ("recommend", {"context": {"price": 1}}, '"price" is a feature of items'),
+        ("recommend", {"features": {"history.item": [1]}}, '"history.item" is given without'),
+        ("recommend", {"features": {**HISTORY, "history.age": ["x"]}}, "history.age"),
+        ("recommend", [], "body: expected an object"),
+        ("recommend", "x", "body: expected an object"),
+        ("score", {"user_id": 3}, "item_ids: expected a value"),
+        ("score", {"item_ids": []}, "item_ids: "),
+        ("score", {"item_ids": [1.5]}, "item_ids.0: expected an integer or text"),
+        ("score", {"item_ids": list(range(10_001))}, "item_ids: "),
+    ],
+)
+def test_a_wrong_request_gets_one_clear_line(client: TestClient, path: str, body: Any, detail: str) -> None:
+    answer = client.post(f"/v1/{path}", json=body)
+    assert answer.status_code == 422
+    assert answer.json().keys() == {"detail"}
+    assert answer.json()["detail"].startswith(detail) or detail in answer.json()["detail"]
+    assert "\n" not in answer.json()["detail"]
+    assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"x",
+        b'{"k":1',
+        b"\xff\xfe",
+        b'{"k":NaN}',
+        b'{"context":{"device":Infinity}}',
+        b"[" * 100_000,
+        b'{"user_id":1e999}',
+    ],
+)
+def test_what_is_not_proper_json_is_refused(client: TestClient, content: bytes) -> None:
+    answer = client.post("/v1/recommend", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert "Traceback" not in answer.text
+
+
+def test_a_large_body_is_refused_whatever_its_headers_say(client: TestClient) -> None:
+    large = b'{"user_id":"' + b"x" * 10_000_000 + b'"}'
+    assert client.post("/v1/recommend", content=large).status_code == 413
+
+    def pieces() -> Iterator[bytes]:
+        yield from (large[i : i + 65_536] for i in range(0, len(large), 65_536))
+
+    answer = client.post("/v1/recommend", content=pieces())
+    assert answer.status_code == 413
+    assert answer.json() == {"detail": "the request body is larger than 1,000,000 bytes"}
+    just_fits = json.dumps({"user_id": "x" * 900_000}).encode()
+    assert (
+        client.post("/v1/recommend", content=just_fits, headers={"content-type": "application/json"}).status_code == 200
+    )
+
+
+def test_wrong_paths_and_methods(client: TestClient) -> None:
+    assert client.get("/v1/recommend").status_code == 405
+    assert client.post("/v1/nothing", json={}).status_code == 404
+
+
+def test_ready_only_between_start_and_stop(funnel: Funnel) -> None:
+    app = create_app(funnel)
+    cold = TestClient(app)
+    assert cold.get("/readyz").status_code == 503
+    assert cold.get("/healthz").json() == {"status": "ok"}
+    with TestClient(app) as warm:
+        assert warm.get("/readyz").json() == {"status": "ready"}
+    assert cold.get("/readyz").status_code == 503
+
+
+def test_metrics_count_requests_and_stages(client: TestClient) -> None:
+    ok, wrong = (f'fullrank_requests_total{{path="/v1/recommend",status="{status}"}}' for status in (200, 422))
+    stages = [f'fullrank_stage_seconds_count{{stage="{s}"}}' for s in ("encode", "retrieval", "early", "final")]
+    before = [metric(client, line) for line in (ok, wrong, *stages)]
+    for k in (1, 2, 0):
+        client.post("/v1/recommend", json={"k": k})
+    client.get("/some/path/of/a/scanner")
+    after = [metric(client, line) for line in (ok, wrong, *stages)]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [2, 1, 2, 2, 2, 2]
+    assert metric(client, 'fullrank_requests_total{path="other",status="404"}') >= 1
+    assert "scanner" not in client.get("/metrics").text
+    assert metric(client, "fullrank_requests_in_flight") == 1  # the one that asks
+
+
+def test_more_requests_than_may_wait_are_refused_at_once(funnel: Funnel, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, recommend = threading.Event(), funnel.recommend
+
+    def slow(*arguments: Any) -> Any:
+        if len(arguments) > 2:  # not the warm-up
+            release.wait(10)
+        return recommend(*arguments)
+
+    monkeypatch.setattr(funnel, "recommend", slow)
+    app = create_app(funnel, ServingConfig(workers=1, waiting=1))
+    with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
+        started = [pool.submit(client.post, "/v1/recommend", json={"k": 1}) for _ in range(2)]
+        while metric(client, "fullrank_requests_in_flight") < 3:
+            pass
+        refused = client.post("/v1/recommend", json={"k": 1})
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        release.set()
+        assert [future.result().status_code for future in started] == [200, 200]
+        assert client.post("/v1/recommend", json={"k": 1}).status_code == 200
+        assert metric(client, "fullrank_requests_refused_total") == 1
+
+
+def test_an_error_of_ours_shows_no_traceback(funnel: Funnel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with TestClient(create_app(funnel), raise_server_exceptions=False) as client:
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("secret detail")
+
+        monkeypatch.setattr(funnel, "recommend", fail)
+        answer = client.post("/v1/recommend", json={})
+        assert answer.status_code == 500
+        assert "secret" not in answer.text and "Traceback" not in answer.text
+        assert metric(client, 'fullrank_requests_total{path="/v1/recommend",status="500"}') == 1
+
+
+def test_requests_at_the_same_time_get_their_own_answers(client: TestClient, funnel: Funnel) -> None:
+    users = [user for user in funnel.users.ids[:20]] if funnel.users else []
+    expected = {user: client.post("/v1/recommend", json={"user_id": user}).json() for user in users}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda user: client.post("/v1/recommend", json={"user_id": user}).json(), users * 5))
+    for user, answer in zip(users * 5, answers, strict=True):
+        assert answer == expected[user]
+
+
+def test_a_saved_bundle_is_served_and_a_changed_one_is_not(funnel: Funnel, tmp_path: Path) -> None:
+    save_bundle(funnel, tmp_path / "bundle")
+    with TestClient(create_app(tmp_path / "bundle")) as client:
+        assert client.post("/v1/recommend", json={"user_id": 1}).status_code == 200
+    weights = tmp_path / "bundle" / "final.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"final.safetensors does not match its hash"):
+        create_app(tmp_path / "bundle")
+
+
+def test_the_page_stands_alone(client: TestClient) -> None:
+    page = client.get("/").text
+    assert "bid * click" in page
+    assert not re.search(r"https?://|src=|@import|url\(", page)
+
+
+def test_the_description_names_every_endpoint(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert set(paths) == {"/v1/recommend", "/v1/score", "/healthz", "/readyz", "/metrics"}
