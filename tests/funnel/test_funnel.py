@@ -129,8 +129,9 @@ def test_unknown_items_are_scored_in_the_order_of_the_request(funnel: Funnel) ->
     names: list[int | str] = ["nothing", 5, "new", 9, 5]
     scored = funnel.score(Request(2), names)
     assert [item.item_id for item in scored] == names
-    assert scored[1] == scored[4]
-    assert scored[0].predictions == scored[2].predictions
+    # a row's place in the batch may change the last bit of a matrix product
+    assert scored[1].predictions == pytest.approx(scored[4].predictions, abs=1e-6)
+    assert scored[0].predictions == pytest.approx(scored[2].predictions, abs=1e-6)
     alone = funnel.score(Request(2), [9])[0]
     assert scored[3].predictions == pytest.approx(alone.predictions, abs=1e-6)
 
@@ -138,7 +139,8 @@ def test_unknown_items_are_scored_in_the_order_of_the_request(funnel: Funnel) ->
 def test_silence_about_the_context_means_the_usual_one(funnel: Funnel, dataset: Dataset) -> None:
     usual = dataset.scan("train").select(pl.col("device").mode().min()).collect().item()
     raw = dataset.encoders.vocabularies["device"].values[usual - 2]
-    assert funnel.score(Request(2), [5]) == funnel.score(Request(2, {"device": int(raw)}), [5])
+    silent, told = funnel.score(Request(2), [5])[0], funnel.score(Request(2, {"device": int(raw)}), [5])[0]
+    assert silent.predictions == pytest.approx(told.predictions, abs=1e-6)
     assert usual_context(dataset)["device"].item() == usual
 
 

@@ -160,7 +160,6 @@ def _train_model(settings: Recipe, dataset: Dataset, run: Path, bar: Progress, *
         **{split: {"label": first, **values[first]} for split, values in metrics.items()},
         "tasks": metrics,
         "parameters": {"dense": parameters.dense, "embedding": parameters.embedding, "total": parameters.total},
-        "flops_per_example": model.flops_per_example(),
         "samples_per_second": result.samples_per_second,
         "epochs": result.epochs,
         "steps": result.steps,
