@@ -174,9 +174,20 @@ def test_exact_search_equals_brute_force(monkeypatch: pytest.MonkeyPatch) -> Non
             assert np.allclose(scores.numpy(), np.take_along_axis(queries @ vectors.T, order[:, :k], 1))
 
 
-def test_top_k_of_equal_scores_takes_the_first_places() -> None:
-    _, place_BK = top_k(torch.zeros(2, 1000), 3)
-    assert place_BK.tolist() == [[0, 1, 2]] * 2
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("levels", [1, 5, 100_000])
+@pytest.mark.parametrize("count", [1000, 20_000])
+def test_top_k_is_a_stable_sort_cut_off(rows: int, levels: int, count: int) -> None:
+    """On the way for few scores, for one long row and for many, with all, many and hardly any ties."""
+    generator = torch.Generator().manual_seed(levels)
+    scores_BI = torch.randint(0, levels, (rows, count), generator=generator).float()
+    # A few far larger scores at the end of one row, which a sample of it may miss.
+    scores_BI[0, -7:] += 1e6
+    for k in (1, 10, 500, count, count + 5):
+        expected = torch.sort(scores_BI, dim=1, descending=True, stable=True)
+        found, place_BK = top_k(scores_BI, k)
+        assert torch.equal(found, expected.values[:, :k])
+        assert torch.equal(place_BK, expected.indices[:, :k])
 
 
 def test_k_beyond_the_catalogue_returns_all(fitted: TwoTower, dataset: Dataset) -> None:

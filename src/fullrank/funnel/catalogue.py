@@ -62,8 +62,20 @@ class Catalogue:
         """Row of each id, written as text: a request may say 7 or "7"."""
         return {str(name): row for row, name in enumerate(self.ids)}
 
+    @cached_property
+    def _row_of_key(self) -> Tensor | None:
+        """Row of each key, where keys are small enough for a table: one read instead of a search."""
+        low, high = int(self.keys_I[0]), int(self.keys_I[-1])
+        if low < 0 or high >= 4 * len(self) + 1024:
+            return None
+        table = torch.zeros(high + 1, dtype=torch.int64)
+        table[self.keys_I] = torch.arange(len(self))
+        return table
+
     def places(self, keys: Tensor) -> Tensor:
         """Rows of keys that are all in the catalogue."""
+        if self._row_of_key is not None:
+            return self._row_of_key.index_select(0, keys.reshape(-1)).view_as(keys)
         return torch.searchsorted(self.keys_I, keys)
 
     @cached_property

@@ -141,6 +141,10 @@ class Funnel:
             raise ValueError("a funnel needs at least one item")
         return torch.cat(pieces)
 
+    def _early_vectors(self, items_UC: Tensor) -> Tensor:
+        vectors = self._early_vectors_IV.index_select(0, items_UC.reshape(-1))
+        return vectors.view(*items_UC.shape, -1)
+
     def index_active(self) -> None:
         """Make the active items of the catalogue, and no other, retrievable."""
         active_I = self.items.active_I
@@ -177,7 +181,7 @@ class Funnel:
         retrieved_UC = self.items.places(found.item_keys_BK)
         lap("retrieval")
         if retrieved_UC.shape[1] > keep:
-            early_UCT = self.early.score(users, self._early_vectors_IV[retrieved_UC])
+            early_UCT = self.early.score(users, self._early_vectors(retrieved_UC))
             _, place_UC = top_k(self._values(early_UCT, retrieved_UC), keep)
             kept_UC = retrieved_UC.gather(1, place_UC)
         else:
@@ -196,7 +200,7 @@ class Funnel:
         """Value of everything that retrieval finds, by the early and by the final stage, both (U, C)."""
         found = self.retriever.search(users, self.sizes.retrieve)
         retrieved_UC = self.items.places(found.item_keys_BK)
-        early_UCT = self.early.score(users, self._early_vectors_IV[retrieved_UC])
+        early_UCT = self.early.score(users, self._early_vectors(retrieved_UC))
         final_UCT = self._final_logits(users, retrieved_UC)
         return self._values(early_UCT, retrieved_UC), self._values(final_UCT, retrieved_UC)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fullrank.data.dataset import Dataset
 from fullrank.data.loader import Loader
@@ -18,7 +18,7 @@ from fullrank.funnel.value import ValueFormula
 from fullrank.models import MODELS, Ranker
 from fullrank.models.early_stage import EarlyStageRanker
 from fullrank.retrieval import TwoTower
-from fullrank.schema import Schema
+from fullrank.schema import Schema, describe_errors
 from fullrank.training import Trainer, TrainerConfig, TrainingResult
 
 
@@ -50,7 +50,10 @@ class FinalConfig(BaseModel):
     def _known(cls, model: dict[str, Any]) -> dict[str, Any]:
         if model.get("name") not in MODELS:
             raise ValueError(f"name must be one of {', '.join(MODELS)}, got {model.get('name')!r}")
-        MODELS[model["name"]].Config.model_validate({k: v for k, v in model.items() if k != "name"})
+        try:
+            MODELS[model["name"]].Config.model_validate({k: v for k, v in model.items() if k != "name"})
+        except ValidationError as error:
+            raise ValueError(describe_errors(error, "").splitlines()[0]) from None
         return model
 
     def build(self, schema: Schema) -> Ranker:

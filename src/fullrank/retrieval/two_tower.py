@@ -153,6 +153,7 @@ class TwoTower(Retriever):
                 if progress is not None and step % 20 == 0:
                     progress(step, steps, loss.item())
         self.towers.eval()
+        self.towers.ids.check_ids = False
         return self
 
     def _vectors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,6 +217,8 @@ class TwoTower(Retriever):
         if keys is None or vectors is None:
             raise ValueError(f"{directory / 'retriever.safetensors'} holds no index")
         retriever.exact.add(keys, vectors)
+        # Ids come from the encoders that the tables were built for; a lookup refuses what is outside in any case.
+        retriever.towers.ids.check_ids = False
         return retriever
 
 
