@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--deepctr-python")
     args = parser.parse_args()
     args.tables = args.tables.resolve()
-    # Idle OpenMP threads sleep: with the default, spinning threads of a busy machine starve each other, ours and theirs.
+    # Idle OpenMP threads sleep: spinning threads of a busy machine would starve each other, ours and theirs.
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(args.threads),
