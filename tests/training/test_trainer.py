@@ -128,6 +128,7 @@ def test_clipping_is_that_of_pytorch(limit: float) -> None:
     ours, theirs = _model(), _model()
     Trainer(TrainerConfig(optimizer="sgd", learning_rate=0.5, gradient_clip=limit)).fit(ours, [batch])
     theirs.train()
+    theirs.start_at_base_rate(batch)
     theirs.loss(theirs(batch), batch).backward()
     torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit)
     with torch.no_grad():

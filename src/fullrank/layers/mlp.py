@@ -24,11 +24,29 @@ class Float32Linear(nn.Linear):
             return F.linear(x_BI.float(), self.weight, self.bias)
 
 
-class MLP(nn.Module):
-    """Linear, optional batch norm, activation, dropout, repeated; then a plain linear layer if `out_features` is given.
+class OutputLayer(Float32Linear):
+    """The linear layer that ends in logits. Biases start at 0, weights Xavier-normal, or at 0 above a normalisation.
 
-    Weights start Xavier-normal, biases at 0. The output layer always computes in float32; hidden layers follow
-    autocast.
+    Embeddings start tiny, and a normalisation below multiplies their first gradients by the inverse of that size. With
+    random output weights those gradients are noise, and Adam's second moment remembers them for the rest of an epoch;
+    with zero weights they begin when the layer has learnt a direction. Without a normalisation zero weights above tiny
+    inputs would be a saddle point.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, normalized: bool) -> None:
+        super().__init__(in_features, out_features)
+        if normalized:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.xavier_normal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class MLP(nn.Module):
+    """Linear, optional batch norm, activation, dropout, repeated; then an `OutputLayer` if `out_features` is given.
+
+    Weights of hidden layers start Xavier-normal, biases at 0. The output layer always computes in float32; hidden
+    layers follow autocast.
     """
 
     def __init__(
@@ -46,8 +64,12 @@ class MLP(nn.Module):
             raise ValueError(f'activation "{activation}" is unknown; choose one of {", ".join(ACTIVATIONS)}')
         layers: list[nn.Module] = []
         width = in_features
+        normalized = batch_norm and len(hidden) > 0
         for units in hidden:
-            layers.append(nn.Linear(width, units))
+            linear = nn.Linear(width, units)
+            nn.init.xavier_normal_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            layers.append(linear)
             if batch_norm:
                 layers.append(nn.BatchNorm1d(units))
             layers.append(ACTIVATIONS[activation]())
@@ -55,14 +77,17 @@ class MLP(nn.Module):
                 layers.append(nn.Dropout(dropout))
             width = units
         if out_features is not None:
-            layers.append(Float32Linear(width, out_features))
+            layers.append(OutputLayer(width, out_features, normalized=normalized))
             width = out_features
         self.out_features = width
         self.layers = nn.Sequential(*layers)
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_normal_(layer.weight)
-                nn.init.zeros_(layer.bias)
+
+    @property
+    def output_bias(self) -> Tensor:
+        """The bias of the output layer, shape (out_features,)."""
+        last = self.layers[-1]
+        assert isinstance(last, OutputLayer)
+        return last.bias
 
     def forward(self, x_BI: Tensor) -> Tensor:
         output: Tensor = self.layers(x_BI)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fullrank.batch import Batch
 from fullrank.layers.linear_term import LinearTerm
-from fullrank.layers.mlp import MLP, Float32Linear
+from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.layers.tokens import FeatureTokens
 from fullrank.models.base import Ranker, RankerOutput, stacked
 from fullrank.schema import Schema
@@ -89,13 +89,14 @@ class AutoInt(Ranker):
                 for w in widths[:-1]
             )
         )
-        self.head = Float32Linear(self.tokens.num_tokens * config.attention_dim, 1)
-        nn.init.xavier_normal_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = OutputLayer(self.tokens.num_tokens * config.attention_dim, 1, normalized=config.layer_norm)
         flat = self.tokens.num_tokens * config.embedding_dim
         options: dict[str, Any] = {"batch_norm": config.batch_norm, "dropout": config.dropout}
         self.mlp = MLP(flat, config.hidden, 1, **options) if config.hidden else None
         self.linear = LinearTerm(schema, config.embedding_init, bias=False) if config.wide else None
+
+    def output_biases(self) -> list[Tensor]:
+        return [self.head.bias]
 
     def forward(self, batch: Batch) -> RankerOutput:
         tokens_BFD = self.tokens(batch)

@@ -99,6 +99,30 @@ class Ranker(nn.Module):
             total = total + extra
         return total
 
+    def output_biases(self) -> list[Tensor]:
+        """Biases of the logits: tensors whose elements, in order, are those of the tasks; none if it has no such."""
+        return []
+
+    @torch.no_grad()
+    def start_at_base_rate(self, batch: Batch) -> None:
+        """Make a new model predict the mean label of each task; the Trainer calls it with the first batch.
+
+        Training then spends no steps on the mean, and the first batch's loss is the entropy of its labels. A bias that
+        is no longer 0 has learnt and stays as it is, and so does one whose task has no observed label here.
+        """
+        biases = [element for bias in self.output_biases() for element in bias.view(-1).unbind()]
+        weights_B = torch.ones(len(batch), device=batch.device) if batch.weights_B is None else batch.weights_B
+        for label, bias, label_B in zip(self.schema.labels, biases, batch.labels_BT.unbind(1), strict=False):
+            weight_B = torch.where(torch.isnan(label_B), 0.0, weights_B)
+            observed = int((weight_B > 0).sum())
+            if not observed or bool(bias):
+                continue
+            mean = (weight_B * label_B.nan_to_num()).sum() / weight_B.sum()
+            if label.kind == "binary":
+                # Labels of one class say that the other is rare, not impossible.
+                mean = torch.logit(mean.clamp(0.5 / observed, 1 - 0.5 / observed))
+            bias.fill_(mean)
+
     def num_parameters(self) -> ParameterCount:
         collections = [module for module in self.modules() if isinstance(module, EmbeddingCollection)]
         embedding = sum(collection.num_parameters() for collection in collections)

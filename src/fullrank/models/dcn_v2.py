@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
-from fullrank.layers.mlp import MLP, Float32Linear
+from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.layers.tokens import FlatFeatures
 from fullrank.models.base import Ranker, RankerOutput
 from fullrank.schema import Schema
@@ -104,9 +104,14 @@ class DCNv2(Ranker):
         self.parallel = MLP(width, config.hidden, **options) if parallel else None
         self.stacked = MLP(width, config.stacked_hidden or config.hidden, **options) if stacked else None
         top = self.stacked.out_features if self.stacked else width
-        self.head = Float32Linear(top + (self.parallel.out_features if self.parallel else 0), self.num_tasks)
-        nn.init.xavier_normal_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = OutputLayer(
+            top + (self.parallel.out_features if self.parallel else 0),
+            self.num_tasks,
+            normalized=config.batch_norm and config.structure != "crossnet_only",
+        )
+
+    def output_biases(self) -> list[Tensor]:
+        return [self.head.bias]
 
     def forward(self, batch: Batch) -> RankerOutput:
         x_BI = self.features(batch)

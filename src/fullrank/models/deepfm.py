@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fullrank.batch import Batch
 from fullrank.layers.factorization import pairwise_term
 from fullrank.layers.linear_term import LinearTerm
@@ -31,6 +33,9 @@ class DeepFM(Ranker):
         self.tokens = FeatureTokens(schema, config.embedding_dim, config.embedding_init)
         width = self.tokens.num_tokens * config.embedding_dim
         self.mlp = MLP(width, config.hidden, 1, batch_norm=config.batch_norm, dropout=config.dropout)
+
+    def output_biases(self) -> list[Tensor]:
+        return [self.mlp.output_bias]
 
     def forward(self, batch: Batch) -> RankerOutput:
         tokens_BFD = self.tokens(batch)

@@ -35,7 +35,7 @@ class TargetAttention(nn.Module):
         self.weight_A4D = nn.Parameter(torch.empty(hidden, 4 * width))
         self.bias_A = nn.Parameter(torch.zeros(hidden))
         self.alpha_A = nn.Parameter(torch.zeros(hidden))
-        self.norm = nn.BatchNorm1d(hidden, eps=1e-8, affine=False)
+        self.norm = nn.BatchNorm1d(hidden, eps=1e-8, momentum=0.01, affine=False)
         self.score_A = nn.Parameter(torch.empty(1, hidden))
         self.score_bias = nn.Parameter(torch.zeros(1))
         nn.init.xavier_normal_(self.weight_A4D)
@@ -110,6 +110,9 @@ class DIN(Ranker):
         )
         width = self.embeddings.flat_dim + sum(widths) + len(schema.numeric_columns) * config.embedding_dim
         self.mlp = MLP(width, config.hidden, self.num_tasks, batch_norm=config.batch_norm, dropout=config.dropout)
+
+    def output_biases(self) -> list[Tensor]:
+        return [self.mlp.output_bias]
 
     def forward(self, batch: Batch) -> RankerOutput:
         embedded = self.embeddings(batch)

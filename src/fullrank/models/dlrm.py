@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection
@@ -55,6 +56,9 @@ class DLRM(Ranker):
             batch_norm=config.batch_norm,
             dropout=config.dropout,
         )
+
+    def output_biases(self) -> list[Tensor]:
+        return [self.top.output_bias]
 
     def forward(self, batch: Batch) -> RankerOutput:
         embedded = self.embeddings(batch)

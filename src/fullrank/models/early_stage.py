@@ -56,6 +56,9 @@ class EarlyStageRanker(Ranker):
         for layer in (self.from_user, self.head):
             nn.init.zeros_(layer.bias)
 
+    def output_biases(self) -> list[Tensor]:
+        return [self.head.bias]
+
     def forward(self, batch: Batch) -> RankerOutput:
         user_BD, item_BD = self.towers(batch)
         hidden_BH = self.from_user(user_BD) + self.from_item(item_BD) + self.from_pair(user_BD * item_BD)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection
-from fullrank.layers.mlp import MLP, Float32Linear
+from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.layers.tokens import FlatFeatures
 from fullrank.models.base import Ranker, RankerOutput, stacked
 from fullrank.schema import Schema
@@ -61,17 +61,15 @@ class FeatureGate(nn.Module):
 class BilinearFusion(nn.Module):
     """z = b + w_xᵀ x + w_yᵀ y + Σ_h x_hᵀ W_h y_h."""
 
-    def __init__(self, x_dim: int, y_dim: int, num_heads: int) -> None:
+    def __init__(self, x_dim: int, y_dim: int, num_heads: int, *, normalized: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.linear_x = Float32Linear(x_dim, 1)
-        self.linear_y = Float32Linear(y_dim, 1)
-        for layer in (self.linear_x, self.linear_y):
-            nn.init.xavier_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        self.bilinear_HXY = nn.Parameter(torch.empty(num_heads, x_dim // num_heads, y_dim // num_heads))
-        for head in self.bilinear_HXY.data:
-            nn.init.xavier_normal_(head)
+        self.linear_x = OutputLayer(x_dim, 1, normalized=normalized)
+        self.linear_y = OutputLayer(y_dim, 1, normalized=normalized)
+        self.bilinear_HXY = nn.Parameter(torch.zeros(num_heads, x_dim // num_heads, y_dim // num_heads))
+        if not normalized:
+            # As one layer from all products x_i y_j to one logit, like the authors' code.
+            nn.init.xavier_normal_(self.bilinear_HXY.data.view(1, -1))
 
     def forward(self, x_BI: Tensor, y_BI: Tensor) -> Tensor:
         """Logits of shape (B,)."""
@@ -134,7 +132,12 @@ class FinalMLP(Ranker):
         self.gate1, self.gate2 = gate(config.context1), gate(config.context2)
         self.mlp1 = MLP(width, config.hidden1, batch_norm=config.batch_norm, dropout=config.dropout1)
         self.mlp2 = MLP(width, config.hidden2, batch_norm=config.batch_norm, dropout=config.dropout2)
-        self.fusion = BilinearFusion(config.hidden1[-1], config.hidden2[-1], config.num_heads)
+        self.fusion = BilinearFusion(
+            config.hidden1[-1], config.hidden2[-1], config.num_heads, normalized=config.batch_norm
+        )
+
+    def output_biases(self) -> list[Tensor]:
+        return [self.fusion.linear_x.bias]
 
     def forward(self, batch: Batch) -> RankerOutput:
         x_BI = self.features(batch)

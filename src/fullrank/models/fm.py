@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fullrank.batch import Batch
 from fullrank.layers.factorization import pairwise_term
 from fullrank.layers.linear_term import LinearTerm
@@ -21,6 +23,9 @@ class FM(Ranker):
         self.require_single_task()
         self.linear = LinearTerm(schema, config.embedding_init, bias=True)
         self.tokens = FeatureTokens(schema, config.embedding_dim, config.embedding_init)
+
+    def output_biases(self) -> list[Tensor]:
+        return [] if self.linear.bias is None else [self.linear.bias]
 
     def forward(self, batch: Batch) -> RankerOutput:
         return RankerOutput(stacked([self.linear(batch) + pairwise_term(self.tokens(batch))]))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterable
+from typing import cast
+
+from torch import Tensor, nn
 
 from fullrank.batch import Batch
 from fullrank.layers.linear_term import LinearTerm
@@ -19,6 +22,9 @@ class LR(Ranker):
     def __init__(self, schema: Schema, config: Ranker.Config) -> None:
         super().__init__(schema, config)
         self.terms = nn.ModuleList(LinearTerm(schema, config.embedding_init, bias=True) for _ in range(self.num_tasks))
+
+    def output_biases(self) -> list[Tensor]:
+        return [term.bias for term in cast(Iterable[LinearTerm], self.terms) if term.bias is not None]
 
     def forward(self, batch: Batch) -> RankerOutput:
         return RankerOutput(stacked([term(batch) for term in self.terms]))

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from fullrank.batch import Batch
 from fullrank.layers.experts import ExpertMixture
@@ -43,6 +44,9 @@ class MMoE(Ranker):
         self.towers = nn.ModuleList(
             MLP(config.expert_hidden[-1], config.hidden, 1, **options) for _ in range(self.num_tasks)
         )
+
+    def output_biases(self) -> list[Tensor]:
+        return [tower.output_bias for tower in cast(Iterable[MLP], self.towers)]
 
     def forward(self, batch: Batch) -> RankerOutput:
         x_BI = self.features(batch)

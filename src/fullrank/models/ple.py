@@ -88,6 +88,9 @@ class PLE(Ranker):
             for _ in range(self.num_tasks)
         )
 
+    def output_biases(self) -> list[Tensor]:
+        return [tower.output_bias for tower in cast(Iterable[MLP], self.towers)]
+
     def forward(self, batch: Batch) -> RankerOutput:
         streams = [self.features(batch)] * (self.num_tasks + 1)
         for level in self.levels:

@@ -288,6 +288,8 @@ class _Run:
 
     def _train_step(self, forward: Any, batch: Batch) -> Tensor:
         self._set_rates()
+        if self.step == 0:
+            self.model.start_at_base_rate(batch)
         half = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
             output = forward(batch)
