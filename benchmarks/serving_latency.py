@@ -2,13 +2,15 @@
 
     python benchmarks/serving_latency.py
 
-Both servers run the same two-tower and DIN weights, one after the other, in a process of their own with one worker
-process; a third process asks over loopback with keep-alive connections, each sending its next request when the answer
-has come. Ours is `fullrank serve`: exact retrieval of 1,000 items, early stage, 200 to the final stage. The peer is
-FastAPI, a FAISS HNSW index over the same item vectors that gives the 200 directly (no early stage, so it does less),
-feature arrays in NumPy, PyTorch in eager mode with its default threads, and a response model.
+All servers run the same trained weights, in turn, each in a process of its own; another process asks over loopback with
+keep-alive connections, each sending its next request when the answer has come. Two funnels are served by both sides:
 
-Recall of the peer's index is measured too: HNSW on inner products of vectors of unequal length misses items.
+* three stages: 1,000 items retrieved, early stage, 200 to the final stage (DIN);
+* two stages: 200 items retrieved, all to the final stage.
+
+Ours is `fullrank serve`, with exact retrieval. The peer is FastAPI, a FAISS HNSW index over the same item vectors,
+features in NumPy arrays, models called on batches of pairs in eager PyTorch with its default threads, and a response
+model. Recall of the peer's index is measured too: HNSW on inner products of vectors of unequal length misses items.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+FINAL = 200
+RETRIEVED = {"three": 1000, "two": FINAL}
 HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 100, 400
 
 
@@ -40,7 +44,7 @@ def prepare(work: Path, items: int, impressions: int) -> None:
     import torch
 
     from fullrank.data.simulate import World, simulate_dataset
-    from fullrank.funnel import FunnelConfig, save_bundle, train_funnel
+    from fullrank.funnel import FunnelConfig, StageSizes, save_bundle, train_funnel
     from fullrank.funnel.catalogue import Catalogue
     from fullrank.funnel.funnel import Funnel
 
@@ -51,18 +55,19 @@ def prepare(work: Path, items: int, impressions: int) -> None:
     raw = pl.DataFrame({"item_id": range(items)} | {name: world.arrays[f"item_{name}"] for name in COLUMNS})
     encoded = trained.encoders.transform(raw, allow_missing=True).select("__item_id", "item_id", *COLUMNS)
     frame = encoded.with_columns(pl.Series("__bid", world.arrays["item_bid"]), pl.lit(True).alias("__active"))
-    funnel = Funnel(
-        encoders=trained.encoders,
-        items=Catalogue.of(frame, trained.schema),
-        users=trained.users,
-        context=trained.context,
-        retriever=trained.retriever,
-        early=trained.early,
-        final=trained.final,
-        sizes=trained.sizes,
-    )
-    funnel.index_active()
-    save_bundle(funnel, work / "bundle", overwrite=True)
+    for stages, retrieve in RETRIEVED.items():
+        funnel = Funnel(
+            encoders=trained.encoders,
+            items=Catalogue.of(frame, trained.schema),
+            users=trained.users,
+            context=trained.context,
+            retriever=trained.retriever,
+            early=trained.early,
+            final=trained.final,
+            sizes=StageSizes(retrieve=retrieve, keep=FINAL),
+        )
+        funnel.index_active()
+        save_bundle(funnel, work / f"bundle-{stages}", overwrite=True)
 
 
 COLUMNS = ("category", "brand", "campaign", "price")
@@ -101,7 +106,8 @@ def peer(bundle: Path, port: int) -> None:
     schema, model = funnel.schema, funnel.final
     vectors = retriever.exact.vectors_ID.numpy()
     index = faiss.IndexHNSWFlat(vectors.shape[1], HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
-    index.hnsw.efConstruction, index.hnsw.efSearch = HNSW_BUILD, HNSW_SEARCH
+    retrieve = funnel.sizes.retrieve
+    index.hnsw.efConstruction, index.hnsw.efSearch = HNSW_BUILD, max(HNSW_SEARCH, retrieve)
     index.add(vectors)
     item_numbers, item_ids = funnel.items.rows.batch.numeric_BN.numpy(), funnel.items.rows.batch.ids_BF.numpy()
     bids, names = funnel.items.bid_I.numpy(), np.array(funnel.items.ids)
@@ -118,36 +124,37 @@ def peer(bundle: Path, port: int) -> None:
     @app.get("/recall")
     def recall() -> dict[str, float]:
         queries = torch.cat([retriever.user_vectors(row) for row in list(users.values())[:200]])
-        exact = retriever.exact.search(queries, 200).item_keys_BK.numpy()
-        _, found = index.search(queries.numpy(), 200)
+        exact = retriever.exact.search(queries, retrieve).item_keys_BK.numpy()
+        _, found = index.search(queries.numpy(), retrieve)
         keys = retriever.exact.keys_I.numpy()
-        return {"at_200": float(np.mean([len(set(keys[f]) & set(e)) / 200 for f, e in zip(found, exact, strict=True)]))}
+        pairs = zip(found, exact, strict=True)
+        return {"recall": float(np.mean([len(set(keys[f]) & set(e)) / retrieve for f, e in pairs]))}
+
+    def pairs(user: Batch, rows: Any) -> Batch:
+        count = len(rows)
+        events = torch.split(user.jagged_values, user.jagged_lengths_KB[:, 0].tolist())
+        return Batch(
+            numeric_BN=torch.from_numpy(item_numbers[rows]),
+            ids_BF=torch.from_numpy(np.where(from_item, item_ids[rows], user.ids_BF.numpy())),
+            jagged_keys=user.jagged_keys,
+            jagged_values=torch.cat([part.repeat(count) for part in events]),
+            jagged_lengths_KB=user.jagged_lengths_KB.repeat(1, count),
+            event_keys=user.event_keys,
+            event_values=user.event_values.repeat(count),
+            event_lengths_EB=user.event_lengths_EB.repeat(1, count),
+            labels_BT=torch.zeros(count, len(schema.labels)),
+        )
 
     @app.post("/v1/recommend")
     def recommend(question: Question) -> list[Entry]:
         user = users.get(question.user_id, stranger)
         with torch.no_grad():
-            _, rows = index.search(retriever.user_vectors(user).numpy(), 200)
-            rows = rows[0]
-            count = len(rows)
-            ids = np.where(from_item, item_ids[rows], user.ids_BF.numpy())
-            batch = Batch(
-                numeric_BN=torch.from_numpy(item_numbers[rows]),
-                ids_BF=torch.from_numpy(ids),
-                jagged_keys=user.jagged_keys,
-                jagged_values=torch.cat(
-                    [
-                        part.repeat(count)
-                        for part in torch.split(user.jagged_values, user.jagged_lengths_KB[:, 0].tolist())
-                    ]
-                ),
-                jagged_lengths_KB=user.jagged_lengths_KB.repeat(1, count),
-                event_keys=user.event_keys,
-                event_values=user.event_values.repeat(count),
-                event_lengths_EB=user.event_lengths_EB.repeat(1, count),
-                labels_BT=torch.zeros(count, len(schema.labels)),
-            )
-            click = torch.sigmoid(model(batch).logits_BT[:, 0]).numpy()
+            _, found = index.search(retriever.user_vectors(user).numpy(), retrieve)
+            rows = found[0][found[0] >= 0]
+            if len(rows) > FINAL:
+                early = torch.sigmoid(funnel.early(pairs(user, rows)).logits_BT[:, 0]).numpy()
+                rows = rows[np.argsort(-early * bids[rows])[:FINAL]]
+            click = torch.sigmoid(model(pairs(user, rows)).logits_BT[:, 0]).numpy()
         value = click * bids[rows]
         best = np.argsort(-value)[: question.k]
         return [Entry(item_id=int(names[rows[i]]), value=float(value[i]), click=float(click[i])) for i in best]
@@ -242,7 +249,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/serving_latency"))
     arguments = parser.parse_args()
     if arguments.role == "peer":
-        peer(arguments.work / "bundle", arguments.port)
+        peer(arguments.work, arguments.port)
         return
     if arguments.role == "load":
         load(arguments.port, arguments.seconds, arguments.connections[0])
@@ -256,35 +263,31 @@ def main() -> None:
     cli = [sys.executable, "-c", "from fullrank.cli.main import main; main()"]
     records: list[dict[str, Any]] = []
     for attempt in range(arguments.repeat):
-        for name in ("fullrank serve", "FastAPI + HNSW + eager torch"):
-            port = free_port()
-            ours = [*cli, "serve", str(arguments.work / "bundle"), "--port", str(port)]
-            theirs = [*this, "--role", "peer", "--work", str(arguments.work), "--port", str(port)]
-            with running(ours if name == "fullrank serve" else theirs, port):
-                recall = 1.0
-                if name != "fullrank serve":
-                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/recall", timeout=60) as answer:
-                        recall = json.load(answer)["at_200"]
-                for connections in arguments.connections:
-                    asked = subprocess.run(
-                        [
-                            *this, "--role", "load", "--port", str(port), "--seconds", str(arguments.seconds),
-                            "--connections", str(connections),
-                        ],
-                        capture_output=True,
-                        text=True,
-                        check=True,
-                    )  # fmt: skip
-                    record = {"server": name, "connections": connections, "attempt": attempt, "recall_at_200": recall}
-                    records.append(record | json.loads(asked.stdout) | {"load": os.getloadavg()[0]})
-                    print(records[-1], file=sys.stderr)
+        for stages in RETRIEVED:
+            bundle = str(arguments.work / f"bundle-{stages}")
+            for name in ("fullrank serve", "FastAPI + HNSW + eager torch"):
+                port = free_port()
+                ours = [*cli, "serve", bundle, "--port", str(port)]
+                theirs = [*this, "--role", "peer", "--work", bundle, "--port", str(port)]
+                with running(ours if name == "fullrank serve" else theirs, port):
+                    facts = {"stages": stages, "server": name, "attempt": attempt, "recall": 1.0}
+                    if name != "fullrank serve":
+                        with urllib.request.urlopen(f"http://127.0.0.1:{port}/recall", timeout=60) as answer:
+                            facts |= json.load(answer)
+                    for connections in arguments.connections:
+                        ask = ["--role", "load", "--port", str(port), "--connections", str(connections)]
+                        ask += ["--seconds", str(arguments.seconds)]
+                        asked = subprocess.run([*this, *ask], capture_output=True, text=True, check=True)
+                        found = json.loads(asked.stdout)
+                        records.append(facts | {"connections": connections, "load": os.getloadavg()[0]} | found)
+                        print(records[-1], file=sys.stderr)
     rows: list[dict[str, Any]] = []
-    for connections in arguments.connections:
-        for name in dict.fromkeys(record["server"] for record in records):
-            runs = [r for r in records if r["server"] == name and r["connections"] == connections]
-            middle = {key: statistics.median(r[key] for r in runs) for key in ("p50_ms", "p99_ms", "per_second")}
-            facts = {"recall_at_200": runs[0]["recall_at_200"], "failures": sum(r["failures"] for r in runs)}
-            rows.append({"connections": connections, "server": name, **middle, **facts})
+    for key in dict.fromkeys((r["stages"], r["connections"], r["server"]) for r in records):
+        runs = [r for r in records if (r["stages"], r["connections"], r["server"]) == key]
+        middle = {name: statistics.median(r[name] for r in runs) for name in ("p50_ms", "p99_ms", "per_second")}
+        facts = {"recall of retrieval": runs[0]["recall"], "failures": sum(r["failures"] for r in runs)}
+        rows.append({"stages": key[0], "connections": key[1], "server": key[2], **middle, **facts})
+    rows.sort(key=lambda row: (row["stages"], row["connections"]))
     table(rows, list(rows[0]))
     write("serving_latency", {"items": arguments.items, "seconds": arguments.seconds, "table": rows, "runs": records})
 
