@@ -23,7 +23,9 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT 
 
 @app.command("import")
 def import_(
-    format: Annotated[str, typer.Argument(metavar="FORMAT", help="criteo, avazu, csv, parquet, libfm, movielens, ...")],
+    format: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="criteo, avazu, amazon, csv, parquet, ...; see docs.")
+    ],
     path: Annotated[Path, typer.Argument(help="The log: a file, or a directory of the format's files.")],
     out: Annotated[Path, typer.Argument(help="The dataset directory to make.")],
     schema: Annotated[
@@ -38,6 +40,10 @@ def import_(
     seed: Annotated[int, typer.Option("--seed", help="Of a split by user or at random.")] = 0,
     split_column: Annotated[
         str | None, typer.Option("--split-column", help='Column with train, valid or test, for "given".')
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option("--protocol", help='"bars": test rows validate too, as in the leaderboard\'s runs.'),
     ] = None,
     max_bad: Annotated[
         float, typer.Option("--max-bad", help="Share of bad rows above which the import fails.")
@@ -57,6 +63,7 @@ def import_(
 
     began = time.perf_counter()
     values: dict[str, Any] = {"kind": split, "valid": valid, "test": test, "seed": seed, "column": split_column}
+    values["protocol"] = protocol
     try:
         spec = SplitSpec.model_validate(values)
     except ValidationError as error:
@@ -182,12 +189,15 @@ def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
             "rows": rows,
             "rejected": dataset.rejected,
             "tables": dataset.schema.tables(),
+            "published": dataset.published,
             "seconds": round(seconds, 3),
         }
         print(json.dumps(summary))
         return
     from rich.console import Console
     from rich.table import Table
+
+    from fullrank.data.formats.published import Fingerprint
 
     table = Table(title=f"{dataset.path}", title_justify="left", show_header=False)
     for split, count in rows.items():
@@ -196,9 +206,13 @@ def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
         table.add_row(f"rejected: {reason}", f"{count:,}")
     if dataset.out_of_order:
         table.add_row("rows older than the row before", f"{dataset.out_of_order:,}")
+    if dataset.validation is not None:
+        table.add_row("validation rows", dataset.validation)
     sizes = dataset.schema.tables()
     table.add_row("embedding tables", f"{len(sizes)}, {sum(sizes.values()):,} rows")
     table.add_row("seconds", f"{seconds:.1f}")
     Console().print(table)
+    for name, found in dataset.published.items():
+        print(Fingerprint(**found).describe(name))
     if dataset.rejected:
         print(f"rejected rows are listed in {dataset.path / 'rejected.tsv'}")

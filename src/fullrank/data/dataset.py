@@ -42,6 +42,9 @@ class Dataset:
         source: what it was made from.
         rejected: number of rejected source rows by reason.
         out_of_order: rows whose timestamp lies before that of the row above them in the source.
+        published: by the name of a source file that has the layout of a public benchmark: its `benchmark`, the `part`
+            of it that the file's rows are (None for none), and its `md5`.
+        validation: where the validation rows come from, if the source came in files.
     """
 
     def __init__(self, path: Path, schema: Schema, manifest: dict[str, Any]) -> None:
@@ -50,6 +53,8 @@ class Dataset:
         self.source: str = manifest["source"]
         self.rejected: dict[str, int] = manifest["rejected"]
         self.out_of_order: int = manifest.get("out_of_order", 0)
+        self.published: dict[str, dict[str, Any]] = manifest.get("published", {})
+        self.validation: str | None = manifest.get("validation")
         self._rows: dict[str, int] = manifest["rows"]
         self._shards: dict[str, list[str]] = manifest["shards"]
 

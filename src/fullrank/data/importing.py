@@ -17,9 +17,11 @@ from fullrank.data.checks import Chunk, check
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import stable_hash
 from fullrank.data.formats import open_format
-from fullrank.data.formats.base import RawChunk
+from fullrank.data.formats.base import RawChunk, SplitsRows
 from fullrank.data.formats.delimited import Csv, ParquetLog
-from fullrank.data.splits import PARTS, TRAIN, Parts, SplitSpec, by_hash
+from fullrank.data.formats.published import fingerprints
+from fullrank.data.held_out import validation
+from fullrank.data.splits import TRAIN, Parts, SplitSpec, by_hash
 from fullrank.schema import Schema
 
 Item = TypeVar("Item")
@@ -46,7 +48,8 @@ def import_dataset(
         path: the log.
         out: the directory to make; it appears only when complete.
         schema: what to read; the format's own when omitted.
-        split: ignored when the source comes already split into files.
+        split: when the source comes already split into files, only the share of validation rows (where it has no file
+            of them) and the protocol.
         max_bad: share of bad rows above which the import fails.
         overwrite: replace an existing dataset.
         progress: called with the number of good and bad rows read so far.
@@ -68,32 +71,37 @@ def import_dataset(
             "write a schema with `fullrank data inspect FILE --out schema.json`, name the label in it, and pass it"
         )
     split = split or SplitSpec()
-    kind = split.kind or ("time" if schema.keys.timestamp is not None else "random")
     files = source.parts(path)
+    if files is None and split.kind is None and isinstance(source, SplitsRows):
+        split = split.model_copy(update={"kind": "given", "column": source.split_column})
+    kind = split.kind or ("time" if schema.keys.timestamp is not None else "random")
     if files is None:
         _check_split(split, kind, schema)
         if split.column is not None and isinstance(source, (Csv, ParquetLog)):
             source.extra_columns = (split.column,)
     elif split.kind is not None:
         raise ValueError(f"{path} comes already split into {', '.join(files)}: leave out the split")
+    if split.protocol == "bars" and (files is None or "test" not in files):
+        raise ValueError(f'{path}: protocol "bars" is for a log that comes as a train and a test file')
     with atomic.new_directory(out, overwrite=overwrite) as partial:
+        given = None if files is None else validation(source, files, split, schema)
+        published = fingerprints([path] if files is None else files.values())
         builder = DatasetBuilder(partial, schema)
-        for part, file in (files or {"": path}).items():
-            checked = _checked(source.chunks(file, schema), schema, None if files is not None else split.column)
+        for part, file in ({"": path} if given is None else given.files).items():
+            checked = _checked(source.chunks(file, schema), schema, split.column if given is None else None)
             for raw, chunk, bad in _prefetched(checked):
                 builder.rejected.add(raw.rejected)
                 builder.rejected.add(bad)
-                if files is not None:
-                    parts: Parts | None = np.full(chunk.rows, PARTS.index(part), dtype=np.int8)
-                else:
-                    parts = _split_rows(chunk, split, kind)
+                parts = _split_rows(chunk, split, kind) if given is None else given.parts(part, chunk)
                 builder.add(chunk, parts)
                 if progress is not None:
                     progress(builder.rows, builder.rejected.count)
         builder.reject_duplicates()
         _check_rejected(path, out, builder, max_bad)
-        about = {"source": str(path.name), "format": format, "split": "given" if files is not None else kind}
-        builder.write(valid=split.valid, test=split.test, about=about)
+        about = {"source": str(path.name), "format": format, "split": kind if given is None else "given"}
+        more = {} if given is None else {"validation": given.source}
+        more |= {"published": {name: vars(found) for name, found in published.items()}} if published else {}
+        builder.write(valid=split.valid, test=split.test, about={**about, **more})
     _report_of(out).unlink(missing_ok=True)
     return Dataset.open(out)
 

@@ -38,6 +38,9 @@ class SplitSpec(BaseModel):
         valid, test: shares of the rows (of the users, for `user`).
         seed: of `user` and `random`.
         column: values train, valid (validation, val, dev) or test.
+        protocol: `bars`: of a benchmark that comes as a train and a test file, the test rows are the validation rows
+            too, as in its leaderboard's runs, so that figures compare. Early stopping then sees the test labels, which
+            flatters the result; by default, part of the training rows is set aside instead.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,6 +50,7 @@ class SplitSpec(BaseModel):
     test: float = Field(default=0.1, ge=0, lt=1)
     seed: int = Field(default=0, ge=0)
     column: str | None = None
+    protocol: Literal["bars"] | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import polars as pl
 import pyarrow as pa
@@ -79,3 +79,25 @@ class Format(Protocol):
     def parts(self, path: Path) -> dict[str, Path] | None:
         """The files of each split (`train`, `valid`, `test`) when the source comes already split, else None."""
         ...
+
+
+@runtime_checkable
+class SplitsRows(Protocol):
+    """A format whose rows name their part, as the data's users usually split it.
+
+    Attributes:
+        split_column: column of its chunks with train, valid or test; used unless the caller asks for another split.
+    """
+
+    split_column: str
+
+
+@runtime_checkable
+class HoldsOut(Protocol):
+    """A format that may come as a train and a test file, without a validation file.
+
+    Attributes:
+        held_out: what to set aside of the train file: all rows of some users drawn at random, or its last rows.
+    """
+
+    held_out: Literal["users", "rows"]
