@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fullrank.batch import Batch
@@ -150,7 +151,8 @@ class Ranker(nn.Module):
         training = self.training
         self.eval()
         counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
+        # PyTorch counts attention only where it is made of matrix products.
+        with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
             self(batch)
         self.train(training)
         return round(counter.get_total_flops() / rows)

@@ -1,0 +1,125 @@
+"""Multi-head attention over tokens, safe for rows in which no token is real."""
+
+# Shapes: B rows, Q queries, K keys, D width, H heads, E width of a head, R = E/2 rotary pairs.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def attend(query_BHQE: Tensor, key_BHKE: Tensor, value_BHKE: Tensor, mask_BK: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √E) v over the keys that `mask_BK` marks as real; zero in rows that have none.
+
+    Returns:
+        Shape (B, H, Q, E).
+    """
+    if mask_BK is None:
+        return F.scaled_dot_product_attention(query_BHQE, key_BHKE, value_BHKE)
+    known_B = mask_BK.any(1)
+    # A softmax over nothing is NaN, and so is its gradient: rows without keys attend to padding and are zeroed after.
+    open_BK = mask_BK | ~known_B[:, None]
+    mixed_BHQE = F.scaled_dot_product_attention(query_BHQE, key_BHKE, value_BHKE, attn_mask=open_BK[:, None, None, :])
+    return mixed_BHQE.masked_fill(~known_B[:, None, None, None], 0.0)
+
+
+def rotate(x_BHTE: Tensor, angle_BTR: Tensor) -> Tensor:
+    """Rotary encoding: pair r of a head, (x_r, x_{r+R}), turned by `angle_BTR[..., r]` radians.
+
+    Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, Neurocomputing 2024.
+    """
+    cos, sin = angle_BTR.cos().to(x_BHTE.dtype)[:, None], angle_BTR.sin().to(x_BHTE.dtype)[:, None]
+    first, second = x_BHTE.chunk(2, dim=3)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], 3)
+
+
+def rotary_frequencies(pairs: int, base: float = 10_000.0) -> Tensor:
+    """base^(-r/R) for r in 0..R-1: radians that one step of position turns pair r by."""
+    return base ** -(torch.arange(pairs) / max(1, pairs))
+
+
+def positions_from_latest(mask_BL: Tensor) -> Tensor:
+    """Index of each real event counted back from the latest (0), float32; padding never shifts it."""
+    return (mask_BL.sum(1, keepdim=True) - mask_BL.cumsum(1)).clamp_min(0).float()
+
+
+class MultiHeadAttention(nn.Module):
+    """Queries attend to keys, whose own tokens are the values.
+
+    Args:
+        width: D of queries, keys and output.
+        num_heads: must divide `width`.
+
+    Raises:
+        ValueError: if `num_heads` does not divide `width`.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        require_heads(width, num_heads)
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        for weight in (self.query.weight, *self.key_value.weight.chunk(2), self.out.weight):
+            nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(
+        self,
+        query_BQD: Tensor,
+        key_BKD: Tensor,
+        mask_BK: Tensor | None = None,
+        *,
+        query_angle_BQR: Tensor | None = None,
+        key_angle_BKR: Tensor | None = None,
+    ) -> Tensor:
+        """Shape (B, Q, D). Angles turn queries and keys (`rotate`) before they meet."""
+        query = split_heads(self.query(query_BQD), self.num_heads)
+        key, value = (split_heads(part, self.num_heads) for part in self.key_value(key_BKD).chunk(2, dim=2))
+        if query_angle_BQR is not None:
+            query = rotate(query, query_angle_BQR)
+        if key_angle_BKR is not None:
+            key = rotate(key, key_angle_BKR)
+        mixed: Tensor = self.out(merge_heads(attend(query, key, value, mask_BK)))
+        return mixed
+
+
+def require_heads(width: int, num_heads: int) -> None:
+    """Raises:
+    ValueError: if `num_heads` is below 1 or does not divide `width`.
+    """
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads must divide the width of the tokens, got {num_heads} heads for width {width}")
+
+
+def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
+    """(B, T, D) to (B, H, T, D/H)."""
+    return x_BTD.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x_BHTE: Tensor) -> Tensor:
+    """(B, H, T, E) to (B, T, H·E)."""
+    return x_BHTE.transpose(1, 2).flatten(2)
+
+
+class PoolingByMultiheadAttention(nn.Module):
+    """Learned queries that summarise a history in a fixed number of tokens; zero for an empty history.
+
+    Source: Lee et al., Set Transformer, ICML 2019.
+    """
+
+    def __init__(self, width: int, num_queries: int, num_heads: int) -> None:
+        super().__init__()
+        self.query_QD = nn.Parameter(torch.empty(num_queries, width))
+        nn.init.xavier_uniform_(self.query_QD)
+        self.attention = MultiHeadAttention(width, num_heads)
+
+    def forward(self, tokens_BKD: Tensor, mask_BK: Tensor | None = None) -> Tensor:
+        """Shape (B, Q, D)."""
+        query_BQD = self.query_QD.expand(tokens_BKD.shape[0], -1, -1)
+        pooled: Tensor = self.attention(query_BQD, tokens_BKD, mask_BK)
+        if mask_BK is None:
+            return pooled
+        return pooled.masked_fill(~mask_BK.any(1)[:, None, None], 0.0)
