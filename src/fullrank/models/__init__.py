@@ -2,6 +2,7 @@
 
 from fullrank.models.autoint import AutoInt
 from fullrank.models.base import ParameterCount, Ranker, RankerOutput
+from fullrank.models.cetnet import CETNet, MultiEmbedding
 from fullrank.models.dcn_v2 import DCNv2
 from fullrank.models.deepfm import DeepFM
 from fullrank.models.din import DIN
@@ -13,7 +14,8 @@ from fullrank.models.mmoe import MMoE
 from fullrank.models.ple import PLE
 
 MODELS: dict[str, type[Ranker]] = {
-    model.name: model for model in (LR, FM, DeepFM, DCNv2, DLRM, AutoInt, FinalMLP, DIN, MMoE, PLE)
+    model.name: model
+    for model in (LR, FM, DeepFM, DCNv2, DLRM, AutoInt, FinalMLP, DIN, MMoE, PLE, CETNet, MultiEmbedding)
 }
 
 __all__ = ["MODELS", "ParameterCount", "Ranker", "RankerOutput", *sorted(model.__name__ for model in MODELS.values())]
