@@ -106,7 +106,7 @@ class CETNet(Ranker):
 
         Attributes:
             members: for each member its `name` and the fields of that model's Config; `embedding_dim` and
-                `embedding_init` are those of this config unless the member says otherwise.
+                `embedding_init` are those of this config if it sets them and the member does not.
             temperature: of the confidence fusion; large is the mean, towards 0 the surest member alone.
             collaboration: λ.
             member_loss: weight of the members' own losses.
@@ -138,11 +138,9 @@ class CETNet(Ranker):
         regressions = [label.name for label in schema.labels if label.kind != "binary"]
         if regressions:
             raise ValueError(f"CETNet fuses probabilities: its labels must be binary, {regressions[0]} is not")
-        shared: dict[str, Any] = {"embedding_dim": config.embedding_dim}
-        if "embedding_init" in config.model_fields_set:
-            shared["embedding_init"] = config.embedding_init
         self.members = nn.ModuleList(
-            member(schema, {**shared, **values}, f"member {index + 1}") for index, values in enumerate(config.members)
+            member(schema, {**_shared(config), **values}, f"member {index + 1}")
+            for index, values in enumerate(config.members)
         )
         self.fusion = ConfidenceFusion(
             config.fusion,
@@ -218,7 +216,7 @@ class MultiEmbedding(Ranker):
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        values = {"embedding_dim": config.embedding_dim, **config.backbone}
+        values = {**_shared(config), **config.backbone}
         self.members = nn.ModuleList(member(schema, values, "backbone") for _ in range(config.num_tables))
 
     def start_at_base_rate(self, batch: Batch) -> None:
@@ -229,6 +227,13 @@ class MultiEmbedding(Ranker):
         outputs = [cast(RankerOutput, ranker(batch)) for ranker in self.members]
         extra = {f"member{i}.{name}": loss for i, out in enumerate(outputs, 1) for name, loss in out.aux_losses.items()}
         return RankerOutput(torch.stack([output.logits_BT for output in outputs]).mean(0), extra)
+
+
+def _shared(config: Ranker.Config) -> dict[str, Any]:
+    """What members take from the ensemble's configuration; their own start of tables unless it names one."""
+    return {
+        name: getattr(config, name) for name in ("embedding_dim", "embedding_init") if name in config.model_fields_set
+    }
 
 
 def member(schema: Schema, values: dict[str, Any], place: str) -> Ranker:
