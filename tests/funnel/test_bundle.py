@@ -88,7 +88,10 @@ def test_a_link_out_of_the_bundle_is_refused(bundle: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m.update(version=2), "version is 2, this release reads 1"),
+        (
+            lambda m: m.update(version=2, made_by="fullrank 9"),
+            "version is 2 (made by fullrank 9), this release reads 1",
+        ),
         (lambda m: m.update(extra=1), "extra: unknown key"),
         (lambda m: m.pop("stages"), "stages: Field required"),
         (lambda m: m["stages"].pop(1), "no stage early"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +22,11 @@ def serve(
     waiting: Annotated[
         int, typer.Option("--waiting", min=0, help="Requests that may wait; more are answered with 503.")
     ] = 256,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout once requests are answered.")
+    ] = False,
 ) -> None:
-    """Serve recommendations: POST /v1/recommend, /v1/score; GET /healthz, /readyz, /metrics, /docs.
+    """Serve a funnel (POST /v1/recommend, /v1/score) or a single ranker (POST /v1/score); /docs describes both.
 
     Example: fullrank serve runs/demo/bundle --port 8000
     """
@@ -29,5 +36,43 @@ def serve(
         from fullrank.serving import ServingConfig, create_app
     except ImportError as error:
         raise ValueError(f"serving needs {error.name}: pip install 'fullrank[serve]'") from None
-    app = create_app(bundle, ServingConfig(workers=workers, waiting=waiting))
-    uvicorn.run(app, host=host, port=port, log_level="info", access_log=False)
+
+    # Before the bundle is read, which may take long: a port in use is known at once.
+    listening = _listen(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    place = f"http://{shown}:{listening.getsockname()[1]}"
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if as_json:
+                print(json.dumps({"url": place, "bundle": str(bundle), "process": os.getpid()}), flush=True)
+            else:
+                print(f"serving {bundle} on {place} (Ctrl-C stops)", file=sys.stderr, flush=True)
+
+    with listening:
+        app = create_app(bundle, ServingConfig(workers=workers, waiting=waiting))
+        config = uvicorn.Config(app, log_level="warning", access_log=False)
+        Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address.
+
+    Raises:
+        ValueError: if that is not possible, such as for a port in use.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+        except BaseException:
+            listening.close()
+            raise
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+    return listening

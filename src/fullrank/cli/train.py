@@ -50,7 +50,7 @@ def train(
         if settings.funnel is not None:
             report = _train_funnel(settings, dataset, run, str(recipe), bar)
         else:
-            report = _train_model(settings, dataset, run, bar, resume=resume)
+            report = _train_model(settings, dataset, run, str(recipe), bar, resume=resume)
     now = time.perf_counter()
     report["seconds"] = {"import": imported - begin, **report["seconds"], "total": now - begin}
     report["run"] = str(run)
@@ -113,12 +113,16 @@ def _give_back_memory() -> None:
             trim(0)
 
 
-def _train_model(settings: Recipe, dataset: Dataset, run: Path, bar: Progress, *, resume: bool) -> dict[str, Any]:
+def _train_model(
+    settings: Recipe, dataset: Dataset, run: Path, recipe: str, bar: Progress, *, resume: bool
+) -> dict[str, Any]:
     import torch
 
     from fullrank.data.loader import Loader
+    from fullrank.funnel.bundle import save_bundle
+    from fullrank.funnel.scorer import Scorer
     from fullrank.models import MODELS
-    from fullrank.training import Trainer, evaluate, save_model
+    from fullrank.training import Trainer, evaluate
 
     config = settings.training
     torch.manual_seed(config.seed)
@@ -152,7 +156,8 @@ def _train_model(settings: Recipe, dataset: Dataset, run: Path, bar: Progress, *
     metrics = {
         split: result.best_tasks if split == "valid" else evaluate(model, batches) for split, batches in others.items()
     }
-    save_model(model, run / "model", dataset.encoders)
+    about = {"recipe": recipe, "metrics": _defined(metrics)}
+    save_bundle(Scorer(dataset.encoders, model), run / "model", about=about, overwrite=True)
     parameters = model.num_parameters()
     first = dataset.schema.labels[0].name
     return {
@@ -164,6 +169,7 @@ def _train_model(settings: Recipe, dataset: Dataset, run: Path, bar: Progress, *
         "epochs": result.epochs,
         "steps": result.steps,
         "best": result.best,
+        "bundle": str(run / "model"),
         "seconds": {"fit": result.seconds},
     }
 

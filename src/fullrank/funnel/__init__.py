@@ -2,8 +2,9 @@
 
 from fullrank.funnel.bundle import load_bundle, save_bundle
 from fullrank.funnel.evaluation import evaluate_funnel
-from fullrank.funnel.funnel import Funnel, Recommendation, ScoredItem, StageSizes
+from fullrank.funnel.funnel import Funnel, Recommendation, StageSizes
 from fullrank.funnel.requests import Request
+from fullrank.funnel.scorer import ScoredItem, Scorer
 from fullrank.funnel.training import FunnelConfig, train_funnel
 from fullrank.funnel.value import ValueFormula
 
@@ -13,6 +14,7 @@ __all__ = [
     "Recommendation",
     "Request",
     "ScoredItem",
+    "Scorer",
     "StageSizes",
     "ValueFormula",
     "evaluate_funnel",

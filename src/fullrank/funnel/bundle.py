@@ -1,4 +1,4 @@
-"""A funnel on disk: one directory that training writes and serving opens. Opening it runs no code from it."""
+"""A funnel, or one ranker, on disk: a directory that training writes and serving opens. Opening it runs no code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import polars as pl
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
@@ -20,13 +20,18 @@ from fullrank.data import atomic
 from fullrank.data.encoders import Encoders
 from fullrank.funnel.catalogue import Catalogue
 from fullrank.funnel.funnel import Funnel, StageSizes
+from fullrank.funnel.scorer import Scorer
 from fullrank.models import MODELS, Ranker
 from fullrank.models.early_stage import EarlyStageRanker
 from fullrank.retrieval import RETRIEVERS
 from fullrank.schema import Schema, describe_errors
+from fullrank.training.saving import write_model
 
 VERSION = 1
 MANIFEST = "manifest.json"
+# A manifest is a few kilobytes; nobody waits for one that fills the memory.
+LARGEST_MANIFEST = 16 << 20
+_RANKERS = ("early.safetensors", "final.safetensors")
 
 
 class File(BaseModel):
@@ -54,7 +59,10 @@ class Stage(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`manifest.json`. Any file of the bundle that it does not list, or that differs from its hash, is refused."""
+    """`manifest.json`. Any file of the bundle that it does not list, or that differs from its hash, is refused.
+
+    A funnel has the stages retrieval, early and final, a single ranker only the last.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,13 +71,17 @@ class Manifest(BaseModel):
     made_by: str
     stages: tuple[Stage, ...]
     value: str
-    sizes: StageSizes
+    sizes: StageSizes | None = None
     about: dict[str, Any] = {}
     files: dict[str, File]
 
 
-def save_bundle(funnel: Funnel, path: Path, *, about: dict[str, Any] | None = None, overwrite: bool = False) -> None:
+def save_bundle(
+    content: Funnel | Scorer, path: Path, *, about: dict[str, Any] | None = None, overwrite: bool = False
+) -> None:
     """Write a bundle directory; it appears whole or not at all.
+
+    The bundle of a single ranker is also what `fullrank.training.load_model` reads.
 
     Args:
         about: where it comes from, for people: data, seed, metrics.
@@ -78,33 +90,42 @@ def save_bundle(funnel: Funnel, path: Path, *, about: dict[str, Any] | None = No
         ValueError: if `path` exists and `overwrite` is not set.
     """
     with atomic.new_directory(path, overwrite=overwrite) as partial:
-        atomic.write_text(partial / "schema.json", funnel.schema.to_json())
-        funnel.encoders.save(partial / "encoders")
-        funnel.items.frame.write_parquet(partial / "items.parquet", compression="zstd")
-        if funnel.users is not None:
-            funnel.users.frame.write_parquet(partial / "users.parquet", compression="zstd")
-        funnel.context.write_parquet(partial / "context.parquet")
-        funnel.retriever.save(partial / "retrieval")
-        stages = [Stage(stage="retrieval", kind=funnel.retriever.name, config=_retriever_config(partial / "retrieval"))]
-        models: tuple[tuple[Literal["early", "final"], Ranker], ...] = (
-            ("early", funnel.early),
-            ("final", funnel.final),
-        )
-        for stage, model in models:
-            state = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
-            atomic.write_bytes(partial / f"{stage}.safetensors", to_safetensors(state))
-            stages.append(Stage(stage=stage, kind=model.name, config=model.config.model_dump(mode="json")))
+        if isinstance(content, Funnel):
+            stages = _write_funnel(content, partial)
+        else:
+            write_model(content.model, partial, content.encoders)
+            stages = [_stage("final", content.model)]
         manifest = Manifest(
             format="fullrank-bundle",
             version=VERSION,
             made_by=f"fullrank {fullrank.__version__}",
             stages=tuple(stages),
-            value=funnel.value.text,
-            sizes=funnel.sizes,
+            value=content.value.text,
+            sizes=content.sizes if isinstance(content, Funnel) else None,
             about=about or {},
             files={name: _file(partial / name) for name in _listing(partial)},
         )
         atomic.write_text(partial / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+
+
+def _write_funnel(funnel: Funnel, directory: Path) -> list[Stage]:
+    atomic.write_text(directory / "schema.json", funnel.schema.to_json())
+    funnel.encoders.save(directory / "encoders")
+    funnel.items.frame.write_parquet(directory / "items.parquet", compression="zstd")
+    if funnel.users is not None:
+        funnel.users.frame.write_parquet(directory / "users.parquet", compression="zstd")
+    funnel.context.write_parquet(directory / "context.parquet")
+    funnel.retriever.save(directory / "retrieval")
+    for stage, model in (("early", funnel.early), ("final", funnel.final)):
+        state = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
+        atomic.write_bytes(directory / f"{stage}.safetensors", to_safetensors(state))
+    config = _retriever_config(directory / "retrieval")
+    retrieval = Stage(stage="retrieval", kind=funnel.retriever.name, config=config)
+    return [retrieval, _stage("early", funnel.early), _stage("final", funnel.final)]
+
+
+def _stage(stage: Literal["early", "final"], model: Ranker) -> Stage:
+    return Stage(stage=stage, kind=model.name, config=model.config.model_dump(mode="json"))
 
 
 def _retriever_config(directory: Path) -> dict[str, Any]:
@@ -121,16 +142,19 @@ def read_manifest(path: Path) -> Manifest:
     """
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
-        nested = path / "bundle" / MANIFEST
-        hint = f"; did you mean {path / 'bundle'}?" if nested.is_file() else ""
+        nested = [path / name for name in ("bundle", "model") if (path / name / MANIFEST).is_file()]
+        hint = f"; did you mean {nested[0]}?" if nested else ""
         raise ValueError(f"{path} is not a bundle: it has no {MANIFEST}{hint}")
+    if manifest_path.stat().st_size > LARGEST_MANIFEST:
+        raise ValueError(f"{manifest_path} is larger than {LARGEST_MANIFEST:,} bytes: this is no manifest")
     try:
         values = json.loads(manifest_path.read_text(encoding="utf-8"))
         version = values["version"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{manifest_path} is damaged: {error!r}") from None
     if version != VERSION:
-        raise ValueError(f"{manifest_path}: version is {version!r}, this release reads {VERSION}")
+        maker = f" (made by {values['made_by']})" if isinstance(values.get("made_by"), str) else ""
+        raise ValueError(f"{manifest_path}: version is {version!r}{maker[:80]}, this release reads {VERSION}")
     try:
         manifest = Manifest.model_validate(values)
     except ValidationError as error:
@@ -138,7 +162,8 @@ def read_manifest(path: Path) -> Manifest:
     root = path.resolve()
     for name, expected in manifest.files.items():
         pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or not (path / name).resolve().is_relative_to(root):
+        odd = pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name
+        if odd or not (path / name).resolve().is_relative_to(root):
             raise ValueError(f'{manifest_path}: file "{name}" lies outside the bundle')
         if not (path / name).is_file():
             raise ValueError(f"{path / name} is missing from the bundle")
@@ -150,29 +175,35 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def load_bundle(path: Path) -> Funnel:
-    """Open a bundle: check every file, then build the funnel.
+def load_bundle(path: Path) -> Funnel | Scorer:
+    """Open a bundle: check every file, then build the funnel, or the scorer if it has a final stage only.
 
     Raises:
         ValueError: as `read_manifest`, or if the parts do not fit together.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    for name in ("schema.json", "items.parquet", "context.parquet", "early.safetensors", "final.safetensors"):
+    stages = {stage.stage: stage for stage in manifest.stages}
+    single = set(stages) == {"final"}
+    needed = ["weights.safetensors"] if single else ["items.parquet", "context.parquet", *_RANKERS]
+    for name in ("schema.json", *needed):
         if name not in manifest.files:
             raise ValueError(f"{path / MANIFEST}: no file {name}")
-    stages = {stage.stage: stage for stage in manifest.stages}
-    absent = {"retrieval", "early", "final"} - set(stages)
+    absent = set() if single else {"retrieval", "early", "final"} - set(stages)
     if absent:
         raise ValueError(f"{path / MANIFEST}: no stage {min(absent)}")
     schema = Schema.read(path / "schema.json")
     encoders = Encoders.load(path / "encoders")
     if encoders.schema != schema:
         raise ValueError(f"{path}: schema.json and encoders differ")
+    if single:
+        model = _model(path, stages["final"], dict(MODELS), schema, path / "weights.safetensors")
+        return Scorer(encoders, model, manifest.value)
     retrieval = stages["retrieval"]
     if retrieval.kind not in RETRIEVERS:
         raise ValueError(f'{path / MANIFEST}: retriever "{retrieval.kind}" is unknown; known: {", ".join(RETRIEVERS)}')
-    early = _model(path, stages["early"], {EarlyStageRanker.name: EarlyStageRanker}, schema)
+    early_kinds = {EarlyStageRanker.name: EarlyStageRanker}
+    early = _model(path, stages["early"], early_kinds, schema, path / "early.safetensors")
     assert isinstance(early, EarlyStageRanker)
     return Funnel(
         encoders=encoders,
@@ -181,26 +212,34 @@ def load_bundle(path: Path) -> Funnel:
         context=_frame(path / "context.parquet"),
         retriever=RETRIEVERS[retrieval.kind].load(path / "retrieval", schema),
         early=early,
-        final=_model(path, stages["final"], dict(MODELS), schema),
+        final=_model(path, stages["final"], dict(MODELS), schema, path / "final.safetensors"),
         value=manifest.value,
         sizes=manifest.sizes,
     )
 
 
-def _model(path: Path, stage: Stage, kinds: dict[str, type[Any]], schema: Schema) -> Ranker:
+def _model(path: Path, stage: Stage, kinds: dict[str, type[Any]], schema: Schema, weights: Path) -> Ranker:
     place = f"{path / MANIFEST}: stage {stage.stage}"
     if stage.kind not in kinds:
         raise ValueError(f'{place}: model "{stage.kind}" is unknown; known: {", ".join(kinds)}')
+    misfit = f"{weights} does not fit the {stage.kind} of the manifest"
     try:
+        # Built without memory first: a schema that promises a table of a terabyte is found out by the weights' sizes.
+        with torch.device("meta"):
+            blank: Ranker = kinds[stage.kind].from_config(schema, stage.config)
+        expected = {name: list(tensor.shape) for name, tensor in blank.state_dict().items()}
+        with safe_open(weights, framework="pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise ValueError(f"{misfit}: {name} has shape {found.get(name)}, expected {expected.get(name)}")
         with torch.random.fork_rng(devices=[]):
             model: Ranker = kinds[stage.kind].from_config(schema, stage.config)
+        model.load_state_dict(load_file(weights))
     except ValidationError as error:
         raise ValueError(describe_errors(error, place).splitlines()[0]) from None
-    weights = path / f"{stage.stage}.safetensors"
-    try:
-        model.load_state_dict(load_file(weights))
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{weights} does not fit the {stage.kind} of the manifest: {_last(error)}") from None
+        raise ValueError(f"{misfit}: {_last(error)}") from None
     return model.eval()
 
 

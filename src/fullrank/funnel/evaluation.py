@@ -16,6 +16,7 @@ from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.data.loader import Loader, batch_from_frame
 from fullrank.funnel.funnel import Funnel
+from fullrank.funnel.scorer import Scorer
 from fullrank.metrics import BinaryMetrics, ads_recall, reliability, value_recall
 from fullrank.models.base import Ranker
 from fullrank.retrieval import Popularity, item_keys
@@ -26,9 +27,9 @@ REQUESTS_AT_ONCE = 256
 
 
 def evaluate_funnel(
-    funnel: Funnel, dataset: Dataset, split: str = "test", *, requests: int = 2000, seed: int = 0
+    funnel: Funnel | Scorer, dataset: Dataset, split: str = "test", *, requests: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
-    """Metrics of every stage on one split.
+    """Metrics of every stage on one split; a single ranker counts as a final stage, and there are no recalls.
 
     Args:
         requests: clicked rows, drawn at random, for the recalls.
@@ -52,8 +53,10 @@ def evaluate_funnel(
         raise ValueError(f'{dataset.path}: split "{split}" is empty')
     report: dict[str, Any] = {"split": split, "rows": dataset.rows(split), "stages": {}}
     oracle = _oracle(dataset, split)
-    models: tuple[tuple[str, Ranker], ...] = (("early", funnel.early), ("final", funnel.final))
-    for stage, model in models:
+    models: dict[str, Ranker] = {"final": funnel.model} if isinstance(funnel, Scorer) else {}
+    if isinstance(funnel, Funnel):
+        models = {"early": funnel.early, "final": funnel.final}
+    for stage, model in models.items():
         metrics, logits_n, labels_n = _rows(model, dataset, split)
         for task, values in metrics.items():
             if task in oracle and not math.isnan(oracle[task]["ne"]):
@@ -67,13 +70,13 @@ def evaluate_funnel(
                 "observed": curve.observed_K.tolist(),
                 "rows": curve.rows_K.tolist(),
             }
-    if dataset.schema.keys.item_id is not None:
+    if isinstance(funnel, Funnel):
         report["recall"] = _recall(funnel, dataset, split, requests, seed)
         report["early_recall"] = _early_recall(funnel, dataset, split, max(1, requests // 20), seed)
     return report
 
 
-def check_same_encoding(funnel: Funnel, dataset: Dataset) -> None:
+def check_same_encoding(funnel: Funnel | Scorer, dataset: Dataset) -> None:
     """Raises:
     ValueError: if ids in the dataset do not mean what they mean to the funnel.
     """

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,16 +16,14 @@ from torch import Tensor
 
 from fullrank.batch import Batch
 from fullrank.data.encoders import Encoders
-from fullrank.embeddings import EmbeddingCollection
 from fullrank.funnel.catalogue import Catalogue
 from fullrank.funnel.requests import Request, RequestEncoder
-from fullrank.funnel.value import ValueFormula
+from fullrank.funnel.scorer import Observe, ScoredItem, Scorer
 from fullrank.models.base import Ranker
 from fullrank.models.early_stage import EarlyStageRanker
 from fullrank.retrieval.base import Items, Retriever, check_k
 from fullrank.retrieval.exact import top_k
 from fullrank.retrieval.rows import Pairing, Rows, concatenate, partial_batch
-from fullrank.schema import Schema
 
 # Rows of one forward pass of the final stage; more users than fit are served in turn.
 PAIRS_AT_ONCE = 16_384
@@ -63,28 +61,11 @@ class Ranking(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ScoredItem:
-    """An item as the final stage sees it.
-
-    Attributes:
-        value: None where the formula gave no number.
-        predictions: by task: a probability, or a number for regression.
-    """
-
-    item_id: int | str
-    value: float | None
-    predictions: dict[str, float]
-
-
-@dataclass(frozen=True)
 class Recommendation:
     """A ranked list, and how many candidates each stage looked at."""
 
     items: list[ScoredItem]
     candidates: dict[str, int]
-
-
-Observe = Callable[[str, float], None]
 
 
 class Funnel:
@@ -95,7 +76,7 @@ class Funnel:
         items: catalogue; its active rows are what `retriever` searches.
         users: what is known of users; None serves everyone by what the request says.
         context: one encoded row with what a request that is silent about its context is taken to say.
-        value: formula over tasks and `bid`.
+        value: formula over tasks and `bid`; see `default_formula`.
     """
 
     def __init__(
@@ -118,22 +99,18 @@ class Funnel:
         self.context = context
         self.retriever = retriever
         self.early = early.eval()
-        self.final = final.eval()
+        self.scorer = Scorer(encoders, final, value)
+        self.final = final
+        self.value = self.scorer.value
         self.sizes = sizes or StageSizes()
-        self.value = ValueFormula(value or default_formula(self.schema), formula_names(self.schema))
         self.encode = RequestEncoder(encoders, users, context)
         self.pairing = Pairing.of(self.schema)
-        for model in (early, final):
-            for module in model.modules():
-                if isinstance(module, EmbeddingCollection):
-                    # Ids come from the encoders and from a catalogue that the next line looks up whole.
-                    module.check_ids = False
+        # Ids come from the encoders and from a catalogue that the next line looks up whole.
+        self.early.towers.ids.check_ids = False
         with torch.inference_mode():
             self._early_vectors_IV = self._item_vectors(items.rows.batch)
         bid_I = items.bid_I
         self._bid_I = None if bid_I is None else bid_I.float()
-        self._binary_T = torch.tensor([label.kind == "binary" for label in self.schema.labels])
-        self._tasks = [label.name for label in self.schema.labels]
 
     def _item_vectors(self, items: Batch, rows_at_once: int = 8192) -> Tensor:
         pieces = [self.early.item_vectors(items[i : i + rows_at_once]) for i in range(0, len(items), rows_at_once)]
@@ -190,8 +167,8 @@ class Funnel:
         logits_UCT = self._final_logits(users, kept_UC)
         value_UC = self._values(logits_UCT, kept_UC)
         value_UK, place_UK = top_k(value_UC, k)
-        probabilities_UCT = self._predictions(logits_UCT)
-        probabilities_UKT = probabilities_UCT.gather(1, place_UK[:, :, None].expand(-1, -1, len(self._tasks)))
+        probabilities_UCT = self.scorer.predictions(logits_UCT)
+        probabilities_UKT = probabilities_UCT.gather(1, place_UK[:, :, None].expand(-1, -1, len(self.scorer.tasks)))
         lap("final")
         return Ranking(kept_UC.gather(1, place_UK), value_UK, probabilities_UKT, retrieved_UC, kept_UC)
 
@@ -232,7 +209,7 @@ class Funnel:
         return [
             Recommendation(
                 [
-                    ScoredItem(names[row], value, dict(zip(self._tasks, predictions, strict=True)))
+                    ScoredItem(names[row], value, dict(zip(self.scorer.tasks, predictions, strict=True)))
                     for row, value, predictions in zip(*triple, strict=True)
                     if value > -torch.inf
                 ],
@@ -262,18 +239,11 @@ class Funnel:
         # The known stand first in `features`, then the unknown, each in the order of the request.
         is_unknown = torch.tensor([place is None for place in places])
         row_C = torch.where(is_unknown, len(known) + is_unknown.cumsum(0) - 1, (~is_unknown).cumsum(0) - 1)
-        bid_1C = None
+        bid_C = None
         if self._bid_I is not None:
-            bids = torch.cat([self._bid_I[known], self._bid_I.median().expand(len(unknown))])
-            bid_1C = bids[row_C][None]
+            bid_C = torch.cat([self._bid_I[known], self._bid_I.median().expand(len(unknown))])[row_C]
         pairs = self.pairing(users, torch.zeros_like(row_C), Rows(features), row_C)
-        logits_1CT = self.final(pairs).logits_BT[None]
-        value_C = self._value(logits_1CT, bid_1C)[0].tolist()
-        predictions_CT = self._predictions(logits_1CT)[0].tolist()
-        return [
-            ScoredItem(item_id, value if value > -torch.inf else None, dict(zip(self._tasks, predictions, strict=True)))
-            for item_id, value, predictions in zip(item_ids, value_C, predictions_CT, strict=True)
-        ]
+        return self.scorer.scored(item_ids, self.final(pairs).logits_BT, bid_C)
 
     def _unknown_items(self, item_ids: Sequence[int | str]) -> Batch:
         name = self.schema.keys.item_id
@@ -293,25 +263,5 @@ class Funnel:
             pieces.append(self.final(self.pairing(rows, user_P[part], self.items.rows, item_P[part])).logits_BT)
         return torch.cat(pieces).view(count_U, count_C, -1)
 
-    def _predictions(self, logits_UCT: Tensor) -> Tensor:
-        return torch.where(self._binary_T, torch.sigmoid(logits_UCT), logits_UCT)
-
     def _values(self, logits_UCT: Tensor, items_UC: Tensor) -> Tensor:
-        return self._value(logits_UCT, None if self._bid_I is None else self._bid_I[items_UC])
-
-    def _value(self, logits_UCT: Tensor, bid_UC: Tensor | None) -> Tensor:
-        columns = dict(zip(self._tasks, self._predictions(logits_UCT).unbind(-1), strict=True))
-        if bid_UC is not None:
-            columns["bid"] = bid_UC
-        value_UC = self.value(columns)
-        return torch.where(torch.isfinite(value_UC), value_UC, -torch.inf)
-
-
-def formula_names(schema: Schema) -> list[str]:
-    """What a value formula may use: the tasks, and `bid` where the log has one."""
-    return [label.name for label in schema.labels] + (["bid"] if schema.keys.bid is not None else [])
-
-
-def default_formula(schema: Schema) -> str:
-    """`bid * <first task>`, or the first task alone where there is no bid."""
-    return f"bid * {schema.labels[0].name}" if schema.keys.bid is not None else schema.labels[0].name
+        return self.scorer.values(logits_UCT, None if self._bid_I is None else self._bid_I[items_UC])

@@ -16,11 +16,14 @@ from torch import Tensor
 from fullrank.batch import Batch
 from fullrank.data.encoders import Encoders
 from fullrank.funnel.catalogue import Catalogue
+from fullrank.funnel.raw_values import list_column, scalar_column
 from fullrank.retrieval.rows import Rows, concatenate, partial_batch
-from fullrank.schema import Categorical, Numeric
+from fullrank.schema import Categorical, EventNumber, Numeric
 
-# Distinct raw values whose codes are remembered; context values repeat from request to request.
+# Distinct raw values whose codes are remembered; context values repeat from request to request. Long ones are not
+# remembered: a client could fill the memory with them.
 REMEMBERED = 65_536
+LONGEST_REMEMBERED = 64
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,9 @@ class RequestEncoder:
             self.known_rows = users.rows
         self.scalars: dict[str, Numeric | Categorical] = {f.name: f for f in schema.numeric if f.role != "item"}
         self.scalars.update({f.name: f for f in schema.categorical if f.role != "item"})
-        self.lists = {bag.name: bag for bag in schema.bags if bag.role != "item"}
+        self.lists = {bag.name: (bag.separator, False) for bag in schema.bags if bag.role != "item"}
         self.events = {
-            sequence.column(part): sequence
+            sequence.column(part): (sequence, sequence.separator, isinstance(part, EventNumber))
             for sequence in schema.sequences
             if sequence.role != "item"
             for part in sequence.fields
@@ -100,38 +103,38 @@ class RequestEncoder:
     def _with_scalars(self, row: Batch, values: Mapping[str, Any]) -> Batch:
         numeric_BN, ids_BF = row.numeric_BN.clone(), row.ids_BF.clone()
         for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-                raise ValueError(f'feature "{name}" is {value!r}, expected one {_kind(self.scalars[name])}')
-            numbers, place = self._scalar(name, type(value).__name__, value)
+            encode = self._scalar if _is_short(value) else self._encode_scalar
+            numbers, place = encode(name, type(value).__name__, value)
             if isinstance(self.scalars[name], Numeric):
                 numeric_BN[0, place : place + len(numbers)] = torch.tensor(numbers)
             else:
                 ids_BF[0, place] = int(numbers[0])
         return replace(row, numeric_BN=numeric_BN, ids_BF=ids_BF)
 
-    def _encode_scalar(self, name: str, kind: str, value: str | int | float | None) -> tuple[tuple[float, ...], int]:
+    def _encode_scalar(self, name: str, kind: str, value: Any) -> tuple[tuple[float, ...], int]:
         """Codes of one value, and their first column. `kind` keeps 1, 1.0 and "1" apart in the memory."""
         feature = self.scalars[name]
-        encoded = self._encoded({name: [value]})
+        encoded = self._encoded([scalar_column(name, [value], numeric=isinstance(feature, Numeric))])
         if isinstance(feature, Numeric):
             columns = [name, f"{name}__missing"] if feature.missing_indicator else [name]
             return tuple(float(encoded[column][0]) for column in columns), self.schema.numeric_columns.index(name)
         return (float(encoded[name][0]),), [f.name for f in self.schema.categorical].index(name)
 
     def _with_lists(self, row: Batch, values: Mapping[str, Any]) -> Batch:
+        columns = []
         for name, value in values.items():
             if name not in self.lists and name not in self.events:
                 raise ValueError(self._unknown(name))
-            if not isinstance(value, list):
-                raise ValueError(f'feature "{name}" is {value!r}, expected a list')
+            separator, numeric = self.lists.get(name) or self.events[name][1:]
+            columns.append(list_column(name, [value], separator, numeric=numeric))
         for name in values:
             if name in self.events:
-                sequence = self.events[name]
+                sequence = self.events[name][0]
                 fields = [sequence.column(part) for part in sequence.fields]
                 absent = [column for column in fields if column not in values]
                 if absent:
                     raise ValueError(f'"{name}" is given without "{absent[0]}": give all fields of {sequence.name}')
-        encoded = partial_batch(self._encoded({name: [value] for name, value in values.items()}), self.schema)
+        encoded = partial_batch(self._encoded(columns), self.schema)
 
         def merged(old: Tensor, old_KB: Tensor, new: Tensor, new_KB: Tensor, keys: Sequence[str]) -> Any:
             if not keys:
@@ -151,16 +154,9 @@ class RequestEncoder:
             row, jagged_values=ids, jagged_lengths_KB=lengths_KB, event_values=numbers, event_lengths_EB=lengths_EB
         )
 
-    def _encoded(self, columns: Mapping[str, Any]) -> pl.DataFrame:
+    def _encoded(self, columns: Sequence[pl.Series]) -> pl.DataFrame:
         try:
-            frame = pl.DataFrame(columns, strict=True)
-        except (TypeError, pl.exceptions.PolarsError):
-            name = next(iter(columns))
-            raise ValueError(
-                f'feature "{name}" is {columns[name][0]!r}: values of different types in one list'
-            ) from None
-        try:
-            return self.encoders.transform(frame, allow_missing=True)
+            return self.encoders.transform(pl.DataFrame(columns), allow_missing=True)
         except ValueError as error:
             raise ValueError(str(error).removeprefix("row 1: ").splitlines()[0]) from None
 
@@ -171,5 +167,8 @@ class RequestEncoder:
         return f'unknown feature "{name}"; expected one of {", ".join((*self.scalars, *self.lists, *self.events))}'
 
 
-def _kind(feature: Numeric | Categorical) -> str:
-    return "number" if isinstance(feature, Numeric) else "text or number"
+def _is_short(value: Any) -> bool:
+    """Whether a value may be remembered; one of a wrong type is not, and may not even be hashable."""
+    if isinstance(value, str):
+        return len(value) <= LONGEST_REMEMBERED
+    return value is None or isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64)

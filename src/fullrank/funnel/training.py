@@ -13,8 +13,8 @@ from fullrank.data.dataset import Dataset
 from fullrank.data.loader import Loader
 from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.funnel.catalogue import Catalogue, all_rows, usual_context, with_market
-from fullrank.funnel.funnel import Funnel, StageSizes, default_formula, formula_names
-from fullrank.funnel.value import ValueFormula
+from fullrank.funnel.funnel import Funnel, StageSizes
+from fullrank.funnel.value import ValueFormula, default_formula, formula_names
 from fullrank.models import MODELS, Ranker
 from fullrank.models.early_stage import EarlyStageRanker
 from fullrank.retrieval import TwoTower

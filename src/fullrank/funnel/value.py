@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import keyword
 import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from fullrank.schema import Schema
+
 MAX_LENGTH = 1000
+# Operations inside one another; a formula is walked recursively.
+MAX_DEPTH = 200
 _BINARY: dict[type[ast.operator], Callable[[Tensor, Tensor], Tensor]] = {
     ast.Add: torch.add,
     ast.Sub: torch.sub,
@@ -46,12 +51,13 @@ class ValueFormula:
         if len(text) > MAX_LENGTH:
             raise ValueError(f"the value formula has {len(text)} characters, at most {MAX_LENGTH} are allowed")
         try:
-            self._root = ast.parse(text.strip(), mode="eval").body
+            # A name alone may be any, such as that of a label "is clicked".
+            self._root = ast.Name(text) if text in self.known else ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             reason = error.msg if isinstance(error, SyntaxError) else str(error)
             raise ValueError(f'value formula "{text}" cannot be read: {reason}') from None
         names: list[str] = []
-        self._check(self._root, names)
+        self._check(self._root, names, 0)
         if not names:
             raise ValueError(f'value formula "{text}" is a constant; use at least one of {", ".join(self.known)}')
         self.names = tuple(dict.fromkeys(names))
@@ -71,17 +77,19 @@ class ValueFormula:
             "+ - * / **, min(a, b), max(a, b), log1p(x)"
         )
 
-    def _check(self, node: ast.expr, names: list[str]) -> None:
+    def _check(self, node: ast.expr, names: list[str], depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"the value formula has more than {MAX_DEPTH} operations inside one another")
         match node:
             case ast.BinOp(left=left, op=operator, right=right):
                 if type(operator) not in _BINARY:
                     raise self._refuse(node, f"operator {type(operator).__name__} is not allowed")
-                self._check(left, names)
-                self._check(right, names)
+                self._check(left, names, depth + 1)
+                self._check(right, names, depth + 1)
             case ast.UnaryOp(op=sign, operand=operand):
                 if type(sign) not in _UNARY:
                     raise self._refuse(node, f"operator {type(sign).__name__} is not allowed")
-                self._check(operand, names)
+                self._check(operand, names, depth + 1)
             case ast.Constant(value=value):
                 if isinstance(value, bool) or not isinstance(value, int | float):
                     raise self._refuse(node, f"{value!r} is not a number")
@@ -97,7 +105,7 @@ class ValueFormula:
                 if len(arguments) != _FUNCTIONS[name][0]:
                     raise self._refuse(node, f"{name} takes {_FUNCTIONS[name][0]} arguments, got {len(arguments)}")
                 for argument in arguments:
-                    self._check(argument, names)
+                    self._check(argument, names, depth + 1)
             case _:
                 raise self._refuse(node, f"{type(node).__name__} is not allowed")
 
@@ -116,3 +124,15 @@ class ValueFormula:
                 return _FUNCTIONS[name][1](*(self._evaluate(argument, columns) for argument in arguments))
             case _:
                 raise AssertionError("checked at construction")
+
+
+def formula_names(schema: Schema) -> list[str]:
+    """What a value formula may use: the tasks, and `bid` where the log has one."""
+    return [label.name for label in schema.labels] + (["bid"] if schema.keys.bid is not None else [])
+
+
+def default_formula(schema: Schema) -> str:
+    """`bid * <first task>`; the first task alone where there is no bid, or its name cannot stand in a formula."""
+    name = schema.labels[0].name
+    writable = name.isidentifier() and not keyword.iskeyword(name)
+    return f"bid * {name}" if schema.keys.bid is not None and writable else name

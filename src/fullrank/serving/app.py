@@ -1,4 +1,4 @@
-"""The HTTP application: a funnel behind `/v1/recommend` and `/v1/score`."""
+"""The HTTP application: a bundle behind `/v1/recommend` and `/v1/score`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import torch
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 import fullrank
 from fullrank.funnel import requests as funnel_requests
 from fullrank.funnel.bundle import load_bundle
-from fullrank.funnel.funnel import Funnel, ScoredItem
+from fullrank.funnel.funnel import Funnel
+from fullrank.funnel.scorer import ScoredItem, Scorer
 from fullrank.serving.instruments import Instruments
 from fullrank.serving.limits import Limits
 from fullrank.serving.page import page
@@ -66,15 +67,31 @@ class RecommendRequest(Asker):
 
 
 class ScoreRequest(Asker):
-    """Ask for predictions of named items."""
+    """Ask for predictions: of named items for someone who asks, or of whole rows.
 
-    item_ids: list[Id] = Field(min_length=1, max_length=10_000)
+    Attributes:
+        item_ids: items of the catalogue, or new ones.
+        rows: instead of all else: raw values of user, item and context features by column name, as in the log. What
+            is left out is missing.
+    """
+
+    item_ids: list[Id] | None = Field(default=None, min_length=1, max_length=10_000)
+    rows: list[dict[str, Scalar | list[Scalar]]] | None = Field(default=None, min_length=1, max_length=10_000)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.item_ids is None) == (self.rows is None):
+            raise ValueError(f"expected either item_ids or rows, got {'neither' if self.rows is None else 'both'}")
+        beside = {"user_id", "features", "context"} & self.model_fields_set
+        if self.rows is not None and beside:
+            raise ValueError(f"rows hold all features of each row; {min(beside)} belongs to item_ids")
+        return self
 
 
 class Item(Strict):
-    """An item with its value and the prediction of each task."""
+    """An item, or a row, with its value and the prediction of each task."""
 
-    item_id: Id
+    item_id: Id | None
     value: float | None
     predictions: dict[str, float]
 
@@ -87,7 +104,7 @@ class RecommendResponse(Strict):
 
 
 class ScoreResponse(Strict):
-    """Items in the order of the request."""
+    """Items, or rows, in the order of the request."""
 
     items: list[Item]
 
@@ -122,15 +139,20 @@ class Overloaded(Exception):
     """Too many requests wait."""
 
 
-def create_app(bundle: Path | Funnel, config: ServingConfig | None = None) -> FastAPI:
-    """The application that serves a bundle.
+class NoCatalogue(Exception):
+    """The bundle is a single ranker."""
+
+
+def create_app(bundle: Path | Funnel | Scorer, config: ServingConfig | None = None) -> FastAPI:
+    """The application that serves a bundle. A single ranker scores rows; a funnel recommends and scores items too.
 
     Raises:
         ValueError: if the bundle cannot be opened; see `load_bundle`.
     """
     config = config or ServingConfig()
     torch.set_num_threads(config.torch_threads)
-    funnel = bundle if isinstance(bundle, Funnel) else load_bundle(bundle)
+    content = load_bundle(bundle) if isinstance(bundle, Path) else bundle
+    funnel, scorer = (content, content.scorer) if isinstance(content, Funnel) else (None, content)
     instruments = Instruments()
     pool = ThreadPoolExecutor(config.workers, thread_name_prefix="scoring")
     in_pool = 0
@@ -141,9 +163,10 @@ def create_app(bundle: Path | Funnel, config: ServingConfig | None = None) -> Fa
         nonlocal ready
         # The first forward pass allocates; no user should wait for it.
         for _worker in range(config.workers):
-            await asyncio.get_running_loop().run_in_executor(
-                pool, lambda: funnel.recommend([funnel_requests.Request()], 1)
-            )
+            await asyncio.get_running_loop().run_in_executor(pool, lambda: scorer.score([{}]))
+            if funnel is not None:
+                stranger = funnel_requests.Request()
+                await asyncio.get_running_loop().run_in_executor(pool, funnel.recommend, [stranger], 1)
         ready = True
         yield
         ready = False
@@ -168,6 +191,8 @@ def create_app(bundle: Path | Funnel, config: ServingConfig | None = None) -> Fa
     @app.post("/v1/recommend", response_model=RecommendResponse, tags=["ranking"])
     async def recommend(body: RecommendRequest) -> Response:
         """The best items for a user, best first; all there are if `k` is larger than the catalogue."""
+        if funnel is None:
+            raise NoCatalogue
         request = body.request()
 
         def work() -> bytes:
@@ -178,13 +203,20 @@ def create_app(bundle: Path | Funnel, config: ServingConfig | None = None) -> Fa
 
     @app.post("/v1/score", response_model=ScoreResponse, tags=["ranking"])
     async def score(body: ScoreRequest) -> Response:
-        """Predictions of the final stage for named items; unknown items are scored as new ones."""
-        request = body.request()
+        """Predictions of the final stage for named items, unknown ones scored as new, or for whole rows."""
+        item_ids, rows = body.item_ids, body.rows
 
-        def work() -> bytes:
-            return _json({"items": [_item(item) for item in funnel.score(request, body.item_ids)]})
+        def score() -> list[ScoredItem]:
+            if rows is not None:
+                return scorer.score(rows, instruments.observe_stage)
+            if funnel is None:
+                raise ValueError("item_ids: this bundle has no catalogue of items; give rows")
+            assert item_ids is not None
+            return funnel.score(body.request(), item_ids)
 
-        return Response(await scored(work), media_type="application/json")
+        return Response(
+            await scored(lambda: _json({"items": [_item(item) for item in score()]})), media_type="application/json"
+        )
 
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> Status:
@@ -207,15 +239,23 @@ def create_app(bundle: Path | Funnel, config: ServingConfig | None = None) -> Fa
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def root() -> HTMLResponse:
-        return HTMLResponse(page(funnel))
+        return HTMLResponse(page(content))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        kind = request.headers.get("content-type", "")
+        if request.method == "POST" and not kind.partition(";")[0].strip().lower().endswith("json"):
+            # What `curl -d` sends unless told otherwise; the body was not even parsed.
+            return _problem(415, f"the content type is {kind[:80] or 'not given'}, expected application/json")
         return _problem(422, _first(error))
 
     @app.exception_handler(ValueError)
     async def refused(_: Request, error: ValueError) -> Response:
         return _problem(422, str(error).splitlines()[0])
+
+    @app.exception_handler(NoCatalogue)
+    async def no_catalogue(_: Request, error: NoCatalogue) -> Response:
+        return _problem(404, "this bundle has no catalogue of items to recommend; POST /v1/score scores rows")
 
     @app.exception_handler(Overloaded)
     async def overloaded(_: Request, error: Overloaded) -> Response:
@@ -261,6 +301,8 @@ def _first(error: RequestValidationError) -> str:
     if first["type"] == "json_invalid":
         return f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"
     place = _place(first)
+    if first["type"] == "value_error":
+        return str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         return f"{place}: unknown key"
     # Where several types would do, pydantic reports each that did not fit.
@@ -272,6 +314,9 @@ def _first(error: RequestValidationError) -> str:
 
 
 def _place(item: Any) -> str:
-    """Path of a wrong value, without pydantic's names for the branches of a union."""
-    types = {"body", "int", "str", "float", "none", "constrained-float"}
-    return ".".join(str(step) for step in item["loc"] if str(step) not in types and "[" not in str(step))
+    """Path of a wrong value, without pydantic's names for the branches of a union, which come last."""
+    steps = [str(step) for step in item["loc"]]
+    steps = steps[1:] if steps[:1] == ["body"] else steps
+    if steps and steps[-1] in {"int", "str", "float", "none", "constrained-float"}:
+        steps.pop()
+    return ".".join(step for step in steps if "[" not in step)

@@ -25,17 +25,22 @@ def save_model(model: Ranker, directory: Path, encoders: Encoders | None = None,
             directory is all that scoring raw rows needs.
     """
     with atomic.new_directory(directory, overwrite=overwrite) as partial:
-        state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-        save_file(state, partial / "weights.safetensors")
-        about = {
-            "format_version": FORMAT_VERSION,
-            "name": model.name,
-            "config": model.config.model_dump(mode="json"),
-        }
-        atomic.write_text(partial / "model.json", json.dumps(about, indent=2) + "\n")
-        atomic.write_text(partial / "schema.json", model.schema.to_json())
-        if encoders is not None:
-            encoders.save(partial / "encoders")
+        write_model(model, partial, encoders)
+
+
+def write_model(model: Ranker, directory: Path, encoders: Encoders | None = None) -> None:
+    """`save_model` into a directory that exists."""
+    state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    save_file(state, directory / "weights.safetensors")
+    about = {
+        "format_version": FORMAT_VERSION,
+        "name": model.name,
+        "config": model.config.model_dump(mode="json"),
+    }
+    atomic.write_text(directory / "model.json", json.dumps(about, indent=2) + "\n")
+    atomic.write_text(directory / "schema.json", model.schema.to_json())
+    if encoders is not None:
+        encoders.save(directory / "encoders")
 
 
 def load_model(directory: Path) -> Ranker:

@@ -1,0 +1,76 @@
+"""From values as JSON has them to columns as the encoders take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import polars as pl
+
+from fullrank.data.checks import as_text
+
+_LARGEST_INTEGER = 2**63 - 1
+
+
+def scalar_column(name: str, values: Sequence[Any], *, numeric: bool) -> pl.Series:
+    """A column of one value per row; null is missing.
+
+    Integers and floats in one column are fine, and so are text and numbers: a category may be 7 in one row and "7" in
+    the next.
+
+    Raises:
+        ValueError: if a value is not text, a number or null; names the column and, of several rows, the row.
+    """
+    for row, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+            place = f"row {row + 1}: " if len(values) > 1 else ""
+            expected = "one number" if numeric else "one text or number"
+            raise ValueError(f'{place}feature "{name}" is {shown(value)}, expected {expected}')
+    dtype, change = _type_of(values, numeric=numeric)
+    return pl.Series(name, [change(value) for value in values], dtype=dtype)
+
+
+def list_column(name: str, values: Sequence[Any], separator: str, *, numeric: bool) -> pl.Series:
+    """A column of one list per row; null is the empty list, and text is cut at `separator` as in the log.
+
+    Raises:
+        ValueError: if a value is no such list.
+    """
+    lists: list[list[Any]] = []
+    for row, value in enumerate(values):
+        place = f"row {row + 1}: " if len(values) > 1 else ""
+        if value is not None and not isinstance(value, list | str):
+            raise ValueError(f'{place}feature "{name}" is {shown(value)}, expected a list')
+        elements = value if isinstance(value, list) else value.split(separator) if value else []
+        for element in elements:
+            if isinstance(element, bool) or not isinstance(element, str | int | float | None):
+                raise ValueError(f'{place}feature "{name}" has {shown(element)} in its list, expected text or numbers')
+        lists.append(elements)
+    dtype, change = _type_of([element for elements in lists for element in elements], numeric=numeric)
+    return pl.Series(name, [[change(element) for element in elements] for elements in lists], dtype=pl.List(dtype))
+
+
+def shown(value: Any) -> str:
+    """A value as an error message quotes it."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _type_of(values: Iterable[Any], *, numeric: bool) -> tuple[Any, Any]:
+    """The narrowest type that holds all values, and what turns each into it."""
+    kinds: set[type] = set()
+    for value in values:
+        kinds.add(str if isinstance(value, int) and abs(value) > _LARGEST_INTEGER else type(value))
+    kinds.discard(type(None))
+    if kinds <= {int}:
+        return pl.Int64, lambda value: value
+    if kinds <= {float} or (numeric and kinds <= {int, float}):
+        return pl.Float64, lambda value: None if value is None else float(value)
+    return pl.String, _text
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, float):
+        text: str | None = as_text(pl.Series([value]))[0]
+        return text
+    return None if value is None else str(value)
