@@ -8,13 +8,16 @@ from collections.abc import Callable
 from fullrank.data.formats.base import Format
 
 _CLASSES = {
+    "amazon": "amazon:Amazon",
     "avazu": "avazu:Avazu",
     "criteo": "criteo:Criteo",
     "csv": "delimited:Csv",
     "ipinyou": "ipinyou:IPinYou",
+    "kuaivideo": "kuaivideo:KuaiVideo",
     "libfm": "libfm:LibFM",
     "movielens": "movielens:MovieLens",
     "parquet": "delimited:ParquetLog",
+    "taobao-ad": "taobao_ad:TaobaoAd",
 }
 
 

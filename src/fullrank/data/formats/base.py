@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -27,6 +27,11 @@ def as_series(array: pa.Array, name: str) -> pl.Series:
     series = pl.from_arrow(array)
     assert isinstance(series, pl.Series)
     return series.alias(name)
+
+
+def only_rejected(columns: Iterable[str], rejected: pl.DataFrame) -> RawChunk:
+    """A chunk of no rows but bad ones, with the columns that the importer looks for."""
+    return RawChunk(pl.DataFrame(schema={**dict.fromkeys(columns, pl.String), LINE_COLUMN: pl.Int64}), rejected)
 
 
 @dataclass(frozen=True)

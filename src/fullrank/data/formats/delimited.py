@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,17 +24,19 @@ from fullrank.schema import Schema
 BLOCK_BYTES = 8 << 20
 # Longest text between quotes that may hold line ends; beyond it, a quote is taken for a mistake.
 _MOST_QUOTED_BYTES = 1 << 17
+# No line of a log is that long: the file is not text in lines.
+_LONGEST_LINE_BYTES = 64 << 20
 _OPEN_QUOTE = "quote is not closed, or field is too long"
 PARTS = ("train", "valid", "test")
 _SEPARATORS = (",", "\t", ";", "|")
 _SHOWN = 200
 
 
-def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
-    """The bytes of a file, unpacked when it ends in `.gz`, cut after line ends (outside quotes).
+def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES, *, quotes: bool = True) -> Iterator[bytes]:
+    """The bytes of a file, unpacked when it ends in `.gz`, cut after line ends (outside quotes, if these count).
 
     Raises:
-        ValueError: if the file is empty, or its gzip stream is damaged or cut short.
+        ValueError: if the file is empty, or its gzip stream is damaged or cut short, or it does not consist of lines.
     """
     rest = b""
     empty = True
@@ -47,13 +50,15 @@ def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
                 break
             empty = False
             data = rest + data
-            end = _last_line_end(data)
+            end = _last_line_end(data) if quotes else data.rfind(b"\n") + 1
             if len(data) - end > _MOST_QUOTED_BYTES:
                 # No text between quotes is that long: a quote is not closed, or stands for inches.
                 end = data.rfind(b"\n") + 1
             if end:
                 yield data[:end]
             rest = data[end:]
+            if len(rest) > _LONGEST_LINE_BYTES:
+                raise ValueError(f"{path}: a line is longer than {_LONGEST_LINE_BYTES >> 20} MiB: not text in lines")
     if empty:
         raise ValueError(f"{path} is empty")
     if rest:
@@ -297,6 +302,26 @@ def split_files(path: Path, suffixes: Sequence[str]) -> dict[str, Path] | None:
         wanted = " or ".join(f"train{suffix}" for suffix in suffixes)
         raise ValueError(f"{path} is a directory without {wanted}")
     return found
+
+
+def named_chunks(path: Path, schema: Schema, stored: Mapping[str, str]) -> Iterator[RawChunk]:
+    """The columns that a schema reads from a text file with a header.
+
+    Args:
+        stored: the file's name for a column of the schema, where the two differ.
+
+    Raises:
+        ValueError: if the file lacks one of the columns.
+    """
+    names, separator = read_header(path)
+    wanted = {name: stored.get(name, name) for name in raw_columns(schema)}
+    _check_known(path, list(wanted.values()), names)
+    chunks = delimited_chunks(path, names, list(dict.fromkeys(wanted.values())), separator=separator, header=True)
+    for chunk in chunks:
+        lines = [LINE_COLUMN] if LINE_COLUMN in chunk.frame.columns else []
+        frame = chunk.frame.select(*(pl.col(old).alias(new) for new, old in wanted.items()), *lines)
+        coded = {new: chunk.dictionaries[old] for new, old in wanted.items() if old in chunk.dictionaries}
+        yield replace(chunk, frame=frame, dictionaries=coded)
 
 
 def mostly_distinct(schema: Schema) -> frozenset[str]:

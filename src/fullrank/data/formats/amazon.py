@@ -1,0 +1,160 @@
+"""Amazon reviews as a log to rank from: the next item of each user against sampled others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from fullrank.data.checks import raw_columns
+from fullrank.data.formats.amazon_files import ITEM, TIME, USER, AmazonFiles, Known, amazon_files
+from fullrank.data.formats.base import LINE_COLUMN, RawChunk, as_series, only_rejected
+from fullrank.data.formats.by_user import ByUser
+from fullrank.data.formats.delimited import named_chunks, read_header, split_files
+from fullrank.data.formats.next_item import NextItems, as_lists, next_items
+from fullrank.schema import Categorical, EventId, Feature, Keys, Label, MultiCategorical, Schema, Sequence
+
+HISTORY = 100
+# Attributes of an item, and of all items of a history.
+ATTRIBUTES, HISTORY_ATTRIBUTES = 16, 400
+CANDIDATES = 32_768
+COLUMNS = ("label", "user_id", "item_id", "cate_id", "item_history", "cate_history")
+_STORED = {"category_id": "cate_id", "history.item": "item_history", "history.category": "cate_history"}
+
+
+class Amazon:
+    """Reviews as JSON lines with metadata (J. McAuley's releases), item sequences with attributes (S3-Rec, as text or
+    Parquet), interactions with categories (ReChorus, Parquet), or the leaderboard's AmazonElectronics_x1 as CSV.
+
+    The CSV files are read as they are. Of the others, each event of a user after the first gives a row with label 1,
+    and one with label 0 for an item that this user never took, drawn evenly from all items of the log with a fixed
+    seed; both carry the user's earlier items, and their categories or attributes. Events of one time keep their order
+    in the file. A user's last event is test, the last but one validation, unless another split is asked for.
+    """
+
+    name = "amazon"
+    split_column = "split"
+    held_out: Literal["users", "rows"] = "users"
+
+    def default_schema(self, path: Path) -> Schema:
+        files = self.parts(path)
+        if files is not None or _is_csv(path):
+            names = read_header((files or {"train": path})["train"])[0]
+            if names != list(COLUMNS):
+                raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}; it has {', '.join(names)}")
+            return _schema("category_id", timed=False)
+        layout = amazon_files(path)
+        return _schema(layout.known, timed=layout.timed)
+
+    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
+        if _is_csv(path):
+            return named_chunks(path, schema, _STORED)
+        return _rows(amazon_files(path), schema)
+
+    def parts(self, path: Path) -> dict[str, Path] | None:
+        if not path.is_dir() or not any((path / f"train{ending}").is_file() for ending in (".csv", ".csv.gz")):
+            return None
+        return split_files(path, (".csv", ".csv.gz"))
+
+
+def _is_csv(path: Path) -> bool:
+    return path.name.endswith((".csv", ".csv.gz"))
+
+
+def _schema(known: Known, *, timed: bool) -> Schema:
+    features: list[Feature] = [Categorical(name="item_id", role="item")]
+    fields = [EventId(name="item", table="item_id")]
+    if known == "category_id":
+        features.append(Categorical(name="category_id", role="item"))
+        fields.append(EventId(name="category", table="category_id"))
+    if known == "attributes":
+        features.append(MultiCategorical(name="attributes", role="item", max_length=ATTRIBUTES))
+    features.append(Sequence(name="history", fields=tuple(fields), max_length=HISTORY))
+    if known == "attributes":
+        attribute = EventId(name="attribute", table="attributes")
+        features.append(Sequence(name="history_attributes", fields=(attribute,), max_length=HISTORY_ATTRIBUTES))
+    keys = Keys(user_id=USER, item_id=ITEM, timestamp=TIME if timed else None)
+    return Schema(features=tuple(features), labels=(Label(name="label"),), keys=keys)
+
+
+def _rows(layout: AmazonFiles, schema: Schema) -> Iterator[RawChunk]:
+    lengths = {sequence.name: sequence.max_length for sequence in schema.sequences}
+    columns = [*raw_columns(schema), "split"]
+    ids: dict[Any, int] = {}
+    with ByUser(USER, layout.groups()) as events:
+        for chunk in layout.events():
+            if chunk.rejected.height:
+                yield only_rejected(columns, chunk.rejected)
+            if chunk.frame.height:
+                events.add(chunk.frame.with_columns(_codes(chunk.frame[ITEM], ids)))
+        catalogue = pl.Series(ITEM, list(ids))
+        about, rejected = _described(layout, catalogue)
+        if rejected.height:
+            yield only_rejected(columns, rejected)
+        for group in events.frames():
+            # Users side by side, in order of their first event in the log; events in order of time.
+            group = group.with_row_index("__place")
+            first = pl.col("__place").min().over(USER)
+            group = group.sort(first, *([TIME] if layout.timed else []), "__place").drop("__place")
+            items = group[ITEM].cast(pl.Int64).to_numpy()
+            longest = lengths.get("history", HISTORY)
+            for rows in next_items(group[USER], items, len(ids), max_length=longest, candidates=CANDIDATES):
+                yield _chunk(group, rows, catalogue, about, lengths)
+
+
+def _codes(items: pl.Series, ids: dict[Any, int]) -> pl.Series:
+    """Items as places in `ids`, to which new ones are added."""
+    distinct = items.unique(maintain_order=True)
+    places = [ids.setdefault(item, len(ids)) for item in distinct.to_list()]
+    return items.replace_strict(distinct, pl.Series(places, dtype=pl.Int32), return_dtype=pl.Int32).alias(ITEM)
+
+
+def _described(layout: AmazonFiles, catalogue: pl.Series) -> tuple[pl.Series | None, pl.DataFrame]:
+    """What is known of each item of the catalogue, null where nothing is."""
+    if not layout.known:
+        return None, pl.DataFrame()
+    items, rejected = layout.items(catalogue)
+    if catalogue.is_empty():
+        return None, rejected
+    items = items.with_columns(pl.col(ITEM).cast(catalogue.dtype))
+    return catalogue.to_frame().join(items, on=ITEM, how="left", maintain_order="left")[layout.known], rejected
+
+
+def _chunk(
+    group: pl.DataFrame, rows: NextItems, catalogue: pl.Series, about: pl.Series | None, lengths: dict[str, int]
+) -> RawChunk:
+    item = pl.Series(rows.item)
+    columns = {
+        USER: group[USER].gather(rows.event),
+        ITEM: catalogue.gather(item),
+        "label": pl.Series(rows.label),
+        "split": rows.part,
+        LINE_COLUMN: group[LINE_COLUMN].gather(rows.event),
+    }
+    if TIME in group.columns:
+        columns[TIME] = group[TIME].gather(rows.event)
+    lists: dict[str, pl.Series] = {}
+    taken = group[ITEM].gather(rows.places)
+    if "history" in lengths:
+        lists["history.item"] = as_lists(rows.offsets, catalogue.gather(taken))
+    if about is not None:
+        columns[about.name] = about.gather(item)
+        if "history" in lengths and about.name == "category_id":
+            lists["history.category"] = as_lists(rows.offsets, about.gather(taken))
+        if "history_attributes" in lengths and about.name == "attributes":
+            lists["history_attributes.attribute"] = _flattened(rows.offsets, about.gather(taken))
+    # The rows of a candidate share its lists.
+    columns.update({name: pl.Series(rows.history) for name in lists})
+    return RawChunk(pl.DataFrame(columns), dictionaries=lists)
+
+
+def _flattened(offsets: npt.NDArray[np.int32], attributes: pl.Series) -> pl.Series:
+    """Lists of the attributes of the items of each list."""
+    before = np.zeros(len(attributes) + 1, dtype=np.int32)
+    np.cumsum(attributes.list.len().fill_null(0).to_numpy(), out=before[1:])
+    elements = attributes.rechunk().to_arrow().flatten()
+    return as_lists(before[offsets], as_series(elements, attributes.name))
