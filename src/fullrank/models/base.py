@@ -100,6 +100,12 @@ class Ranker(nn.Module):
             total = total + extra
         return total
 
+    def set_progress(self, share: float) -> None:
+        """Hear how much of the training is over, from 0 to 1; the Trainer says it before each step.
+
+        For models that learn in stages, which may switch `requires_grad` of their parameters here.
+        """
+
     def output_biases(self) -> list[Tensor]:
         """Biases of the logits: tensors whose elements, in order, are those of the tasks; none if it has no such."""
         return []

@@ -10,13 +10,14 @@ from itertools import combinations
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fullrank.batch import Batch
 from fullrank.models.base import Ranker, RankerOutput, task_loss
-from fullrank.schema import Schema, describe_errors
+from fullrank.models.members import inherited, member
+from fullrank.schema import Schema
 
 Fusion = Literal["confidence", "mean", "logit_mean", "learned"]
 
@@ -105,8 +106,8 @@ class CETNet(Ranker):
         """Hyper-parameters.
 
         Attributes:
-            members: for each member its `name` and the fields of that model's Config; `embedding_dim` and
-                `embedding_init` are those of this config if it sets them and the member does not.
+            members: for each member its `name` and the fields of that model's Config; `embedding_dim` is that of this
+                config unless the member has its own.
             temperature: of the confidence fusion; large is the mean, towards 0 the surest member alone.
             collaboration: λ.
             member_loss: weight of the members' own losses.
@@ -139,7 +140,7 @@ class CETNet(Ranker):
         if regressions:
             raise ValueError(f"CETNet fuses probabilities: its labels must be binary, {regressions[0]} is not")
         self.members = nn.ModuleList(
-            member(schema, {**_shared(config), **values}, f"member {index + 1}")
+            member(schema, {**inherited(config), **values}, f"member {index + 1}")
             for index, values in enumerate(config.members)
         )
         self.fusion = ConfidenceFusion(
@@ -216,7 +217,7 @@ class MultiEmbedding(Ranker):
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        values = {**_shared(config), **config.backbone}
+        values = {**inherited(config), **config.backbone}
         self.members = nn.ModuleList(member(schema, values, "backbone") for _ in range(config.num_tables))
 
     def start_at_base_rate(self, batch: Batch) -> None:
@@ -227,29 +228,3 @@ class MultiEmbedding(Ranker):
         outputs = [cast(RankerOutput, ranker(batch)) for ranker in self.members]
         extra = {f"member{i}.{name}": loss for i, out in enumerate(outputs, 1) for name, loss in out.aux_losses.items()}
         return RankerOutput(torch.stack([output.logits_BT for output in outputs]).mean(0), extra)
-
-
-def _shared(config: Ranker.Config) -> dict[str, Any]:
-    """What members take from the ensemble's configuration; their own start of tables unless it names one."""
-    return {
-        name: getattr(config, name) for name in ("embedding_dim", "embedding_init") if name in config.model_fields_set
-    }
-
-
-def member(schema: Schema, values: dict[str, Any], place: str) -> Ranker:
-    """Build a ranker from its `name` and configuration.
-
-    Raises:
-        ValueError: if the name is unknown or a field is wrong; names `place`.
-    """
-    from fullrank.models import MODELS  # the registry imports this file
-
-    name = values.get("name")
-    if name not in MODELS:
-        raise ValueError(f"{place}: expected a name among {', '.join(MODELS)}, got {name!r}")
-    kind = MODELS[str(name)]
-    try:
-        config = kind.Config.model_validate({key: value for key, value in values.items() if key != "name"})
-    except ValidationError as error:
-        raise ValueError(describe_errors(error, f"{place} ({name})")) from None
-    return kind.from_config(schema, config)

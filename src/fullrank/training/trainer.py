@@ -288,6 +288,7 @@ class _Run:
 
     def _train_step(self, forward: Any, batch: Batch) -> Tensor:
         self._set_rates()
+        self.model.set_progress(self.step / self.total_steps)
         if self.step == 0:
             self.model.start_at_base_rate(batch)
         half = self.config.precision == "bfloat16"
