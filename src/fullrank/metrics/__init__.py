@@ -1,31 +1,39 @@
 """How good predictions and rankings are; every definition with its source and its oracle in the tests."""
 
+from fullrank.metrics.agreement import ads_recall, kendall_tau, pair_consistency, value_recall
+from fullrank.metrics.area import GroupedAUC, auc, gauc
 from fullrank.metrics.binary import (
-    BinaryMetrics,
-    GroupedAUC,
-    auc,
+    Reliability,
     calibration,
     expected_calibration_error,
-    gauc,
     log_loss,
     normalized_entropy,
+    normalized_entropy_gain,
+    relative_information_gain,
     reliability,
 )
-from fullrank.metrics.ranking import ads_recall, ndcg_at_k, pair_consistency, recall_at_k, value_recall
+from fullrank.metrics.binned import BinnedMetrics
+from fullrank.metrics.ranking import ndcg_at_k, recall_at_k
+from fullrank.metrics.streaming import BinaryMetrics
 
 __all__ = [
     "BinaryMetrics",
+    "BinnedMetrics",
     "GroupedAUC",
+    "Reliability",
     "ads_recall",
     "auc",
     "calibration",
     "expected_calibration_error",
     "gauc",
+    "kendall_tau",
     "log_loss",
     "ndcg_at_k",
     "normalized_entropy",
+    "normalized_entropy_gain",
     "pair_consistency",
     "recall_at_k",
+    "relative_information_gain",
     "reliability",
     "value_recall",
 ]

@@ -1,74 +1,103 @@
-"""Metrics of ranked lists and of the agreement between stages of a funnel."""
+"""Metrics of ranked lists."""
 
-# Shapes: B requests, N candidates, K list length.
+# Shapes: B requests, N candidates, K list length, R relevant ids.
 
 from __future__ import annotations
+
+import math
+import warnings
 
 import torch
 from torch import Tensor
 
 
-def _top(scores_BN: Tensor, k: int) -> Tensor:
-    """Indices of the k highest scores of each row, ties by lower index; all of them if there are fewer."""
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    return torch.argsort(scores_BN, dim=1, descending=True, stable=True)[:, :k]
-
-
-def recall_at_k(ranked_BK: Tensor, relevant_B: Tensor, k: int) -> float:
-    """Share of rows whose one relevant id is among the first k of its list.
+def recall_at_k(ranked_BK: Tensor, relevant_BR: Tensor, k: int) -> float:
+    """Share of each row's relevant ids that are among the first k of its list, averaged over rows.
 
     Args:
-        ranked_BK: int64 ids, best first.
-        relevant_B: int64 id.
+        ranked_BK: int64 ids, best first, padded with -1 where a list is shorter than the longest.
+        relevant_BR: int64 ids, distinct within a row and padded with -1, or shape (B,), one for each row. Rows without
+            any are left out.
+        k: the whole list, if it is shorter.
+
+    Returns:
+        NaN, with a warning, if no row has a relevant id.
+
+    Raises:
+        ValueError: if k is below 1, an id is not an integer, or the numbers of rows differ.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    return float((ranked_BK[:, :k] == relevant_B[:, None]).any(1).double().mean())
+    if ranked_BK.is_floating_point() or relevant_BR.is_floating_point():
+        raise ValueError(f"ids must be integers, got {ranked_BK.dtype} and {relevant_BR.dtype}")
+    ranked_BK, relevant_BR = ranked_BK.cpu()[:, :k], relevant_BR.cpu()
+    relevant_BR = relevant_BR[:, None] if relevant_BR.ndim == 1 else relevant_BR
+    if ranked_BK.ndim != 2 or relevant_BR.ndim != 2 or len(ranked_BK) != len(relevant_BR):
+        raise ValueError(f"lists of shape {tuple(ranked_BK.shape)} do not fit relevant ids {tuple(relevant_BR.shape)}")
+    wanted_BR = relevant_BR != -1
+    count_B, found_B = wanted_BR.sum(1), torch.zeros(len(ranked_BK), dtype=torch.int64)
+    for relevant_B, wanted_B in zip(relevant_BR.unbind(1), wanted_BR.unbind(1), strict=True):
+        found_B += (ranked_BK == relevant_B[:, None]).any(1) & wanted_B
+    kept_B = count_B > 0
+    if not bool(kept_B.any()):
+        warnings.warn("recall is undefined: no row has a relevant id", stacklevel=2)
+        return math.nan
+    return float((found_B[kept_B] / count_B[kept_B].double()).mean())
 
 
 def ndcg_at_k(scores_BN: Tensor, gains_BN: Tensor, k: int) -> float:
-    """Normalised discounted cumulative gain with log2 discounts; rows without any gain are left out.
+    """Discounted cumulative gain of the first k over the best possible one, averaged over the rows with any gain.
 
-    Source: Järvelin & Kekäläinen, Cumulated Gain-Based Evaluation of IR Techniques, TOIS 2002 (linear gains).
-    """
-    discount = 1 / torch.log2(torch.arange(2, min(k, scores_BN.shape[1]) + 2, dtype=torch.float64))
-    gains_BN = gains_BN.double()
-    got = (gains_BN.gather(1, _top(scores_BN, k)) * discount).sum(1)
-    best = (gains_BN.gather(1, _top(gains_BN, k)) * discount).sum(1)
-    kept = best > 0
-    if not bool(kept.any()):
-        raise ValueError("NDCG is undefined: no row has a positive gain")
-    return float((got[kept] / best[kept]).mean())
-
-
-def ads_recall(final_BN: Tensor, early_BN: Tensor, k: int, n: int) -> float:
-    """Share of the final stage's top k that the early stage keeps in its top n, averaged over requests.
+    Discounts are 1 / log2(position + 1). Gains count linearly; for the exponential form give `2**relevance - 1`.
 
     Args:
-        final_BN: value of each candidate by the final stage.
-        early_BN: value by the early stage.
+        scores_BN: what the list is sorted by, ties by lower index.
+        gains_BN: non-negative worth of each candidate.
+        k: all candidates, if there are fewer.
+
+    Returns:
+        NaN, with a warning, if no row has a positive gain.
+
+    Raises:
+        ValueError: if k is below 1, shapes differ, a score is NaN, or a gain is negative or not finite.
+
+    Source: Järvelin & Kekäläinen, Cumulated Gain-Based Evaluation of IR Techniques, TOIS 2002.
     """
-    kept = torch.zeros_like(final_BN, dtype=torch.bool).scatter_(1, _top(early_BN, n), True)
-    return float(kept.gather(1, _top(final_BN, k)).double().mean())
+    scores_BN, gains_BN = same_candidates(scores_BN, gains_BN)
+    if not bool(((gains_BN >= 0) & gains_BN.isfinite()).all()):
+        raise ValueError("gains must be finite and non-negative")
+    gains_BN = gains_BN.double()
+    got_BK, best_BK = (gains_BN.gather(1, top(order, k)) for order in (scores_BN, gains_BN))
+    discount_K = 1 / torch.log2(torch.arange(2, got_BK.shape[1] + 2, dtype=torch.float64))
+    got_B, best_B = (got_BK * discount_K).sum(1), (best_BK * discount_K).sum(1)
+    kept_B = best_B > 0
+    if not bool(kept_B.any()):
+        warnings.warn("NDCG is undefined: no row has a positive gain", stacklevel=2)
+        return math.nan
+    return float((got_B[kept_B] / best_B[kept_B]).mean())
 
 
-def value_recall(final_BN: Tensor, early_BN: Tensor, k: int, n: int) -> float:
-    """Value of the best k among the early stage's top n over the value of the best k of all; values non-negative."""
-    kept = torch.zeros_like(final_BN, dtype=torch.bool).scatter_(1, _top(early_BN, n), True)
-    value_BN = final_BN.double()
-    reachable = torch.where(kept, value_BN, torch.zeros_like(value_BN))
-    got = reachable.gather(1, _top(reachable, k)).sum(1)
-    best = value_BN.gather(1, _top(value_BN, k)).sum(1)
-    return float(got.sum() / best.sum())
+def same_candidates(first_BN: Tensor, second_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """Both on the CPU.
+
+    Raises:
+        ValueError: unless they are non-empty matrices of one shape without NaN.
+    """
+    for scores in (first_BN, second_BN):
+        if scores.ndim != 2 or scores.shape != first_BN.shape or not scores.numel():
+            shapes = f"{tuple(first_BN.shape)} and {tuple(second_BN.shape)}"
+            raise ValueError(f"expected two non-empty matrices (requests, candidates) of one shape, got {shapes}")
+        if bool(scores.isnan().any()):
+            raise ValueError("scores contain NaN")
+    return first_BN.detach().cpu(), second_BN.detach().cpu()
 
 
-def pair_consistency(first_BN: Tensor, second_BN: Tensor) -> float:
-    """Share of candidate pairs that two stages order alike, over the pairs that neither ties."""
-    first = torch.sign(first_BN[:, :, None] - first_BN[:, None, :])
-    second = torch.sign(second_BN[:, :, None] - second_BN[:, None, :])
-    product = first * second
-    decided = (product != 0).sum()
-    if int(decided) == 0:
-        raise ValueError("consistency is undefined: every pair is tied in one of the stages")
-    return float((product > 0).sum() / decided)
+def top(scores_BN: Tensor, k: int) -> Tensor:
+    """Indices of the k highest scores of each row, ties by lower index; all of them if there are fewer.
+
+    Raises:
+        ValueError: if k is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"the length of a list must be at least 1, got {k}")
+    return torch.argsort(scores_BN, dim=1, descending=True, stable=True)[:, :k]
