@@ -58,13 +58,14 @@ class MLP(nn.Module):
         activation: str = "relu",
         batch_norm: bool = False,
         dropout: float = 0.0,
+        normalized: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f'activation "{activation}" is unknown; choose one of {", ".join(ACTIVATIONS)}')
         layers: list[nn.Module] = []
         width = in_features
-        normalized = batch_norm and len(hidden) > 0
+        normalized = normalized or (batch_norm and len(hidden) > 0)
         for units in hidden:
             linear = nn.Linear(width, units)
             nn.init.xavier_normal_(linear.weight)

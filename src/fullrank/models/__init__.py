@@ -11,6 +11,7 @@ from fullrank.models.dlrm import DLRM
 from fullrank.models.finalmlp import FinalMLP
 from fullrank.models.fm import FM
 from fullrank.models.hilomoe import HiLoMoE
+from fullrank.models.interformer import InterFormer
 from fullrank.models.lr import LR
 from fullrank.models.mmoe import MMoE
 from fullrank.models.ple import PLE
@@ -34,6 +35,7 @@ MODELS: dict[str, type[Ranker]] = {
         Wukong,
         DHEN,
         HiLoMoE,
+        InterFormer,
     )
 }
 
