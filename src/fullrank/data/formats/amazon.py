@@ -95,7 +95,10 @@ def _rows(layout: AmazonFiles, schema: Schema) -> Iterator[RawChunk]:
         about, rejected = _described(layout, catalogue)
         if rejected.height:
             yield only_rejected(columns, rejected)
-        for group in events.frames():
+        for place in range(events.groups):
+            group = events.frame(place)
+            if group is None:
+                continue
             # Users side by side, in order of their first event in the log; events in order of time.
             group = group.with_row_index("__place")
             first = pl.col("__place").min().over(USER)

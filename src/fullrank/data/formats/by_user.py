@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import polars as pl
@@ -28,7 +27,7 @@ def groups_for(files: list[Path]) -> int:
 
 
 class ByUser:
-    """Frames in, one frame per group of users out, each user's rows together and in their order of arrival.
+    """Frames in, a frame per group of users out, each user's rows together and in their order of arrival.
 
     A context manager: its temporary files (in TMPDIR, about as large as the columns kept) are gone at the end.
 
@@ -40,12 +39,12 @@ class ByUser:
 
     def __init__(self, user: str, groups: int) -> None:
         self._user = user
-        self._groups = groups
+        self.groups = groups
         self._pending: list[pl.DataFrame] = []
         self._pending_bytes = 0
         self._directory: tempfile.TemporaryDirectory[str] | None = None
-        # Of each file, the row group that holds each group of users.
-        self._files: list[tuple[Path, dict[int, int]]] = []
+        # Of each file, its footer, and the row group that holds each group of users.
+        self._files: list[tuple[Path, Any, dict[int, int]]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -60,25 +59,19 @@ class ByUser:
     def add(self, frame: pl.DataFrame) -> None:
         self._pending.append(frame)
         self._pending_bytes += int(frame.estimated_size())
-        if self._groups > 1 and self._pending_bytes > PENDING_BYTES:
+        if self.groups > 1 and self._pending_bytes > PENDING_BYTES:
             self._write()
 
-    def frames(self) -> Iterator[pl.DataFrame]:
-        """The groups in order; with no rows at all, none. Call it once, after the last `add`."""
-        if self._groups == 1:
-            if self._pending:
-                yield pl.concat(self._pending, rechunk=True)
-            return
-        if self._pending:
+    def frame(self, group: int) -> pl.DataFrame | None:
+        """The rows of a group, from 0 to `groups` - 1; None if it has none. Ask after the last `add`."""
+        if self.groups > 1 and self._pending:
             self._write()
-        for group in range(self._groups):
-            pieces = [
-                pl.from_arrow(pyarrow.parquet.ParquetFile(path).read_row_group(places[group]))
-                for path, places in self._files
-                if group in places
-            ]
-            if pieces:
-                yield pl.concat([piece for piece in pieces if isinstance(piece, pl.DataFrame)], rechunk=True)
+        pieces: list[Any] = self._pending or [
+            pl.from_arrow(pyarrow.parquet.ParquetFile(path, metadata=footer).read_row_group(places[group]))
+            for path, footer, places in self._files
+            if group in places
+        ]
+        return pl.concat(pieces, rechunk=True) if pieces else None
 
     def _write(self) -> None:
         if self._directory is None:
@@ -93,8 +86,8 @@ class ByUser:
             ):
                 places[int(str(group))] = len(places)
                 writer.write_table(rows.drop("__group").to_arrow(), row_group_size=max(rows.height, 1))
-        self._files.append((path, places))
+        self._files.append((path, pyarrow.parquet.read_metadata(path), places))
 
     def _group_of(self, users: pl.Series) -> pl.Series:
         hashes = splitmix(users.to_numpy().astype(np.uint64)) if users.dtype.is_integer() else hash_series(users)
-        return pl.Series((hashes % np.uint64(self._groups)).astype(np.int32))
+        return pl.Series((hashes % np.uint64(self.groups)).astype(np.int32))
