@@ -35,7 +35,7 @@ def evaluate_funnel(
         requests: clicked rows, drawn at random, for the recalls.
 
     Returns:
-        `stages.<early|final>.<task>`: rows, rate, logloss, ne, auc, calibration, gauc; with the simulator's true
+        `stages.<early|final>.<task>`: what `BinaryMetrics.compute` gives; with the simulator's true
         probabilities also `oracle_ne`, `oracle_auc` and `gap_closed`, the share of the way from predicting the mean
         (NE 1) to the oracle. `calibration_curve`: predicted and observed click rate of ten equal bins.
         `recall`: share of the clicked items, among those that may be retrieved, that are in the first 100 of

@@ -18,8 +18,8 @@ def evaluate(model: Ranker, batches: Iterable[Batch]) -> dict[str, dict[str, flo
     """Metrics of each label, in float32 and evaluation mode; unobserved (NaN) labels are left out.
 
     Returns:
-        For a binary label `rows`, `rate`, `logloss`, `ne`, `auc`, `calibration` and, where rows have users, `gauc`;
-        for a regression label `rows`, `rate` (its mean) and `mse`.
+        For a binary label what `BinaryMetrics.compute` gives (`gauc` where rows have users); for a regression label
+        `rows`, `rate` (its mean) and `mse`.
 
     Raises:
         ValueError: if there are no batches, or the model gives NaN.
