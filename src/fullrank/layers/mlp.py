@@ -47,6 +47,9 @@ class MLP(nn.Module):
 
     Weights of hidden layers start Xavier-normal, biases at 0. The output layer always computes in float32; hidden
     layers follow autocast.
+
+    Args:
+        normalized: the input has been normalised on its way, so the `OutputLayer` is above a normalisation.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection
+from fullrank.layers.mlp import MLP
 from fullrank.schema import Schema
 
 
@@ -24,16 +25,61 @@ class NumberVectors(nn.Module):
         return batch.numeric_BN[:, :, None] * self.weight_ND
 
 
-class FeatureTokens(nn.Module):
-    """Every feature as a vector of one width: ids, bags and mean-pooled sequences first, then numbers."""
+class NumberTokens(nn.Module):
+    """All numbers together through an MLP to a few tokens, which start about as small as embedding rows do."""
 
-    def __init__(self, schema: Schema, embedding_dim: int, init_std: float) -> None:
+    def __init__(
+        self, schema: Schema, embedding_dim: int, init_std: float, num_tokens: int, hidden: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.width = embedding_dim
+        self.mlp = MLP(len(schema.numeric_columns), hidden)
+        self.out = nn.Linear(self.mlp.out_features, num_tokens * embedding_dim)
+        nn.init.normal_(self.out.weight, std=init_std)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Shape (B, num_tokens, D)."""
+        tokens: Tensor = self.out(self.mlp(batch.numeric_BN)).float()
+        return tokens.view(len(tokens), -1, self.width)
+
+
+class FeatureTokens(nn.Module):
+    """Every feature as a vector of one width: ids, bags and mean-pooled sequences first, then numbers.
+
+    Args:
+        number_tokens: how many tokens all numbers together give, through an MLP; 0 for one token x·v per number.
+        number_hidden: hidden widths of that MLP.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        embedding_dim: int,
+        init_std: float,
+        *,
+        number_tokens: int = 0,
+        number_hidden: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.ids = EmbeddingCollection(schema, embedding_dim=embedding_dim, init_std=init_std, pool_sequences=True)
-        self.numbers = NumberVectors(schema, embedding_dim, init_std)
-        self.num_tokens = len(self.ids.widths) + len(schema.numeric_columns)
+        numbers = len(schema.numeric_columns)
+        together = number_tokens > 0 and numbers > 0
+        self.numbers: NumberVectors | NumberTokens = (
+            NumberTokens(schema, embedding_dim, init_std, number_tokens, number_hidden)
+            if together
+            else NumberVectors(schema, embedding_dim, init_std)
+        )
+        self.num_tokens = len(self.ids.widths) + (number_tokens if together else numbers)
         if self.num_tokens == 0:
             raise ValueError("the schema has no features")
+        names = (*self.ids.single, *self.ids.pooled)
+        for name, width in zip(names, self.ids.widths, strict=True):
+            if width != embedding_dim:
+                raise ValueError(
+                    f'this model needs one embedding width for all features: "{name}" has embedding_dim {width}, '
+                    f"expected {embedding_dim}"
+                )
 
     def forward(self, batch: Batch) -> Tensor:
         """tokens_BFD."""

@@ -12,6 +12,7 @@ from fullrank.models.finalmlp import FinalMLP
 from fullrank.models.fm import FM
 from fullrank.models.hilomoe import HiLoMoE
 from fullrank.models.interformer import InterFormer
+from fullrank.models.kunlun import Kunlun
 from fullrank.models.lr import LR
 from fullrank.models.mmoe import MMoE
 from fullrank.models.ple import PLE
@@ -36,6 +37,7 @@ MODELS: dict[str, type[Ranker]] = {
         DHEN,
         HiLoMoE,
         InterFormer,
+        Kunlun,
     )
 }
 

@@ -317,6 +317,8 @@ class DHEN(Ranker):
             ensemble: how a layer's modules join: `concat`, `sum` or `weighted_sum`.
             norm: `layernorm` or nothing.
             options: further arguments of interaction modules, by name: `{attention: {num_heads: 4}}`.
+            number_tokens: tokens that all numbers together give through an MLP; 0 for a token x·v per number.
+            number_hidden: hidden widths of that MLP.
             hidden: widths of the MLP above the stack.
         """
 
@@ -326,6 +328,8 @@ class DHEN(Ranker):
         ensemble: Ensemble = "concat"
         norm: Norm | None = "layernorm"
         options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+        number_tokens: int = Field(default=1, ge=0)
+        number_hidden: tuple[int, ...] = (128,)
         hidden: tuple[int, ...] = (256, 128, 64)
         batch_norm: bool = False
         dropout: float = 0.0
@@ -346,7 +350,13 @@ class DHEN(Ranker):
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        self.tokens = FeatureTokens(schema, config.embedding_dim, config.embedding_init)
+        self.tokens = FeatureTokens(
+            schema,
+            config.embedding_dim,
+            config.embedding_init,
+            number_tokens=config.number_tokens,
+            number_hidden=config.number_hidden,
+        )
         tokens, layers = self.tokens.num_tokens, []
         for modules in config.layers:
             layer = DHENLayer(
@@ -367,6 +377,7 @@ class DHEN(Ranker):
             self.num_tasks,
             batch_norm=config.batch_norm,
             dropout=config.dropout,
+            normalized=config.norm is not None,
         )
 
     def output_biases(self) -> list[Tensor]:

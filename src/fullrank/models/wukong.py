@@ -108,25 +108,31 @@ class WukongLayer(nn.Module):
         self.fm = FactorizationMachineBlock(num_tokens, num_fm, width, rank, hidden, attentive=attentive)
         self.linear = TokenProjection(num_tokens, num_linear)
         self.residual = None if num_tokens == self.out_tokens else TokenProjection(num_tokens, self.out_tokens)
+        if self.residual is None:
+            self.register_buffer("kept_LN", torch.eye(num_tokens)[num_fm:], persistent=False)
         self.norm: nn.Module = nn.LayerNorm(width)
 
-    def forward(self, tokens_BND: Tensor) -> Tensor:
-        # All maps over the token axis are one product: W_L X + R(X) = (W_L + R) X, and Y joins it unless attentive.
-        weight_ON: Tensor = self.linear.weight_ON
-        if self.residual is not None:
-            weight_ON = self.residual.weight_ON + F.pad(weight_ON, (0, 0, self.num_fm, 0))
-        mixed_BKD = None
-        if self.fm.compress is None:
-            rank = self.fm.rank
-            both = project_tokens(tokens_BND, torch.cat([self.fm.y_KN, weight_ON]))
-            mixed_BKD, mapped_BOD = both[:, :rank], both[:, rank:]
-        else:
-            mapped_BOD = project_tokens(tokens_BND, weight_ON)
-        fm_BFD = self.fm(tokens_BND, mixed_BKD)
+    def _linear_map(self) -> Tensor:
+        """W_L plus what R gives the linear tokens; if R is learned, below its rows for the other tokens."""
+        weight_LN: Tensor = self.linear.weight_ON
         if self.residual is None:
-            out_BOD = torch.cat([fm_BFD, mapped_BOD], 1) + tokens_BND
+            return weight_LN + self.get_buffer("kept_LN")
+        return self.residual.weight_ON + F.pad(weight_LN, (0, 0, self.num_fm, 0))
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        # All maps over the token axis are one product: Y joins W_L unless attentive, and R is part of its rows.
+        weight_ON = self._linear_map()
+        if self.fm.compress is None:
+            both = project_tokens(tokens_BND, torch.cat([self.fm.y_KN, weight_ON]))
+            mixed_BKD, mapped_BOD = torch.split(both, [self.fm.rank, len(weight_ON)], 1)
+            fm_BFD = self.fm(tokens_BND, mixed_BKD)
         else:
-            out_BOD = torch.cat([fm_BFD + mapped_BOD[:, : self.num_fm], mapped_BOD[:, self.num_fm :]], 1)
+            mapped_BOD, fm_BFD = project_tokens(tokens_BND, weight_ON), self.fm(tokens_BND)
+        if self.residual is None:
+            kept_BFD, linear_BLD = tokens_BND[:, : self.num_fm], mapped_BOD
+        else:
+            kept_BFD, linear_BLD = torch.split(mapped_BOD, [self.num_fm, self.out_tokens - self.num_fm], 1)
+        out_BOD = torch.cat([fm_BFD + kept_BFD, linear_BLD], 1)
         normed: Tensor = self.norm(out_BOD)
         return normed
 
@@ -146,6 +152,8 @@ class Wukong(Ranker):
             rank: columns of Y in X (Xᵀ Y).
             fm_hidden: hidden widths of the MLP in each factorisation machine block.
             attentive: make Y for each row.
+            number_tokens: tokens that all numbers together give through an MLP; 0 for a token x·v per number.
+            number_hidden: hidden widths of that MLP.
             hidden: widths of the MLP above the stack.
         """
 
@@ -156,6 +164,8 @@ class Wukong(Ranker):
         rank: int = Field(default=8, ge=1)
         fm_hidden: tuple[int, ...] = (128,)
         attentive: bool = False
+        number_tokens: int = Field(default=1, ge=0)
+        number_hidden: tuple[int, ...] = (128,)
         hidden: tuple[int, ...] = (256, 128, 64)
         batch_norm: bool = False
         dropout: float = 0.0
@@ -164,7 +174,13 @@ class Wukong(Ranker):
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        self.tokens = FeatureTokens(schema, config.embedding_dim, config.embedding_init)
+        self.tokens = FeatureTokens(
+            schema,
+            config.embedding_dim,
+            config.embedding_init,
+            number_tokens=config.number_tokens,
+            number_hidden=config.number_hidden,
+        )
         tokens, layers = self.tokens.num_tokens, []
         for _ in range(config.num_layers):
             layer = WukongLayer(
@@ -185,6 +201,7 @@ class Wukong(Ranker):
             self.num_tasks,
             batch_norm=config.batch_norm,
             dropout=config.dropout,
+            normalized=True,
         )
 
     def output_biases(self) -> list[Tensor]:
