@@ -188,3 +188,18 @@ def test_histograms_of_other_bins_do_not_merge() -> None:
         BinnedMetrics(4).merge(BinnedMetrics(5))
     with pytest.raises(ValueError, match="bins must be at least 1"):
         BinnedMetrics(0)
+
+
+def test_columns_of_a_matrix_with_gradients_are_read_and_left_as_they_were() -> None:
+    logits, labels, weights, users = _data(200, 7)
+    expected = BinaryMetrics()
+    expected.update(logits, labels, weights, users)
+    logits_BT, labels_BT = torch.stack([logits, logits], 1).requires_grad_(), torch.stack([labels, labels], 1)
+    before = [t.detach().clone() for t in (logits_BT, labels_BT, weights, users)]
+    stream = BinaryMetrics()
+    stream.update(logits_BT[:, 1], labels_BT[:, 1], weights, users)
+    assert stream.compute() == expected.compute()
+    assert metrics.gauc(logits_BT[:, 0], labels_BT[:, 0], users) == metrics.gauc(logits, labels, users)
+    assert metrics.kendall_tau(logits_BT.T, logits_BT.T) == 1.0
+    for old, new in zip(before, (logits_BT, labels_BT, weights, users), strict=True):
+        assert torch.equal(old, new)
