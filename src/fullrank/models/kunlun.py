@@ -1,0 +1,438 @@
+"""Kunlun: InterFormer's exchange made cheap, with layers that take turns and event types of their own sizes."""
+
+# Shapes: B rows, N feature tokens, L events, D global width, E width of an event type, S tokens of the feature summary,
+# K hidden units of GDPA, H summary tokens of all sequences, R rotary pairs.
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from fullrank.batch import Batch
+from fullrank.layers.attention import merge_heads, require_heads, split_heads
+from fullrank.layers.gdpa import ScaleMode, check_activations, gdpa
+from fullrank.layers.histories import FeaturesAndHistories, History
+from fullrank.layers.mlp import MLP
+from fullrank.layers.rote import ROTE
+from fullrank.layers.seed_pooling import HierarchicalSeedPooling
+from fullrank.layers.sliding_window import SlidingWindowAttention
+from fullrank.layers.token_projection import TokenProjection
+from fullrank.models.base import Ranker, RankerOutput
+from fullrank.models.wukong import WukongLayer
+from fullrank.schema import Schema
+
+
+class EventConfig(BaseModel):
+    """Capacity of one event type.
+
+    Attributes:
+        width: E of its tokens; None for the width of the features.
+        num_tokens: summary tokens that it contributes.
+        num_layers: layers in which its own state moves on; later layers of the model keep its last one. None for all.
+        window: events that see one another in attention are at most so many places apart.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    width: int | None = Field(default=None, ge=1)
+    num_heads: int = Field(default=2, ge=1)
+    num_tokens: int = Field(default=4, ge=1)
+    num_layers: int | None = Field(default=None, ge=1)
+    window: int = Field(default=16, ge=0)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a layer does with the sequences.
+
+    Attributes:
+        fresh: make a new summary (else the previous layer's is used again).
+        personal: personalised network of the events (GDPA).
+        attention: attention within the window.
+    """
+
+    fresh: bool
+    personal: bool
+    attention: bool
+
+
+def layer_plans(skip: Literal["alternate", "none"], num_layers: int) -> list[LayerPlan]:
+    """`alternate`: even layers summarise and personalise, odd ones attend and reuse; `none`: every layer does all."""
+    if skip == "none":
+        return [LayerPlan(True, True, True)] * num_layers
+    return [LayerPlan(layer % 2 == 0, layer % 2 == 0, layer % 2 == 1) for layer in range(num_layers)]
+
+
+class PersonalGDPA(nn.Module):
+    """S + act(norm(S) W1) W2 with W1 and W2 made per row from the summary of the features.
+
+    The number K of keys is the hidden width of that network: as many as the summary has tokens would be a bottleneck.
+    """
+
+    def __init__(
+        self,
+        num_summary: int,
+        summary_width: int,
+        width: int,
+        num_heads: int,
+        hidden: int,
+        activation: str | Sequence[str],
+        *,
+        scale: float,
+        scale_mode: ScaleMode,
+    ) -> None:
+        super().__init__()
+        require_heads(width, num_heads)
+        self.num_heads, self.scale, self.scale_mode = num_heads, scale, scale_mode
+        self.activation = activation
+        check_activations(activation, num_heads)
+        self.norm = nn.LayerNorm(width)
+        self.keys = TokenProjection(num_summary, hidden)
+        self.weights = nn.Linear(summary_width, 2 * width)
+
+    def forward(self, events_BLE: Tensor, mask_BL: Tensor, summary_BSD: Tensor) -> Tensor:
+        key, value = (split_heads(x, self.num_heads) for x in self.weights(self.keys(summary_BSD)).chunk(2, dim=2))
+        query = split_heads(self.norm(events_BLE), self.num_heads)
+        mixed = gdpa(
+            query, key, value, self.activation, scale=self.scale, scale_mode=self.scale_mode, query_mask_BQ=mask_BL
+        )
+        return events_BLE + merge_heads(mixed)
+
+
+class SummaryTokens(nn.Module):
+    """Summary tokens of one event type at the width of the features."""
+
+    def __init__(self, event: EventConfig, width: int, out_width: int, num_seeds: int, kron_rank: int) -> None:
+        super().__init__()
+        self.pool = HierarchicalSeedPooling(width, event.num_heads, num_seeds, event.num_tokens, kron_rank)
+        self.out = nn.Linear(width, out_width) if width != out_width else nn.Identity()
+
+    def forward(self, events_BLE: Tensor, mask_BL: Tensor) -> Tensor:
+        tokens_BHD: Tensor = self.out(self.pool(events_BLE, mask_BL))
+        return tokens_BHD
+
+
+class EventBlock(nn.Module):
+    """One layer of one event type: moves its events on, and summarises them (`pool`) if the layer's plan says so."""
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        event: EventConfig,
+        width: int,
+        max_length: int,
+        *,
+        num_summary: int,
+        summary_width: int,
+        num_seeds: int,
+        gdpa_hidden: int,
+        kron_rank: int,
+        activation: str | Sequence[str],
+        scale_mode: ScaleMode,
+    ) -> None:
+        super().__init__()
+        heads = event.num_heads
+        self.pool = SummaryTokens(event, width, summary_width, num_seeds, kron_rank) if plan.fresh else None
+        self.personal: PersonalGDPA | None = None
+        if plan.personal:
+            self.personal = PersonalGDPA(
+                num_summary,
+                summary_width,
+                width,
+                heads,
+                gdpa_hidden,
+                activation,
+                scale=1 / max_length,
+                scale_mode=scale_mode,
+            )
+        self.attention = SlidingWindowAttention(width, heads, event.window) if plan.attention else None
+        self.norm = nn.LayerNorm(width) if plan.attention else None
+
+    def forward(self, events_BLE: Tensor, mask_BL: Tensor, angle_BLR: Tensor, summary_BSD: Tensor) -> Tensor:
+        if self.personal is not None:
+            events_BLE = self.personal(events_BLE, mask_BL, summary_BSD)
+        if self.attention is not None and self.norm is not None:
+            events_BLE = self.norm(events_BLE + self.attention(events_BLE, mask_BL, angle_BLR))
+        return events_BLE
+
+
+class MixtureOfWukongExperts(nn.Module):
+    """Tokens dealt out to M Wukong layers that run side by side; N tokens to `num_experts` times their output tokens.
+
+    Deviation: experts never see one another's tokens inside a layer, so by default a linear map over the token axis
+    mixes their outputs (`mix`); token i goes to expert i mod M, so that every expert gets features and summaries.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        num_out_tokens: int,
+        width: int,
+        num_experts: int,
+        rank: int,
+        hidden: Sequence[int],
+        *,
+        mix: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 1 <= num_experts <= min(num_tokens, num_out_tokens // 2):
+            raise ValueError(
+                f"expected 1 to {min(num_tokens, num_out_tokens // 2)} experts for {num_tokens} tokens in and "
+                f"{num_out_tokens} out, got {num_experts}"
+            )
+        self.parts = [list(range(expert, num_tokens, num_experts)) for expert in range(num_experts)]
+        outs = [len(range(expert, num_out_tokens, num_experts)) for expert in range(num_experts)]
+        self.experts = nn.ModuleList(
+            WukongLayer(len(part), out - out // 2, out // 2, width, rank, hidden)
+            for part, out in zip(self.parts, outs, strict=True)
+        )
+        self.mix = TokenProjection(num_out_tokens, num_out_tokens) if mix and num_experts > 1 else None
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        parts = [tokens_BND[:, expert :: len(self.experts)] for expert in range(len(self.experts))]
+        outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)], 1)
+        return outputs if self.mix is None else cast(Tensor, self.mix(outputs))
+
+
+class FeatureWeights(nn.Module):
+    """X_sum: feature tokens compressed to S tokens, then an MLP on each."""
+
+    def __init__(self, num_tokens: int, num_summary: int, width: int) -> None:
+        super().__init__()
+        self.compress = TokenProjection(num_tokens, num_summary)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        summary: Tensor = self.mlp(self.compress(tokens_BND))
+        return summary
+
+
+class KunlunBackbone(nn.Module):
+    """Feature tokens and padded events of several types to N' tokens of width D.
+
+    Every layer: X' = MoWE([X_sum ‖ H]); a layer that is `fresh` makes new summaries H of the sequences, another uses
+    those of the layer before; the events move on by GDPA or by attention in a window, as its plan says.
+
+    Deviation: what layers do to the events after the last fresh summary would reach no output (with two alternating
+    layers neither GDPA nor attention would), so the head also reads summaries of the last states.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        width: int,
+        events: Mapping[str, EventConfig],
+        max_lengths: Mapping[str, int],
+        *,
+        num_layers: int,
+        num_summary: int,
+        num_seeds: int,
+        gdpa_hidden: int,
+        kron_rank: int,
+        num_experts: int,
+        num_out_tokens: int,
+        fm_rank: int,
+        fm_hidden: Sequence[int],
+        mix: bool,
+        activation: str | Sequence[str],
+        scale_mode: ScaleMode,
+        comp_skip: Literal["alternate", "none"],
+        rote: bool,
+        time_scale: float,
+        rote_reference: Literal["request", "previous"],
+    ) -> None:
+        super().__init__()
+        self.names = list(events)
+        self.rote = rote
+        plans = layer_plans(comp_skip, num_layers)
+        widths = {name: event.width or width for name, event in events.items()}
+        self.angles = nn.ModuleList()
+        for name, event in events.items():
+            require_heads(widths[name], event.num_heads)
+            if (widths[name] // event.num_heads) % 2:
+                raise ValueError(
+                    f'events "{name}": rotary attention needs heads of even width, got {widths[name]} / '
+                    f"{event.num_heads}"
+                )
+            pairs = widths[name] // event.num_heads // 2
+            self.angles.append(ROTE(pairs, time_scale=time_scale, reference=rote_reference))
+        summaries = sum(event.num_tokens for event in events.values())
+        self.features, self.blocks, self.interactions = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for layer, plan in enumerate(plans):
+            self.features.append(FeatureWeights(num_tokens, num_summary, width))
+            self.blocks.append(
+                nn.ModuleList(
+                    EventBlock(
+                        plan,
+                        event,
+                        widths[name],
+                        max_lengths[name],
+                        num_summary=num_summary,
+                        summary_width=width,
+                        num_seeds=max(num_seeds, event.num_tokens + 1),
+                        gdpa_hidden=gdpa_hidden,
+                        kron_rank=kron_rank,
+                        activation=activation,
+                        scale_mode=scale_mode,
+                    )
+                    if layer < (event.num_layers or num_layers)
+                    else nn.Identity()
+                    for name, event in events.items()
+                )
+            )
+            self.interactions.append(
+                MixtureOfWukongExperts(
+                    num_summary + summaries, num_out_tokens, width, num_experts, fm_rank, fm_hidden, mix=mix
+                )
+            )
+            num_tokens = num_out_tokens
+        self.plans = plans
+        self.last_pools = nn.ModuleList(
+            SummaryTokens(event, widths[name], width, max(num_seeds, event.num_tokens + 1), kron_rank)
+            for name, event in events.items()
+        )
+        self.out_features = (num_out_tokens + summaries) * width
+
+    def forward(self, tokens_BND: Tensor, sequences: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
+        """Shape (B, out_features).
+
+        Args:
+            sequences: (events_BLE, mask_BL, age_BL or None) of each event type, in the order of `events`.
+        """
+        states = [events_BLE for events_BLE, _, _ in sequences]
+        masks = [mask_BL for _, mask_BL, _ in sequences]
+        angles = [
+            rote(mask_BL, age_BL if self.rote else None)
+            for rote, (_, mask_BL, age_BL) in zip(self.angles, sequences, strict=True)
+        ]
+        summaries: list[Tensor] = []
+        for layer, interaction in enumerate(self.interactions):
+            summary_BSD = self.features[layer](tokens_BND)
+            blocks = list(cast(nn.ModuleList, self.blocks[layer]))
+            for index, block in enumerate(blocks):
+                if isinstance(block, EventBlock) and block.pool is not None:
+                    summaries[index : index + 1] = [block.pool(states[index], masks[index])]
+            tokens_BND = interaction(torch.cat([summary_BSD, *summaries], 1))
+            states = [
+                block(state, mask, angle, summary_BSD) if isinstance(block, EventBlock) else state
+                for block, state, mask, angle in zip(blocks, states, masks, angles, strict=True)
+            ]
+        last = [pool(state, mask) for pool, state, mask in zip(self.last_pools, states, masks, strict=True)]
+        return torch.cat([tokens_BND, *last], 1).flatten(1)
+
+
+class Kunlun(Ranker):
+    """See `KunlunBackbone`; every sequence of the schema is an event type."""
+
+    name = "kunlun"
+    source = "Kunlun: Establishing Scaling Laws for Massive-Scale Recommendation Systems, arXiv 2602.10016, 2026"
+
+    class Config(Ranker.Config):
+        """Hyper-parameters.
+
+        Attributes:
+            events: capacity of each sequence of the schema, by name; those not named have the defaults.
+            num_summary: tokens of the features' summary.
+            num_seeds: learned questions to a history; more than its summary tokens.
+            gdpa_hidden: hidden width of the personalised network.
+            kron_rank: terms of the map that compresses seeds to summary tokens.
+            num_out_tokens: feature tokens between layers.
+            mix: mix the experts' outputs.
+            activation: of GDPA; one for all heads, or one per head.
+            comp_skip: `alternate` does half of the sequence work in each layer, `none` all of it.
+            rote: let attention know times, where the events have ages.
+            time_scale: seconds that count as one in ln(1 + Δt / scale).
+            hidden: widths of the head's MLP.
+        """
+
+        embedding_init: float = 0.02
+        events: dict[str, EventConfig] = Field(default={})
+        num_layers: int = Field(default=2, ge=1)
+        num_summary: int = Field(default=4, ge=1)
+        num_seeds: int = Field(default=16, ge=2)
+        gdpa_hidden: int = Field(default=32, ge=1)
+        kron_rank: int = Field(default=4, ge=1)
+        num_experts: int = Field(default=2, ge=1)
+        num_out_tokens: int = Field(default=8, ge=2)
+        fm_rank: int = Field(default=8, ge=1)
+        fm_hidden: tuple[int, ...] = (64,)
+        mix: bool = True
+        activation: str | tuple[str, ...] = "gelu_tanh"
+        scale_mode: ScaleMode = "post"
+        comp_skip: Literal["alternate", "none"] = "alternate"
+        rote: bool = True
+        time_scale: float = Field(default=86_400.0, gt=0)
+        rote_reference: Literal["request", "previous"] = "request"
+        hidden: tuple[int, ...] = (256, 128, 64)
+        batch_norm: bool = False
+        dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    config: Config
+
+    def __init__(self, schema: Schema, config: Config) -> None:
+        super().__init__(schema, config)
+        names = [sequence.name for sequence in schema.sequences]
+        for name in config.events:
+            if name not in names:
+                raise ValueError(f'events: there is no sequence "{name}"; the schema has {", ".join(names) or "none"}')
+        events = {name: config.events.get(name, EventConfig()) for name in names}
+        for name, event in events.items():
+            if config.num_seeds <= event.num_tokens:
+                raise ValueError(
+                    f'num_seeds is {config.num_seeds}, expected more than the {event.num_tokens} tokens of "{name}"'
+                )
+        width = config.embedding_dim
+        self.features = FeaturesAndHistories(schema, width, config.embedding_init)
+        widths = [event.width or width for event in events.values()]
+        self.events = nn.ModuleList(
+            nn.Sequential(nn.Linear(channels, own), nn.SiLU(), nn.Linear(own, own))
+            for channels, own in zip(self.features.channels, widths, strict=True)
+        )
+        self.backbone = KunlunBackbone(
+            self.features.num_tokens,
+            width,
+            events,
+            {sequence.name: sequence.max_length for sequence in schema.sequences},
+            num_layers=config.num_layers,
+            num_summary=config.num_summary,
+            num_seeds=config.num_seeds,
+            gdpa_hidden=config.gdpa_hidden,
+            kron_rank=config.kron_rank,
+            num_experts=config.num_experts,
+            num_out_tokens=config.num_out_tokens,
+            fm_rank=config.fm_rank,
+            fm_hidden=config.fm_hidden,
+            mix=config.mix,
+            activation=config.activation,
+            scale_mode=config.scale_mode,
+            comp_skip=config.comp_skip,
+            rote=config.rote,
+            time_scale=config.time_scale,
+            rote_reference=config.rote_reference,
+        )
+        self.mlp = MLP(
+            self.backbone.out_features,
+            config.hidden,
+            self.num_tasks,
+            batch_norm=config.batch_norm,
+            dropout=config.dropout,
+            normalized=True,
+        )
+
+    def output_biases(self) -> list[Tensor]:
+        return [self.mlp.output_bias]
+
+    def forward(self, batch: Batch) -> RankerOutput:
+        tokens_BND, histories = self.features(batch)
+        sequences = [self._sequence(layer, history) for layer, history in zip(self.events, histories, strict=True)]
+        return RankerOutput(self.mlp(self.backbone(tokens_BND, sequences)))
+
+    @staticmethod
+    def _sequence(layer: nn.Module, history: History) -> tuple[Tensor, Tensor, Tensor | None]:
+        events_BLE = layer(history.channels_BLC).masked_fill(~history.mask_BL[:, :, None], 0.0)
+        return events_BLE, history.mask_BL, history.age_BL
