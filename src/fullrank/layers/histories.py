@@ -1,6 +1,7 @@
-"""A batch as feature tokens and padded histories: what models of behaviour sequences start from."""
+"""A batch as feature tokens and histories, jagged or padded: what models of behaviour sequences start from."""
 
-# Shapes: B rows, F tokens, D width, L longest history of the batch, C channels of an event, N numbers.
+# Shapes: B rows, F tokens, D width, E events of all rows together, L longest history of the batch, C channels of an
+# event, N numbers.
 
 from __future__ import annotations
 
@@ -13,6 +14,21 @@ from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection
 from fullrank.embeddings.collection import pad
 from fullrank.schema import Schema, Sequence
+
+
+@dataclass(frozen=True)
+class Events:
+    """One sequence of a batch, row after row, oldest event first.
+
+    Attributes:
+        channels_EC: vectors of the id fields, then x·v of each number field, side by side.
+        lengths_B: int64, events of each row.
+        age_E: seconds between event and request, or None where the schema has no such field.
+    """
+
+    channels_EC: Tensor
+    lengths_B: Tensor
+    age_E: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -70,25 +86,33 @@ class FeaturesAndHistories(nn.Module):
         self.targets = [_targets(schema, sequence) for sequence in schema.sequences]
 
     def forward(self, batch: Batch) -> tuple[Tensor, list[History]]:
+        tokens_BFD, jagged = self.events(batch)
+        histories = []
+        for events in jagged:
+            channels_BLC, mask_BL = pad(events.channels_EC, events.lengths_B)
+            age_BL = None if events.age_E is None else pad(events.age_E[:, None], events.lengths_B)[0].squeeze(2)
+            histories.append(History(channels_BLC, mask_BL, age_BL))
+        return tokens_BFD, histories
+
+    def events(self, batch: Batch) -> tuple[Tensor, list[Events]]:
+        """tokens_BFD, and the histories without padding."""
         embedded = self.ids(batch)
         parts = [embedded.tokens_BFD] if embedded.widths else []
         if self.number_token_ND is not None:
             parts.append((batch.numeric_BN @ self.number_token_ND)[:, None, :])
         tokens_BFD = torch.cat(parts, 1) if parts else batch.numeric_BN.new_zeros(len(batch), 0, self.width)
-        histories = []
+        jagged = []
         for sequence in self.sequences:
             keys = [sequence.column(field) for field in sequence.id_fields]
             channels, lengths_B = [embedded.events[key] for key in keys], embedded.lengths[keys[0]]
-            age_B = None
+            age_E = None
             for index, field in enumerate(sequence.number_fields):
                 number, _ = batch.events(sequence.column(field))
                 channels.append(number[:, None] * self.event_numbers[sequence.name][index])
                 if field.name == self.age_field:
-                    age_B = torch.expm1(number) if field.transform == "log1p" else number
-            channels_BLC, mask_BL = pad(torch.cat(channels, 1), lengths_B)
-            age_BL = None if age_B is None else pad(age_B[:, None], lengths_B)[0].squeeze(2)
-            histories.append(History(channels_BLC, mask_BL, age_BL))
-        return tokens_BFD, histories
+                    age_E = torch.expm1(number) if field.transform == "log1p" else number
+            jagged.append(Events(torch.cat(channels, 1) if len(channels) > 1 else channels[0], lengths_B, age_E))
+        return tokens_BFD, jagged
 
 
 def latest(tokens_BLD: Tensor, mask_BL: Tensor, count: int) -> tuple[Tensor, Tensor]:
