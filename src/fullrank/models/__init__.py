@@ -2,10 +2,12 @@
 
 from fullrank.models.autoint import AutoInt
 from fullrank.models.base import ParameterCount, Ranker, RankerOutput
+from fullrank.models.bst import BST
 from fullrank.models.cetnet import CETNet, MultiEmbedding
 from fullrank.models.dcn_v2 import DCNv2
 from fullrank.models.deepfm import DeepFM
 from fullrank.models.dhen import DHEN
+from fullrank.models.dien import DIEN
 from fullrank.models.din import DIN
 from fullrank.models.dlrm import DLRM
 from fullrank.models.finalmlp import FinalMLP
@@ -16,6 +18,7 @@ from fullrank.models.kunlun import Kunlun
 from fullrank.models.lr import LR
 from fullrank.models.mmoe import MMoE
 from fullrank.models.ple import PLE
+from fullrank.models.transact import TransAct
 from fullrank.models.wukong import Wukong
 
 MODELS: dict[str, type[Ranker]] = {
@@ -29,6 +32,9 @@ MODELS: dict[str, type[Ranker]] = {
         AutoInt,
         FinalMLP,
         DIN,
+        BST,
+        DIEN,
+        TransAct,
         MMoE,
         PLE,
         CETNet,

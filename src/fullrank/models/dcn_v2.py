@@ -11,28 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
+from fullrank.layers.crosses import CrossNetwork
 from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.layers.tokens import FlatFeatures
 from fullrank.models.base import Ranker, RankerOutput
 from fullrank.schema import Schema
-
-
-class CrossNetwork(nn.Module):
-    """Full-matrix crosses; L layers give polynomials of degree L + 1 in the input."""
-
-    def __init__(self, width: int, num_layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers))
-        for layer in self.layers:
-            assert isinstance(layer, nn.Linear)
-            nn.init.xavier_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x0_BI: Tensor) -> Tensor:
-        x_BI = x0_BI
-        for layer in self.layers:
-            x_BI = torch.addcmul(x_BI, x0_BI, layer(x_BI).to(x0_BI.dtype))
-        return x_BI
 
 
 class LowRankCrossNetwork(nn.Module):

@@ -1,0 +1,86 @@
+"""Transformer encoder over histories of different lengths."""
+
+# Shapes: B rows, E tokens of all rows together, L longest row, C width, H heads.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fullrank.layers.attention import attend, merge_heads, require_heads, split_heads
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Where the tokens of jagged rows lie in a padded tensor.
+
+    Attributes:
+        mask_BL: true where there is a token; L is at least 1.
+        place_E: place of each token in the flattened (B, L).
+    """
+
+    mask_BL: Tensor
+    place_E: Tensor
+
+    @classmethod
+    def of(cls, lengths_B: Tensor) -> Padding:
+        longest = max(1, int(lengths_B.max())) if lengths_B.numel() else 1
+        mask_BL = torch.arange(longest, device=lengths_B.device) < lengths_B[:, None]
+        return cls(mask_BL, mask_BL.view(-1).nonzero().squeeze(1))
+
+    def pad(self, tokens_EC: Tensor) -> Tensor:
+        """Shape (B, L, C), zero in the padding."""
+        padded = tokens_EC.new_zeros(self.mask_BL.numel(), tokens_EC.shape[1])
+        return padded.index_copy(0, self.place_E, tokens_EC).unflatten(0, self.mask_BL.shape)
+
+    def unpad(self, tokens_BLC: Tensor) -> Tensor:
+        """Shape (E, C)."""
+        return tokens_BLC.flatten(0, 1).index_select(0, self.place_E)
+
+
+class EncoderLayer(nn.Module):
+    """y = LN(x + MHA(x)), LN(y + W₂ act(W₁ y)), each sum's second term under dropout.
+
+    Everything but the attention itself works on the tokens there are, not on padding.
+
+    Args:
+        width: C.
+        feed_forward: width of the inner layer.
+        activation: act, element-wise.
+
+    Raises:
+        ValueError: if `num_heads` does not divide `width`.
+
+    Source: Vaswani et al., Attention Is All You Need, NeurIPS 2017, section 3 (normalisation after the sum).
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, feed_forward: int, activation: nn.Module, *, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        require_heads(width, num_heads)
+        self.num_heads = num_heads
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width)
+        self.inner = nn.Linear(width, feed_forward)
+        self.activation = activation
+        self.outer = nn.Linear(feed_forward, width)
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        for weight in (*self.query_key_value.weight.chunk(3), self.out.weight, self.inner.weight, self.outer.weight):
+            nn.init.xavier_uniform_(weight)
+        for layer in (self.query_key_value, self.out, self.inner, self.outer):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens_EC: Tensor, padding: Padding) -> Tensor:
+        """Shape (E, C)."""
+        padded = padding.pad(self.query_key_value(tokens_EC))
+        query, key, value = (split_heads(part, self.num_heads) for part in padded.chunk(3, dim=2))
+        mixed_EC = padding.unpad(merge_heads(attend(query, key, value, padding.mask_BL)))
+        tokens_EC = self.attention_norm(tokens_EC + self.dropout(self.out(mixed_EC)))
+        inner = self.outer(self.activation(self.inner(tokens_EC)))
+        output: Tensor = self.norm(tokens_EC + self.dropout(inner))
+        return output
