@@ -1,4 +1,4 @@
-"""Avazu click-through rate: one CSV with the hour as YYMMDDHH."""
+"""Avazu click-through rate: one CSV with the hour as YYMMDDHH, or a benchmark's CSV with anonymous fields."""
 
 from __future__ import annotations
 
@@ -29,18 +29,26 @@ CATEGORIES: dict[str, Role] = {
     **{f"C{place}": "item" for place in range(14, 22)},
 }
 COLUMNS = ("id", "click", "hour", *CATEGORIES)
-FROM_HOUR = ("timestamp", "hour_of_day", "weekday")
+FROM_HOUR = ("timestamp", "hour_of_day", "weekday", "is_weekend")
+# The columns of the benchmark split Avazu_x1.
+ANONYMOUS = ("label", *(f"feat_{place}" for place in range(1, 23)))
 # As in the public benchmark's first Avazu setting: a value seen once shares the out-of-vocabulary row.
 MIN_COUNT = 2
 
 
 class Avazu:
-    """The hour becomes the timestamp (read as UTC) and two categories: hour of the day, and weekday (1 is Monday)."""
+    """The hour becomes the timestamp (read as UTC) and three categories: hour of the day, weekday (1 is Monday), and
+    whether it is a weekend. Of files with a label and `feat_1` to `feat_22` (Avazu_x1), each field is a category."""
 
     name = "avazu"
 
     def default_schema(self, path: Path) -> Schema:
-        self._check(path, read_header((self.parts(path) or {"train": path})["train"])[0], COLUMNS)
+        names, _ = read_header((self.parts(path) or {"train": path})["train"])
+        if "feat_1" in names:
+            self._check(path, names, ANONYMOUS)
+            fields = [Categorical(name=name) for name in ANONYMOUS[1:]]
+            return Schema(features=tuple(fields), labels=(Label(name="label"),))
+        self._check(path, names, COLUMNS)
         times = [Categorical(name=name) for name in FROM_HOUR[1:]]
         others = [Categorical(name=name, role=role, min_count=MIN_COUNT) for name, role in CATEGORIES.items()]
         keys = Keys(request_id="id", timestamp="timestamp")
@@ -83,6 +91,7 @@ def _with_times(chunk: RawChunk, derived: list[str]) -> RawChunk:
         "timestamp": seconds.zip_with(seconds.is_not_null(), "hour " + texts),
         "hour_of_day": parsed.dt.hour().cast(pl.String),
         "weekday": parsed.dt.weekday().cast(pl.String),
+        "is_weekend": (parsed.dt.weekday() > 5).cast(pl.Int8).cast(pl.String),
     }
     columns = {name: values[name] for name in derived}
     if "hour" not in chunk.dictionaries:

@@ -14,8 +14,8 @@ import pyarrow.parquet
 from fullrank.data.hashing import hash_series, splitmix
 
 # About so many bytes of text come to one group.
-GROUP_BYTES = 64 << 20
-MOST_GROUPS = 256
+GROUP_BYTES = 32 << 20
+MOST_GROUPS = 512
 # Rows wait in memory up to this size before they go to a file.
 PENDING_BYTES = 96 << 20
 

@@ -1,7 +1,8 @@
 """Criteo display advertising: a label, 13 counts, 26 hashed categories.
 
 The original files are tab-separated without a header; the benchmark splits that circulate as CSV have one
-(`label,I1,...,I13,C1,...,C26`). Both are read.
+(`label,I1,...,I13,C1,...,C26`). Both are read. In one of these splits (Criteo_x1) the counts are scaled to numbers
+with a fraction; where the first rows have such, they are read as numbers, and every category has a row of its own.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fullrank.data.formats.base import RawChunk
-from fullrank.data.formats.delimited import delimited_chunks, first_line, read_header, split_files
-from fullrank.schema import Categorical, Feature, Label, Schema
+from fullrank.data.formats.delimited import delimited_chunks, first_line, read_blocks, read_header, split_files
+from fullrank.schema import Categorical, Feature, Label, Numeric, Schema
 
 COUNTS = tuple(f"I{place}" for place in range(1, 14))
 CATEGORIES = tuple(f"C{place}" for place in range(1, 27))
 COLUMNS = ("label", *COUNTS, *CATEGORIES)
 # As in the public benchmark's first Criteo setting: rarer categories share the out-of-vocabulary row.
 MIN_COUNT = 10
+_SAMPLE_BYTES = 1 << 18
 
 
 class Criteo:
@@ -26,10 +28,12 @@ class Criteo:
     name = "criteo"
 
     def default_schema(self, path: Path) -> Schema:
-        files = self.parts(path) or {"train": path}
-        self._layout(files["train"])
-        counts: list[Feature] = [Categorical(name=name, encoding="log2_bucket") for name in COUNTS]
-        categories = [Categorical(name=name, min_count=MIN_COUNT) for name in CATEGORIES]
+        file = (self.parts(path) or {"train": path})["train"]
+        scaled = self._scaled(file)
+        counts: list[Feature] = [
+            Numeric(name=name) if scaled else Categorical(name=name, encoding="log2_bucket") for name in COUNTS
+        ]
+        categories = [Categorical(name=name, min_count=1 if scaled else MIN_COUNT) for name in CATEGORIES]
         return Schema(features=(*counts, *categories), labels=(Label(name="label"),))
 
     def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
@@ -42,6 +46,14 @@ class Criteo:
 
     def parts(self, path: Path) -> dict[str, Path] | None:
         return split_files(path, (".txt", ".txt.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz"))
+
+    def _scaled(self, path: Path) -> bool:
+        """Whether the counts have fractions, by the first rows."""
+        names, separator, header = self._layout(path)
+        lines = next(read_blocks(path, _SAMPLE_BYTES)).decode("utf-8", "replace").splitlines()[header:]
+        places = [names.index(name) for name in COUNTS]
+        rows = (line.split(separator) for line in lines)
+        return any("." in row[place] for row in rows if len(row) == len(names) for place in places)
 
     def _layout(self, path: Path) -> tuple[list[str], str, bool]:
         line = first_line(path)

@@ -46,7 +46,7 @@ PAGE_VIEW = "pv"
 # The eighth day of the log, 2017-05-13 in China, tests; the last tenth of the seven days before it validates.
 TEST_FROM = 1_494_604_800
 VALID_FROM = TEST_FROM - 7 * 86_400 // 10
-CHUNK_ROWS = 131_072
+CHUNK_ROWS = 32_768
 _SHOWN = 200
 
 
