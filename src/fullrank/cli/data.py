@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
     from fullrank.data.dataset import Dataset
 
-app = typer.Typer(help="Make datasets: import a log, simulate one, look at a file.", no_args_is_help=True)
+app = typer.Typer(
+    help="Make datasets: import a log, simulate one, look at a file.",
+    epilog="Example: fullrank data inspect log.csv",
+    no_args_is_help=True,
+)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
@@ -163,21 +167,23 @@ def _print_columns(columns: list[Any], file: Path, rows: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{file.name}: first {rows:,} rows", title_justify="left")
+    console = Console(stderr=True, markup=False)
+    console.print(f"{file.name}: first {rows:,} rows", highlight=False)
+    table = Table()
     for heading in ("column", "type", "distinct", "missing", "most frequent", "use"):
         table.add_column(heading, justify="right" if heading in ("distinct", "missing") else "left")
     for column in columns:
         missing = f"{column.missing:.1%}" if column.missing else ""
         table.add_row(column.name, column.dtype, f"{column.distinct:,}", missing, column.example, column.use)
-    Console(stderr=True).print(table)
+    console.print(table)
 
 
 def _progress() -> Progress:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True, markup=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
@@ -199,7 +205,9 @@ def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
 
     from fullrank.data.formats.published import Fingerprint
 
-    table = Table(title=f"{dataset.path}", title_justify="left", show_header=False)
+    console = Console(markup=False)
+    console.print(str(dataset.path), highlight=False, soft_wrap=True)
+    table = Table(show_header=False)
     for split, count in rows.items():
         table.add_row(f"{split} rows", f"{count:,}")
     for reason, count in dataset.rejected.items():
@@ -211,7 +219,7 @@ def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
     sizes = dataset.schema.tables()
     table.add_row("embedding tables", f"{len(sizes)}, {sum(sizes.values()):,} rows")
     table.add_row("seconds", f"{seconds:.1f}")
-    Console().print(table)
+    console.print(table)
     for name, found in dataset.published.items():
         print(Fingerprint(**found).describe(name))
     if dataset.rejected:

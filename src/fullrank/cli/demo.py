@@ -42,8 +42,8 @@ def demo(
         raise ValueError(f"{out} exists and is not the directory of an earlier demo: choose another one with --out")
     out.mkdir(parents=True, exist_ok=True)
     atomic.write_text(out / MARKER, json.dumps({"impressions": impressions, "seed": seed}) + "\n")
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = Console(stderr=True, markup=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     seconds: dict[str, float] = {}
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
 
@@ -86,10 +86,10 @@ def demo(
             "log": f"simulated, {impressions:,} impressions, seed {seed}",
             "users, items": f"{world.config.num_users:,}, {world.config.num_items:,} "
             f"({funnel.retriever.cost():,} still shown)",
-            "retrieval": f"two towers, {config.retrieval.epochs} epochs over the clicks",
-            "early stage": f"{parameters['early'].total:,} parameters, {results['early'].epochs} epochs",
+            "retrieval": f"two towers, {_epochs(config.retrieval.epochs)} over the clicks",
+            "early stage": f"{parameters['early'].total:,} parameters, {_epochs(results['early'].epochs)}",
             "final stage": f"{funnel.final.name}, {parameters['final'].total:,} parameters, "
-            f"{results['final'].epochs} epochs, {results['final'].samples_per_second:,.0f} rows/s",
+            f"{_epochs(results['final'].epochs)}, {results['final'].samples_per_second:,.0f} rows/s",
             "value": funnel.value.text,
             "seconds": f"{total:.0f}: "
             + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "write"),
@@ -109,7 +109,9 @@ def demo(
         print(json.dumps(summary))
         return
     value = report["true_value"]
-    table = Table(title=f"{impressions:,} impressions in {total:.0f} s", title_justify="left", show_header=False)
+    output = Console(markup=False)
+    output.print(f"{impressions:,} impressions in {total:.0f} s", highlight=False)
+    table = Table(show_header=False)
     table.add_row("final stage NE", f"{final['ne']:.4f} (mean 1, oracle {final['oracle_ne']:.4f})")
     table.add_row("gap to the oracle closed", f"{final['gap_closed']:.1%}")
     table.add_row("final stage AUC", f"{final['auc']:.4f} (oracle {final['oracle_auc']:.4f})")
@@ -122,5 +124,9 @@ def demo(
     )
     table.add_row("report", str(out / "report.html"))
     table.add_row("bundle", str(out / "bundle"))
-    Console().print(table)
-    Console().print(f"Serve it: fullrank serve {out / 'bundle'}")
+    output.print(table)
+    output.print(f"Serve it: fullrank serve {out / 'bundle'}", highlight=False, soft_wrap=True)
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'' if count == 1 else 's'}"

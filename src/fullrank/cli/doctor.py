@@ -35,7 +35,7 @@ def doctor(
     table = Table(show_header=False)
     for key, value in report.items():
         table.add_row(key.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def examine() -> dict[str, Any]:

@@ -31,7 +31,7 @@ def evaluate(
     from fullrank.funnel.true_value import true_value
 
     funnel, dataset = load_bundle(bundle), Dataset.open(data)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     with console.status(f"evaluating {split}"):
         report = evaluate_funnel(funnel, dataset, split, requests=requests, seed=seed)
         world = dataset.path / "world.npz"
@@ -40,7 +40,9 @@ def evaluate(
     if as_json:
         print(json.dumps(report))
         return
-    table = Table(title=f"{bundle} on {data}, {split}: {report['rows']:,} rows", title_justify="left")
+    output = Console(markup=False)
+    output.print(f"{bundle} on {data}, {split}: {report['rows']:,} rows", highlight=False)
+    table = Table()
     oracle = any("oracle_ne" in values for values in report["stages"]["final"].values())
     for name in ("stage", "task", "NE", *(("oracle NE", "gap closed") if oracle else ()), "AUC", "calibration"):
         table.add_column(name, justify="left" if name in ("stage", "task") else "right")
@@ -49,8 +51,8 @@ def evaluate(
             extra = (f"{m['oracle_ne']:.4f}", f"{m['gap_closed']:.1%}") if "oracle_ne" in m else ("", "")
             row = (f"{m['ne']:.4f}", *(extra if oracle else ()), f"{m['auc']:.4f}", f"{m['calibration']:.3f}")
             table.add_row(stage, task, *row)
-    Console().print(table)
-    recalls = Table(title="share of clicked items", title_justify="left", show_header=False)
+    output.print(table)
+    recalls = Table(show_header=False)
     for name, recall in report.get("recall", {}).items():
         recalls.add_row(name.replace("_", " "), f"{recall:,.0f}" if name == "requests" else f"{recall:.3f}")
     for name, recall in report.get("early_recall", {}).items():
@@ -60,4 +62,5 @@ def evaluate(
         if "true_value" in report:
             recalls.add_row(f"true value per request: {name}", f"{report['true_value'][name]:.3f}")
     if recalls.rows:
-        Console().print(recalls)
+        output.print("share of the items of positive rows that are found", highlight=False)
+        output.print(recalls)

@@ -14,6 +14,7 @@ app = typer.Typer(
     name="fullrank",
     help="The whole ads and recommendation ranking funnel: from an impression log to a ranked list over HTTP.",
     no_args_is_help=True,
+    epilog="Example: fullrank demo --out runs/demo && fullrank serve runs/demo/bundle",
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -41,14 +42,28 @@ def _root(
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
-        app()
-    except (ValueError, IndexError, OSError) as error:
-        message = (
-            str(error)
-            if not isinstance(error, OSError) or error.filename is None
-            else (f"{error.filename}: {error.strerror}")
-        )
-        print(f"fullrank: {message or type(error).__name__}", file=sys.stderr)
-        raise SystemExit(2) from None
+        code = app(standalone_mode=False)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        if message:
+            print(f"fullrank: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell the user; None for an error that is ours."""
+    if hasattr(error, "format_message"):  # a wrong option or argument, by Typer
+        message = str(error.format_message()).rstrip(".")
+        context = getattr(error, "ctx", None)
+        # Without arguments the help was printed, and there is nothing to add.
+        return f"{message}; see {context.command_path} --help" if message and context is not None else message
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (ValueError, IndexError, OSError)):
+        return str(error) or type(error).__name__
+    return None

@@ -50,4 +50,4 @@ def models(
     for row in rows:
         numbers = (row["dense_parameters"], row["embedding_parameters"], row["flops_per_example"])
         table.add_row(str(row["name"]), *(f"{number:,}" for number in numbers), str(row["source"]))
-    Console().print(table)
+    Console(markup=False).print(table)

@@ -213,8 +213,8 @@ def _progress() -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    console = Console(stderr=True, markup=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
@@ -233,7 +233,8 @@ def _print(report: dict[str, Any]) -> None:
 
     rows: list[tuple[str, str, dict[str, float]]] = []
     if "model" in report:
-        title = f"{report['model']}: {report['parameters']['total']:,} parameters, {report['epochs']} epochs"
+        epochs = f"{report['epochs']} epoch{'' if report['epochs'] == 1 else 's'}"
+        title = f"{report['model']}: {report['parameters']['total']:,} parameters, {epochs}"
         for split, values in report["tasks"].items():
             rows += [(split, label, metrics) for label, metrics in values.items()]
     else:
@@ -244,13 +245,30 @@ def _print(report: dict[str, Any]) -> None:
     columns = {"auc": "AUC", "gauc": "GAUC", "ne": "NE", "logloss": "logloss", "calibration": "calibration"}
     columns["mse"] = "MSE"
     shown = [name for name in columns if any(name in metrics for *_, metrics in rows)]
-    table = Table(title=title, title_justify="left")
+    console = Console(markup=False)
+    console.print(title, highlight=False)
+    table = Table()
     for heading in ("split", "label", *(columns[name] for name in shown)):
         table.add_column(heading, justify="left" if heading in ("split", "label") else "right")
     for split, label, metrics in rows:
         table.add_row(split, label, *(f"{metrics[name]:.5f}" if name in metrics else "" for name in shown))
-    console = Console()
-    console.print(table)
+    if rows:
+        console.print(table)
+    else:
+        print("the dataset has no validation and no test rows: nothing could be measured", file=sys.stderr)
     if "model" in report:
         print(f"{report['samples_per_second']:,.0f} samples/s in training", file=sys.stderr)
-    print(f"run written to {report['run']}", file=sys.stderr)
+    for split in ("valid", "test"):
+        recall = report.get(split, {}).get("recall", {})
+        if recall:
+            text = ", ".join(f"{name} {recall[key]:.3f}" for key, name in _RECALLS.items())
+            print(f"{split}: share of {recall['requests']:,.0f} positive rows' items found: {text}", file=sys.stderr)
+    print(f"run written to {report['run']}; serve it: fullrank serve {report['bundle']}", file=sys.stderr)
+
+
+_RECALLS = {
+    "popularity_at_100": "100 most popular",
+    "retrieval_at_100": "first 100 of retrieval",
+    "retrieval": "all of retrieval",
+    "early": "after the early stage",
+}

@@ -18,17 +18,19 @@ body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--in
 max-width:60rem;margin:2.5rem auto;padding:0 1.25rem}
 h1{font-size:1.7rem;margin:0}h2{font-size:1.2rem;margin:2.5rem 0 .25rem}p{margin:.35rem 0;max-width:46rem}
 .soft,figcaption{color:var(--soft);font-size:.92rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(10.5rem,1fr));gap:.75rem;margin:1.5rem 0}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.4rem,1fr));gap:.75rem;margin:1.5rem 0}
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.75rem 1rem}
 .card b{display:block;font-size:1.55rem;font-variant-numeric:tabular-nums}
 .card span{color:var(--soft);font-size:.88rem}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(22rem,1fr));gap:1.5rem;align-items:start}
-figure{margin:.75rem 0}svg{width:100%;height:auto;font:12px system-ui,sans-serif}
+figure{margin:.75rem 0}svg{width:100%;max-width:34rem;height:auto;font:12px system-ui,sans-serif}
 svg text{fill:var(--ink)}svg .soft{fill:var(--soft)}svg .grid{stroke:var(--line)}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;margin:.5rem 0}
 th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{font-weight:600;color:var(--soft);font-size:.88rem}th:first-child,td:first-child{text-align:left}
+td .track{display:inline-block;width:80px;margin-left:.5rem;text-align:left}
 td .bar{display:inline-block;height:.6rem;border-radius:2px;background:var(--main);vertical-align:middle}
+.facts td:last-child{text-align:left;width:100%;white-space:normal}
 .yes{color:var(--good)}
 """
 
@@ -78,7 +80,7 @@ def render(title: str, report: dict[str, Any], facts: dict[str, str]) -> str:
     if value is not None:
         parts.append(_true_value(value))
     rows = "".join(f"<tr><td>{escape(name)}<td>{escape(text)}" for name, text in facts.items())
-    parts.append(f"<h2>What was run</h2><div class=wide><table>{rows}</table></div></html>\n")
+    parts.append(f"<h2>What was run</h2><div class=wide><table class=facts>{rows}</table></div></html>\n")
     return "\n".join(part for part in parts if part)
 
 
@@ -113,7 +115,8 @@ def _floor(early: dict[str, float], final: dict[str, float]) -> float:
 def _bars(title: str, bars: Sequence[Bar], *, low: float = 0.0, digits: int = 4) -> str:
     """Horizontal bars from `low` on; the axis is labelled, so that a cut one is seen as such."""
     finite = [number for _, number, _ in bars if math.isfinite(number)]
-    high = max([*finite, low + 1e-9])
+    step = _step(max([*finite, low + 1e-9]) - low)
+    high = max([*finite, low + step])
     width, left, right, row = 460, 150, 60, 30
     height = row * len(bars) + 34
 
@@ -132,16 +135,19 @@ def _bars(title: str, bars: Sequence[Bar], *, low: float = 0.0, digits: int = 4)
         )
     base = row * len(bars) + 8
     drawn.append(f"<line class=grid x1='{left}' x2='{width - right}' y1='{base}' y2='{base}'/>")
-    for share in (0.0, 0.5, 1.0):
-        number = low + share * (high - low)
-        drawn.append(
-            f"<text class=soft x='{x(number):.1f}' y='{base + 16}' text-anchor=middle>"
-            f"{number:.{min(digits, 2)}f}</text>"
-        )
+    for tick in range(int((high - low) / step + 1e-6) + 1):
+        number = low + tick * step
+        drawn.append(f"<text class=soft x='{x(number):.1f}' y='{base + 16}' text-anchor=middle>{number:.4g}</text>")
     return (
         f"<figure><svg viewBox='0 0 {width} {height}' role=img aria-label='{escape(title)}'>{''.join(drawn)}</svg>"
         f"<figcaption>{escape(title)}</figcaption></figure>"
     )
+
+
+def _step(span: float) -> float:
+    """A round distance (1, 2 or 5 times a power of ten) that divides the span into two to five parts."""
+    power: float = 10.0 ** math.floor(math.log10(span / 2))
+    return max(power * digit for digit in (1, 2, 5) if power * digit <= span / 2 * (1 + 1e-9))
 
 
 def _calibration(curve: dict[str, list[float]]) -> str:
@@ -180,7 +186,7 @@ def _calibration(curve: dict[str, list[float]]) -> str:
     drawn += [f"<circle cx='{x(p):.1f}' cy='{y(o):.1f}' r='5' fill='var(--main)'/>" for p, o in points]
     drawn.append(
         f"<text class=soft x='{left + size / 2}' y='{top + size + 36}' text-anchor=middle>predicted</text>"
-        f"<text class=soft x='{left + size + 10}' y='{y(last) + 14:.1f}'>observed = predicted</text>"
+        f"<text class=soft x='{left + size + 8}' y='{y(last) + 4:.1f}'>unbiased</text>"
     )
     return (
         f"<figure><svg viewBox='0 0 {width} {height}' role=img aria-label='Calibration'>{''.join(drawn)}</svg>"
@@ -255,11 +261,13 @@ def _true_value(value: dict[str, Any]) -> str:
     parts = [
         "<h2>What the lists are really worth</h2>",
         f"<p>Expected value of one request, the sum over its slots of bid times <em>true</em> click probability, over "
-        f"{value['requests']:,} requests. The best possible list knows the true probability of every living ad.</p>",
+        f"{value['requests']:,} requests. The best possible list knows the true probability of every living ad; the "
+        "log's policy went by interest and took no account of bids.</p>",
         _bars("Expected value per request", bars, digits=3),
         "<h2>Some ranked lists</h2>"
         "<p>What the final stage predicts, and the true probability of a click had the ad been shown in that slot. "
-        "A check marks ads that the best possible list has too.</p>",
+        "A check marks ads that the best possible list has too. Predictions in a list run high: a list picks the ads "
+        "whose predictions err upwards.</p>",
     ]
     for sample in value["samples"]:
         rows = "".join(
@@ -276,4 +284,4 @@ def _true_value(value: dict[str, Any]) -> str:
 
 
 def _probability(p: float) -> str:
-    return f"{p:.3f} <span class=bar style='width:{max(1.0, 80 * p):.0f}px'></span>"
+    return f"{p:.3f}<span class=track><span class=bar style='width:{max(1.0, 80 * p):.0f}px'></span></span>"
