@@ -109,7 +109,7 @@ class AttentionalGRU(nn.Module):
 
     def forward(self, events_EC: Tensor, steps: Steps, attention_E: Tensor | None = None) -> Tensor:
         """States after each event, shape (E, H); events, attention and states in the order of `steps`."""
-        gates_E3H = self.input(events_EC).float()
+        gates_E3H = self.input(events_EC).to(self.recurrent_3HH.dtype)
         return _recur(gates_E3H, self.recurrent_3HH, self.candidate_bias_H, attention_E, steps)
 
 
@@ -149,8 +149,8 @@ class _Recurrence(torch.autograd.Function):
                 before = before[:count]
                 gates, inner, cand = gates_E2H[here], inner_EH[here], cand_EH[here]
                 if begin:
-                    gates.addmm_(before, weight_gates)
-                    inner.addmm_(before, weight_cand)
+                    torch.addmm(gates, before, weight_gates, out=gates)
+                    torch.addmm(inner, before, weight_cand, out=inner)
                 gates.sigmoid_()
                 cand.addcmul_(gates[:, :width], inner).tanh_()
                 if attention_E is not None:

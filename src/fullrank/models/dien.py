@@ -64,7 +64,7 @@ class NextBehaviour(nn.Module):
 
     def _score(self, states_PH: Tensor, events_PH: Tensor) -> Tensor:
         if self.from_state is None:
-            return (states_PH * events_PH.float()).sum(1)
+            return (states_PH * events_PH).sum(1)
         score: Tensor = self.rest(torch.relu(states_PH + events_PH)).squeeze(1)
         return score
 
@@ -96,7 +96,7 @@ class InterestEvolution(nn.Module):
     def attention(self, interests_EH: Tensor, candidate_BD: Tensor, steps: Steps) -> Tensor:
         """Weights of the interests, shape (E,), summing to 1 in each row."""
         assert self.bilinear is not None
-        query_BH = self.bilinear(candidate_BD).float()
+        query_BH = self.bilinear(candidate_BD).to(interests_EH.dtype)
         return steps.softmax((interests_EH * query_BH.index_select(0, steps.row_E)).sum(1))
 
 
