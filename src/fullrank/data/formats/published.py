@@ -200,6 +200,7 @@ def _md5(file: Path, header: tuple[str, ...] | None, line_end: bytes) -> str:
             block = _VALUE.sub(b"", block).replace(b" ", b",")
             block += b"" if block.endswith(b"\n") else b"\n"
         # Blocks end at line ends, so none of these is cut in two.
-        block = block.replace(b"\r\n", b"\n")
+        if b"\r" in block:
+            block = block.replace(b"\r\n", b"\n")
         digest.update(block if line_end == b"\n" else block.replace(b"\n", line_end))
     return digest.hexdigest()
