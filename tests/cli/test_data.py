@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from fullrank.cli.data import app
 from fullrank.data.dataset import Dataset
+from fullrank.data.planted import planted_dataset
 from fullrank.schema import Schema
 
 
@@ -70,3 +71,16 @@ def test_wrong_options_are_one_line(log: Path, tmp_path: Path, arguments: list[s
         run("import", "csv", log, tmp_path / "out", *arguments)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_simulate_writes_a_planted_task_as_the_python_api_does(tmp_path: Path) -> None:
+    options = ["--task", "timed", "--impressions", 2_000, "--seed", 3, "--json"]
+    summary = json.loads(run("simulate", tmp_path / "out", *options, "--true-probabilities"))
+    assert summary["rows"] == {"train": 1_600, "valid": 200, "test": 200}
+    again = planted_dataset(tmp_path / "again", "timed", 2_000, 3)
+    for split in ("train", "test"):
+        assert Dataset.open(tmp_path / "out").scan(split).collect().equals(again.scan(split).collect())
+    run("simulate", tmp_path / "bare", *options)
+    assert "__true_click" not in Dataset.open(tmp_path / "bare").scan("train").collect_schema()
+    with pytest.raises(ValueError, match='no planted task "order-9", expected one of order-1'):
+        run("simulate", tmp_path / "other", "--task", "order-9")

@@ -94,27 +94,41 @@ def import_(
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="The dataset directory to make.")],
-    impressions: Annotated[int, typer.Option("--impressions", min=1, help="Rows of the log.")] = 1_000_000,
+    impressions: Annotated[
+        int | None, typer.Option("--impressions", min=1, help="Rows of the log. Default: 1,000,000, or the task's own.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same log.")] = 0,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            help="A planted task instead: order-1 to order-4, heterogeneous, segments, timed or cascade.",
+        ),
+    ] = None,
     true_probabilities: Annotated[
         bool, typer.Option("--true-probabilities", help="Keep the true probability of each label beside the log.")
     ] = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Simulate an ads log whose true click probabilities are known.
+    """Simulate an ads log, or a planted task, whose true click probabilities are known.
 
     Example: fullrank data simulate data/world --impressions 1000000 --seed 7 --true-probabilities
     """
     from fullrank.data.dataset import Dataset
+    from fullrank.data.planted import planted_dataset
     from fullrank.data.simulate import simulate_dataset
 
     began = time.perf_counter()
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists already: choose another name or pass --overwrite")
     with _progress() as bar:
-        bar.add_task(f"simulating {impressions:,} impressions", total=None)
-        simulate_dataset(out, impressions, seed, true_probabilities=true_probabilities, overwrite=overwrite)
+        bar.add_task(f"simulating {'an ads world' if task is None else task}", total=None)
+        if task is None:
+            rows = 1_000_000 if impressions is None else impressions
+            simulate_dataset(out, rows, seed, true_probabilities=true_probabilities, overwrite=overwrite)
+        else:
+            planted_dataset(out, task, impressions, seed, true_probabilities=true_probabilities, overwrite=overwrite)
     _report(Dataset.open(out), time.perf_counter() - began, as_json=as_json)
 
 

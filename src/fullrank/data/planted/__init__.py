@@ -70,7 +70,7 @@ def planted_dataset(
 
     source = f"planted task {name}, {task.model_dump_json()}"
     parts = {part: frames(part) for part in task.part_rows()}
-    return write_dataset(out, task.schema(), parts, source=source, overwrite=overwrite)
+    return write_dataset(out, task.log_schema(), parts, source=source, overwrite=overwrite)
 
 
 __all__ = [

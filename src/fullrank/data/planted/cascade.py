@@ -46,7 +46,7 @@ class Cascade(PlantedTask):
     latent_dim: int = Field(default=8, ge=1)
     noise: float = Field(default=1.0, ge=0)
 
-    def schema(self) -> Schema:
+    def log_schema(self) -> Schema:
         return Schema(
             features=(
                 Categorical(name="user_id", role="user", encoding="identity", num_embeddings=self.users),
@@ -101,7 +101,9 @@ class Cascade(PlantedTask):
             else:
                 ads_UC = self._shown(np.random.default_rng((self.seed, 2, block)), user_U)[:, shown]
             rng = np.random.default_rng((self.seed, 3, number, block))
-            yield self._frame(rng, np.repeat(user_U, ads_UC.shape[1]), ads_UC.reshape(-1))
+            # A row's id is its own: an ad that was shown is also a candidate of the user's test request.
+            first = self.users * self.ads if part == "test" else 0
+            yield self._frame(rng, first, np.repeat(user_U, ads_UC.shape[1]), ads_UC.reshape(-1))
 
     def _shown(self, rng: np.random.Generator, user_U: Ints) -> Ints:
         """The ads that the log's policy showed to some users, in no particular order, shape (U, 30)."""
@@ -110,7 +112,7 @@ class Cascade(PlantedTask):
         best = np.argpartition(-score_UI, IMPRESSIONS - 1, axis=1)[:, :IMPRESSIONS]
         return rng.permuted(best, axis=1)
 
-    def _frame(self, rng: np.random.Generator, user: Ints, ad: Ints) -> pl.DataFrame:
+    def _frame(self, rng: np.random.Generator, first: int, user: Ints, ad: Ints) -> pl.DataFrame:
         click, hide = self.probabilities_2UI[:, user, ad]
-        columns = {"request_id": user * self.ads + ad, "user_id": user, "item_id": ad, "bid": self.bid_I[ad]}
+        columns = {"request_id": first + user * self.ads + ad, "user_id": user, "item_id": ad, "bid": self.bid_I[ad]}
         return labelled(rng, columns, click=click, hide=hide)

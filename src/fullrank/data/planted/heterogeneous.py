@@ -63,7 +63,7 @@ class Heterogeneous(IndependentRows):
             raise ValueError(f"preferred is {self.preferred} of {self.categories} categories")
         return self
 
-    def schema(self) -> Schema:
+    def log_schema(self) -> Schema:
         sizes = {"item_id": self.items, "category": self.categories}
         return Schema(
             features=(

@@ -35,7 +35,7 @@ class Interactions(IndependentRows):
 
     order: int = Field(default=2, ge=1)
     fields: int = Field(default=12, ge=1)
-    values: int = Field(default=10, ge=2)
+    values: int = Field(default=6, ge=2)
     latent_dim: int = Field(default=2, ge=1)
     strength: float = Field(default=3.0, gt=0)
 
@@ -47,7 +47,7 @@ class Interactions(IndependentRows):
             raise ValueError(f"values must be even (half of them negate the other half), got {self.values}")
         return self
 
-    def schema(self) -> Schema:
+    def log_schema(self) -> Schema:
         return Schema(
             features=tuple(
                 Categorical(name=f"field_{i}", encoding="identity", num_embeddings=self.values)

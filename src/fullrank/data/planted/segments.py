@@ -42,7 +42,7 @@ class Segments(IndependentRows):
     share: float = Field(default=0.5, ge=0, le=1)
     base: float = Field(default=0.5, ge=0)
 
-    def schema(self) -> Schema:
+    def log_schema(self) -> Schema:
         names = [f"routing_{i}" for i in range(ROUTING_FIELDS)] + [f"content_{i}" for i in range(self.fields)]
         return Schema(
             features=tuple(Categorical(name=n, encoding="identity", num_embeddings=self.values) for n in names),
@@ -89,6 +89,6 @@ class Segments(IndependentRows):
     def block(self, rng: np.random.Generator, rows: int, first: int) -> pl.DataFrame:
         x = rng.integers(0, self.values, (rows, ROUTING_FIELDS + self.fields))
         routing, content = x[:, :ROUTING_FIELDS], x[:, ROUTING_FIELDS:]
-        columns = dict(zip((feature.name for feature in self.schema().features), x.T, strict=True))
+        columns = dict(zip((feature.name for feature in self.log_schema().features), x.T, strict=True))
         frame = labelled(rng, columns, click=sigmoid(self.logit(routing, content)))
         return frame.with_columns(pl.Series("__true_segment", self.segment(routing), dtype=pl.Float32))

@@ -43,7 +43,7 @@ class PlantedTask(BaseModel, ABC):
     seed: int = Field(default=0, ge=0)
 
     @abstractmethod
-    def schema(self) -> Schema:
+    def log_schema(self) -> Schema:
         """Columns of the log."""
 
     @abstractmethod

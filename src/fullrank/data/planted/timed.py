@@ -36,7 +36,7 @@ class Timed(IndependentRows):
     base: float = -2.0
     strength: float = Field(default=4.0, gt=0)
 
-    def schema(self) -> Schema:
+    def log_schema(self) -> Schema:
         size = self.categories
         return Schema(
             features=(
@@ -72,7 +72,7 @@ class Timed(IndependentRows):
     def block(self, rng: np.random.Generator, rows: int, first: int) -> pl.DataFrame:
         shape = (rows, self.events)
         lengths = rng.integers(0, self.events + 1, rows)
-        now = START + rng.integers(0, 30 * DAY, rows)
+        now = START + (first + np.arange(rows)) * (30 * DAY) // self.rows
         # Seconds between events: from half a minute to half a day on average; a sixth of them 0.
         pace = HOUR * 12 * 1000 ** -rng.random(rows)
         gap_nL = np.ceil(rng.exponential(1, shape) * pace[:, None]) * (rng.random(shape) > 1 / 6)
