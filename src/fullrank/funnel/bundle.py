@@ -18,13 +18,16 @@ from safetensors.torch import save as to_safetensors
 import fullrank
 from fullrank.data import atomic
 from fullrank.data.encoders import Encoders
-from fullrank.funnel.catalogue import Catalogue
+from fullrank.funnel.catalogue import ACTIVE, BID, Catalogue
 from fullrank.funnel.funnel import Funnel, StageSizes
+from fullrank.funnel.raw_values import shown
+from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import Scorer
 from fullrank.models import MODELS, Ranker
 from fullrank.models.early_stage import EarlyStageRanker
-from fullrank.retrieval import RETRIEVERS
-from fullrank.schema import Schema, describe_errors
+from fullrank.retrieval import RETRIEVERS, Retriever
+from fullrank.retrieval.rows import partial_batch
+from fullrank.schema import Role, Schema, describe_errors
 from fullrank.training.saving import write_model
 
 VERSION = 1
@@ -163,12 +166,15 @@ def read_manifest(path: Path) -> Manifest:
     for name, expected in manifest.files.items():
         pure = PurePosixPath(name)
         odd = pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name
-        if odd or not (path / name).resolve().is_relative_to(root):
-            raise ValueError(f'{manifest_path}: file "{name}" lies outside the bundle')
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name} is missing from the bundle")
-        if _file(path / name) != expected:
-            raise ValueError(f"{path / name} does not match its hash in {MANIFEST}: it was changed or damaged")
+        try:
+            if odd or not (path / name).resolve().is_relative_to(root):
+                raise ValueError(f'{manifest_path}: file "{name}" lies outside the bundle')
+            if not (path / name).is_file():
+                raise ValueError(f"{path / name} is missing from the bundle")
+            if _file(path / name) != expected:
+                raise ValueError(f"{path / name} does not match its hash in {MANIFEST}: it was changed or damaged")
+        except (OSError, UnicodeEncodeError) as error:
+            raise ValueError(f"{manifest_path}: file {shown(name)} cannot be read: {error}") from None
     for name in _listing(path):
         if name not in manifest.files and name != MANIFEST:
             raise ValueError(f"{path / name} is not listed in {MANIFEST}: remove it from the bundle")
@@ -184,6 +190,8 @@ def load_bundle(path: Path) -> Funnel | Scorer:
     path = Path(path)
     manifest = read_manifest(path)
     stages = {stage.stage: stage for stage in manifest.stages}
+    if len(stages) < len(manifest.stages):
+        raise ValueError(f"{path / MANIFEST}: a stage occurs twice")
     single = set(stages) == {"final"}
     needed = ["weights.safetensors"] if single else ["items.parquet", "context.parquet", *_RANKERS]
     for name in ("schema.json", *needed):
@@ -193,29 +201,36 @@ def load_bundle(path: Path) -> Funnel | Scorer:
     if absent:
         raise ValueError(f"{path / MANIFEST}: no stage {min(absent)}")
     schema = Schema.read(path / "schema.json")
-    encoders = Encoders.load(path / "encoders")
+    try:
+        encoders = Encoders.load(path / "encoders")
+    except RecursionError:
+        raise ValueError(f"{path / 'encoders'}: JSON that is nested too deeply") from None
     if encoders.schema != schema:
         raise ValueError(f"{path}: schema.json and encoders differ")
     if single:
         model = _model(path, stages["final"], dict(MODELS), schema, path / "weights.safetensors")
         return Scorer(encoders, model, manifest.value)
-    retrieval = stages["retrieval"]
-    if retrieval.kind not in RETRIEVERS:
-        raise ValueError(f'{path / MANIFEST}: retriever "{retrieval.kind}" is unknown; known: {", ".join(RETRIEVERS)}')
     early_kinds = {EarlyStageRanker.name: EarlyStageRanker}
     early = _model(path, stages["early"], early_kinds, schema, path / "early.safetensors")
     assert isinstance(early, EarlyStageRanker)
-    return Funnel(
+    has_users = "users.parquet" in manifest.files
+    funnel = Funnel(
         encoders=encoders,
-        items=_catalogue(path / "items.parquet", schema),
-        users=_catalogue(path / "users.parquet", schema) if "users.parquet" in manifest.files else None,
-        context=_frame(path / "context.parquet"),
-        retriever=RETRIEVERS[retrieval.kind].load(path / "retrieval", schema),
+        items=_catalogue(path / "items.parquet", schema, "item"),
+        users=_catalogue(path / "users.parquet", schema, "user") if has_users else None,
+        context=_context(path / "context.parquet", schema),
+        retriever=_retriever(path, stages["retrieval"], schema),
         early=early,
         final=_model(path, stages["final"], dict(MODELS), schema, path / "final.safetensors"),
         value=manifest.value,
         sizes=manifest.sizes,
     )
+    found = funnel.retriever.search(funnel.encode([Request()]), len(funnel.items)).item_keys_BK
+    if not found.numel():
+        raise ValueError(f"{path / 'retrieval'}: the index holds no item")
+    if not bool(torch.isin(found, funnel.items.keys_I).all()):
+        raise ValueError(f"{path / 'retrieval'}: the index holds an item that items.parquet has not")
+    return funnel
 
 
 def _model(path: Path, stage: Stage, kinds: dict[str, type[Any]], schema: Schema, weights: Path) -> Ranker:
@@ -225,8 +240,13 @@ def _model(path: Path, stage: Stage, kinds: dict[str, type[Any]], schema: Schema
     misfit = f"{weights} does not fit the {stage.kind} of the manifest"
     try:
         # Built without memory first: a schema that promises a table of a terabyte is found out by the weights' sizes.
-        with torch.device("meta"):
-            blank: Ranker = kinds[stage.kind].from_config(schema, stage.config)
+        try:
+            with torch.device("meta"):
+                blank: Ranker = kinds[stage.kind].from_config(schema, stage.config)
+        except ValidationError as error:
+            raise ValueError(describe_errors(error, place).splitlines()[0]) from None
+        except ValueError as error:
+            raise ValueError(f"{place}: {_last(error)}") from None
         expected = {name: list(tensor.shape) for name, tensor in blank.state_dict().items()}
         with safe_open(weights, framework="pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -235,19 +255,59 @@ def _model(path: Path, stage: Stage, kinds: dict[str, type[Any]], schema: Schema
                 raise ValueError(f"{misfit}: {name} has shape {found.get(name)}, expected {expected.get(name)}")
         with torch.random.fork_rng(devices=[]):
             model: Ranker = kinds[stage.kind].from_config(schema, stage.config)
-        model.load_state_dict(load_file(weights))
-    except ValidationError as error:
-        raise ValueError(describe_errors(error, place).splitlines()[0]) from None
+        state = load_file(weights)
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{weights}: {name} has a NaN or infinite number")
+        model.load_state_dict(state)
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{misfit}: {_last(error)}") from None
     return model.eval()
 
 
-def _catalogue(path: Path, schema: Schema) -> Catalogue:
+def _retriever(path: Path, stage: Stage, schema: Schema) -> Retriever:
+    if stage.kind not in RETRIEVERS:
+        raise ValueError(f'{path / MANIFEST}: retriever "{stage.kind}" is unknown; known: {", ".join(RETRIEVERS)}')
+    place = path / "retrieval"
     try:
-        return Catalogue.of(_frame(path), schema)
-    except (pl.exceptions.PolarsError, IndexError) as error:
+        return RETRIEVERS[stage.kind].load(place, schema)
+    except ValidationError as error:
+        raise ValueError(describe_errors(error, f"{place / 'retriever.json'}: config").splitlines()[0]) from None
+    except (ValueError, RuntimeError, SafetensorError) as error:  # RecursionError is a RuntimeError
+        text = _last(error)
+        raise ValueError(text if text.startswith(str(place)) else f"{place} is damaged: {text}") from None
+
+
+def _catalogue(path: Path, schema: Schema, role: Role) -> Catalogue:
+    frame = _frame(path)
+    _check_columns(path, frame, schema.select({role}))
+    if role == "item" and schema.keys.bid is not None and not frame.schema.get(BID, pl.String()).is_numeric():
+        raise ValueError(f'{path}: column "{BID}" is {frame.schema.get(BID, "missing")}, expected numbers')
+    if frame.schema.get(ACTIVE, pl.Boolean()) != pl.Boolean():
+        raise ValueError(f'{path}: column "{ACTIVE}" is {frame.schema[ACTIVE]}, expected Boolean')
+    try:
+        return Catalogue.of(frame, schema)
+    except (ValueError, pl.exceptions.PolarsError) as error:
         raise ValueError(f"{path} does not fit the schema: {_last(error)}") from None
+
+
+def _context(path: Path, schema: Schema) -> pl.DataFrame:
+    frame = _frame(path)
+    expected = schema.select({"context"})
+    columns = [*expected.numeric_columns, *(feature.name for feature in expected.categorical)]
+    if sorted(frame.columns) != sorted(columns) or (columns and frame.height != 1):
+        raise ValueError(f"{path}: expected one row with the columns {', '.join(columns) or '(none)'}")
+    try:
+        partial_batch(frame if columns else pl.DataFrame({"_": [0]}), schema)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the schema: {_last(error)}") from None
+    return frame
+
+
+def _check_columns(path: Path, frame: pl.DataFrame, schema: Schema) -> None:
+    for name in (*schema.numeric_columns, *schema.embedded(), *schema.event_number_keys):
+        if name not in frame.columns:
+            raise ValueError(f'{path}: column "{name}" of the schema is missing')
 
 
 def _frame(path: Path) -> pl.DataFrame:

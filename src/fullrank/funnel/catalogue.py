@@ -40,9 +40,14 @@ class Catalogue:
     @classmethod
     def of(cls, frame: pl.DataFrame, schema: Schema) -> Catalogue:
         """Raises:
-        ValueError: if an id occurs twice.
+        ValueError: if there is no row, or an id is missing, is neither integer nor text, or occurs twice.
         """
-        keys_I = item_keys(frame[frame.columns[0]])
+        if not frame.height:
+            raise ValueError(f'a catalogue needs at least one row: no "{frame.columns[0]}" was given')
+        ids = frame[frame.columns[0]]
+        if ids.null_count() or not (ids.dtype.is_integer() or ids.dtype == pl.String):
+            raise ValueError(f'a catalogue needs an integer or text in each row of column "{ids.name}"')
+        keys_I = item_keys(ids)
         order = torch.argsort(keys_I)
         frame, keys_I = frame[order.numpy()], keys_I[order]
         if bool((keys_I[1:] == keys_I[:-1]).any()):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -107,7 +108,8 @@ def train_funnel(
         config.value or default_formula(schema), formula_names(schema)
     )  # a wrong formula fails before training
     items = Catalogue.of(with_market(all_rows(dataset, "item"), dataset, config.active_days), schema)
-    users = Catalogue.of(all_rows(dataset, "user"), schema) if schema.keys.user_id is not None else None
+    known = all_rows(dataset, "user") if schema.keys.user_id is not None else pl.DataFrame()
+    users = Catalogue.of(known, schema) if known.height else None
 
     def report(stage: str) -> Callable[[int, int, float], None] | None:
         if progress is None:

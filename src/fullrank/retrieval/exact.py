@@ -33,6 +33,8 @@ class ExactIndex:
         """Raises:
         ValueError: if a key occurs twice or is there already, the width differs, or a number is not finite.
         """
+        if keys_I.ndim != 1 or keys_I.dtype != torch.int64:
+            raise ValueError(f"item keys are {keys_I.dtype} of shape {tuple(keys_I.shape)}, expected a row of int64")
         if vectors_ID.ndim != 2 or vectors_ID.shape != (keys_I.numel(), self.vectors_ID.shape[1]):
             expected = (keys_I.numel(), self.vectors_ID.shape[1])
             raise ValueError(f"item vectors have shape {tuple(vectors_ID.shape)}, expected {expected}")

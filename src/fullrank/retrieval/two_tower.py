@@ -207,8 +207,16 @@ class TwoTower(Retriever):
     @classmethod
     def load(cls, directory: Path, schema: Schema) -> Self:
         config, state = read_saved(cls, directory)
-        retriever = cls(schema, cls.Config.model_validate(config))
+        settings = cls.Config.model_validate(config)
         keys, vectors = state.pop("index.keys", None), state.pop("index.vectors", None)
+        # Built without memory first, so that a size which the weights do not have cannot fill it.
+        with torch.device("meta"):
+            expected = {name: value.shape for name, value in cls(schema, settings).towers.state_dict().items()}
+        found = {name.removeprefix("towers."): value.shape for name, value in state.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise ValueError(f"{directory / 'retriever.safetensors'} does not fit the schema: tensor {name}")
+        retriever = cls(schema, settings)
         try:
             retriever.towers.load_state_dict({name.removeprefix("towers."): value for name, value in state.items()})
         except RuntimeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -93,7 +94,7 @@ class Item(Strict):
 
     item_id: Id | None
     value: float | None
-    predictions: dict[str, float]
+    predictions: dict[str, float | None]
 
 
 class RecommendResponse(Strict):
@@ -269,7 +270,9 @@ def create_app(bundle: Path | Funnel | Scorer, config: ServingConfig | None = No
 
 
 def _item(item: ScoredItem) -> dict[str, Any]:
-    return {"item_id": item.item_id, "value": item.value, "predictions": item.predictions}
+    # JSON has no infinite numbers; a regression may overflow to one.
+    predictions = {task: number if math.isfinite(number) else None for task, number in item.predictions.items()}
+    return {"item_id": item.item_id, "value": item.value, "predictions": predictions}
 
 
 def _json(value: Any) -> bytes:
