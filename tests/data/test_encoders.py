@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.preprocessing import QuantileTransformer, StandardScaler
 
-from fullrank.data import encoders as module
-from fullrank.data.encoders import Encoders, Sample, ValueCounts, log2_buckets
+from fullrank.data.encoders import Encoders
 from fullrank.data.hashing import hash_text
+from fullrank.data.transforms import log2_buckets
 from fullrank.schema import (
     Categorical,
     EventId,
@@ -67,20 +67,6 @@ def test_one_value_has_one_id_whatever_type_carries_it() -> None:
     for rows in ([7, 8], [7.0, 8.0], ["7", "8"]):
         assert encoders.transform(pl.DataFrame({"c": rows}))["c"].to_list() == [3, 2]
     assert encoders.transform(pl.DataFrame({"c": [7, 8] * 100}))["c"].to_list() == [3, 2] * 100
-
-
-def test_counts_that_go_through_files_give_the_same_vocabulary(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    in_memory, in_files = ValueCounts(tmp_path / "a"), ValueCounts(tmp_path / "b", most_values=64)
-    for _ in range(20):
-        values = pl.Series((rng.zipf(1.3, 300) % 1000).astype(str))
-        for counts in (in_memory, in_files):
-            counts.add(values, np.ones(300, dtype=np.int64))
-    expected, found = in_memory.vocabulary(2), in_files.vocabulary(2)
-    assert len(expected) > 100
-    assert found.values.equals(expected.values)
-    assert found.counts.equals(expected.counts)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_shared_tables_have_one_vocabulary_over_features_and_events() -> None:
@@ -202,16 +188,6 @@ def test_a_missing_number_is_the_transform_of_the_training_mean(transform: str) 
 
 def test_a_constant_column_does_not_divide_by_zero() -> None:
     assert numbers(Numeric(name="x", transform="standard"), [4.0, 4.0], [4.0, 5.0])["x"].to_list() == [0.0, 1.0]
-
-
-def test_a_sample_of_a_long_stream_is_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SAMPLE_SIZE", 2000)
-    sample = Sample()
-    for start in range(0, 100_000, 1000):
-        sample.add(np.arange(start, start + 1000, dtype=np.float64))
-    quartiles = np.array(sample.quantiles(np.array([0.25, 0.5, 0.75]))) / 100_000
-    # Five standard errors of a quartile of 2000 draws.
-    np.testing.assert_allclose(quartiles, [0.25, 0.5, 0.75], atol=5 * 0.5 / np.sqrt(2000))
 
 
 EVERYTHING = Schema(

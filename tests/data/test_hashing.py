@@ -7,8 +7,7 @@ import polars as pl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullrank.data.encoders import stable_hash
-from fullrank.data.hashing import hash_series, hash_text
+from fullrank.data.hashing import hash_series, hash_text, stable_hash
 
 FROZEN = [0, 3_387_003_161_236_568_110, 755_621_251_303_720_452, 4_274_729_870_443_894_285]
 

@@ -9,127 +9,21 @@ parsed 10^3 times.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from fullrank.data.chunk import Chunk, Coded, Floats, Integers, Jagged, JaggedNumbers, Mask
 from fullrank.data.formats.base import LINE_COLUMN, REJECTED_SCHEMA, RawChunk, as_series
 from fullrank.data.splits import by_name
+from fullrank.data.values import Lists, as_numbers, as_text, dictionary_codes, factorise, lists_of, parsed_times
 from fullrank.schema import Categorical, EventId, MultiCategorical, Schema, Sequence
-
-Integers = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 
 TRUE_PREFIX = "__true_"
 # Seconds since 1970 beyond this are the year 5138: surely milliseconds.
 LATEST_TIMESTAMP = 100_000_000_000
-_FEW_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Coded:
-    """A column as codes into its distinct values.
-
-    Attributes:
-        codes: int32, shape (n,), no nulls.
-        values: shape (u,), distinct; text, or float64 for features that bucket numbers; null is the missing value.
-    """
-
-    codes: Integers
-    values: pl.Series
-
-    def take(self, rows: npt.NDArray[Any]) -> Coded:
-        return Coded(self.codes[rows], self.values)
-
-
-@dataclass(frozen=True)
-class Jagged:
-    """Lists of coded values, possibly shared between rows.
-
-    Attributes:
-        lists: int32, shape (n,): which list each row has.
-        offsets: int32: list i holds elements offsets[i]:offsets[i + 1].
-        elements: codes and distinct values of the elements of all lists.
-    """
-
-    lists: Integers
-    offsets: Integers
-    elements: Coded
-
-    def take(self, rows: npt.NDArray[Any]) -> Jagged:
-        return replace(self, lists=self.lists[rows])
-
-    @property
-    def list_lengths(self) -> Integers:
-        return np.diff(self.offsets)
-
-
-@dataclass(frozen=True)
-class JaggedNumbers:
-    """Lists of numbers: `lists` and `offsets` as in `Jagged`; NaN is missing."""
-
-    lists: Integers
-    offsets: Integers
-    numbers: Floats
-
-    def take(self, rows: npt.NDArray[Any]) -> JaggedNumbers:
-        return replace(self, lists=self.lists[rows])
-
-    @property
-    def list_lengths(self) -> Integers:
-        return np.diff(self.offsets)
-
-
-@dataclass
-class Chunk:
-    """Checked rows.
-
-    Attributes:
-        numbers: of `Numeric` features; NaN is missing.
-        ids: of `Categorical` features.
-        bags: of bags and of the id fields of sequences (`<sequence>.<field>`).
-        event_numbers: of the number fields of sequences.
-        labels: float32; NaN is unobserved.
-        keys: by the key's name in `Keys`.
-        extra: further float columns that are carried through (`__true_<label>`).
-        parts: int8, the split that the source names for each row, when it was asked for.
-        first_line: line of the first row, when `lines` is None.
-        lines: int64, line of each row.
-    """
-
-    rows: int
-    numbers: dict[str, Floats] = field(default_factory=dict)
-    ids: dict[str, Coded] = field(default_factory=dict)
-    bags: dict[str, Jagged] = field(default_factory=dict)
-    event_numbers: dict[str, JaggedNumbers] = field(default_factory=dict)
-    labels: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
-    keys: dict[str, pl.Series] = field(default_factory=dict)
-    extra: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
-    parts: npt.NDArray[np.int8] | None = None
-    first_line: int = 1
-    lines: npt.NDArray[np.int64] | None = None
-
-    def line(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        return self.lines[rows] if self.lines is not None else (rows + self.first_line).astype(np.int64)
-
-    def take(self, rows: npt.NDArray[np.int64]) -> Chunk:
-        return Chunk(
-            rows=len(rows),
-            numbers={name: values[rows] for name, values in self.numbers.items()},
-            ids={name: column.take(rows) for name, column in self.ids.items()},
-            bags={name: column.take(rows) for name, column in self.bags.items()},
-            event_numbers={name: column.take(rows) for name, column in self.event_numbers.items()},
-            labels={name: values[rows] for name, values in self.labels.items()},
-            keys={name: values.gather(rows) for name, values in self.keys.items()},
-            extra={name: values[rows] for name, values in self.extra.items()},
-            parts=None if self.parts is None else self.parts[rows],
-            lines=self.line(rows),
-        )
 
 
 def raw_columns(schema: Schema, available: list[str] | None = None) -> dict[str, str]:
@@ -259,53 +153,6 @@ def _without_bad_rows(source: _Source, chunk: Chunk) -> tuple[Chunk, pl.DataFram
     return chunk.take(np.flatnonzero(good)), table.sort("row").drop("row").cast(REJECTED_SCHEMA)  # type: ignore[arg-type]
 
 
-def factorise(column: pl.Series) -> tuple[Integers, pl.Series]:
-    """Codes (int32, no nulls) and values of a column; the values are distinct unless there are only a few rows."""
-    if column.dtype in (pl.Categorical, pl.Enum) or column.dtype.is_temporal():
-        column = column.cast(pl.String)
-    if column.dtype.is_nested() or column.dtype == pl.Binary or column.dtype == pl.Object:
-        raise ValueError(f'column "{column.name}" holds {column.dtype}, expected one text or number per row')
-    if column.dtype == pl.Null:
-        return np.zeros(len(column), np.int32), pl.Series(column.name, [None], dtype=pl.String)
-    if len(column) <= _FEW_ROWS:
-        return np.arange(len(column), dtype=np.int32), column
-    if column.dtype == pl.Boolean:
-        column = column.cast(pl.String)
-    coded = column.rechunk().to_arrow().dictionary_encode("encode")
-    return coded.indices.to_numpy(), as_series(coded.dictionary, column.name)
-
-
-def as_text(values: pl.Series) -> pl.Series:
-    """The text that stands for each value in vocabularies and hashes: integral floats read like integers, and the
-    empty text is missing."""
-    if values.dtype == pl.String:
-        return values.replace("", None) if (values == "").any() else values
-    if values.dtype.is_float():
-        whole = values.is_finite() & (values == values.floor()) & (values.abs() < 2**53)
-        text = values.fill_nan(None).cast(pl.String)
-        if whole.any():
-            integers = values.cast(pl.Int64, strict=False).cast(pl.String)
-            text = text.to_frame("text").select(pl.when(whole).then(integers).otherwise(pl.col("text"))).to_series()
-        return text
-    return values.cast(pl.String)
-
-
-def as_numbers(values: pl.Series) -> tuple[Floats, Mask, Mask]:
-    """Numbers (NaN where missing or wrong), which values are no numbers, and which are no finite numbers."""
-    blank = as_text(values) if values.dtype == pl.String else values
-    if values.dtype.is_nested() or values.dtype == pl.Binary or values.dtype.is_temporal():
-        raise ValueError(f'column "{values.name}" holds {values.dtype}, expected a number per row')
-    parsed = blank.cast(pl.Float64, strict=False)
-    none = np.zeros(len(values), dtype=bool)
-    wrong = (parsed.is_null() & blank.is_not_null()).to_numpy() if parsed.null_count() > blank.null_count() else none
-    finite = parsed.is_finite()
-    infinite = none if finite.all() else (~finite).fill_null(False).to_numpy()
-    numbers = parsed.fill_null(float("nan")).to_numpy()
-    if infinite.any():
-        numbers = np.where(infinite, np.nan, numbers)
-    return numbers, wrong, infinite
-
-
 def _numbers(source: _Source, name: str) -> Floats:
     column = source.series(name)
     numbers, wrong, infinite = as_numbers(column)
@@ -355,79 +202,34 @@ def _empty_lists(rows: int) -> Jagged:
     return Jagged(zeros, np.zeros(2, np.int32), Coded(np.zeros(0, np.int32), pl.Series([], dtype=pl.String)))
 
 
-def _split(column: pl.Series, separator: str) -> pl.Series:
-    """Lists of a column of lists, or of text joined with a separator; the empty text is the empty list."""
-    if isinstance(column.dtype, (pl.List, pl.Array)):
-        return column.cast(pl.List(column.dtype.inner)) if isinstance(column.dtype, pl.Array) else column
-    if column.dtype != pl.String:
-        column = as_text(column)
-    lists = column.str.split(separator)
-    empty = column.is_null() | (column == "")
-    if empty.any():
-        nothing = pl.Series([[]], dtype=pl.List(pl.String))
-        lists = lists.to_frame("lists").select(pl.when(~empty).then(pl.col("lists")).otherwise(nothing)).to_series()
-    return lists
-
-
-def _list_parts(lists: pl.Series) -> tuple[Integers, pl.Series]:
-    """Offsets and elements of a column of lists; a null list is empty."""
-    array = lists.rechunk().to_arrow()
-    lengths = array.value_lengths()
-    offsets = np.zeros(len(lists) + 1, np.int32)
-    np.cumsum(lengths.fill_null(0).to_numpy(), out=offsets[1:])
-    return offsets, as_series(array.flatten(), lists.name)
-
-
-def _cut(lists: pl.Series, max_length: int, *, newest: bool) -> pl.Series:
-    if (lists.list.len().max() or 0) <= max_length:  # type: ignore[operator]
-        return lists
-    return lists.list.tail(max_length) if newest else lists.list.head(max_length)
-
-
-def _elements(
-    source: _Source,
-    column: str,
-    rows: Integers,
-    offsets: Integers,
-    values: pl.Series,
-    feature: MultiCategorical | EventId,
-) -> Coded:
-    codes, distinct = factorise(values)
+def _elements(source: _Source, column: str, rows: Integers, lists: Lists, feature: MultiCategorical | EventId) -> Coded:
+    codes, distinct = dictionary_codes(lists.elements, column)
     checked, wrong, reason = _checked_values(distinct, feature)
-    if wrong is not None:
-        _reject_lists(source, column, rows, offsets, values, wrong[codes], reason)
+    if wrong is not None and wrong.any():
+        _reject_lists(source, column, rows, lists, wrong[codes], reason)
     return Coded(codes, checked)
 
 
-def _reject_lists(
-    source: _Source, column: str, rows: Integers, offsets: Integers, values: pl.Series, wrong: Mask, reason: str
-) -> None:
+def _reject_lists(source: _Source, column: str, rows: Integers, lists: Lists, wrong: Mask, reason: str) -> None:
     """Note the rows whose list has a wrong element; the first one is the value in the report."""
     if wrong.any():
+        offsets = lists.offsets
         before = np.concatenate([[0], np.cumsum(wrong)])
         bad_lists = before[offsets[1:]] > before[offsets[:-1]]
         first = np.searchsorted(before, before[offsets[:-1]] + 1) - 1
-        shown = values.cast(pl.String, strict=False).gather(np.minimum(first, len(values) - 1))
+        texts = as_series(lists.elements, column).cast(pl.String, strict=False)
+        shown = texts.gather(np.minimum(first, len(texts) - 1))
         source.reject(bad_lists[rows], column, reason, lambda: shown.gather(rows))
 
 
 def _bag(source: _Source, bag: MultiCategorical) -> Jagged:
     column = source.frame[bag.name]
-    if bag.name in source.dictionaries:
-        rows, distinct = column.to_numpy(), source.dictionaries[bag.name]
-    elif isinstance(column.dtype, (pl.List, pl.Array)):
+    if isinstance(column.dtype, (pl.List, pl.Array)):
         rows, distinct = np.arange(source.rows, dtype=np.int32), column
     else:
-        rows, distinct = factorise(column)
-    lists = _split(distinct, bag.separator)
-    if lists.list.eval(pl.element().cast(pl.String) == "").list.any().any() if _is_text_list(lists) else False:
-        lists = lists.list.eval(pl.element().filter(pl.element() != ""))
-    offsets, values = _list_parts(_cut(lists, bag.max_length, newest=False))
-    return Jagged(rows, offsets, _elements(source, bag.name, rows, offsets, values, bag))
-
-
-def _is_text_list(lists: pl.Series) -> bool:
-    return isinstance(lists.dtype, pl.List) and lists.dtype.inner == pl.String
+        rows, distinct = source.coded(bag.name)
+    lists = lists_of(distinct, bag.separator).without_empty_texts().cut(bag.max_length, newest=False)
+    return Jagged(rows, lists.offsets, _elements(source, bag.name, rows, lists, bag))
 
 
 def _sequence(source: _Source, chunk: Chunk, sequence: Sequence, names: Mapping[str, str], absent: set[str]) -> None:
@@ -450,16 +252,16 @@ def _sequence(source: _Source, chunk: Chunk, sequence: Sequence, names: Mapping[
             rows, distinct = (source.frame[stored].to_numpy(), source.dictionaries[stored])
         else:
             rows, distinct = (np.arange(source.rows, dtype=np.int32), source.frame[stored])
-        lists = _split(distinct, sequence.separator)
-        lengths[name] = lists.list.len().fill_null(0).to_numpy().astype(np.int32)[rows]
-        offsets, values = _list_parts(_cut(lists, sequence.max_length, newest=True))
+        whole = lists_of(distinct, sequence.separator)
+        lengths[name] = whole.lengths[rows]
+        lists = whole.cut(sequence.max_length, newest=True)
         if isinstance(part, EventId):
-            chunk.bags[name] = Jagged(rows, offsets, _elements(source, name, rows, offsets, values, part))
+            chunk.bags[name] = Jagged(rows, lists.offsets, _elements(source, name, rows, lists, part))
         else:
-            numbers, wrong, infinite = as_numbers(values)
+            numbers, wrong, infinite = as_numbers(as_series(lists.elements, name))
             for mask, reason in ((wrong, "not a number"), (infinite, "not a finite number")):
-                _reject_lists(source, name, rows, offsets, values, mask, reason)
-            chunk.event_numbers[name] = JaggedNumbers(rows, offsets, numbers)
+                _reject_lists(source, name, rows, lists, mask, reason)
+            chunk.event_numbers[name] = JaggedNumbers(rows, lists.offsets, numbers)
     for name, each in lengths.items():
         first, expected = next(iter(lengths.items()))
         differ = each != expected
@@ -504,7 +306,7 @@ def _timestamps(source: _Source, name: str) -> pl.Series:
     elif values.dtype == pl.String:
         seconds = values.cast(pl.Int64, strict=False)
         if seconds.null_count():
-            seconds = seconds.zip_with(seconds.is_not_null(), _parsed_times(values))
+            seconds = seconds.zip_with(seconds.is_not_null(), parsed_times(values))
     else:
         numbers = values.cast(pl.Float64, strict=False)
         seconds = numbers.fill_nan(None).floor().cast(pl.Int64, strict=False)
@@ -512,21 +314,3 @@ def _timestamps(source: _Source, name: str) -> pl.Series:
     late = (seconds.abs() >= LATEST_TIMESTAMP).fill_null(False).to_numpy()
     source.reject_codes(codes, values, late, name, "timestamp is not in seconds since 1970")
     return seconds.gather(codes)
-
-
-def _parsed_times(column: pl.Series) -> pl.Series:
-    """Seconds since 1970 of texts such as `2014-10-21 05:00:00`, `2014-10-21T05:00:00Z`, `2014-10-21` or `12.5`;
-    null where none fits."""
-    text = column.str.strip_chars().str.strip_suffix("Z").str.replace("T", " ", literal=True)
-    result = column.cast(pl.Float64, strict=False)
-    result = result.zip_with(result.is_finite().fill_null(False), pl.Series([None] * len(text), dtype=pl.Float64))
-    seconds = result.floor().cast(pl.Int64, strict=False)
-    for layout in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d"):
-        if not seconds.null_count():
-            break
-        if layout == "%Y-%m-%d":
-            parsed = text.str.to_date(layout, strict=False).cast(pl.Datetime("ms"))
-        else:
-            parsed = text.str.to_datetime(layout, time_unit="ms", strict=False)
-        seconds = seconds.zip_with(seconds.is_not_null(), parsed.dt.epoch("s"))
-    return seconds

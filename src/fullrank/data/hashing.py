@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from fullrank.data.values import as_text, text_bytes
+
 Hashes = npt.NDArray[np.uint64]
 
 _MASK = (1 << 64) - 1
@@ -34,35 +36,31 @@ def hash_text(text: str) -> int:
 
 def hash_series(values: pl.Series) -> Hashes:
     """Hash of each text of a String column; what stands at nulls has no meaning."""
-    array = values.rechunk().to_arrow()
-    buffers = array.buffers()
-    offsets = np.frombuffer(buffers[1], dtype=np.int64)[array.offset : array.offset + len(array) + 1]
-    if len(array) == 0:
+    text, offsets = text_bytes(values)
+    if len(values) == 0:
         return np.zeros(0, dtype=np.uint64)
-    begin, end = int(offsets[0]), int(offsets[-1])
-    text = np.frombuffer(buffers[2], dtype=np.uint8)[begin:end] if buffers[2] is not None else np.zeros(0, np.uint8)
     data = np.concatenate([text, np.zeros(8, dtype=np.uint8)])
     # One unaligned little-endian word at every byte.
     words = np.ndarray(shape=(len(data) - 7,), dtype="<u8", buffer=data.data, strides=(1,))
-    starts = offsets[:-1] - begin
+    starts = offsets[:-1]
     lengths = np.diff(offsets)
     with np.errstate(over="ignore"):
-        state = lengths.astype(np.uint64) * np.uint64(_GOLDEN)
-        rows = np.arange(len(array))
-        done = 0
-        while True:
-            keep = lengths > done
-            if not keep.all():
-                rows, starts, lengths = rows[keep], starts[keep], lengths[keep]
-            if len(rows) == 0:
-                break
-            word = words[starts + done] & _KEEP[np.minimum(lengths - done, 8)]
-            mixed = (state[rows] ^ word) * np.uint64(_MIX_1)
-            state[rows] = mixed ^ (mixed >> np.uint64(32))
+        # The empty text starts from 0 and stays there.
+        state = _absorb(lengths.astype(np.uint64) * np.uint64(_GOLDEN), words[starts], lengths)
+        done, rows = 8, np.flatnonzero(lengths > 8)
+        while len(rows):
+            state[rows] = _absorb(state[rows], words[starts[rows] + done], lengths[rows] - done)
             done += 8
+            rows = rows[lengths[rows] > done]
         state ^= state >> np.uint64(33)
         state *= np.uint64(_MIX_2)
         return state ^ (state >> np.uint64(29))
+
+
+def _absorb(state: Hashes, words: Hashes, bytes_left: npt.NDArray[np.int64]) -> Hashes:
+    """Mix in one word of each text, of which the bytes beyond the text's end do not count."""
+    state = (state ^ (words & _KEEP[np.minimum(bytes_left, 8)])) * np.uint64(_MIX_1)
+    return state ^ (state >> np.uint64(32))
 
 
 def splitmix(numbers: Hashes) -> Hashes:
@@ -72,3 +70,13 @@ def splitmix(numbers: Hashes) -> Hashes:
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return state ^ (state >> np.uint64(31))
+
+
+def stable_hash(values: pl.Series) -> pl.Series:
+    """64-bit hash (UInt64) of each value's text; null stays null. Equal on every machine, version and process.
+
+    Integers hash like their decimal text, and integral floats like integers, so that 42, 42.0 and "42" agree.
+    """
+    text = as_text(values)
+    hashes = pl.Series(values.name, hash_series(text), dtype=pl.UInt64)
+    return hashes.zip_with(text.is_not_null(), pl.Series([None], dtype=pl.UInt64)) if text.null_count() else hashes

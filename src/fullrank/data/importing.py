@@ -13,13 +13,14 @@ import polars as pl
 
 from fullrank.data import atomic
 from fullrank.data.building import DatasetBuilder
-from fullrank.data.checks import Chunk, check
+from fullrank.data.checks import check
+from fullrank.data.chunk import Chunk
 from fullrank.data.dataset import Dataset
-from fullrank.data.encoders import stable_hash
 from fullrank.data.formats import open_format
 from fullrank.data.formats.base import RawChunk, SplitsRows
 from fullrank.data.formats.delimited import Csv, ParquetLog
 from fullrank.data.formats.published import fingerprints
+from fullrank.data.hashing import stable_hash
 from fullrank.data.held_out import validation
 from fullrank.data.splits import TRAIN, Parts, SplitSpec, by_hash
 from fullrank.schema import Schema

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from fullrank.data.checks import as_numbers, as_text
+from fullrank.data.values import as_numbers, as_text
 from fullrank.schema import (
     Categorical,
     EventId,

@@ -20,7 +20,8 @@ import torch
 
 from fullrank.batch import Batch
 from fullrank.data.dataset import Dataset
-from fullrank.data.encoders import KEY_COLUMNS, stable_hash
+from fullrank.data.encoders import KEY_COLUMNS
+from fullrank.data.hashing import stable_hash
 from fullrank.schema import Schema
 
 if TYPE_CHECKING:

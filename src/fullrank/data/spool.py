@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from fullrank.data.checks import Chunk, Coded, Jagged, JaggedNumbers
+from fullrank.data.chunk import Chunk, Coded, Jagged, JaggedNumbers
 from fullrank.data.formats.base import as_series
 
 # Checked rows stay in memory up to this size.

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from fullrank.data.checks import as_text
+from fullrank.data.values import as_text
 
 _LARGEST_INTEGER = 2**63 - 1
 
