@@ -1,101 +1,26 @@
 """Encoded Parquet to batches: shuffled, prefetched by threads, resumable at any batch."""
 
-# Shapes: R decoded rows, B rows of a batch, N numeric columns, F single-id features, K jagged keys, E event-number
-# keys, T tasks.
-
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from fullrank.batch import Batch
 from fullrank.data.dataset import Dataset
-from fullrank.data.encoders import KEY_COLUMNS
-from fullrank.data.hashing import stable_hash
+from fullrank.data.decoding import Decoder, Ints, Rows, bytes_of, columns_of, concatenated
 from fullrank.schema import Schema
-
-if TYPE_CHECKING:
-    import polars as pl
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int32]
-Longs = npt.NDArray[np.int64]
-Number = TypeVar("Number", bound=np.generic)
 
 MEMORY_LIMIT = 1 << 30
 # Batches that each worker has ready, or in the making, before they are asked for.
 AHEAD = 3
-
-
-class Jagged(NamedTuple):
-    """Lists of K keys: row r of key k is `values[offsets_KR1[k, r] : offsets_KR1[k, r + 1]]`."""
-
-    values: npt.NDArray[Any]
-    offsets_KR1: npt.NDArray[Any]
-
-    def gather(self, rows: Longs | slice, dtype: npt.DTypeLike) -> tuple[npt.NDArray[Any], Longs]:
-        """Values and lengths_KB of some rows, laid out as `Batch` wants them, without a loop over rows."""
-        if isinstance(rows, slice):
-            starts_KB = self.offsets_KR1[:, rows]
-            ends_KB = self.offsets_KR1[:, rows.start + 1 : rows.stop + 1]
-        else:
-            starts_KB = self.offsets_KR1.take(rows, axis=1)
-            ends_KB = self.offsets_KR1.take(rows + 1, axis=1)
-        lengths_KB = (ends_KB - starts_KB).astype(np.int64)
-        lengths = lengths_KB.ravel()
-        # Place of each value: where its list begins in the store, plus how far it is into the list.
-        shift = starts_KB.ravel() - (lengths.cumsum() - lengths)
-        places = np.repeat(shift, lengths)
-        places += np.arange(len(places))
-        return self.values.take(places).astype(dtype, copy=False), lengths_KB
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Decoded rows in a compact form: 4 bytes a number or id, row after row."""
-
-    numeric_RN: Floats
-    ids_RF: Ints
-    labels_RT: Floats
-    jagged: Jagged
-    events: Jagged
-    weights_R: Floats | None
-    timestamp_R: Longs | None
-    user_R: Longs | None
-
-    def batch(self, rows: Longs | slice, schema: Schema) -> Batch:
-        """Some rows, in the given order, as a batch."""
-        jagged_values, jagged_lengths_KB = self.jagged.gather(rows, np.int64)
-        event_values, event_lengths_EB = self.events.gather(rows, np.float32)
-
-        def of(store: npt.NDArray[Any]) -> torch.Tensor:
-            return torch.from_numpy(store[rows].copy() if isinstance(rows, slice) else store.take(rows, axis=0))
-
-        ids = self.ids_RF[rows] if isinstance(rows, slice) else self.ids_RF.take(rows, axis=0)
-        return Batch(
-            numeric_BN=of(self.numeric_RN),
-            ids_BF=torch.from_numpy(ids.astype(np.int64)),
-            jagged_keys=schema.jagged_keys,
-            jagged_values=torch.from_numpy(jagged_values),
-            jagged_lengths_KB=torch.from_numpy(jagged_lengths_KB),
-            event_keys=schema.event_number_keys,
-            event_values=torch.from_numpy(event_values),
-            event_lengths_EB=torch.from_numpy(event_lengths_EB),
-            labels_BT=of(self.labels_RT),
-            weights_B=None if self.weights_R is None else of(self.weights_R),
-            timestamp_B=None if self.timestamp_R is None else of(self.timestamp_R),
-            user_B=None if self.user_R is None else of(self.user_R),
-        )
 
 
 def batch_from_frame(frame: pl.DataFrame, schema: Schema) -> Batch:
@@ -106,8 +31,8 @@ def batch_from_frame(frame: pl.DataFrame, schema: Schema) -> Batch:
     Raises:
         ValueError: if a feature's column is absent, has another type, or holds an impossible value.
     """
-    columns = [name for name in _columns(schema) if name in frame.columns]
-    decoder = _Decoder(schema, frame.height, columns, "frame")
+    columns = [name for name in columns_of(schema) if name in frame.columns]
+    decoder = Decoder(schema, frame.height, columns, "frame")
     decoder.add(frame.select(columns).to_arrow())
     return decoder.finish().batch(slice(0, frame.height), schema)
 
@@ -159,7 +84,7 @@ class Loader:
         self.seed = seed
         self.workers = workers
         self.drop_last = drop_last
-        self._columns = _columns(self.schema)
+        self._columns = columns_of(self.schema)
         self._groups: list[_RowGroup] = []
         size = 0
         for path in dataset.shards(split):
@@ -172,7 +97,7 @@ class Loader:
                 group = metadata.row_group(index)
                 self._groups.append(_RowGroup(path, index, group.num_rows))
                 counts = {name: group.column(i).num_values for i, name in enumerate(leaves)}
-                size += sum(_bytes(name) * counts[name] for name in self._columns)
+                size += sum(bytes_of(name) * counts[name] for name in self._columns)
                 size += 4 * group.num_rows * len((*self.schema.jagged_keys, *self.schema.event_number_keys))
         self.rows = sum(group.rows for group in self._groups)
         self.in_memory = size <= memory_limit
@@ -253,7 +178,7 @@ class Loader:
         return rows, order
 
     def _decode(self, groups: Sequence[_RowGroup]) -> Rows:
-        decoder = _Decoder(self.schema, sum(group.rows for group in groups), self._columns, "")
+        decoder = Decoder(self.schema, sum(group.rows for group in groups), self._columns, "")
         path, file = None, None
         for group in groups:
             if group.path != path:
@@ -315,7 +240,7 @@ class Loader:
                 if part.window.index not in loaded:
                     loaded[part.window.index] = self._load(part.window, epoch)
                 pieces.append(self._piece(part, *loaded[part.window.index]))
-            yield _concat(pieces)
+            yield concatenated(pieces)
 
     def _jobs(self, windows: list[_Window], first: int) -> Iterator[list[_Part]]:
         """The parts of each batch from number `first` on: a batch may reach over the end of a window."""
@@ -334,7 +259,7 @@ class Loader:
             yield parts
 
     def _assemble(self, job: list[_Part], sources: list[Future[tuple[Rows, Ints | None]]]) -> Batch:
-        return _concat([self._piece(part, *source.result()) for part, source in zip(job, sources, strict=True)])
+        return concatenated([self._piece(part, *source.result()) for part, source in zip(job, sources, strict=True)])
 
     def _piece(self, part: _Part, rows: Rows, order: Ints | None) -> Batch:
         if order is None:
@@ -362,186 +287,3 @@ class _Part(NamedTuple):
     window: _Window
     begin: int
     end: int
-
-
-def _columns(schema: Schema) -> list[str]:
-    """Columns of a shard that a batch of this schema is made of."""
-    names = [*schema.numeric_columns, *schema.embedded(), *schema.event_number_keys]
-    names += [label.name for label in schema.labels]
-    keys = ("user_id", "timestamp", "weight")
-    return names + [KEY_COLUMNS[key] for key in keys if getattr(schema.keys, key) is not None]
-
-
-def _bytes(column: str) -> int:
-    return 8 if column in (KEY_COLUMNS["user_id"], KEY_COLUMNS["timestamp"]) else 4
-
-
-class _Decoder:
-    """Fills the compact store of a known number of rows from Arrow tables, and checks every value on the way."""
-
-    def __init__(self, schema: Schema, rows: int, columns: Sequence[str], place: str) -> None:
-        self.schema = schema
-        self.place = place
-        self._present = set(columns)
-        self._done = 0
-        self._numeric_RN = np.empty((rows, len(schema.numeric_columns)), dtype=np.float32)
-        self._ids_RF = np.empty((rows, len(schema.categorical)), dtype=np.int32)
-        self._labels_RT = np.full((rows, len(schema.labels)), np.nan, dtype=np.float32)
-        self._weights_R = np.empty(rows, dtype=np.float32) if KEY_COLUMNS["weight"] in columns else None
-        self._timestamp_R = np.empty(rows, dtype=np.int64) if KEY_COLUMNS["timestamp"] in columns else None
-        self._user_R = np.empty(rows, dtype=np.int64) if KEY_COLUMNS["user_id"] in columns else None
-        self._lists: dict[str, list[npt.NDArray[Any]]] = {
-            name: [] for name in (*schema.jagged_keys, *schema.event_number_keys)
-        }
-        self._lengths = {name: np.zeros(rows, dtype=np.int32) for name in self._lists}
-        self._sizes = {name: feature.num_embeddings for name, feature in schema.embedded().items()}
-
-    def add(self, table: pa.Table) -> None:
-        begin, end = self._done, self._done + table.num_rows
-        self._done = end
-        for place, name in enumerate(self.schema.numeric_columns):
-            values = self._flat(table, name, np.float32)
-            if not np.isfinite(values).all():
-                raise ValueError(f'{self.place}: column "{name}" has NaN or infinity, expected finite numbers')
-            self._numeric_RN[begin:end, place] = values
-        for place, feature in enumerate(self.schema.categorical):
-            ids = self._flat(table, feature.name, np.int32)
-            self._check_ids(feature.name, ids)
-            self._ids_RF[begin:end, place] = ids
-        for place, label in enumerate(self.schema.labels):
-            if label.name not in self._present:
-                continue
-            values = self._flat(table, label.name, np.float32, nulls=True)
-            if label.kind == "binary" and ((values < 0) | (values > 1)).any():
-                raise ValueError(f'{self.place}: label "{label.name}" has values outside [0, 1]')
-            self._labels_RT[begin:end, place] = values
-        for name in self._lists:
-            event = name in self.schema.event_number_keys
-            dtype = np.float32 if event else np.int32
-            offsets, values = self._list(table, name, dtype)
-            if event and not np.isfinite(values).all():
-                raise ValueError(f'{self.place}: column "{name}" has NaN or infinity, expected finite numbers')
-            if not event:
-                self._check_ids(name, values)
-            self._lengths[name][begin:end] = np.diff(offsets)
-            self._lists[name].append(values.copy())  # not a view, so that Arrow's memory can go
-        if self._weights_R is not None:
-            weights = self._weights_R[begin:end] = self._flat(table, KEY_COLUMNS["weight"], np.float32)
-            if not (np.isfinite(weights) & (weights >= 0)).all():
-                raise ValueError(f'{self.place}: column "__weight" has values that are not finite and >= 0')
-        if self._timestamp_R is not None:
-            self._timestamp_R[begin:end] = self._flat(table, KEY_COLUMNS["timestamp"], np.int64)
-        if self._user_R is not None:
-            self._user_R[begin:end] = _user_keys(self._column(table, KEY_COLUMNS["user_id"]))
-
-    def finish(self) -> Rows:
-        for sequence in self.schema.sequences:
-            first, *others = (sequence.column(field) for field in sequence.fields)
-            for other in others:
-                if not np.array_equal(self._lengths[first], self._lengths[other]):
-                    raise ValueError(
-                        f'{self.place}: columns "{first}" and "{other}" of one sequence have lists of unequal length'
-                    )
-        return Rows(
-            self._numeric_RN,
-            self._ids_RF,
-            self._labels_RT,
-            self._join(self.schema.jagged_keys, np.int32),
-            self._join(self.schema.event_number_keys, np.float32),
-            self._weights_R,
-            self._timestamp_R,
-            self._user_R,
-        )
-
-    def _join(self, keys: tuple[str, ...], dtype: npt.DTypeLike) -> Jagged:
-        rows = self._ids_RF.shape[0]
-        total = sum(len(piece) for name in keys for piece in self._lists[name])
-        values = np.empty(total, dtype=dtype)
-        offsets_KR1 = np.zeros((len(keys), rows + 1), dtype=np.int32 if total < 2**31 else np.int64)
-        begin = 0
-        for place, name in enumerate(keys):
-            np.cumsum(self._lengths.pop(name), out=offsets_KR1[place, 1:])
-            offsets_KR1[place] += begin
-            pieces = deque(self._lists.pop(name))
-            while pieces:  # each piece is let go once copied, so that the lists are never in memory twice
-                piece = pieces.popleft()
-                values[begin : begin + len(piece)] = piece
-                begin += len(piece)
-        return Jagged(values, offsets_KR1)
-
-    def _column(self, table: pa.Table, name: str) -> Any:
-        if name not in self._present:
-            raise ValueError(f'{self.place}: column "{name}" is missing')
-        column = table.column(name)
-        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-    def _flat(self, table: pa.Table, name: str, dtype: type[Number], *, nulls: bool = False) -> npt.NDArray[Number]:
-        column = self._column(table, name)
-        if column.null_count and not nulls:
-            raise ValueError(f'{self.place}: column "{name}" has nulls')
-        values: npt.NDArray[Number] = column.to_numpy(zero_copy_only=False)
-        if values.dtype != dtype:
-            raise ValueError(f'{self.place}: column "{name}" is {column.type}, expected {np.dtype(dtype).name}')
-        return values
-
-    def _list(self, table: pa.Table, name: str, dtype: type[np.generic]) -> tuple[Longs, npt.NDArray[Any]]:
-        column = self._column(table, name)
-        expected = np.dtype(dtype).name
-        if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-            raise ValueError(f'{self.place}: column "{name}" is {column.type}, expected lists of {expected}')
-        if column.null_count:
-            raise ValueError(f'{self.place}: column "{name}" has nulls, expected lists (an empty one for no value)')
-        flat = column.flatten()
-        if flat.null_count or flat.type != pa.from_numpy_dtype(dtype):
-            found = "nulls in its lists" if flat.null_count else f"lists of {flat.type}"
-            raise ValueError(f'{self.place}: column "{name}" has {found}, expected lists of {expected}')
-        return column.offsets.to_numpy(), flat.to_numpy(zero_copy_only=False)
-
-    def _check_ids(self, name: str, ids: npt.NDArray[Any]) -> None:
-        size = self._sizes[name]
-        if size is not None and len(ids) and (ids.min() < 0 or ids.max() >= size):
-            bad = ids[(ids < 0) | (ids >= size)][0]
-            raise ValueError(f'{self.place}: column "{name}" has id {bad}, expected 0 to {size - 1}')
-
-
-def _user_keys(column: pa.Array) -> Longs:
-    """One number per user; 0 for rows without one."""
-    if pa.types.is_integer(column.type):
-        return np.asarray(column.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64))
-    import polars as pl
-
-    hashes = stable_hash(pl.Series("user", pl.from_arrow(column))).fill_null(0)
-    return np.asarray(hashes.to_numpy().view(np.int64))
-
-
-def _concat(batches: list[Batch]) -> Batch:
-    """Batches of equal columns, one after the other."""
-    if len(batches) == 1:
-        return batches[0]
-
-    def jagged(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        split = [torch.split(values, lengths_KB.sum(1).tolist()) for values, lengths_KB in pieces]
-        by_key = [piece[key] for key in range(len(split[0])) for piece in split]
-        values = torch.cat(by_key) if by_key else pieces[0][0]
-        return values, torch.cat([lengths_KB for _, lengths_KB in pieces], 1)
-
-    def rows(name: str) -> Any:
-        parts = [getattr(batch, name) for batch in batches]
-        return None if parts[0] is None else torch.cat(parts)
-
-    jagged_values, jagged_lengths_KB = jagged([(batch.jagged_values, batch.jagged_lengths_KB) for batch in batches])
-    event_values, event_lengths_EB = jagged([(batch.event_values, batch.event_lengths_EB) for batch in batches])
-    return Batch(
-        numeric_BN=rows("numeric_BN"),
-        ids_BF=rows("ids_BF"),
-        jagged_keys=batches[0].jagged_keys,
-        jagged_values=jagged_values,
-        jagged_lengths_KB=jagged_lengths_KB,
-        event_keys=batches[0].event_keys,
-        event_values=event_values,
-        event_lengths_EB=event_lengths_EB,
-        labels_BT=rows("labels_BT"),
-        weights_B=rows("weights_B"),
-        timestamp_B=rows("timestamp_B"),
-        user_B=rows("user_B"),
-    )
