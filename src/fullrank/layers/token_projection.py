@@ -1,6 +1,6 @@
-"""Linear maps over the token axis: every output token is a learned mixture of the input tokens."""
+"""Linear maps to tokens: from tokens, as learned mixtures over their axis, or from a flat vector."""
 
-# Shapes: B rows, N input tokens, O output tokens, D width.
+# Shapes: B rows, N input tokens, O output tokens, D width, I width of a flat input.
 
 from __future__ import annotations
 
@@ -28,3 +28,18 @@ class TokenProjection(nn.Module):
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
         return project_tokens(tokens_BND, self.weight_ON)
+
+
+class FlatToTokens(nn.Module):
+    """A linear layer whose output is read as tokens: (B, I) to (B, O, D)."""
+
+    def __init__(self, in_features: int, out_tokens: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.linear = nn.Linear(in_features, out_tokens * width)
+        nn.init.xavier_normal_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        flat: Tensor = self.linear(x_BI)
+        return flat.view(len(flat), -1, self.width)

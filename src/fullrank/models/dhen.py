@@ -1,7 +1,6 @@
 """DHEN: layers in which different interaction modules see the same tokens, and the next layer crosses their outputs."""
 
-# Shapes: B rows, M tokens of a layer, L tokens of one module, Y output tokens, D width, P = M(M+1)/2 pairs, C channels,
-# I = M·D flat input, O = L·D flat output.
+# Shapes: B rows, M tokens of a layer, L tokens of one module, Y output tokens, D width, I = M·D flat input.
 
 from __future__ import annotations
 
@@ -17,7 +16,8 @@ from torch.nn import functional as F
 from fullrank.batch import Batch
 from fullrank.layers.attention import MultiHeadAttention
 from fullrank.layers.mlp import MLP
-from fullrank.layers.token_projection import TokenProjection
+from fullrank.layers.token_pairs import TokenPairs
+from fullrank.layers.token_projection import FlatToTokens, TokenProjection
 from fullrank.layers.tokens import FeatureTokens
 from fullrank.models.base import Ranker, RankerOutput
 from fullrank.models.wukong import FactorizationMachineBlock
@@ -153,35 +153,6 @@ class WukongInteraction(nn.Module):
     def forward(self, tokens_BMD: Tensor) -> Tensor:
         fm_BLD: Tensor = self.fm(tokens_BMD)
         return fm_BLD if self.linear is None else torch.cat([fm_BLD, self.linear(tokens_BMD)], 1)
-
-
-class TokenPairs(nn.Module):
-    """Dot products of tokens i <= j, shape (B, P)."""
-
-    def __init__(self, num_tokens: int) -> None:
-        super().__init__()
-        row, column = torch.triu_indices(num_tokens, num_tokens)
-        self.register_buffer("places", row * num_tokens + column, persistent=False)
-        self.out_features = len(row)
-
-    def forward(self, tokens_BMD: Tensor) -> Tensor:
-        dots_BMM = torch.bmm(tokens_BMD, tokens_BMD.transpose(1, 2))
-        return dots_BMM.flatten(1).index_select(1, self.get_buffer("places"))
-
-
-class FlatToTokens(nn.Module):
-    """The projection W_m of a module whose output is flat: (B, h) to (B, L, D)."""
-
-    def __init__(self, in_features: int, num_out_tokens: int, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.linear = nn.Linear(in_features, num_out_tokens * width)
-        nn.init.xavier_normal_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, x_BI: Tensor) -> Tensor:
-        x_BO: Tensor = self.linear(x_BI)
-        return x_BO.view(len(x_BO), -1, self.width)
 
 
 # A factory is called as factory(num_tokens=M, num_out_tokens=L, width=D, **options) and gives (B, M, D) -> (B, L, D).
@@ -322,7 +293,7 @@ class DHEN(Ranker):
             hidden: widths of the MLP above the stack.
         """
 
-        embedding_init: float = 0.1
+        embedding_init: float = 0.001
         layers: tuple[tuple[str, ...], ...] = Field(default=(("dlrm", "linear"),) * 3, min_length=1)
         num_out_tokens: int = Field(default=16, ge=1)
         ensemble: Ensemble = "concat"

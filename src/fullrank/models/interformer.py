@@ -23,9 +23,10 @@ from fullrank.layers.attention import (
 )
 from fullrank.layers.histories import FeaturesAndHistories, latest
 from fullrank.layers.mlp import MLP
-from fullrank.layers.token_projection import TokenProjection
+from fullrank.layers.token_pairs import TokenPairs
+from fullrank.layers.token_projection import FlatToTokens, TokenProjection
 from fullrank.models.base import Ranker, RankerOutput
-from fullrank.models.dhen import DHENLayer, FlatToTokens, TokenPairs, build_interaction
+from fullrank.models.dhen import DHENLayer, build_interaction
 from fullrank.schema import Schema
 from fullrank.schema import Sequence as HistoryFeature
 

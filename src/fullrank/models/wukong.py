@@ -157,7 +157,7 @@ class Wukong(Ranker):
             hidden: widths of the MLP above the stack.
         """
 
-        embedding_init: float = 0.1
+        embedding_init: float = 0.001
         num_layers: int = Field(default=3, ge=1)
         num_fm: int = Field(default=16, ge=1)
         num_linear: int = Field(default=16, ge=1)
