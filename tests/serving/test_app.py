@@ -132,6 +132,50 @@ def test_what_is_not_proper_json_is_refused(client: TestClient, content: bytes) 
     assert "Traceback" not in answer.text
 
 
+@pytest.mark.parametrize(
+    "content", ["[" * 400_000, '{"user_id":1' + "0" * 5000 + "}", '{"features":{"x":' + "[" * 99_000]
+)
+def test_json_that_no_parser_takes_is_explained(client: TestClient, content: str) -> None:
+    answer = client.post("/v1/recommend", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert "the body is not JSON" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"user_id": 10**30},
+        {"user_id": "😀\u0000ü"},
+        {"context": {"device": -(2**70)}},
+        {"features": {"history.item": [], "history.category": [], "history.age": []}},
+        {"features": {"history.item": [1, "2"], "history.category": ["a", 2], "history.age": [1, 2.5]}},
+    ],
+)
+def test_odd_but_proper_values_are_served(client: TestClient, body: dict[str, Any]) -> None:
+    answer = client.post("/v1/recommend", json={**body, "k": 3})
+    assert answer.status_code == 200
+    assert len(answer.json()["items"]) == 3
+
+
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(client: TestClient) -> None:
+    half = '"\\ud800"'
+    for path, body in (
+        ("recommend", f'{{"user_id": {half}}}'),
+        ("recommend", f'{{"context": {{"device": {half}}}}}'),
+        ("score", f'{{"item_ids": [{half}]}}'),
+        ("score", f'{{"rows": [{{"device": {half}}}]}}'),
+    ):
+        answer = client.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 422
+        assert answer.json() == {"detail": "a text holds half of a surrogate pair, expected valid Unicode"}
+
+
+def test_an_error_quotes_no_more_than_a_thousand_characters(client: TestClient) -> None:
+    answer = client.post("/v1/score", json={"rows": [{"price": 10**4000}]})
+    assert answer.status_code == 422
+    assert len(answer.json()["detail"]) < 1100
+
+
 def test_a_large_body_is_refused_whatever_its_headers_say(client: TestClient) -> None:
     large = b'{"user_id":"' + b"x" * 10_000_000 + b'"}'
     assert client.post("/v1/recommend", content=large).status_code == 413

@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException
 
 import fullrank
 from fullrank.funnel import requests as funnel_requests
@@ -28,6 +29,8 @@ from fullrank.serving.limits import Limits
 from fullrank.serving.page import page
 
 Result = TypeVar("Result")
+# Characters of an error; a request may quote a number of thousands of digits.
+LONGEST_DETAIL = 1000
 Id = int | str
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Scalar = int | Number | str | None
@@ -250,9 +253,23 @@ def create_app(bundle: Path | Funnel | Scorer, config: ServingConfig | None = No
             return _problem(415, f"the content type is {kind[:80] or 'not given'}, expected application/json")
         return _problem(422, _first(error))
 
+    @app.exception_handler(UnicodeEncodeError)
+    async def unwritable(_: Request, error: UnicodeEncodeError) -> Response:
+        return _problem(422, "a text holds half of a surrogate pair, expected valid Unicode")
+
     @app.exception_handler(ValueError)
     async def refused(_: Request, error: ValueError) -> Response:
-        return _problem(422, str(error).splitlines()[0])
+        line = (str(error).splitlines() or ["wrong value"])[0]
+        return _problem(422, line if len(line) <= LONGEST_DETAIL else f"{line[:LONGEST_DETAIL]}...")
+
+    @app.exception_handler(HTTPException)
+    async def unparsed(_: Request, error: HTTPException) -> Response:
+        # FastAPI's answer to JSON that its parser gives up on.
+        vague = error.status_code == 400 and error.detail == "There was an error parsing the body"
+        detail = "the body is not JSON, is nested too deeply, or has too long a number" if vague else str(error.detail)
+        response = _problem(error.status_code, detail)
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(NoCatalogue)
     async def no_catalogue(_: Request, error: NoCatalogue) -> Response:
