@@ -188,15 +188,14 @@ class _Recurrence(torch.autograd.Function):
             grad = total_EH[here]
             if carry is not None:
                 grad[: len(carry)] += carry
+            into_3H = factors_E3H[here].mul_(grad[:, None]).flatten(1)
             if index:
-                into_3H = (factors_E3H[here] * grad[:, None]).flatten(1)
                 carry = torch.addmm(grad * kept_EH[here], into_3H, recurrent_3HH)
-        grads_E3H = factors_E3H.mul_(total_EH[:, None])
-        hidden_E3H = grads_E3H.flatten(1)
-        grad_recurrent = hidden_E3H[first:].t() @ before_EH[first:]
-        grad_bias = grads_E3H[:, 2].sum(0)
+        hidden_E3H = factors_E3H.flatten(1)
+        grad_recurrent = hidden_E3H[first:].t() @ before_EH[first:]  # the state before the first event is 0
+        grad_bias = factors_E3H[:, 2].sum(0)
         grad_attention = None
         if attention_E is not None:
             grad_attention = (total_EH * moved_EH * open_EH).sum(1)
-        torch.mul(factor_n_EH, total_EH, out=grads_E3H[:, 2])
+        torch.mul(factor_n_EH, total_EH, out=factors_E3H[:, 2])
         return hidden_E3H, grad_recurrent, grad_bias, grad_attention, None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fullrank.batch import Batch
-from fullrank.layers.encoder import EncoderLayer, Padding
+from fullrank.layers.encoder import EncoderLayer, LengthGroups, Padding
 from fullrank.layers.histories import Events, FeaturesAndHistories
 from fullrank.layers.mlp import MLP
 from fullrank.models.base import Ranker, RankerOutput
@@ -70,19 +70,23 @@ class BehaviourTransformer(nn.Module):
         row_E = torch.repeat_interleave(row_B, lengths_B, output_size=total)
         # 1 for the latest event of a row, 2 for the one before it, ...
         since_E = lengths_B.cumsum(0).index_select(0, row_E) - torch.arange(total, device=row_E.device)
-        mask_BL = torch.arange(1 + int(lengths_B.max()), device=row_E.device) <= lengths_B[:, None]
-        place_T = torch.cat([row_B, row_E]) * mask_BL.shape[1] + F.pad(since_E, (size, 0))
-        padding = Padding(mask_BL, place_T)
+        row_T, slot_T = torch.cat([row_B, row_E]), F.pad(since_E, (size, 0))
         missing = events.channels_EC.shape[1] - candidate_BC.shape[1]
         x_TC = torch.cat([F.pad(candidate_BC, (0, missing)), events.channels_EC])
         if self.position_PC is not None:
             x_TC = x_TC + F.embedding(F.pad(self._position(events, since_E), (size, 0)), self.position_PC)
-        for layer in self.layers:
-            x_TC = layer(x_TC, padding)
+        if len(self.layers):
+            groups = LengthGroups.of(1 + lengths_B, row_T, slot_T)
+            x_TC = x_TC.index_select(0, groups.order_E)
+            for layer in self.layers:
+                x_TC = layer(x_TC, groups)
+            x_TC = x_TC.index_select(0, groups.place_E)
         if self.pooling == "candidate":
             return x_TC[:size]
         if self.pooling == "concat":
-            return F.pad(padding.pad(x_TC), (0, 0, 0, 1 + self.max_length - mask_BL.shape[1])).flatten(1)
+            width = 1 + self.max_length
+            mask_BL = torch.arange(width, device=row_T.device) <= lengths_B[:, None]
+            return Padding(mask_BL, row_T * width + slot_T).pad(x_TC).flatten(1)
         return x_TC[:size].index_add(0, row_E, x_TC[size:]) / (1 + lengths_B)[:, None]
 
     def _position(self, events: Events, since_E: Tensor) -> Tensor:

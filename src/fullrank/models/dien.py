@@ -52,7 +52,7 @@ class NextBehaviour(nn.Module):
         if not pairs:
             return states_EH.new_zeros(())
         next_P = torch.arange(len(ids_E) - pairs, len(ids_E), device=ids_E.device)
-        drawn_P = torch.randint(len(ids_E), (pairs,), device=ids_E.device)
+        drawn_P = _draw(len(ids_E), pairs, ids_E.device)
         states_PH = states_EH.index_select(0, steps.previous)
         events = events_EC
         if self.from_state is not None:
@@ -67,6 +67,11 @@ class NextBehaviour(nn.Module):
             return (states_PH * events_PH).sum(1)
         score: Tensor = self.rest(torch.relu(states_PH + events_PH)).squeeze(1)
         return score
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled model draws the same events
+def _draw(below: int, count: int, device: torch.device) -> Tensor:
+    return torch.randint(below, (count,), device=device)
 
 
 class InterestEvolution(nn.Module):

@@ -11,13 +11,18 @@ from torch import Tensor, nn
 
 from fullrank.batch import Batch
 from fullrank.layers.crosses import CrossNetwork
-from fullrank.layers.encoder import EncoderLayer, Padding
+from fullrank.layers.encoder import EncoderLayer, LengthGroups, Padding
 from fullrank.layers.histories import Events, FeaturesAndHistories, latest
 from fullrank.layers.mlp import MLP
 from fullrank.models.base import Ranker, RankerOutput
 from fullrank.schema import Schema
 
 HOUR = 3600.0
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled model hides the same events
+def _uniform(count: int, device: torch.device) -> Tensor:
+    return torch.rand(count, device=device)
 
 
 class RecentActions(nn.Module):
@@ -58,14 +63,20 @@ class RecentActions(nn.Module):
         row_E = torch.repeat_interleave(row_B, lengths_B, output_size=len(channels_EC))
         if self.training and self.window_hours:
             assert events.age_E is not None
-            hidden_B = torch.rand(len(row_B), device=row_B.device) * (self.window_hours * HOUR)
+            hidden_B = _uniform(len(row_B), row_B.device) * (self.window_hours * HOUR)
             kept = (events.age_E >= hidden_B.index_select(0, row_E)).nonzero().squeeze(1)
             channels_EC, row_E = channels_EC.index_select(0, kept), row_E.index_select(0, kept)
             lengths_B = torch.bincount(row_E, minlength=len(row_B))
-        padding = Padding.of(lengths_B)
         x_EW = torch.cat([channels_EC, candidate_BD.index_select(0, row_E)], 1)
-        for layer in self.layers:
-            x_EW = layer(x_EW, padding)
+        if len(self.layers):
+            begin_B = lengths_B.cumsum(0) - lengths_B
+            slot_E = torch.arange(len(row_E), device=row_E.device) - begin_B.index_select(0, row_E)
+            groups = LengthGroups.of(lengths_B, row_E, slot_E)
+            x_EW = x_EW.index_select(0, groups.order_E)
+            for layer in self.layers:
+                x_EW = layer(x_EW, groups)
+            x_EW = x_EW.index_select(0, groups.place_E)
+        padding = Padding.of(lengths_B)
         x_BLW = padding.pad(x_EW)
         latest_BKW, _ = latest(x_BLW, padding.mask_BL, self.latest)
         top_BW = x_BLW.masked_fill(~padding.mask_BL[:, :, None], -torch.inf).amax(1)
