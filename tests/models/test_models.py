@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fullrank.batch import Batch
+from fullrank.embeddings.table import RowBuffer
 from fullrank.layers.factorization import pairwise_term
 from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.models import DIN, MODELS, Ranker
@@ -134,13 +135,49 @@ def build(name: str, schema: Schema | None = None, **config: Any) -> Ranker:
     return MODELS[name].from_config(schema, config)
 
 
+@pytest.mark.parametrize("rate", [0.5, 0.02])
 @pytest.mark.parametrize("name", MODELS)
-def test_first_batch_loss_is_near_the_label_entropy(name: str) -> None:
-    # logits start near 0, so the loss starts near ln 2 whatever the labels
+def test_first_batch_loss_is_near_the_label_entropy(name: str, rate: float) -> None:
     model = build(name).train()
     batch = random_batch(model.schema, 512)
+    labels_BT = (torch.arange(512) < 512 * rate).float()[torch.randperm(512)][:, None]
+    batch = replace(batch, labels_BT=labels_BT)
+    model.start_at_base_rate(batch)
     loss = float(task_loss(model(batch).logits_BT, batch.labels_BT, model.schema, None).detach())
-    assert abs(loss - math.log(2)) < 0.05
+    mean = float(labels_BT.mean())
+    entropy = -mean * math.log(mean) - (1 - mean) * math.log1p(-mean)
+    assert abs(loss - entropy) < 0.05
+
+
+def test_the_start_leaves_what_has_learnt_and_what_nobody_observed() -> None:
+    schema = rich_schema(tasks=3)
+    model = build("dcn_v2", schema)
+    labels_BT = torch.tensor([[1.0, math.nan, 1.0]] * 6 + [[0.0, math.nan, 1.0]] * 2)
+    batch = replace(random_batch(schema, 8), labels_BT=labels_BT)
+    model.start_at_base_rate(batch)
+    bias_T = model.output_biases()[0].detach()
+    # 6 of 8; unobserved; 8 of 8, taken as 7.5 of 8
+    torch.testing.assert_close(bias_T, torch.tensor([math.log(6 / 2), 0.0, math.log(7.5 / 0.5)]))
+    model.start_at_base_rate(replace(batch, labels_BT=torch.zeros(8, 3)))
+    torch.testing.assert_close(bias_T[[0, 2]], torch.tensor([math.log(6 / 2), math.log(7.5 / 0.5)]))
+
+
+@pytest.mark.parametrize("name", ["deepfm", "dcn_v2", "autoint", "finalmlp", "dlrm", "din"])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_no_start_is_a_standstill(name: str, batch_norm: bool) -> None:
+    # Weights of zero pass no gradient below them: only where a normalisation makes the output layer learn at once.
+    model = build(name, batch_norm=batch_norm).train()
+    for step in range(2):
+        batch = random_batch(model.schema, 256, seed=step)
+        model.zero_grad()
+        model.loss(model(batch), batch).backward()
+        if step == 0:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 1e-3 * parameter.grad.sign()
+    tables = [module.weight_RD.grad for module in model.modules() if isinstance(module, RowBuffer)]
+    assert tables and all(gradient is not None and bool(gradient.any()) for gradient in tables)
 
 
 @pytest.mark.parametrize("name", MODELS)
