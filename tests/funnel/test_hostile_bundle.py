@@ -90,6 +90,13 @@ CASES: dict[str, tuple[Edit, str]] = {
     "schema: deep": (text("schema.json", "[" * 200_000), "schema.json"),
     "encoders: deep": (text("encoders/encoders.json", "[" * 200_000), "encoders"),
     "encoders: not an object": (text("encoders/encoders.json", "[]"), "encoders.json"),
+    **{
+        f"encoders: vocabulary file {name!r}": (
+            values("encoders/encoders.json", lambda v, name=name: v["vocabularies"].update(device=name)),
+            "lies outside the directory|is not a readable vocabulary",
+        )
+        for name in ("", "..", "../items.parquet", "/etc/hostname", "vocabulary*.parquet")
+    },
     "retriever: deep": (text("retrieval/retriever.json", "[" * 200_000), "retrieval"),
     "retriever: wrong type": (
         values("retrieval/retriever.json", lambda v: v["config"].update(hidden="x")),

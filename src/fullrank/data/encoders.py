@@ -204,7 +204,7 @@ class Encoders:
         try:
             text = path.read_text(encoding="utf-8")
             version = json.loads(text).get("version")
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
         if version != FORMAT_VERSION:
             raise ValueError(f"{path}: version is {version!r}, this release reads {FORMAT_VERSION}")
@@ -214,7 +214,7 @@ class Encoders:
             raise ValueError(describe_errors(error, str(path)).splitlines()[0]) from None
         vocabularies = {}
         for table, name in stored.vocabularies.items():
-            if Path(name).name != name:
+            if Path(name).name != name or name in ("", ".", ".."):
                 raise ValueError(f'{path}: vocabulary file "{name}" lies outside the directory')
             vocabularies[table] = _read_vocabulary(directory / name)
         sizes = stored.table_schema.tables()
@@ -236,7 +236,7 @@ class Encoders:
 
 def _read_vocabulary(path: Path) -> Vocabulary:
     try:
-        frame = pl.read_parquet(path)
+        frame = pl.read_parquet(path, glob=False)
         return Vocabulary(frame["value"].cast(pl.String), frame["count"].cast(pl.Int64))
     except (pl.exceptions.PolarsError, OSError) as error:
         raise ValueError(f"{path} is not a readable vocabulary: {str(error).splitlines()[0]}") from None

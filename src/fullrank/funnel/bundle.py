@@ -201,10 +201,7 @@ def load_bundle(path: Path) -> Funnel | Scorer:
     if absent:
         raise ValueError(f"{path / MANIFEST}: no stage {min(absent)}")
     schema = Schema.read(path / "schema.json")
-    try:
-        encoders = Encoders.load(path / "encoders")
-    except RecursionError:
-        raise ValueError(f"{path / 'encoders'}: JSON that is nested too deeply") from None
+    encoders = Encoders.load(path / "encoders")
     if encoders.schema != schema:
         raise ValueError(f"{path}: schema.json and encoders differ")
     if single:
