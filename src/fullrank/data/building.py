@@ -20,6 +20,7 @@ from fullrank.data.chunk import Chunk
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
 from fullrank.data.formats.base import REJECTED_SCHEMA
 from fullrank.data.hashing import stable_hash
+from fullrank.data.lookahead import prefetched
 from fullrank.data.splits import PARTS, TRAIN, Parts, TimestampCounts, by_time
 from fullrank.data.spool import Spool
 from fullrank.schema import Schema
@@ -173,13 +174,11 @@ class DatasetBuilder:
         if any(parts is None or (parts == _BY_TIME).any() for parts in self._parts):
             cuts = self._timestamps.cuts(valid, test)
         spool = self._directory / "spool"
-        encoders = Encoders.fit_checked(self._schema, self._training_rows(cuts), spool)
+        encoders = Encoders.fit_checked(self._schema, prefetched(self._training_rows(cuts)), spool)
         writers = [ShardWriter(self._directory, split) for split in PARTS]
-        for chunk, parts in zip(self._spool.drain(), self._parts, strict=True):
-            encoded = self._unify_keys(encoders.encode(chunk))
-            chosen = self._parts_of(chunk, parts, cuts)
+        for encoded, parts in prefetched(self._encoded(encoders, cuts)):
             for part, writer in enumerate(writers):
-                rows = chosen == part
+                rows = parts == part
                 if rows.all():
                     writer.add(encoded)
                 elif rows.any():
@@ -203,6 +202,10 @@ class DatasetBuilder:
                 yield chunk
             elif train.any():
                 yield chunk.take(np.flatnonzero(train))
+
+    def _encoded(self, encoders: Encoders, cuts: tuple[int, int] | None) -> Iterator[tuple[pl.DataFrame, Parts]]:
+        for chunk, parts in zip(self._spool.drain(), self._parts, strict=True):
+            yield self._unify_keys(encoders.encode(chunk)), self._parts_of(chunk, parts, cuts)
 
     def _parts_of(self, chunk: Chunk, parts: Parts | None, cuts: tuple[int, int] | None) -> Parts:
         if cuts is None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import polars as pl
@@ -22,10 +19,9 @@ from fullrank.data.formats.delimited import Csv, ParquetLog
 from fullrank.data.formats.published import fingerprints
 from fullrank.data.hashing import stable_hash
 from fullrank.data.held_out import validation
+from fullrank.data.lookahead import prefetched
 from fullrank.data.splits import TRAIN, Parts, SplitSpec, by_hash
 from fullrank.schema import Schema
-
-Item = TypeVar("Item")
 
 
 def import_dataset(
@@ -90,7 +86,7 @@ def import_dataset(
         builder = DatasetBuilder(partial, schema)
         for part, file in ({"": path} if given is None else given.files).items():
             checked = _checked(source.chunks(file, schema), schema, split.column if given is None else None)
-            for raw, chunk, bad in _prefetched(checked):
+            for raw, chunk, bad in prefetched(checked):
                 builder.rejected.add(raw.rejected)
                 builder.rejected.add(bad)
                 parts = _split_rows(chunk, split, kind) if given is None else given.parts(part, chunk)
@@ -133,15 +129,6 @@ def _split_rows(chunk: Chunk, split: SplitSpec, kind: str) -> Parts | None:
         return by_hash(chunk.line(np.arange(chunk.rows)).astype(np.uint64), split)
     assert chunk.parts is not None
     return chunk.parts
-
-
-def _prefetched(items: Iterator[Item], ahead: int = 2) -> Iterator[Item]:
-    """The same items, made by a thread of its own a few ahead: parsing overlaps with the rest."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = deque(pool.submit(next, items, None) for _ in range(ahead))
-        while (item := pending.popleft().result()) is not None:
-            pending.append(pool.submit(next, items, None))
-            yield item
 
 
 def _report_of(out: Path) -> Path:

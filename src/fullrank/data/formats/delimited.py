@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import polars as pl
 import pyarrow as pa
@@ -17,6 +17,7 @@ import pyarrow.parquet
 
 from fullrank.data.checks import raw_columns
 from fullrank.data.formats.base import LINE_COLUMN, REJECTED_SCHEMA, RawChunk, as_series
+from fullrank.data.lookahead import mapped
 from fullrank.schema import Schema
 
 # Text is cut into blocks of about this many bytes: large enough for the parser to be at full speed, small enough
@@ -143,39 +144,55 @@ def delimited_chunks(
         ValueError: if the file is empty or its gzip stream is damaged. Lines with a wrong number of fields, or that
             are not UTF-8, are reported in the chunks.
     """
-    line = 1
-    skip = header
-    for block in read_blocks(path, block_bytes):
+
+    def parsed(block: _Block) -> RawChunk:
+        return _parse_block(block, names, wanted, separator, plain)
+
+    return mapped(parsed, _numbered(read_blocks(path, block_bytes), header=header))
+
+
+class _Block(NamedTuple):
+    """Whole lines, the number of the first, and how many there are."""
+
+    data: bytes
+    first_line: int
+    lines: int
+
+
+def _numbered(blocks: Iterable[bytes], *, header: bool) -> Iterator[_Block]:
+    """Blocks with their line numbers, without a byte order mark and the header line."""
+    line, first = 1, True
+    for block in blocks:
         data = block
-        if line == 1:
+        if first:
             data = data.removeprefix(b"\xef\xbb\xbf")
-        if skip:
-            # The header is a single line: names with line ends in them are not supported.
-            start = data.find(b"\n") + 1
-            data = data[start:] if start else b""
-            line, skip = 2, False
-            if not data:
-                continue
-        yield _parse_block(data, line, names, wanted, separator, plain)
-        line += data.count(b"\n")
+            if header:
+                # The header is a single line: names with line ends in them are not supported.
+                data, line = data.partition(b"\n")[2], 2
+            first = False
+        if data:
+            lines = data.count(b"\n") + (not data.endswith(b"\n"))
+            yield _Block(data, line, lines)
+            line += lines
 
 
 def _parse_block(
-    data: bytes, line: int, names: Sequence[str], wanted: Sequence[str], separator: str, plain: frozenset[str]
+    block: _Block, names: Sequence[str], wanted: Sequence[str], separator: str, plain: frozenset[str]
 ) -> RawChunk:
-    skipped: list[Any] = []
+    data, lines = block.data, block.lines
     if data.endswith((b"\n\n", b"\n\r\n")):
         # Blank lines at the end are common, and no reason to leave the fast path.
         data = data.rstrip(b"\r\n") + b"\n"
+        lines = data.count(b"\n")
+    skipped: list[Any] = []
     try:
         table = _parse(data, names, wanted, separator, plain, skipped)
+        if not skipped and table.num_rows == lines:
+            frame, dictionaries = _frame(table)
+            return RawChunk(frame, first_line=block.first_line, dictionaries=dictionaries)
     except pa.ArrowInvalid:
-        return _parse_exactly(data, line, names, wanted, separator)
-    lines = data.count(b"\n") + (not data.endswith(b"\n"))
-    if skipped or table.num_rows != lines:
-        return _parse_exactly(data, line, names, wanted, separator)
-    frame, dictionaries = _frame(table)
-    return RawChunk(frame, first_line=line, dictionaries=dictionaries)
+        pass  # reading record by record finds out where
+    return _parse_exactly(data, block.first_line, names, wanted, separator)
 
 
 def _parse(
@@ -198,11 +215,17 @@ def _parse(
             column_types={name: pa.string() if name in plain else coded for name in wanted},
             include_columns=list(wanted),
             strings_can_be_null=False,
+            check_utf8=False,
         ),
     )
 
 
 def _frame(table: pa.Table) -> tuple[pl.DataFrame, dict[str, pl.Series]]:
+    """Columns, coded ones apart from their dictionaries.
+
+    Raises:
+        ArrowInvalid: if a text is not UTF-8. The parser does not look, so that a repeated text is checked once.
+    """
     columns: list[pl.Series] = []
     dictionaries: dict[str, pl.Series] = {}
     for name, column in zip(table.column_names, table.columns, strict=True):
@@ -210,9 +233,11 @@ def _frame(table: pa.Table) -> tuple[pl.DataFrame, dict[str, pl.Series]]:
         if isinstance(array, pa.ChunkedArray):
             array = array.chunk(0) if array.num_chunks else pa.array([], type=column.type)
         if pa.types.is_dictionary(array.type):
+            array.dictionary.validate(full=True)
             dictionaries[name] = as_series(array.dictionary, name)
             columns.append(as_series(array.indices, name))
         else:
+            array.validate(full=True)
             columns.append(as_series(array, name))
     return pl.DataFrame(columns), dictionaries
 
