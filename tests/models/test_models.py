@@ -12,10 +12,9 @@ from fullrank.batch import Batch
 from fullrank.embeddings.table import RowBuffer
 from fullrank.layers.factorization import pairwise_term
 from fullrank.layers.mlp import MLP, OutputLayer
-from fullrank.models import DIN, MODELS, Ranker
+from fullrank.models import MODELS, Ranker
 from fullrank.models.base import example_batch, task_loss
 from fullrank.models.dcn_v2 import CrossNetwork, LowRankCrossNetwork
-from fullrank.models.din import TargetAttention
 from fullrank.models.finalmlp import BilinearFusion
 from fullrank.schema import Categorical, EventId, EventNumber, Label, MultiCategorical, Numeric, Schema, Sequence
 
@@ -275,39 +274,6 @@ def test_bilinear_fusion_is_the_sum_over_heads() -> None:
         xh, yh = x[:, 3 * head : 3 * head + 3], y[:, 2 * head : 2 * head + 2]
         expected = expected + torch.einsum("bx,xy,by->b", xh, fusion.bilinear_HXY[head], yh)
     torch.testing.assert_close(fusion(x, y), expected)
-
-
-@pytest.mark.parametrize("softmax", [False, True])
-def test_target_attention_equals_the_paper_formula_row_by_row(softmax: bool) -> None:
-    torch.manual_seed(3)
-    attention = TargetAttention(4, 8, softmax=softmax).eval()
-    nn.init.normal_(attention.alpha_A)
-    nn.init.normal_(attention.bias_A)
-    query, lengths = torch.randn(3, 4), torch.tensor([2, 0, 5])
-    events = torch.randn(7, 4)
-    result = attention(query, events, lengths)
-    for row, part in enumerate(events.split(lengths.tolist())):
-        if not len(part):
-            assert float(result[row].detach().abs().max()) == 0.0
-            continue
-        q = query[row].expand(len(part), -1)
-        x = torch.cat([q, part, q - part, q * part], 1) @ attention.weight_A4D.T + attention.bias_A
-        p = torch.sigmoid(attention.norm(x))
-        scores = (p * x + (1 - p) * attention.alpha_A * x) @ attention.score_A.T + attention.score_bias
-        weights = torch.softmax(scores, 0) if softmax else scores
-        torch.testing.assert_close(result[row], (weights * part).sum(0), rtol=1e-4, atol=1e-5)
-
-
-def test_din_does_not_see_the_order_of_events() -> None:
-    model = build("din", embedding_init=0.5).eval()
-    assert isinstance(model, DIN)
-    batch = random_batch(model.schema, 1, seed=6)
-    values, lengths = batch.jagged("history.item")
-    begin = batch.jagged_values.numel() - values.numel()
-    flipped = torch.cat([batch.jagged_values[:begin], values.flip(0)])
-    other = replace(batch, jagged_values=flipped)
-    assert int(lengths.sum()) > 1
-    torch.testing.assert_close(model(batch).logits_BT, model(other).logits_BT)
 
 
 def test_ple_without_task_experts_and_one_level_is_mmoe() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fullrank.batch import Batch
 from fullrank.embeddings.optimizer import EmbeddingOptimizer
+from fullrank.embeddings.segments import segment_sum
 from fullrank.embeddings.table import STATES, Backend, RowBuffer
 from fullrank.schema import MultiCategorical, Schema
 
@@ -374,16 +375,6 @@ class EmbeddingCollection(nn.Module):
                         f"{tuple(target.shape)}"
                     )
                 target.copy_(value)
-
-
-def segment_sum(values: Tensor, lengths_B: Tensor, *, mean: bool = False) -> Tensor:
-    """Sum (or mean) of each row's vectors: values (sum of lengths, D), lengths_B -> (B, D); zero for empty rows."""
-    size = lengths_B.numel()
-    row = torch.repeat_interleave(torch.arange(size, device=values.device), lengths_B, output_size=values.shape[0])
-    pooled = values.new_zeros((size, values.shape[1])).index_add(0, row, values)
-    if mean:
-        pooled = pooled / lengths_B.clamp_min(1).to(values.dtype)[:, None]
-    return pooled
 
 
 def _entry(state: dict[str, Tensor], key: str) -> Tensor:

@@ -22,6 +22,7 @@ from fullrank.models import Ranker
 from fullrank.training import checkpoint
 from fullrank.training.callbacks import Callback, TensorBoard
 from fullrank.training.evaluation import evaluate
+from fullrank.training.memory import keep_freed_memory, return_freed_memory
 from fullrank.training.optimizers import DenseOptimizer
 from fullrank.training.patience import Patience
 
@@ -233,6 +234,7 @@ class _Run:
 
     def go(self) -> TrainingResult:
         begin = time.perf_counter()
+        keep_freed_memory()
         for callback in self.callbacks:
             callback.start(self.model, self.step)
         try:
@@ -240,6 +242,7 @@ class _Run:
         finally:
             for callback in self.callbacks:
                 callback.finish()
+            return_freed_memory()
         if self.patience.best and self.patience.best_step != self.step:
             self.model.load_state_dict(self._best_weights())
         self.model.eval()
