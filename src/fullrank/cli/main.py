@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from typing import Annotated
 
@@ -42,7 +44,7 @@ def _root(
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="fullrank", standalone_mode=False)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
@@ -64,6 +66,10 @@ def _message(error: Exception) -> str | None:
         return f"{message}; see {context.command_path} --help" if message and context is not None else message
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    # Polars and safetensors report a full disk, and the like, as errors of their own with the system's number.
+    system = re.search(r"\(os error (\d+)\)", str(error))
+    if system is not None:
+        return os.strerror(int(system[1]))
     if isinstance(error, (ValueError, IndexError, OSError)):
         return str(error) or type(error).__name__
     return None

@@ -30,15 +30,14 @@ def serve(
 
     Example: fullrank serve runs/demo/bundle --port 8000
     """
+    # Before PyTorch is loaded and the bundle read, which may take long: a port in use is known at once.
+    listening = _listen(host, port)
     try:
         import uvicorn
 
         from fullrank.serving import ServingConfig, create_app
     except ImportError as error:
         raise ValueError(f"serving needs {error.name}: pip install 'fullrank[serve]'") from None
-
-    # Before the bundle is read, which may take long: a port in use is known at once.
-    listening = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     place = f"http://{shown}:{listening.getsockname()[1]}"
 

@@ -1,0 +1,135 @@
+"""Facts about the process that `fullrank serve` starts, and about a disk that is full."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from fullrank.data.importing import import_dataset
+from fullrank.funnel import Scorer, save_bundle
+from fullrank.models import MODELS
+from fullrank.schema import Categorical, Label, Schema
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+COMMAND = [sys.executable, "-c", "from fullrank.cli.main import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place, rng = tmp_path_factory.mktemp("log"), np.random.default_rng(0)
+    pl.DataFrame({"label": rng.integers(0, 2, 300), "C1": rng.integers(0, 9, 300)}).write_csv(place / "log.csv")
+    schema = Schema(features=(Categorical(name="C1"),), labels=(Label(name="label"),))
+    dataset = import_dataset("csv", place / "log.csv", place / "data", schema=schema)
+    torch.manual_seed(0)
+    save_bundle(Scorer(dataset.encoders, MODELS["fm"].from_config(dataset.schema)), place / "model")
+    return place / "model"
+
+
+@contextmanager
+def served(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its address, once it answers."""
+    command = [*COMMAND, "serve", str(bundle), "--port", "0", "--json", *options]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        yield process, json.loads(line)["url"]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def score(url: str, rows: int) -> int:
+    """Status of one request."""
+    body = json.dumps({"rows": [{"C1": row % 9} for row in range(rows)]}).encode()
+    request = urllib.request.Request(f"{url}/v1/score", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert len(json.load(answer)["items"]) == rows
+        return int(answer.status)
+
+
+def test_it_says_where_it_answers_and_ends_in_peace(bundle: Path) -> None:
+    with served(bundle) as (process, url):
+        with urllib.request.urlopen(f"{url}/readyz", timeout=30) as answer:
+            assert answer.status == 200
+        assert score(url, 3) == 200
+        process.send_signal(signal.SIGTERM)
+        out, error = process.communicate(timeout=60)
+        assert process.returncode in (0, -signal.SIGTERM)
+        assert out == "" and "Traceback" not in error
+
+
+def test_requests_that_were_accepted_are_answered_after_a_signal_to_stop(bundle: Path) -> None:
+    answers: list[object] = []
+
+    def ask(url: str) -> None:
+        try:
+            for _ in range(200):
+                answers.append(score(url, 2000))
+        except urllib.error.URLError as error:  # nobody listens any more
+            assert isinstance(error.reason, ConnectionRefusedError), error
+
+    with served(bundle) as (process, url):
+        threads = [threading.Thread(target=ask, args=(url,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while len(answers) < 8:
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        for thread in threads:
+            thread.join(60)
+        assert set(answers) == {200}
+
+
+def test_a_port_in_use_is_one_line_before_the_bundle_is_read(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        # The bundle does not exist: what is refused first is the port.
+        command = [*COMMAND, "serve", str(tmp_path / "none"), "--port", port]
+        ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert ran.returncode == 2
+    assert ran.stderr == f"fullrank: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+
+
+def test_an_address_that_is_not_ours_is_one_line(tmp_path: Path) -> None:
+    command = [*COMMAND, "serve", str(tmp_path / "none"), "--host", "no.such.host.invalid", "--port", "0"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("fullrank: cannot listen on no.such.host.invalid port 0: ")
+    assert len(ran.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("limit", [2_000, 60_000])
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path: Path, limit: int) -> None:
+    """A limit on the size of a file stands for the disk: the system refuses to write on in the same way."""
+
+    def small_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    out = tmp_path / "world"
+    command = [*COMMAND, "data", "simulate", str(out), "--impressions", "20000"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, preexec_fn=small_disk)
+    assert ran.returncode == 2, ran.stderr
+    assert len(ran.stderr.splitlines()) == 1 and "File too large" in ran.stderr
+    assert list(tmp_path.iterdir()) == []
