@@ -157,8 +157,9 @@ class Ranker(nn.Module):
         training = self.training
         self.eval()
         counter = FlopCounterMode(display=False)
-        # PyTorch counts attention only where it is made of matrix products.
-        with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+        # PyTorch counts attention only where it is made of matrix products, and its counter hooks onto gradients of
+        # parameters that are a module's input, so gradients stay enabled.
+        with torch.enable_grad(), counter, sdpa_kernel(SDPBackend.MATH):
             self(batch)
         self.train(training)
         return round(counter.get_total_flops() / rows)
