@@ -185,11 +185,12 @@ class MixtureOfWukongExperts(nn.Module):
                 f"expected 1 to {min(num_tokens, num_out_tokens // 2)} experts for {num_tokens} tokens in and "
                 f"{num_out_tokens} out, got {num_experts}"
             )
-        self.parts = [list(range(expert, num_tokens, num_experts)) for expert in range(num_experts)]
-        outs = [len(range(expert, num_out_tokens, num_experts)) for expert in range(num_experts)]
+        shares = [
+            [len(range(e, count, num_experts)) for e in range(num_experts)] for count in (num_tokens, num_out_tokens)
+        ]
         self.experts = nn.ModuleList(
-            WukongLayer(len(part), out - out // 2, out // 2, width, rank, hidden)
-            for part, out in zip(self.parts, outs, strict=True)
+            WukongLayer(tokens, out - out // 2, out // 2, width, rank, hidden)
+            for tokens, out in zip(*shares, strict=True)
         )
         self.mix = TokenProjection(num_out_tokens, num_out_tokens) if mix and num_experts > 1 else None
 
