@@ -1,0 +1,417 @@
+"""Tables as streams of row blocks: arrays in memory, Parquet files, Dask collections.
+
+A source is cut into fragments, the unit of parallel work; a fragment is read block by block, so that no reader ever holds
+more than one block of it. Rows keep their number in the whole table, whatever the fragments: what is drawn for a row
+depends on that number only, and results do not depend on how a table is stored.
+
+    source = ParquetSource("clicks/", target="price")
+    for fragment in range(source.n_fragments):
+        for block in source.iter_blocks(fragment):
+            block.X, block.y, block.weight, block.start
+"""
+
+# Shapes: n rows, d features, k rows of one block, t targets.
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+BLOCK_CELLS = 2**19  # a block of float64 is then about 4 MiB and stays in the processor's cache between two products
+BLOCK_ROWS = 32768
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive rows of a table.
+
+    Attributes:
+        X: shape (k, d), float64, dense or CSR.
+        y: shape (k,) or (k, t), float64; None where the source has no target.
+        weight: shape (k,), float64, non-negative; None means ones.
+        start: number of the block's first row in the whole table.
+    """
+
+    X: Any
+    y: np.ndarray | None
+    weight: np.ndarray | None
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.X.shape[0]
+
+    def columns(self, *, intercept: bool = False, target: bool = False, weight_power: float = 0.5) -> np.ndarray:
+        """Dense [1 | X | y], each part if asked for, with rows times weight ** weight_power; shape (k, columns)."""
+        X = self.X.toarray() if sp.issparse(self.X) else self.X
+        parts = [np.ones((X.shape[0], 1)), X] if intercept else [X]
+        if target:
+            if self.y is None:
+                raise ValueError("the source has no target")
+            parts.append(self.y.reshape(X.shape[0], -1))
+        joined = X if len(parts) == 1 else np.hstack(parts)
+        return joined if self.weight is None else joined * (self.weight**weight_power)[:, None]
+
+
+class RowSource(ABC):
+    """A table read in fragments of consecutive rows.
+
+    Attributes:
+        n_rows, n_cols: rows of the table and columns of X.
+        starts: first row of every fragment, and n_rows at the end; shape (n_fragments + 1,).
+        feature_names: names of the columns of X.
+        n_targets: columns of y, 0 without a target.
+        n_passes: how often the table has been read as a whole.
+    """
+
+    n_cols: int
+    n_targets: int
+    starts: np.ndarray
+    feature_names: list[str]
+    n_passes: int = 0
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def n_fragments(self) -> int:
+        return len(self.starts) - 1
+
+    @abstractmethod
+    def task(self, fragment: int) -> tuple[Callable[..., Iterator[Block]], tuple[Any, ...]]:
+        """A function and its arguments that yield the fragment's blocks; both travel to workers, arguments may be delayed."""
+
+    def iter_blocks(self, fragment: int) -> Iterator[Block]:
+        """The blocks of one fragment, in the order of rows."""
+        read, arguments = self.task(fragment)
+        return read(*arguments)
+
+
+def block_size(n_cols: int, block_rows: int | None = None) -> int:
+    """Rows of a block: what the caller asks for, else about 4 MiB of float64 and never more than 32,768."""
+    if block_rows is None:
+        return max(256, min(BLOCK_ROWS, BLOCK_CELLS // max(n_cols, 1)))
+    if block_rows < 1:
+        raise ValueError(f"block_rows is {block_rows}, expected at least 1")
+    return block_rows
+
+
+class ArraySource(RowSource):
+    """A NumPy array, SciPy CSR matrix, or anything NumPy can view as an array.
+
+    Args:
+        X: shape (n, d).
+        y: shape (n,) or (n, t).
+        sample_weight: shape (n,), non-negative.
+        fragment_rows: rows of a fragment.
+        block_rows: rows of a block; by size when omitted.
+        feature_names: used in errors; x0, x1, ... when omitted.
+        check_finite: refuse NaN and infinity now; False where that has been done.
+
+    Raises:
+        ValueError: NaN or infinity (the columns are named), lengths that differ, negative or only zero weights, no row.
+    """
+
+    def __init__(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        fragment_rows: int = 2**18,
+        block_rows: int | None = None,
+        feature_names: Sequence[str] | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        self.X = sp.csr_array(X) if sp.issparse(X) else np.asarray(X)
+        if self.X.ndim != 2:
+            raise ValueError(f"X has {self.X.ndim} dimensions, expected 2")
+        n, self.n_cols = self.X.shape
+        if n == 0:
+            raise ValueError("X has no rows")
+        self.y = None if y is None else np.asarray(y)
+        self.sample_weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        for name, values in (("y", self.y), ("sample_weight", self.sample_weight)):
+            if values is not None and len(values) != n:
+                raise ValueError(f"{name} has {len(values)} rows, X has {n}")
+        self.n_targets = 0 if self.y is None else 1 if self.y.ndim == 1 else self.y.shape[1]
+        self.feature_names = list(feature_names) if feature_names is not None else [f"x{j}" for j in range(self.n_cols)]
+        self.block_rows = block_size(self.n_cols, block_rows)
+        self.starts = np.append(np.arange(0, n, fragment_rows), n)
+        if check_finite:
+            for block in _array_blocks(self.X, self.y, self.sample_weight, 0, self.block_rows):
+                check_block(block, self.feature_names, "X")
+        if self.sample_weight is not None and not self.sample_weight.any():
+            raise ValueError("sample_weight is zero in every row")
+
+    def task(self, fragment: int) -> tuple[Callable[..., Iterator[Block]], tuple[Any, ...]]:
+        start, stop = self.starts[fragment : fragment + 2].tolist()
+        y = None if self.y is None else self.y[start:stop]
+        weight = None if self.sample_weight is None else self.sample_weight[start:stop]
+        return _array_blocks, (_rows(self.X, start, stop), y, weight, start, self.block_rows)
+
+
+def _rows(X: Any, start: int, stop: int) -> Any:
+    """X[start:stop] without a copy of the values."""
+    if not sp.issparse(X):
+        return X[start:stop]
+    low, high = X.indptr[start], X.indptr[stop]
+    parts = (X.data[low:high], X.indices[low:high], X.indptr[start : stop + 1] - low)
+    return sp.csr_array(parts, shape=(stop - start, X.shape[1]))
+
+
+def _array_blocks(
+    X: Any, y: np.ndarray | None, weight: np.ndarray | None, start: int, block_rows: int
+) -> Iterator[Block]:
+    for low in range(0, X.shape[0], block_rows):
+        high = min(low + block_rows, X.shape[0])
+        rows = _rows(X, low, high)
+        yield Block(
+            rows.astype(np.float64, copy=False),
+            None if y is None else y[low:high].astype(np.float64, copy=False),
+            None if weight is None else weight[low:high],
+            start + low,
+        )
+
+
+def check_block(block: Block, feature_names: Sequence[str], place: str) -> None:
+    """Refuse NaN and infinity by the name of the column, and negative weights.
+
+    Raises:
+        ValueError: names the place, the columns and the first row.
+    """
+    X = block.X
+    cells = X.data if sp.issparse(X) else X
+    # A sum is finite unless a term is not, or it overflows: only then is every cell looked at.
+    if not np.isfinite(cells.sum()) and not np.isfinite(cells).all():
+        rows, columns = (~np.isfinite(X.toarray() if sp.issparse(X) else X)).nonzero()
+        names = ", ".join(f'"{feature_names[j]}"' for j in np.unique(columns))
+        raise ValueError(f"{place}: NaN or infinity in column {names}, first in row {block.start + rows[0]}")
+    if block.y is not None and not np.isfinite(block.y).all():
+        row = block.start + int(np.argmin(np.isfinite(block.y).reshape(len(block.y), -1).all(axis=1)))
+        raise ValueError(f"{place}: NaN or infinity in the target, first in row {row}")
+    if block.weight is not None and not (np.isfinite(block.weight) & (block.weight >= 0)).all():
+        row = block.start + int(np.argmin(np.isfinite(block.weight) & (block.weight >= 0)))
+        raise ValueError(f"{place}: the weight of row {row} is {block.weight[row - block.start]}, expected >= 0")
+
+
+class ParquetSource(RowSource):
+    """Parquet files, read row group by row group and batch by batch; a fragment is one row group.
+
+    Args:
+        paths: a file, a folder of *.parquet (sorted by name), or a list of files.
+        features: columns of X; every numeric column but target and weight when omitted.
+        target: column of y, or several.
+        weight: column of row weights.
+        block_rows: rows of a block; by size when omitted.
+
+    Raises:
+        ValueError: no file or no row; a missing column, a column that is no number, files that disagree in their columns
+            (file and column are named); while reading, nulls, NaN, infinity or negative weights.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        features: Sequence[str] | None = None,
+        target: str | Sequence[str] | None = None,
+        weight: str | None = None,
+        *,
+        block_rows: int | None = None,
+    ) -> None:
+        import pyarrow.parquet as pq
+
+        self.paths = _parquet_files(paths)
+        self.targets = [] if target is None else [target] if isinstance(target, str) else list(target)
+        self.single_target = isinstance(target, str)
+        self.weight = weight
+        others = {*self.targets, *([weight] if weight else [])}
+        self._groups: list[tuple[str, int]] = []
+        rows, first = [0], None
+        for path in self.paths:
+            with pq.ParquetFile(path) as file:
+                schema, metadata = file.schema_arrow, file.metadata
+            if first is None:
+                first = schema
+                self.feature_names = (
+                    [field.name for field in schema if field.name not in others and _numeric(field.type)]
+                    if features is None
+                    else list(features)
+                )
+            for name in [*self.feature_names, *others]:
+                if name not in schema.names:
+                    raise ValueError(f'{path.name}: no column "{name}"')
+                kind = schema.field(name).type
+                if not _numeric(kind):
+                    raise ValueError(f'{path.name}: column "{name}" is {kind}, expected numbers')
+                if kind != first.field(name).type:
+                    expected = first.field(name).type
+                    raise ValueError(f'{path.name}: column "{name}" is {kind}, {self.paths[0].name} has {expected}')
+            for group in range(metadata.num_row_groups):
+                if size := metadata.row_group(group).num_rows:
+                    self._groups.append((str(path), group))
+                    rows.append(size)
+        if not self.feature_names:
+            raise ValueError(f"{self.paths[0].name}: no numeric column to use as a feature")
+        if not self._groups:
+            raise ValueError(f"{self.paths[0].name}: no rows in {len(self.paths)} file(s)")
+        self.n_cols, self.n_targets = len(self.feature_names), len(self.targets)
+        self.starts = np.cumsum(rows)
+        self.block_rows = block_size(self.n_cols, block_rows)
+
+    def task(self, fragment: int) -> tuple[Callable[..., Iterator[Block]], tuple[Any, ...]]:
+        target = self.targets[0] if self.single_target else self.targets or None
+        names = (self.feature_names, target, self.weight)
+        return _parquet_blocks, (*self._groups[fragment], *names, int(self.starts[fragment]), self.block_rows)
+
+
+def _parquet_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    if isinstance(paths, (str, Path)):
+        place = Path(paths)
+        files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
+    else:
+        files = [Path(path) for path in paths]
+    if not files:
+        raise ValueError(f"{paths}: no *.parquet file")
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file")
+    return files
+
+
+def _numeric(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind)
+
+
+def _parquet_blocks(
+    path: str,
+    group: int,
+    features: list[str],
+    target: str | list[str] | None,
+    weight: str | None,
+    start: int,
+    block_rows: int,
+) -> Iterator[Block]:
+    import pyarrow.parquet as pq
+
+    targets = [target] if isinstance(target, str) else target or []
+    names = [*features, *targets, *([weight] if weight else [])]
+    place = Path(path).name
+    # Without pre-buffering a column chunk is read in small pieces, and memory does not grow with the row group.
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**18) as file:
+        for batch in file.iter_batches(block_rows, row_groups=[group], columns=list(dict.fromkeys(names))):
+            # Columns are contiguous on both sides of this copy; a transposed view is what BLAS calls column-major.
+            cells = np.empty((len(names), batch.num_rows))
+            for j, name in enumerate(names):
+                column = batch.column(name)
+                if column.null_count:
+                    raise ValueError(f'{place}: column "{name}" has {column.null_count} nulls near row {start}')
+                cells[j] = column.to_numpy(zero_copy_only=False)
+            d, t = len(features), len(targets)
+            y = cells[d] if isinstance(target, str) else cells[d : d + t].T if t else None
+            block = Block(cells[:d].T, y, cells[-1] if weight else None, start)
+            check_block(block, features, place)
+            yield block
+            start = block.stop
+
+
+class DaskSource(RowSource):
+    """A Dask array or data frame; a fragment is one of its chunks of rows, computed where the task runs.
+
+    Args:
+        X: dask array (n, d), or dask data frame.
+        y: dask array (n,) or (n, t) with the same chunks of rows (it is rechunked otherwise), or, for a data frame, the
+            name or names of its target columns.
+        sample_weight: likewise.
+        features: for a data frame, columns of X; all but target and weight when omitted.
+        block_rows: rows of a block; by size when omitted.
+
+    Raises:
+        ValueError: no rows, or names where arrays are expected; while reading, NaN, infinity or negative weights.
+    """
+
+    def __init__(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        features: Sequence[str] | None = None,
+        block_rows: int | None = None,
+    ) -> None:
+        import dask
+        import dask.array as da
+
+        if hasattr(X, "columns"):
+            targets = [] if y is None else [y] if isinstance(y, str) else list(y)
+            others = {*targets, *([sample_weight] if sample_weight is not None else [])}
+            self.feature_names = list(features) if features else [name for name in X.columns if name not in others]
+            frame, X = X, X[self.feature_names].to_dask_array()
+            y = None if y is None else frame[y if isinstance(y, str) else targets].to_dask_array()
+            sample_weight = None if sample_weight is None else frame[sample_weight].to_dask_array()
+        else:
+            if isinstance(y, str) or isinstance(sample_weight, str):
+                raise ValueError("y and sample_weight are names, but X is an array and has no columns of that name")
+            self.feature_names = list(features) if features else [f"x{j}" for j in range(X.shape[1])]
+        if len(X.chunks[1]) > 1:
+            X = X.rechunk({1: -1})
+        rows_known = not np.isnan(X.chunks[0]).any()
+        aligned = [_align(part, X.chunks[0], da) if rows_known else part for part in (y, sample_weight)]
+        self._X = X.to_delayed().ravel()
+        self._y, self._weight = (None if part is None else part.to_delayed().ravel() for part in aligned)
+        sizes = X.chunks[0] if rows_known else dask.compute(*[dask.delayed(len)(part) for part in self._X])
+        self._filled = np.flatnonzero(sizes)
+        if not len(self._filled):
+            raise ValueError("X has no rows")
+        self.n_cols = len(self.feature_names)
+        self.n_targets = 0 if y is None else 1 if y.ndim == 1 else y.shape[1]
+        self.starts = np.cumsum([0, *np.asarray(sizes)[self._filled]])
+        self.block_rows = block_size(self.n_cols, block_rows)
+
+    def task(self, fragment: int) -> tuple[Callable[..., Iterator[Block]], tuple[Any, ...]]:
+        part = self._filled[fragment]
+        y = None if self._y is None else self._y[part]
+        weight = None if self._weight is None else self._weight[part]
+        return _checked_blocks, (
+            self._X[part],
+            y,
+            weight,
+            int(self.starts[fragment]),
+            self.block_rows,
+            self.feature_names,
+        )
+
+    def iter_blocks(self, fragment: int) -> Iterator[Block]:
+        import dask
+
+        read, arguments = self.task(fragment)
+        return read(*dask.compute(*arguments, scheduler="synchronous"))
+
+
+def _align(part: Any, row_chunks: tuple[int, ...], da: Any) -> Any:
+    if part is None:
+        return None
+    part = da.asarray(part)
+    if part.shape[0] != sum(row_chunks):
+        raise ValueError(f"y or sample_weight has {part.shape[0]} rows, X has {sum(row_chunks)}")
+    return part.rechunk({0: row_chunks, **({1: -1} if part.ndim == 2 else {})})
+
+
+def _checked_blocks(
+    X: Any, y: Any, weight: Any, start: int, block_rows: int, feature_names: list[str]
+) -> Iterator[Block]:
+    X = sp.csr_array(X) if sp.issparse(X) else np.asarray(X)
+    y = None if y is None else np.asarray(y)
+    weight = None if weight is None else np.asarray(weight, dtype=np.float64)
+    for block in _array_blocks(X, y, weight, start, block_rows):
+        check_block(block, feature_names, "Dask collection")
+        yield block
