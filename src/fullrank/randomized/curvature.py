@@ -1,0 +1,302 @@
+"""Sums over a table that Newton's method needs: objective, gradient, Hessian, and rows that stand in for the Hessian.
+
+One pass gives the objective, the gradient and the rows of the next Hessian, in memory and out of core. A row is kept by a
+coin of its own, with odds that follow how much it adds to the Hessian, and is weighted by one over its odds.
+
+Source: Xu, Yang, Roosta, Ré and Mahoney, Sub-sampled Newton Methods with Non-uniform Sampling, arXiv 1607.00559.
+
+Deviation: the paper's leverage scores come from a sketch of the weighted table, renewed every ten iterations; here from
+the last sampled Hessian, renewed at every iteration inside the pass for the gradient. Scores against a sample are enough
+(Cohen et al., Uniform Sampling for Matrix Approximation, 2015), and the sketch would be one more pass.
+"""
+
+# Shapes: n rows, d columns, p = d + 1 with an intercept (its column is last) else d, s sampled rows, k rows of a block.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.linalg import LinAlgError, cho_factor, cho_solve, solve_triangular
+from scipy.sparse.linalg import LinearOperator, cg
+
+from fullrank.randomized.engine import Executor, map_reduce
+from fullrank.randomized.losses import Loss, Vector
+from fullrank.randomized.sketches import poisson_sample
+from fullrank.randomized.sources import Block, RowSource
+
+Sampling = Literal["leverage", "row_norm", "uniform", "none"]
+# Beyond this many unknowns the Hessian is not formed: conjugate gradients multiply by its rows instead.
+LARGEST_DENSE = 2000
+HALVINGS = 0.5 ** np.arange(1, 11)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Minimise the sum of w_i loss(x_i'w + b, y_i) over the rows, plus penalty / 2 ||w||^2; the intercept b is free."""
+
+    source: RowSource
+    loss: Loss
+    penalty: float
+    fit_intercept: bool = True
+    executor: Executor = "serial"
+
+    @property
+    def size(self) -> int:
+        """p, the number of unknowns."""
+        return self.source.n_cols + int(self.fit_intercept)
+
+    def ridge(self) -> Vector:
+        """Diagonal of the penalty's Hessian, shape (p,)."""
+        diagonal = np.full(self.size, self.penalty)
+        diagonal[self.source.n_cols :] = 0.0
+        return diagonal
+
+    def total(self, function: Callable[..., Any], **arguments: Any) -> Any:
+        """Sum over all blocks of `function`; one pass."""
+        bound = partial(function, loss=self.loss, free=self.fit_intercept, **arguments)
+        return map_reduce(self.source, partial(_summed, function=bound), executor=self.executor)
+
+
+class Sample(NamedTuple):
+    """Drawn rows (s, p), the intercept's ones included, their targets, and their weights over the odds of being drawn."""
+
+    rows: Any
+    target: Vector
+    weight: Vector
+
+    @staticmethod
+    def joined(parts: list[Sample]) -> Sample:
+        stack = sp.vstack if sp.issparse(parts[0].rows) else np.vstack
+        return Sample(stack([part.rows for part in parts]), *(np.concatenate([p[i] for p in parts]) for i in (1, 2)))
+
+
+class Draw(NamedTuple):
+    """How rows are drawn: row i is kept with probability min(1, size score_i / mass), independently of the others.
+
+    The score is 1 ("uniform"), w_i loss'' ||x_i||^2 ("row_norm"), or min(1, w_i loss'' ||x_i' basis||^2) ("leverage", with
+    a basis (p, directions) that is a square root of the inverse Hessian, perhaps times a random projection).
+
+    Attributes:
+        mass: sum of all scores, as known from the pass before.
+        stream: of the random numbers; a new one for every pass.
+    """
+
+    sampling: Sampling
+    size: int
+    mass: float
+    seed: int
+    stream: int
+    basis: np.ndarray | None = None
+
+    def scores(self, X: Any, free: bool, curvature: Vector) -> Vector:
+        """Scores of the rows of X, given w_i loss''; all of shape (k,)."""
+        if self.sampling == "uniform":
+            return np.ones(len(curvature))
+        if self.sampling == "row_norm":
+            return curvature * (_row_squares(X) + float(free))
+        assert self.basis is not None
+        projected = X @ self.basis[: X.shape[1]]
+        if free:
+            projected += self.basis[-1]
+        return np.minimum(1.0, curvature * _row_squares(projected))
+
+    def sample(self, block: Block, free: bool, score: Vector) -> Sample | None:
+        """The rows of a block that are kept, given their scores."""
+        odds = self.size / max(self.mass, np.finfo(float).tiny) * score
+        kept, importance = poisson_sample(odds, self.seed, block.start, self.stream)
+        if not len(kept):
+            return None
+        if block.weight is not None:
+            importance = importance * block.weight[kept]
+        return Sample(_with_ones(block.X[kept], free), block.y[kept], importance)
+
+
+@dataclass
+class Sums:
+    """Objective, the objective where all margins are 0, gradient, mass of the scores, and drawn rows, all but the
+    penalty's part."""
+
+    value: float
+    at_zero: float
+    gradient: Vector
+    mass: float
+    sample: list[Sample]
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.value + other.value,
+            self.at_zero + other.at_zero,
+            self.gradient + other.gradient,
+            self.mass + other.mass,
+            self.sample + other.sample,
+        )
+
+
+def _summed(blocks: Iterator[Block], function: Callable[[Block], Any]) -> Any:
+    total = None
+    for block in blocks:
+        part = function(block)
+        total = part if total is None else total + part
+    return total
+
+
+def evaluate(block: Block, *, loss: Loss, free: bool, coef: Vector, draw: Draw | None, at_zero: bool) -> Sums:
+    """Objective and gradient at `coef`, and rows drawn by their curvature there."""
+    derivatives = loss(_margin(block.X, coef), block.y)
+    slope = _weighted(derivatives.slope, block)
+    gradient = block.X.T @ slope
+    if free:
+        gradient = np.append(gradient, slope.sum())
+    value = float(_weighted(derivatives.value, block).sum())
+    zero = float(_weighted(loss.value(np.zeros(len(slope)), block.y), block).sum()) if at_zero else 0.0
+    if draw is None:
+        return Sums(value, zero, gradient, 0.0, [])
+    score = draw.scores(block.X, free, _weighted(derivatives.curvature, block))
+    sample = draw.sample(block, free, score)
+    return Sums(value, zero, gradient, float(score.sum()), [] if sample is None else [sample])
+
+
+def draw_only(block: Block, *, loss: Loss, free: bool, draw: Draw) -> list[Sample]:
+    """A uniform sample: nothing of the other rows is read."""
+    sample = draw.sample(block, free, np.ones(block.X.shape[0]))
+    return [] if sample is None else [sample]
+
+
+def _hessian(block: Block, *, loss: Loss, free: bool, coef: Vector) -> np.ndarray:
+    curvature = _weighted(loss(_margin(block.X, coef), block.y).curvature, block)
+    return gram(block.X, curvature, free)
+
+
+def _hessian_product(block: Block, *, loss: Loss, free: bool, coef: Vector, vector: Vector) -> Vector:
+    curvature = _weighted(loss(_margin(block.X, coef), block.y).curvature, block)
+    slope = curvature * _margin(block.X, vector)
+    product = block.X.T @ slope
+    return np.append(product, slope.sum()) if free else product
+
+
+def _hessian_diagonal(block: Block, *, loss: Loss, free: bool, coef: Vector) -> Vector:
+    curvature = _weighted(loss(_margin(block.X, coef), block.y).curvature, block)
+    diagonal = _squares(block.X).T @ curvature
+    return np.append(diagonal, curvature.sum()) if free else diagonal
+
+
+def values_along(block: Block, *, loss: Loss, free: bool, coef: Vector, direction: Vector) -> Vector:
+    """Objective at coef + h direction for every h of the halvings."""
+    margin, change = _margin(block.X, coef), _margin(block.X, direction)
+    return np.array([_weighted(loss.value(margin + h * change, block.y), block).sum() for h in HALVINGS])
+
+
+def gram(X: Any, weight: Vector, free: bool = False) -> np.ndarray:
+    """X' diag(weight) X, with a last column of ones if `free`; dense, for weights that are not negative."""
+    root = np.sqrt(weight)
+    if sp.issparse(X):
+        X = _with_ones(X, free)
+        scaled = sp.diags_array(root) @ X
+        return (scaled.T @ scaled).toarray()
+    scaled = X * root[:, None]
+    if not free:
+        return scaled.T @ scaled
+    d = X.shape[1]
+    full = np.empty((d + 1, d + 1))
+    full[:d, :d] = scaled.T @ scaled
+    full[d, :d] = full[:d, d] = scaled.T @ root
+    full[d, d] = weight.sum()
+    return full
+
+
+def _margin(X: Any, coef: Vector) -> Vector:
+    d = X.shape[1]
+    margin = X @ coef[:d]
+    return margin + coef[d] if len(coef) > d else margin
+
+
+def _weighted(values: Vector, block: Block) -> Vector:
+    return values if block.weight is None else block.weight * values
+
+
+def _squares(X: Any) -> Any:
+    return X.multiply(X) if sp.issparse(X) else np.square(X)
+
+
+def _row_squares(X: Any) -> Vector:
+    return np.asarray(X.multiply(X).sum(axis=1)).ravel() if sp.issparse(X) else np.einsum("ij,ij->i", X, X)
+
+
+def _with_ones(X: Any, free: bool) -> Any:
+    if not free:
+        return X
+    if sp.issparse(X):
+        return sp.csr_array(sp.hstack([X, np.ones((X.shape[0], 1))]))
+    return np.column_stack([X, np.ones(X.shape[0])])
+
+
+class Curvature(Protocol):
+    """An invertible stand-in for the Hessian of the whole objective."""
+
+    n_rows: int
+
+    def solve(self, vector: Vector, tolerance: float) -> Vector: ...
+
+
+class Cholesky:
+    """A Hessian (p, p), factorised; with too little of a ridge it gets what rounding asks for."""
+
+    def __init__(self, hessian: np.ndarray, ridge: Vector, n_rows: int) -> None:
+        self.n_rows = n_rows
+        hessian[np.diag_indices_from(hessian)] += ridge
+        largest = max(float(hessian.diagonal().max(initial=0.0)), np.finfo(float).tiny)
+        extra = 0.0
+        while True:
+            try:
+                self.factor = cho_factor(hessian + extra * np.eye(len(ridge)) if extra else hessian, lower=True)
+                return
+            except LinAlgError:
+                extra = max(100 * extra, 1e-14 * largest)
+
+    def solve(self, vector: Vector, tolerance: float) -> Vector:
+        return cho_solve(self.factor, vector, check_finite=False)
+
+    def basis(self, directions: int, rng: np.random.Generator) -> np.ndarray:
+        """Square root of the inverse, (p, directions): ||x'basis||^2 estimates x'H^-1 x; it is exact, and the basis square,
+        if directions >= p."""
+        p = len(self.factor[0])
+        eye = np.eye(p) if directions >= p else rng.standard_normal((p, directions)) / np.sqrt(directions)
+        return solve_triangular(self.factor[0], eye, lower=True, trans="T", check_finite=False)
+
+
+class Products:
+    """A Hessian known by its products with vectors; systems are solved by conjugate gradients, scaled by the diagonal."""
+
+    def __init__(self, product: Callable[[Vector], Vector], diagonal: Vector, ridge: Vector, n_rows: int) -> None:
+        self.n_rows, p = n_rows, len(ridge)
+        scale = diagonal + ridge
+        scale[scale <= 0] = 1.0
+        self.operator = LinearOperator((p, p), matvec=lambda v: product(v.ravel()) + ridge * v.ravel())
+        self.scaling = LinearOperator((p, p), matvec=lambda v: v.ravel() / scale)
+
+    def solve(self, vector: Vector, tolerance: float) -> Vector:
+        return cg(self.operator, vector, rtol=tolerance, maxiter=1000, M=self.scaling)[0]
+
+
+def full_curvature(problem: Problem, coef: Vector) -> Curvature:
+    """The Hessian of all rows at `coef`: one pass, or one for every product with it if there are many unknowns."""
+    n = problem.source.n_rows
+    if problem.size <= LARGEST_DENSE:
+        return Cholesky(problem.total(_hessian, coef=coef), problem.ridge(), n)
+    diagonal = problem.total(_hessian_diagonal, coef=coef)
+    return Products(lambda v: problem.total(_hessian_product, coef=coef, vector=v), diagonal, problem.ridge(), n)
+
+
+def sampled_curvature(problem: Problem, sample: Sample, coef: Vector) -> Curvature:
+    """The Hessian at `coef` as estimated from drawn rows."""
+    rows, target, weight = sample
+    curvature = weight * problem.loss(rows @ coef, target).curvature
+    if problem.size <= LARGEST_DENSE:
+        return Cholesky(gram(rows, curvature), problem.ridge(), len(target))
+    diagonal = _squares(rows).T @ curvature
+    return Products(lambda v: rows.T @ (curvature * (rows @ v)), diagonal, problem.ridge(), len(target))
