@@ -1,12 +1,12 @@
 """Sums over a table that Newton's method needs: objective, gradient, Hessian, and rows that stand in for the Hessian.
 
-One pass gives the objective, the gradient and the rows of the next Hessian, in memory and out of core. A row is kept by a
-coin of its own, with odds that follow how much it adds to the Hessian, and is weighted by one over its odds.
+One pass gives the objective, the gradient and the rows of the next Hessian, in memory and out of core. A row is kept by
+a coin of its own, with odds that follow how much it adds to the Hessian, and is weighted by one over its odds.
 
 Source: Xu, Yang, Roosta, Ré and Mahoney, Sub-sampled Newton Methods with Non-uniform Sampling, arXiv 1607.00559.
 
 Deviation: the paper's leverage scores come from a sketch of the weighted table, renewed every ten iterations; here from
-the last sampled Hessian, renewed at every iteration inside the pass for the gradient. Scores against a sample are enough
+the last sampled Hessian, renewed with every draw inside the pass for the gradient. Scores against a sample are enough
 (Cohen et al., Uniform Sampling for Matrix Approximation, 2015), and the sketch would be one more pass.
 """
 
@@ -63,7 +63,7 @@ class Problem:
 
 
 class Sample(NamedTuple):
-    """Drawn rows (s, p), the intercept's ones included, their targets, and their weights over the odds of being drawn."""
+    """Drawn rows (s, p) with the intercept's ones, their targets, and their weights over the odds of being drawn."""
 
     rows: Any
     target: Vector
@@ -78,8 +78,8 @@ class Sample(NamedTuple):
 class Draw(NamedTuple):
     """How rows are drawn: row i is kept with probability min(1, size score_i / mass), independently of the others.
 
-    The score is 1 ("uniform"), w_i loss'' ||x_i||^2 ("row_norm"), or min(1, w_i loss'' ||x_i' basis||^2) ("leverage", with
-    a basis (p, directions) that is a square root of the inverse Hessian, perhaps times a random projection).
+    The score is 1 ("uniform"), w_i loss'' ||x_i||^2 ("row_norm"), or min(1, w_i loss'' ||x_i' basis||^2) ("leverage",
+    with a basis (p, directions) that is a square root of the inverse Hessian, perhaps times a random projection).
 
     Attributes:
         mass: sum of all scores, as known from the pass before.
@@ -194,6 +194,8 @@ def values_along(block: Block, *, loss: Loss, free: bool, coef: Vector, directio
 def gram(X: Any, weight: Vector, free: bool = False) -> np.ndarray:
     """X' diag(weight) X, with a last column of ones if `free`; dense, for weights that are not negative."""
     root = np.sqrt(weight)
+    if sp.issparse(X) and X.nnz > 0.1 * X.shape[0] * X.shape[1]:
+        X = X.toarray()  # a dense product is then the faster one
     if sp.issparse(X):
         X = _with_ones(X, free)
         scaled = sp.diags_array(root) @ X
@@ -262,15 +264,15 @@ class Cholesky:
         return cho_solve(self.factor, vector, check_finite=False)
 
     def basis(self, directions: int, rng: np.random.Generator) -> np.ndarray:
-        """Square root of the inverse, (p, directions): ||x'basis||^2 estimates x'H^-1 x; it is exact, and the basis square,
-        if directions >= p."""
+        """Square root of the inverse, (p, directions): ||x'basis||^2 estimates x'H^-1 x, and equals it with a square
+        basis, where directions >= p."""
         p = len(self.factor[0])
         eye = np.eye(p) if directions >= p else rng.standard_normal((p, directions)) / np.sqrt(directions)
         return solve_triangular(self.factor[0], eye, lower=True, trans="T", check_finite=False)
 
 
 class Products:
-    """A Hessian known by its products with vectors; systems are solved by conjugate gradients, scaled by the diagonal."""
+    """A Hessian known by its products with vectors, for conjugate gradients scaled by the diagonal."""
 
     def __init__(self, product: Callable[[Vector], Vector], diagonal: Vector, ridge: Vector, n_rows: int) -> None:
         self.n_rows, p = n_rows, len(ridge)
