@@ -21,9 +21,9 @@ same numbers.
 Sources: Clarkson and Woodruff 2013 (countsketch), Nelson and Nguyen 2013 (sparse_sign), Meng and Mahoney 2013
 (sparse_cauchy), Woodruff and Zhang 2013 (exponential), Yang, Meng and Mahoney, arXiv 1305.0087 and 1502.03032.
 
-Deviation: arXiv 1502.03032 uses countsketch throughout. Here sparse_sign with four entries is the default, because
-two rows of leverage one that fall into one bucket of a countsketch of 20 d rows ruin the conditioner, and on the paper's
-own NB matrix they did so for one seed in three.
+Deviation: arXiv 1502.03032 uses countsketch throughout. Here sparse_sign with four entries is the default: two rows of
+leverage one that fall into one bucket of a countsketch of 20 d rows ruin the conditioner, and on the paper's own NB
+matrix they did so for one seed in three.
 """
 
 # Shapes: n rows, d columns, m rows of the sketch, k rows of a block.

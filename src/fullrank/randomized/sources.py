@@ -1,8 +1,8 @@
 """Tables as streams of row blocks: arrays in memory, Parquet files, Dask collections.
 
-A source is cut into fragments, the unit of parallel work; a fragment is read block by block, so that no reader ever holds
-more than one block of it. Rows keep their number in the whole table, whatever the fragments: what is drawn for a row
-depends on that number only, and results do not depend on how a table is stored.
+A source is cut into fragments, the unit of parallel work; a fragment is read block by block, so that no reader ever
+holds more than one block of it. Rows keep their number in the whole table, whatever the fragments: what is drawn for a
+row depends on that number only, and results do not depend on how a table is stored.
 
     source = ParquetSource("clicks/", target="price")
     for fragment in range(source.n_fragments):
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-BLOCK_CELLS = 2**19  # a block of float64 is then about 4 MiB and stays in the processor's cache between two products
+BLOCK_CELLS = 2**21  # a block of float64 is at most about 16 MiB
 BLOCK_ROWS = 32768
 
 
@@ -86,7 +86,7 @@ class RowSource(ABC):
 
     @abstractmethod
     def task(self, fragment: int) -> tuple[Callable[..., Iterator[Block]], tuple[Any, ...]]:
-        """A function and its arguments that yield the fragment's blocks; both travel to workers, arguments may be delayed."""
+        """A function and its arguments that yield the blocks; both travel to workers, some may be delayed."""
 
     def iter_blocks(self, fragment: int) -> Iterator[Block]:
         """The blocks of one fragment, in the order of rows."""
@@ -95,7 +95,7 @@ class RowSource(ABC):
 
 
 def block_size(n_cols: int, block_rows: int | None = None) -> int:
-    """Rows of a block: what the caller asks for, else about 4 MiB of float64 and never more than 32,768."""
+    """Rows of a block: what the caller asks for, else at most 16 MiB of float64 and 32,768 rows."""
     if block_rows is None:
         return max(256, min(BLOCK_ROWS, BLOCK_CELLS // max(n_cols, 1)))
     if block_rows < 1:
@@ -213,8 +213,8 @@ class ParquetSource(RowSource):
         block_rows: rows of a block; by size when omitted.
 
     Raises:
-        ValueError: no file or no row; a missing column, a column that is no number, files that disagree in their columns
-            (file and column are named); while reading, nulls, NaN, infinity or negative weights.
+        ValueError: no file or no row; a missing column, a column that is no number, files that disagree in a column's
+            type (file and column are named); while reading, nulls, NaN, infinity or negative weights.
     """
 
     def __init__(
