@@ -64,8 +64,6 @@ def ours(case: str, args: argparse.Namespace, environment: dict[str, str], scrat
     text, wall, memory = run(command, environment)
     report = json.loads(text)
 
-    from fullrank.training import load_model
-
     return {
         "program": "fullrank",
         "samples_per_s": report["samples_per_second"],
@@ -74,7 +72,7 @@ def ours(case: str, args: argparse.Namespace, environment: dict[str, str], scrat
         "peak_all_mib": memory,
         "test_auc": report["test"]["auc"],
         "parameters": report["parameters"]["total"],
-        "flops_per_example": load_model(scratch / "run" / "model").flops_per_example(),
+        "precision": report["precision"],
     }
 
 
@@ -115,24 +113,25 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--journal", type=Path, help="file of finished runs: a broken benchmark goes on from it")
     parser.add_argument("--fuxictr-python")
     parser.add_argument("--fuxictr-zoo")
     parser.add_argument("--recbole-python")
     parser.add_argument("--deepctr-python")
     args = parser.parse_args()
     args.tables = args.tables.resolve()
-    # Idle OpenMP threads sleep: spinning threads of a busy machine would starve each other, ours and theirs.
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(args.threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONWARNINGS": "ignore",
-    }
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONWARNINGS": "ignore"}
+    environment.pop("OMP_WAIT_POLICY", None)
     runs: list[dict[str, Any]] = []
+    if args.journal and args.journal.exists():
+        runs = [json.loads(line) for line in args.journal.read_text().splitlines()]
+    done = {(run["case"], run["repeat"], run["program"]) for run in runs}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(args.repeats):
             for case in args.cases:
                 for program in ("fullrank", "fuxictr", "recbole", "deepctr-torch"):
+                    if (case, repeat, program) in done:
+                        continue
                     scratch = Path(folder)
                     if program == "fullrank":
                         record = ours(case, args, environment, scratch)
@@ -142,9 +141,12 @@ def main() -> None:
                             continue
                         record = found
                     runs.append({"case": case, "repeat": repeat, **record})
-                    print(json.dumps(runs[-1]), flush=True)
+                    line = json.dumps(runs[-1])
+                    print(line, flush=True)
+                    if args.journal:
+                        with args.journal.open("a") as journal:
+                            journal.write(line + "\n")
     summary = summarise(runs)
-    roofline = rooflines(summary)
     print()
     columns = [
         "case",
@@ -157,10 +159,10 @@ def main() -> None:
         "speed_ratio",
     ]
     table(summary, columns)
-    print()
-    table(roofline, list(roofline[0]))
-    write("ctr_throughput", {"settings": {"repeats": args.repeats, "threads": args.threads}, "summary": summary,
-                             "roofline": roofline, "runs": runs})  # fmt: skip
+    write(
+        "ctr_throughput",
+        {"settings": {"repeats": args.repeats, "threads": args.threads}, "summary": summary, "runs": runs},
+    )
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -170,32 +172,15 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         mine = [run for run in runs if (run["case"], run["program"]) == (case, program)]
         row: dict[str, Any] = {"case": case, "program": program}
         for key in mine[0]:
-            if key not in ("case", "program", "repeat"):
+            if key == "precision":
+                row[key] = mine[0][key]
+            elif key not in ("case", "program", "repeat"):
                 row[key] = statistics.median(run[key] for run in mine)
         summary.append(row)
     for row in summary:
         base = next(r for r in summary if r["case"] == row["case"] and r["program"] == "fullrank")
         row["speed_ratio"] = base["samples_per_s"] / row["samples_per_s"]
     return summary
-
-
-def rooflines(summary: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Our dense arithmetic over the machine's GEMM peak; the rest of a step is element-wise work and lookups."""
-    import torch
-
-    from fullrank.cli.doctor import gemm_gflops, memory_bandwidth
-
-    half, single, bandwidth = gemm_gflops(torch.bfloat16), gemm_gflops(torch.float32), memory_bandwidth()
-    rows = []
-    for row in summary:
-        if row["program"] == "fullrank":
-            achieved = 3 * row["flops_per_example"] * row["samples_per_s"] / 1e9
-            rows.append({
-                "case": row["case"], "gflops_achieved": achieved, "bf16_gemm_gflops": half,
-                "share_of_bf16_peak": achieved / half, "fp32_gemm_gflops": single,
-                "share_of_fp32_peak": achieved / single, "memory_gb_per_s": bandwidth,
-            })  # fmt: skip
-    return rows
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.metrics import auc
 from fullrank.models import MODELS, Ranker, RankerOutput
 from fullrank.schema import Label, Schema
-from fullrank.training import Callback, Trainer, TrainerConfig, evaluate
+from fullrank.training import Callback, Trainer, TrainerConfig, evaluate, precision
 from fullrank.training.optimizers import DenseOptimizer
 
 
@@ -314,3 +316,34 @@ def test_several_labels_have_their_metrics_and_unobserved_ones_are_left_out() ->
 def test_nothing_to_train_on_is_an_error() -> None:
     with pytest.raises(ValueError, match="no batches"):
         Trainer(TrainerConfig()).fit(_model(), [])
+
+
+def test_auto_precision_is_what_the_machine_is_fast_in_and_a_resumed_run_keeps_it(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = {torch.bfloat16: 400.0, torch.float32: 100.0}
+    monkeypatch.setattr(precision, "gemm_gflops", lambda dtype, seconds: speeds[dtype])
+    config = TrainerConfig(epochs=2, precision="auto")
+
+    def fit(out: Path, *, resume: bool = False, callbacks: Sequence[Callback] = ()) -> tuple[str, Any]:
+        torch.manual_seed(0)
+        model = _model(hidden=(32, 16))
+        loader = Loader(dataset, "train", 64, shuffle=True)
+        result = Trainer(config, callbacks=callbacks).fit(model, loader, run_directory=out, resume=resume)
+        return result.precision, model.state_dict()
+
+    chosen, whole = fit(tmp_path / "whole")
+    assert chosen == "bfloat16"
+
+    class Stop(Callback):
+        def after_step(self, step: int, loss: torch.Tensor) -> None:
+            if step == len(Loader(dataset, "train", 64)) + 1:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "cut", callbacks=[Stop()])
+    speeds[torch.bfloat16] = 50.0
+    chosen, resumed = fit(tmp_path / "cut", resume=True)
+    assert chosen == "bfloat16"
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert fit(tmp_path / "new")[0] == "float32"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import time
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -42,6 +41,8 @@ def examine() -> dict[str, Any]:
     """What `fullrank doctor` prints."""
     import torch
 
+    from fullrank.training.precision import gemm_gflops
+
     def installed(name: str) -> str | None:
         try:
             return metadata.version(name)
@@ -78,29 +79,12 @@ def examine() -> dict[str, Any]:
     }
 
 
-def gemm_gflops(dtype: Any) -> float:
-    """Best of several products of the size of a ranker's hidden layer, in GFLOP/s."""
-    import torch
-
-    a, b = torch.randn(4096, 256).to(dtype), torch.randn(256, 256).to(dtype)
-    best = _best_time(lambda: torch.mm(a, b))
-    return 2 * 4096 * 256 * 256 / best / 1e9
-
-
 def memory_bandwidth() -> float:
     """Best of several copies of 128 MB, in GB read and written per second."""
     import torch
 
+    from fullrank.training.precision import best_time
+
     source = torch.zeros(1 << 25)
     target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / _best_time(lambda: target.copy_(source)) / 1e9
-
-
-def _best_time(action: Any) -> float:
-    action()
-    best, end = float("inf"), time.perf_counter() + 0.4
-    while time.perf_counter() < end:
-        begin = time.perf_counter()
-        action()
-        best = min(best, time.perf_counter() - begin)
-    return best
+    return 2 * source.numel() * 4 / best_time(lambda: target.copy_(source)) / 1e9

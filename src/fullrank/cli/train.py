@@ -166,6 +166,7 @@ def _train_model(
         "tasks": metrics,
         "parameters": {"dense": parameters.dense, "embedding": parameters.embedding, "total": parameters.total},
         "samples_per_second": result.samples_per_second,
+        "precision": result.precision,
         "epochs": result.epochs,
         "steps": result.steps,
         "best": result.best,
@@ -257,7 +258,7 @@ def _print(report: dict[str, Any]) -> None:
     else:
         print("the dataset has no validation and no test rows: nothing could be measured", file=sys.stderr)
     if "model" in report:
-        print(f"{report['samples_per_second']:,.0f} samples/s in training", file=sys.stderr)
+        print(f"{report['samples_per_second']:,.0f} samples/s in training, {report['precision']}", file=sys.stderr)
     for split in ("valid", "test"):
         recall = report.get(split, {}).get("recall", {})
         if recall:

@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -25,6 +24,7 @@ from fullrank.training.evaluation import evaluate
 from fullrank.training.memory import keep_freed_memory, return_freed_memory
 from fullrank.training.optimizers import DenseOptimizer
 from fullrank.training.patience import Patience
+from fullrank.training.precision import Precision, fastest_precision
 
 # On an accelerator the loss is looked at this often, because looking waits for the device.
 CHECK_EVERY = 50
@@ -47,7 +47,7 @@ class TrainerConfig(BaseModel):
             included). It matters with batch norm on small initial embeddings: the first gradients are hundreds of
             times larger than later ones and would fill Adam's second moment for the rest of the epoch.
         precision: `bfloat16` computes matrix products of the training steps in bfloat16 (weights, optimiser state,
-            logits, loss and all evaluation stay float32).
+            logits, loss and all evaluation stay float32); `auto` does where this machine is faster so.
         compile: run the model through `torch.compile`.
         seed: of dropout, and of the loaders and initial weights that `fullrank train` makes.
         checkpoint_every: steps between checkpoints, beside the one at each validation or end of an epoch; 0 for
@@ -69,7 +69,7 @@ class TrainerConfig(BaseModel):
     monitor: Literal["auc", "gauc", "logloss", "ne", "mse"] = "auc"
     validate_every: int = Field(default=0, ge=0)
     gradient_clip: float | None = Field(default=10.0, gt=0)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
     compile: bool = False
     seed: int = 0
     checkpoint_every: int = Field(default=0, ge=0)
@@ -100,6 +100,7 @@ class TrainingResult:
         steps: of the whole run, those before a resume included.
         epochs: finished ones.
         seconds: wall time of `fit`.
+        precision: of the matrix products, `float32` or `bfloat16`.
         samples_per_second: rows per second over the training steps of this call, loading included, without
             validations, checkpoints and the first ten steps.
         history: metrics of each validation, in order.
@@ -112,6 +113,7 @@ class TrainingResult:
     epochs: int
     seconds: float
     samples_per_second: float
+    precision: Precision
     stopped_early: bool
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
@@ -201,6 +203,7 @@ class _Run:
             config.monitor, config.plateau_factor if config.schedule == "plateau" else 1.0, config.patience
         )
         self.total_steps = min(config.epochs * len(train), config.max_steps or config.epochs * len(train))
+        self.precision = fastest_precision(self.device) if config.precision == "auto" else config.precision
         self.step = self.epoch = self.batch = 0
         self.history: list[dict[str, float]] = []
         self.best_tasks: dict[str, dict[str, float]] = {}
@@ -251,6 +254,7 @@ class _Run:
             epochs=self.epoch,
             seconds=time.perf_counter() - begin,
             samples_per_second=rows / stepping if stepping else math.nan,
+            precision=self.precision,
             stopped_early=self.patience.stopped,
             history=self.history,
             best=self.patience.best,
@@ -294,8 +298,7 @@ class _Run:
         self.model.set_progress(self.step / self.total_steps)
         if self.step == 0:
             self.model.start_at_base_rate(batch)
-        half = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             output = forward(batch)
         loss = self.model.loss(output, batch)
         detached = loss.detach()
@@ -411,6 +414,7 @@ class _Run:
         loader = {**self.train.state(), "epoch": self.epoch, "batch": self.batch}
         state = {
             "identity": self._identity(),
+            "precision": self.precision,
             "loader": loader,
             "step": self.step,
             "epoch": self.epoch,
@@ -447,6 +451,7 @@ class _Run:
         torch.set_rng_state(found.tensors("random")[""])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(found.tensors("random.cuda")[""], self.device)
+        self.precision = state["precision"]
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
         self.history, self.best_tasks = state["history"], state["best_tasks"]
         self.patience = Patience(**state["patience"])
