@@ -61,7 +61,7 @@ def weighted_gram(A: Array | sparse.csr_array, q: Array) -> Array:
 
 
 def factor(gram: Array) -> tuple[Array, bool]:
-    """Cholesky factor of a Gram matrix; near the solution, where it may be singular to rounding, of one slightly larger."""
+    """Cholesky factor of a Gram matrix; where it is singular to rounding, as near a solution, of one slightly larger."""
     scale = np.trace(gram) / len(gram)
     for jitter in (0.0, 1e-15, 1e-13, 1e-11, 1e-9):
         try:
@@ -117,6 +117,7 @@ def frisch_newton(
     u, v = np.maximum(residual, 0) + floor, np.maximum(-residual, 0) + floor
     x = 1 - t if dual_start is None else np.clip(dual_start + 1 - t, 0.05, 0.95)
     s = 1 - x
+    reach = np.asarray(abs(A).sum(axis=0)).ravel() + np.abs(c)
     converged = False
     iteration = 0
     for iteration in range(max_iter + 1):
@@ -125,9 +126,7 @@ def frisch_newton(
         size = scale
         if size is None:
             size = float(t @ u + (1 - t) @ v + c @ beta + 0.5 * l2 @ beta**2)
-        # The residual of the dual, priced by the coefficients, is what the gap above leaves out.
-        if gap <= tol * max(abs(size), 1e-300) and abs(short @ beta) <= tol * max(abs(size), 1e-300):
-            converged = True
+        converged = gap <= tol * max(abs(size), 1e-300) and bool((np.abs(short) <= 1e-6 * reach).all())
         if converged or iteration == max_iter or not np.isfinite(gap):
             break
         q = 1 / (u / s + v / x)
@@ -137,7 +136,7 @@ def frisch_newton(
         d_beta = cho_solve(lower, plain)
         d_x = q * (residual - A @ d_beta)
         d_u, d_v = u * (d_x / s - 1), -v * (d_x / x + 1)
-        primal, dual = _step(x, d_x, s), _step(u, d_u, None, v, d_v)
+        primal, dual = _step(x, d_x, s, -d_x), _step(u, d_u, v, d_v)
         if min(primal, dual) < 1:
             moved_u, moved_v = u + dual * d_u, v + dual * d_v
             ahead = float((s - primal * d_x) @ moved_u + (x + primal * d_x) @ moved_v)
@@ -147,19 +146,26 @@ def frisch_newton(
             d_beta = cho_solve(lower, plain - A.T @ (q * shift))
             d_x = q * (residual - shift - A @ d_beta)
             d_u, d_v = up + u * (d_x / s - 1), down - v * (d_x / x + 1)
-            primal, dual = _step(x, d_x, s), _step(u, d_u, None, v, d_v)
+            primal, dual = _step(x, d_x, s, -d_x), _step(u, d_u, v, d_v)
         x, s = x + primal * d_x, s - primal * d_x
         u, v, beta = u + dual * d_u, v + dual * d_v, beta + dual * d_beta
-    return InteriorPointResult(beta, x - (1 - t), gap, iteration, converged)
+    return InteriorPointResult(beta, _balanced(A, x, target + l2 * beta) - (1 - t), gap, iteration, converged)
 
 
-def _step(
-    first: Array, d_first: Array, mirror: Array | None, second: Array | None = None, d_second: Array | None = None
-):
-    """The longest step in [0, 1] that keeps first + step d_first (and its mirror, or the second pair) positive."""
-    ratio = float(np.min(d_first / first))
-    if mirror is not None:
-        ratio = min(ratio, -float(np.max(d_first / mirror)))
-    elif second is not None and d_second is not None:
-        ratio = min(ratio, float(np.min(d_second / second)))
+def _balanced(A: Array | sparse.csr_array, x: Array, target: Array) -> Array:
+    """x in [0, 1] moved as little as its distance from the bounds tells, so that A'x = target up to rounding."""
+    x = np.clip(x, 0, 1)
+    for _ in range(2):
+        room = x * (1 - x)
+        try:
+            step = cho_solve(factor(weighted_gram(A, room)), target - A.T @ x)
+        except LinAlgError:
+            break
+        x = np.clip(x + room * (A @ step), 0, 1)
+    return x
+
+
+def _step(first: Array, d_first: Array, second: Array, d_second: Array) -> float:
+    """The longest step in [0, 1] that keeps both positive."""
+    ratio = min(float(np.min(d_first / first)), float(np.min(d_second / second)))
     return 1.0 if ratio >= 0 else min(1.0, -0.99995 / ratio)

@@ -1,0 +1,155 @@
+"""The loss of quantile regression over rows of a table, its penalties, and small problems of some of its rows."""
+
+# Shapes: D coefficients (intercept first where there is one), m rows of a small problem, k rows of a block.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from fullrank.randomized.certificate import Certificate, certify
+from fullrank.randomized.interior_point import Array, InteriorPointResult, frisch_newton
+from fullrank.randomized.sources import Block
+
+
+def rho(residual: Array, quantile: float) -> Array:
+    """t r for r >= 0, (t - 1) r below."""
+    return np.maximum(quantile * residual, (quantile - 1) * residual)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a table.
+
+    Attributes:
+        A: shape (m, D), with the intercept's column of ones.
+        b, weight: shape (m,).
+        dual: shape (m,), z that a row had before it was taken; zero for others.
+        index: shape (m,), numbers of the rows.
+    """
+
+    A: Array
+    b: Array
+    weight: Array
+    dual: Array
+    index: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.b)
+
+    @classmethod
+    def gather(cls, parts: Sequence[Rows], D: int) -> Rows:
+        """All rows of the parts, in order."""
+        if not parts:
+            return cls(np.empty((0, D)), np.empty(0), np.empty(0), np.empty(0), np.empty(0, dtype=np.int64))
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+def take(block: Block, index: NDArray[np.intp], intercept: bool, dual: Array | None = None) -> Rows:
+    """Some rows of a block."""
+    X = block.X[index]
+    X = X.toarray() if sp.issparse(X) else X
+    A = np.empty((len(index), X.shape[1] + intercept))
+    A[:, int(intercept) :] = X
+    if intercept:
+        A[:, 0] = 1
+    weight = np.ones(len(index)) if block.weight is None else block.weight[index]
+    return Rows(A, block.y[index], weight, np.zeros(len(index)) if dual is None else dual, block.start + index)
+
+
+def fitted(block: Block, coef: Array, intercept: bool) -> Array:
+    """[1 | X] @ coef, for coef of shape (D,) or (D, J)."""
+    return block.X @ coef[1:] + coef[0] if intercept else block.X @ coef
+
+
+def slope(block: Block, z: Array, intercept: bool) -> Array:
+    """[1 | X]' z, shape (D,)."""
+    return np.append(z.sum(), block.X.T @ z) if intercept else block.X.T @ z
+
+
+def combine_rows(first: Any, second: Any) -> Any:
+    """Rows are put under each other, everything else is added; for `map_reduce`."""
+    if isinstance(first, Rows):
+        return Rows.gather([first, second], first.A.shape[1])
+    if isinstance(first, tuple):
+        return tuple(combine_rows(a, b) for a, b in zip(first, second, strict=True))
+    return first + second
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Sum of w rho_t(b - A beta), plus absolute * |beta|_1 + ridge / 2 * |beta|_2 ** 2 without the intercept."""
+
+    quantile: float
+    intercept: bool
+    absolute: float = 0.0
+    ridge: float = 0.0
+
+    def penalised(self, D: int) -> Array:
+        """1 for coefficients with a penalty, 0 for the intercept; shape (D,)."""
+        mask = np.ones(D)
+        if self.intercept:
+            mask[0] = 0
+        return mask
+
+    def penalty(self, coef: Array) -> float:
+        part = coef[int(self.intercept) :]
+        return float(self.absolute * np.abs(part).sum() + 0.5 * self.ridge * part @ part)
+
+    def solve(
+        self,
+        rows: Rows,
+        *,
+        share: float = 1.0,
+        linear: Array | None = None,
+        start: Array | None = None,
+        tol: float = 1e-8,
+        scale: float | None = None,
+        max_iter: int = 50,
+    ) -> InteriorPointResult:
+        """Minimise over some rows, with penalties times `share` and `-linear' beta` for the rest of the table.
+
+        The dual has one entry for each row, then one for each coefficient with an absolute penalty.
+        """
+        A, b = rows.A, rows.b
+        if (rows.weight != 1).any():
+            A, b = A * rows.weight[:, None], b * rows.weight
+        t: float | Array = self.quantile
+        mask = self.penalised(A.shape[1])
+        if self.absolute:
+            extra = 2 * share * self.absolute * np.eye(len(mask))[mask > 0]
+            A, b = np.vstack([A, extra]), np.append(b, np.zeros(len(extra)))
+            t = np.append(np.full(len(rows), self.quantile), np.full(len(extra), 0.5))
+        return frisch_newton(
+            A,
+            b,
+            t,
+            linear=None if linear is None else -linear,
+            ridge=share * self.ridge * mask if self.ridge else None,
+            start=start,
+            tol=tol,
+            scale=scale,
+            max_iter=max_iter,
+        )
+
+    def certificate(
+        self, loss: float, missing: float, rows: Rows, small: InteriorPointResult, outside: Array, R: Array
+    ) -> Certificate:
+        """The proof for `small.coef`: `loss` over all rows, `missing` and `outside` = A'z of those not in `rows`."""
+        coef, m = small.coef, len(rows)
+        r = (rows.b - rows.A @ coef) * rows.weight
+        missing += float((rho(r, self.quantile) - small.dual[:m] * r).sum())
+        imbalance = outside + rows.A.T @ (rows.weight * small.dual[:m])
+        if self.absolute or self.ridge:
+            part = coef[int(self.intercept) :]
+            imbalance[int(self.intercept) :] -= self.ridge * part
+        if self.absolute:
+            z = 2 * self.absolute * small.dual[m:]
+            missing += float((self.absolute * np.abs(part) + z * part).sum())
+            imbalance[int(self.intercept) :] += z
+        return certify(loss + self.penalty(coef), missing, imbalance, R, self.quantile)
