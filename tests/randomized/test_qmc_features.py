@@ -179,7 +179,7 @@ def test_auto_takes_the_better_of_its_candidates(rows: np.ndarray) -> None:
     assert features.set_params(sequence="auto").fit(rows).sequence_ in ("sobol", "orthogonal")
 
 
-@pytest.mark.parametrize(("sequence", "ratio"), [("empirical", 0.7), ("adaptive", 0.97), ("greedy", 1.0)])
+@pytest.mark.parametrize(("sequence", "ratio"), [("empirical", 0.7), ("adaptive", 0.97)])
 @pytest.mark.filterwarnings("ignore:sequence .* keeps its start")
 def test_refined_frequencies_are_better_on_new_rows(rows: np.ndarray, sequence: str, ratio: float) -> None:
     train, test = rows[:200], rows[200:]
@@ -193,7 +193,7 @@ def test_refined_frequencies_are_better_on_new_rows(rows: np.ndarray, sequence: 
 
 def test_refinement_that_does_not_help_keeps_its_start(rows: np.ndarray) -> None:
     """A box far wider than the differences spends all frequencies where the kernel is zero."""
-    features = QMCFeatures(gamma=0.1, sequence="adaptive", n_components=64, box=40.0, random_state=0)
+    features = QMCFeatures(gamma=0.1, sequence="adaptive", n_components=64, box=12.0, random_state=0)
     with pytest.warns(UserWarning, match="keeps its start"):
         features.fit(rows)
     assert features.sequence_ in ("sobol", "orthogonal")

@@ -4,9 +4,11 @@ The room stands alone: it needs NumPy, SciPy, scikit-learn and PyArrow, and Dask
 """
 
 from fullrank.randomized.discrepancy import box_discrepancy
+from fullrank.randomized.generalized_linear import SubsampledNewtonClassifier, SubsampledNewtonRegressor
 from fullrank.randomized.qmc import QMCFeatures, kernel_error
 from fullrank.randomized.sketches import Sketch, sketch
 from fullrank.randomized.sources import ArraySource, DaskSource, ParquetSource, RowSource
+from fullrank.randomized.tensor_machine import TensorMachineClassifier, TensorMachineRegressor
 
 __all__ = [
     "ArraySource",
@@ -15,6 +17,10 @@ __all__ = [
     "QMCFeatures",
     "RowSource",
     "Sketch",
+    "SubsampledNewtonClassifier",
+    "SubsampledNewtonRegressor",
+    "TensorMachineClassifier",
+    "TensorMachineRegressor",
     "box_discrepancy",
     "kernel_error",
     "sketch",

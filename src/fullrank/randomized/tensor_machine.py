@@ -1,0 +1,445 @@
+"""Tensor machines: polynomials of low rank whose vectors are learnt, in place of random polynomial features."""
+
+# Shapes: n rows, d columns, r rank, q degree, K machines (one per class beyond two, else 1).
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from numbers import Integral, Real
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.optimize import minimize
+from scipy.special import expit
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from fullrank.randomized.engine import Executor, map_reduce
+from fullrank.randomized.losses import LOSSES, Vector
+from fullrank.randomized.polynomial import Fit, Polynomial, Scaling, Sums
+from fullrank.randomized.sources import ArraySource, Block, RowSource
+
+_MEMORY = 20  # steps that L-BFGS remembers
+_LINEAR_ITERATIONS = 100
+_HOLD_OUT_FROM = 2_000  # rows; fewer are all trained on unless asked otherwise
+_BATCH, _STEP = 512, 0.02  # of Adam; the step in deviations of the start
+
+
+class Curve(NamedTuple):
+    """Where a fit ended: parameters, objective at each step, loss on the rows held out, whether a rule was met."""
+
+    flat: Vector
+    objective: list[float]
+    held_out: list[float]
+    converged: bool
+
+
+class _TensorMachine(BaseEstimator):
+    """What both estimators share: arguments, preparation of rows, the optimiser."""
+
+    _loss: str
+
+    def __init__(
+        self,
+        degree: int = 3,
+        rank: int = 5,
+        *,
+        alpha: float = 1e-5,
+        normalize: str | None = "l2",
+        init_scale: float | str = "auto",
+        warm_start_linear: bool = True,
+        solver: str = "lbfgs",
+        max_iter: int = 200,
+        tol: float = 1e-6,
+        early_stopping: bool | str = "auto",
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 20,
+        executor: Executor = "serial",
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
+        self.degree = degree
+        self.rank = rank
+        self.alpha = alpha
+        self.normalize = normalize
+        self.init_scale = init_scale
+        self.warm_start_linear = warm_start_linear
+        self.solver = solver
+        self.max_iter = max_iter
+        self.tol = tol
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.executor = executor
+        self.random_state = random_state
+
+    @property
+    def n_parameters_(self) -> int:
+        """Learnt numbers of one machine: 1 + d + (q - 1)(q + 2) r d / 2."""
+        check_is_fitted(self)
+        return self._polynomial.n_parameters
+
+    @property
+    def factors_(self) -> list[np.ndarray]:
+        """Vectors of each degree from 2 on, shape ([K,] r, i, d)."""
+        check_is_fitted(self)
+        axes = (0, 2, 1, 3)
+        by_machine = [list(self._polynomial.products(self._polynomial.vectors(flat))) for flat in self._flat]
+        return [self._shaped(np.stack(parts).transpose(axes)) for parts in zip(*by_machine, strict=True)]
+
+    @property
+    def coef_linear_(self) -> np.ndarray:
+        """Vector of degree 1, shape ([K,] d)."""
+        check_is_fitted(self)
+        return self._shaped(np.stack([self._polynomial.vectors(flat)[0] for flat in self._flat]))
+
+    @property
+    def intercept_(self) -> np.ndarray | float:
+        """Shape ([K,])."""
+        check_is_fitted(self)
+        return self._shaped(np.array([flat[0] for flat in self._flat]))
+
+    def monomial_coef(self, columns: Sequence[int]) -> np.ndarray | float:
+        """Coefficient of the monomial prod_k x_{columns[k]} in the polynomial of the normalised columns, shape ([K,]).
+
+        Args:
+            columns: column numbers, repeated for powers; their order does not matter.
+
+        Raises:
+            ValueError: if there is none, or more than the degree.
+        """
+        check_is_fitted(self)
+        if not 1 <= len(columns) <= self._polynomial.degree:
+            raise ValueError(f"a monomial has 1 to {self._polynomial.degree} columns here, got {len(columns)}")
+        if len(columns) == 1:
+            return self.coef_linear_[..., columns[0]]
+        factors = self.factors_[len(columns) - 2]
+        orders = set(itertools.permutations(columns))
+        places = np.arange(len(columns))
+        return sum(np.prod(factors[..., places, list(order)], axis=-1).sum(axis=-1) for order in orders)
+
+    def _margins(self, X: Any) -> np.ndarray:
+        """Values of the K polynomials, shape (n, K)."""
+        check_is_fitted(self)
+        X = validate_data(self, X, accept_sparse="csr", dtype=np.float64, reset=False)
+        X = self._scaling.apply(X)
+        return np.column_stack([self._polynomial.values(flat, X) for flat in self._flat])
+
+    def _prepared(self, X: Any, y: Any, sample_weight: Any) -> RowSource:
+        """The table as a source, its width noted; arrays validated."""
+        if isinstance(X, RowSource):
+            if y is not None or sample_weight is not None:
+                raise ValueError("a row source brings its own target and weights; y and sample_weight must be omitted")
+            if X.n_targets != 1:
+                raise ValueError(f"the source has {X.n_targets} targets, expected 1")
+            self.n_features_in_ = X.n_cols
+            self.feature_names_in_ = np.asarray(X.feature_names, dtype=object)
+            return X
+        weight = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+        return ArraySource(X, y, weight, check_finite=False)
+
+    def _fit(self, source: RowSource, classes: Sequence[float | None]) -> None:
+        """Train one machine for each class (None: targets are numbers)."""
+        self._check_parameters(source)
+        draws = check_random_state(self.random_state)
+        seed = int(draws.randint(2**31))
+        weight, squares, target, target_squares = map_reduce(source, _moments, executor=self.executor)
+        if not weight > 0:
+            raise ValueError("sample_weight is zero in every row")
+        squares = squares / weight
+        if self.normalize is None:
+            self._scaling, row_length = Scaling(), math.sqrt(squares.sum())
+        else:
+            filled = squares > 0
+            columns = 1 / np.sqrt(np.where(filled, squares, 1.0))
+            self._scaling = Scaling(columns, self.normalize == "l2")
+            row_length = 1.0 if self.normalize == "l2" else math.sqrt(filled.sum())
+        scaling = self._scaling
+        if isinstance(source, ArraySource):
+            # Once, not in every pass.
+            source = ArraySource(scaling.apply(source.X), source.y, source.sample_weight, check_finite=False)
+            scaling = Scaling()
+        self._polynomial = Polynomial(self.degree, self.rank, source.n_cols)
+        held_out = self.validation_fraction if self._holds_out(source.n_rows) else 0.0
+        curves = []
+        for positive in classes:
+            center, spread = target / weight, 1.0
+            if positive is None:
+                spread = math.sqrt(max(0.0, target_squares / weight - center**2)) or 1.0
+            else:
+                center = 0.0
+            fit = Fit(self._polynomial, LOSSES[self._loss], scaling, positive, held_out, seed)
+            start = self._start(draws, center, spread, row_length or 1.0)
+            if self.warm_start_linear and self.degree > 1:
+                linear = Fit(Polynomial(1, 1, source.n_cols), fit.loss, scaling, positive, held_out, seed)
+                found = self._lbfgs(source, linear, start[: linear.polynomial.n_parameters], _LINEAR_ITERATIONS)
+                start[: len(found.flat)] = found.flat
+            optimise = self._adam if self.solver == "adam" else self._lbfgs
+            curves.append(optimise(source, fit, start, self.max_iter))
+        if not all(curve.converged for curve in curves):
+            warnings.warn(
+                f"L-BFGS took max_iter = {self.max_iter} steps and did not reach tol",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        self._flat = [curve.flat for curve in curves]
+        self.n_iter_ = max(len(curve.objective) for curve in curves)
+        self.loss_curve_ = [curve.objective for curve in curves]
+        self.validation_curve_ = [curve.held_out for curve in curves] if held_out else None
+
+    def _start(self, draws: np.random.RandomState, center: float, spread: float, row_length: float) -> Vector:
+        """b at the mean target, w at zero, other vectors normal, so that each product has the target's scale."""
+        polynomial = self._polynomial
+        flat = np.zeros(polynomial.n_parameters)
+        flat[0] = center
+        scale = 1 / row_length if isinstance(self.init_scale, str) else self.init_scale
+        for factors in polynomial.products(polynomial.vectors(flat)):
+            factors[:] = draws.standard_normal(factors.shape) * scale * spread ** (1 / len(factors))
+        return flat
+
+    def _objective(self, sums: Sums, flat: Vector) -> tuple[float, Vector, float]:
+        """Mean loss plus ridge, its gradient, and the mean loss of the rows held out."""
+        if not math.isfinite(sums.loss):
+            raise ValueError(
+                "the loss overflows: products of many dot products need rows of length about 1 "
+                '(normalize="l2"), a smaller init_scale, or a lower degree'
+            )
+        value = sums.loss / sums.weight + self.alpha / 2 * float(flat[1:] @ flat[1:])
+        gradient = sums.gradient / sums.weight
+        gradient[1:] += self.alpha * flat[1:]
+        return value, gradient, sums.held_out_loss / sums.held_out_weight if sums.held_out_weight else math.nan
+
+    def _lbfgs(self, source: RowSource, fit: Fit, start: Vector, iterations: int) -> Curve:
+        progress = _Progress(self.n_iter_no_change if fit.held_out else None)
+
+        def objective(flat: Vector) -> tuple[float, Vector]:
+            sums = Sums(*map_reduce(source, partial(fit.sums, flat=flat), executor=self.executor))
+            value, gradient, held_out = self._objective(sums, flat)
+            progress.seen = value, held_out
+            return value, gradient
+
+        options = {"maxiter": iterations, "maxfun": 10 * iterations, "maxcor": _MEMORY}
+        options |= {"gtol": self.tol, "ftol": 1e-3 * self.tol}
+        found = minimize(objective, start, jac=True, method="L-BFGS-B", callback=progress, options=options)
+        return progress.curve(found.x, converged=found.status != 1)
+
+    def _adam(self, source: RowSource, fit: Fit, start: Vector, epochs: int) -> Curve:
+        assert isinstance(source, ArraySource) and source.y is not None
+        draws = np.random.default_rng(fit.seed)
+        progress = _Progress(self.n_iter_no_change if fit.held_out else None)
+        flat, first, second = start.copy(), np.zeros_like(start), np.zeros_like(start)
+        train, on_batch = np.flatnonzero(fit.trains_on(0, source.n_rows)), replace(fit, held_out=0.0)
+        batches = -(-len(train) // _BATCH)
+        spread = float(np.std(start[1 + source.n_cols :])) if self.degree > 1 else 1.0
+        step = 0
+        for _ in range(epochs):
+            for rows in np.array_split(draws.permutation(train), batches):
+                weight = None if source.sample_weight is None else source.sample_weight[rows]
+                if weight is not None and not weight.any():
+                    continue
+                block = Block(source.X[rows], source.y[rows], weight, 0)
+                _, gradient, _ = self._objective(Sums(*on_batch.sums(iter([block]), flat=flat)), flat)
+                step += 1
+                first += 0.1 * (gradient - first)
+                second += 0.001 * (gradient**2 - second)
+                rate = _STEP * spread * (1 - (step - 1) / (epochs * batches)) / (1 - 0.9**step)
+                flat -= rate * first / (np.sqrt(second / (1 - 0.999**step)) + 1e-12)
+            sums = Sums(*map_reduce(source, partial(fit.sums, flat=flat), executor=self.executor))
+            value, _, held_out = self._objective(sums, flat)
+            progress.seen = value, held_out
+            try:
+                progress(flat)
+            except StopIteration:
+                break
+        return progress.curve(flat, converged=True)
+
+    def _holds_out(self, n: int) -> bool:
+        return n >= _HOLD_OUT_FROM if isinstance(self.early_stopping, str) else bool(self.early_stopping)
+
+    def _check_parameters(self, source: RowSource) -> None:
+        for name in ("degree", "rank", "max_iter", "n_iter_no_change"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name in ("alpha", "tol"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {value!r}")
+        if self.init_scale != "auto" and not (isinstance(self.init_scale, Real) and 0 < self.init_scale < math.inf):
+            raise ValueError(f'init_scale must be positive or "auto", got {self.init_scale!r}')
+        if self.early_stopping not in (True, False, "auto"):
+            raise ValueError(f'early_stopping must be True, False or "auto", got {self.early_stopping!r}')
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction!r}")
+        for name, allowed in (("normalize", ("l2", "columns", None)), ("solver", ("lbfgs", "adam"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {allowed}")
+        if self.solver == "adam" and not isinstance(source, ArraySource):
+            raise ValueError('solver "adam" shuffles rows and needs them in memory; "lbfgs" reads a source in passes')
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+
+class TensorMachineRegressor(RegressorMixin, _TensorMachine):
+    """Least squares by a polynomial of low rank: (1/2) mean (y - f(x))^2 + (alpha/2) sum of squares of all vectors.
+
+    Args:
+        degree: q; 1 is a linear model.
+        rank: r, products of each degree from 2 on.
+        alpha: ridge on the vectors, not on the intercept. Choose it by cross-validation: a machine overfits where the
+            data is nearly linear.
+        normalize: "l2", columns to unit mean square, then rows to unit length; "columns", the first only; None.
+        init_scale: deviation of the vectors at the start; "auto" is 1 / the root mean square length of a row.
+        warm_start_linear: start w at the solution of the linear model.
+        solver: "lbfgs", a pass over the rows for each evaluation, or "adam", batches of 512 shuffled rows.
+        max_iter: steps of L-BFGS, or passes of Adam.
+        tol: L-BFGS stops at a largest gradient entry of tol, or a relative fall of the objective of tol / 1000.
+        early_stopping: hold rows out, stop when their loss has not fallen for `n_iter_no_change` steps, and keep the
+            best parameters; "auto": from 2,000 rows on.
+        validation_fraction: share of rows held out, by a coin of each row.
+        executor: "serial", "threads", "dask" or a `distributed.Client`; see `map_reduce`.
+        random_state: seed of the start and the rows held out.
+
+    Attributes:
+        intercept_, coef_linear_, factors_: the polynomial of the normalised columns. A product's factors are determined
+            up to order and scale: compare values, not vectors.
+        n_parameters_: learnt numbers of one machine.
+        n_iter_: steps of the longest fit.
+        loss_curve_, validation_curve_: one list for each machine: the objective, and the loss on rows held out (None
+            where none are), at each step.
+
+    Raises:
+        ValueError: in `fit`, for any argument outside what is said here, and when the loss overflows.
+
+    Source: Yang and Gittens, Tensor machines for learning target-specific polynomial features, arXiv 1504.01697.
+    Deviation: the authors start from N(0, 0.01 to 0.1), where a product of many factors is too small to learn from.
+    """
+
+    _loss = "squared"
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Fit to X (n, d), dense, CSR or a `RowSource`, whose own target and weights then count; y and weights (n,)."""
+        if not isinstance(X, RowSource):
+            X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64, y_numeric=True)
+        source = self._prepared(X, y, sample_weight)
+        self._fit(source, [None])
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """f(x) of each row, shape (n,)."""
+        return self._margins(X)[:, 0]
+
+    def _shaped(self, values: np.ndarray) -> Any:
+        return values[0]
+
+
+class TensorMachineClassifier(ClassifierMixin, _TensorMachine):
+    """Logistic regression by a polynomial of low rank: mean log loss of f(x) + (alpha/2) sum of squares of all vectors.
+
+    Two classes are one machine; more are one machine each, against the rest.
+
+    Arguments, attributes and errors are those of `TensorMachineRegressor`, whose attributes here have a first axis for
+    the machine.
+
+    Attributes:
+        classes_: labels, sorted.
+
+    Raises:
+        ValueError: in `fit`, also if there is one class only.
+
+    Source: Yang and Gittens, arXiv 1504.01697.
+    """
+
+    _loss = "logistic"
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Fit to X (n, d), dense, CSR or a `RowSource`, whose own target and weights then count; y and weights (n,)."""
+        labels = None
+        if not isinstance(X, RowSource):
+            X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64)
+            check_classification_targets(y)
+            labels, y = np.unique(y, return_inverse=True)
+            y = y.astype(np.float64)
+        source = self._prepared(X, y, sample_weight)
+        found = map_reduce(source, _labels, np.union1d, self.executor) if labels is None else np.arange(len(labels))
+        self.classes_ = found if labels is None else labels
+        if len(found) < 2:
+            raise ValueError(f"{type(self).__name__} needs two classes, the target has one class: {self.classes_[0]!r}")
+        self._fit(source, [float(label) for label in (found[1:] if len(found) == 2 else found)])
+        return self
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Log-odds of the second class, shape (n,), or of each class against the rest, shape (n, K)."""
+        margins = self._margins(X)
+        return margins[:, 0] if len(self.classes_) == 2 else margins
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities of the classes, shape (n, classes); those of several machines are divided by their sum."""
+        p = expit(self._margins(X))
+        if len(self.classes_) == 2:
+            return np.hstack([1 - p, p])
+        total = p.sum(axis=1, keepdims=True)
+        return np.divide(p, total, out=np.full_like(p, 1 / p.shape[1]), where=total > 0)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The class with the largest log-odds, shape (n,)."""
+        margins = self._margins(X)
+        return self.classes_[(margins[:, 0] > 0).astype(int) if len(self.classes_) == 2 else margins.argmax(axis=1)]
+
+    def _shaped(self, values: np.ndarray) -> Any:
+        return values
+
+
+class _Progress:
+    """Hears every step of an optimiser: keeps the curves, and the best parameters where rows are held out."""
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+        self.seen = (math.nan, math.nan)
+        self.objective: list[float] = []
+        self.held_out: list[float] = []
+        self.best: tuple[float, Vector | None] = math.inf, None
+        self.waited = 0
+
+    def __call__(self, flat: Vector) -> None:
+        objective, held_out = self.seen
+        self.objective.append(objective)
+        if self.patience is None:
+            return
+        self.held_out.append(held_out)
+        self.waited += 1
+        if held_out < self.best[0]:
+            self.best, self.waited = (held_out, flat.copy()), 0
+        if self.waited >= self.patience:
+            raise StopIteration
+
+    def curve(self, flat: Vector, *, converged: bool) -> Curve:
+        best = flat if self.best[1] is None else self.best[1]
+        return Curve(best, self.objective, self.held_out, converged or self.patience is not None)
+
+
+def _moments(blocks: Iterator[Block]) -> tuple[Any, ...]:
+    """Sums over rows of weights, weighted squares of columns, weighted targets and their squares."""
+    total = [0.0, 0.0, 0.0, 0.0]
+    for block in blocks:
+        weight = np.ones(block.X.shape[0]) if block.weight is None else block.weight
+        squares = block.X.multiply(block.X) if sp.issparse(block.X) else np.square(block.X)
+        assert block.y is not None
+        for i, part in enumerate((weight.sum(), squares.T @ weight, weight @ block.y, weight @ block.y**2)):
+            total[i] = total[i] + part
+    return tuple(total)
+
+
+def _labels(blocks: Iterator[Block]) -> np.ndarray:
+    return np.unique(np.concatenate([block.y for block in blocks if block.y is not None]))
