@@ -76,13 +76,15 @@ class Sample(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """How rows are drawn: row i is kept with probability min(1, size score_i / mass), independently of the others.
+    """How rows are drawn: row i is kept with probability min(1, score_i / certain), independently of the others, where
+    certain = mass / size.
 
     The score is 1 ("uniform"), w_i loss'' ||x_i||^2 ("row_norm"), or min(1, w_i loss'' ||x_i' basis||^2) ("leverage",
     with a basis (p, directions) that is a square root of the inverse Hessian, perhaps times a random projection).
 
     Attributes:
-        mass: sum of all scores, as known from the pass before.
+        size: expected number of rows.
+        mass: sum over all rows of min(score, certain), as known from the pass before; then `size` rows are expected.
         stream: of the random numbers; a new one for every pass.
     """
 
@@ -92,6 +94,11 @@ class Draw(NamedTuple):
     seed: int
     stream: int
     basis: np.ndarray | None = None
+
+    @property
+    def certain(self) -> float:
+        """Rows with this score or a larger one are kept for sure."""
+        return max(self.mass / self.size, np.finfo(float).tiny)
 
     def scores(self, X: Any, free: bool, curvature: Vector) -> Vector:
         """Scores of the rows of X, given w_i loss''; all of shape (k,)."""
@@ -107,8 +114,7 @@ class Draw(NamedTuple):
 
     def sample(self, block: Block, free: bool, score: Vector) -> Sample | None:
         """The rows of a block that are kept, given their scores."""
-        odds = self.size / max(self.mass, np.finfo(float).tiny) * score
-        kept, importance = poisson_sample(odds, self.seed, block.start, self.stream)
+        kept, importance = poisson_sample(score / self.certain, self.seed, block.start, self.stream)
         if not len(kept):
             return None
         if block.weight is not None:
@@ -118,8 +124,8 @@ class Draw(NamedTuple):
 
 @dataclass
 class Sums:
-    """Objective, the objective where all margins are 0, gradient, mass of the scores, and drawn rows, all but the
-    penalty's part."""
+    """Objective, the objective where all margins are 0, and gradient, without the penalty; mass of the draw, and what
+    was drawn."""
 
     value: float
     at_zero: float
@@ -158,7 +164,7 @@ def evaluate(block: Block, *, loss: Loss, free: bool, coef: Vector, draw: Draw |
         return Sums(value, zero, gradient, 0.0, [])
     score = draw.scores(block.X, free, _weighted(derivatives.curvature, block))
     sample = draw.sample(block, free, score)
-    return Sums(value, zero, gradient, float(score.sum()), [] if sample is None else [sample])
+    return Sums(value, zero, gradient, float(np.minimum(score, draw.certain).sum()), [] if sample is None else [sample])
 
 
 def draw_only(block: Block, *, loss: Loss, free: bool, draw: Draw) -> list[Sample]:

@@ -149,7 +149,9 @@ class _Iteration:
                 forcing = min(0.1, np.sqrt(gradient / largest)) if largest else 0.1
                 direction = self._direction(sums.gradient, forcing)
                 fall = -float(sums.gradient @ direction)  # the squared Newton decrement
-                if gradient <= tol * max(1.0, largest) and fall / 2 <= tol * abs(sums.value) + np.finfo(float).tiny:
+                # An objective that falls to 0 is compared with its first value in the end.
+                scale = abs(sums.value) + 1e-10 * abs(history[0].value)
+                if gradient <= tol * max(1.0, largest) and fall / 2 <= tol * scale:
                     return NewtonResult(coef, True, history)
                 if len(history) > max_iter:
                     return NewtonResult(coef, False, history)
@@ -157,8 +159,8 @@ class _Iteration:
                 if following is not None:
                     break
                 # What is left to gain drowns in rounding, or the sample is too small to give a direction.
-                if self.sampling == "none" or fall <= 1e-13 * abs(sums.value):
-                    return NewtonResult(coef, fall <= 1e-10 * abs(sums.value), history)
+                if self.sampling == "none" or fall <= 1e-13 * scale:
+                    return NewtonResult(coef, fall <= 1e-10 * scale, history)
                 if self.age == 0:
                     self._enlarge(2.0)
                 self._redraw(coef)
@@ -200,7 +202,11 @@ class _Iteration:
         if self.sampling == "uniform":
             return draw
         curvature = self.problem.loss(sample.rows @ coef, sample.target).curvature * sample.weight * odds
-        return draw._replace(mass=float(draw.scores(sample.rows, False, curvature).sum()) / odds)
+        scores = draw.scores(sample.rows, False, curvature) / odds
+        draw = draw._replace(mass=float(scores.sum()))
+        for _ in range(20):  # towards the mass that makes the expected number of rows right
+            draw = draw._replace(mass=float(np.minimum(scores, draw.certain / odds).sum()))
+        return draw
 
     def _draw(self) -> Draw:
         stream, basis = self._next_stream(), None
@@ -219,7 +225,8 @@ class _Iteration:
         sums.value += 0.5 * float(self.ridge @ np.square(coef))
         sums.gradient += self.ridge * coef
         if draw is not None:
-            self.mass = sums.mass
+            # A point whose rows hardly curve must not make the next draw take most of the table.
+            self.mass = max(sums.mass, draw.mass / 4)
         return sums
 
     def _renew_curvature(self, coef: Vector, sums: Sums) -> None:

@@ -1,0 +1,306 @@
+"""Linear models fitted by sub-sampled Newton: logistic classification, ridge and Poisson regression."""
+
+# Shapes: n rows, d features.
+
+from __future__ import annotations
+
+import warnings
+from numbers import Integral, Real
+from typing import Any, Self
+
+import numpy as np
+import scipy.sparse as sp
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state, compute_sample_weight
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from fullrank.randomized.curvature import LARGEST_DENSE, Problem
+from fullrank.randomized.losses import LOSSES, Loss, Vector
+from fullrank.randomized.newton import subsampled_newton
+from fullrank.randomized.sources import BLOCK_ROWS, ArraySource, RowSource
+
+_SAMPLINGS = ("auto", "leverage", "row_norm", "uniform", "none")
+
+
+class _SubsampledNewton(BaseEstimator):
+    """What the estimators share: checks of parameters and rows, the fit, the margin."""
+
+    def _check_parameters(self) -> None:
+        if self.sampling not in _SAMPLINGS:
+            raise ValueError(f"sampling is {self.sampling!r}, expected one of {', '.join(_SAMPLINGS)}")
+        for name, least in (("max_iter", 1), ("refresh", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} is {value!r}, expected an integer >= {least}")
+        if not isinstance(self.tol, Real) or not self.tol > 0:
+            raise ValueError(f"tol is {self.tol!r}, expected a number > 0")
+
+    def _source(self, X: Any, y: Any, sample_weight: Any) -> ArraySource:
+        """Checked arrays as a source."""
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        block_rows = BLOCK_ROWS if sp.issparse(X) else None
+        return ArraySource(X, y, sample_weight, block_rows=block_rows, check_finite=False)
+
+    def _minimise(self, source: RowSource, loss: Loss, penalty: float) -> Vector:
+        """Fit and set the attributes that all estimators share; the weights (d,), then the intercept."""
+        problem = Problem(source, loss, penalty, self.fit_intercept, self.executor)
+        size = self.sample_size
+        if size is not None and (not isinstance(size, Integral) or size < problem.size):
+            raise ValueError(f"sample_size is {size!r}, expected an integer >= {problem.size}, the number of weights")
+        sampling = self.sampling
+        if sampling == "auto":
+            sparse = isinstance(source, ArraySource) and sp.issparse(source.X)
+            sampling = "row_norm" if sparse or problem.size > LARGEST_DENSE else "leverage"
+        elif sampling == "leverage" and problem.size > LARGEST_DENSE:
+            raise ValueError(
+                f'sampling is "leverage" for {problem.size} weights, expected at most {LARGEST_DENSE}; use "row_norm"'
+            )
+        start = None
+        if self.warm_start and hasattr(self, "coef_"):
+            start = np.append(self.coef_.ravel(), self.intercept_) if self.fit_intercept else self.coef_.ravel()
+            if len(start) != problem.size:
+                raise ValueError(f"warm_start: X has {source.n_cols} features, the fit before had {self.coef_.size}")
+        result = subsampled_newton(
+            problem,
+            start,
+            sampling=sampling,
+            sample_size=size,
+            refresh=self.refresh,
+            tol=self.tol,
+            max_iter=self.max_iter,
+            seed=int(check_random_state(self.random_state).randint(2**31)),
+        )
+        if not result.converged:
+            warnings.warn(
+                f"{type(self).__name__} stopped after {len(result.history) - 1} steps with a gradient of "
+                f"{result.history[-1].gradient:.3g}: raise max_iter or the penalty, or check that an optimum exists",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        self.n_iter_ = len(result.history) - 1
+        self.n_passes_ = result.history[-1].passes
+        self.history_ = result.history
+        return result.coef
+
+    def _margin(self, X: Any) -> Vector:
+        check_is_fitted(self)
+        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
+        return np.asarray(X @ self.coef_.ravel() + self.intercept_, dtype=np.float64)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+
+class SubsampledNewtonClassifier(ClassifierMixin, _SubsampledNewton):
+    """Logistic regression of two classes with an l2 penalty, for many rows and up to a few thousand columns.
+
+    Minimises sum_i w_i log(1 + exp(-y_i (x_i'w + b))) + ||w||^2 / (2 C), the objective of scikit-learn's
+    `LogisticRegression`. Nothing needs to be scaled: Newton's steps do not depend on the units of the columns.
+
+    Args:
+        C: one over the penalty; larger fits closer.
+        sampling: what makes a row likely to be drawn for the Hessian: "leverage" (it points where few others do),
+            "row_norm" (it is long; cheaper), "uniform" (nothing); "none" takes all rows: Newton's method. "auto" is
+            "row_norm" for sparse rows, else "leverage", and "none" where the sample would be half the table.
+        sample_size: expected rows of the Hessian; 50 per weight when omitted.
+        refresh: steps that share one draw of rows; 1 draws for every step, as the paper does.
+        tol: stop when the largest entry of the gradient has fallen to tol (relative to its first value if that is above
+            1) and the objective is within tol of its minimum, relatively, by the quadratic model.
+        max_iter: most steps.
+        fit_intercept: whether to add b, which is not penalised.
+        class_weight: None, "balanced", or a dict of weights by class.
+        warm_start: start from the last fit.
+        executor: where passes over the table run; see `map_reduce`.
+        random_state: seed of the draws.
+
+    Attributes:
+        classes_: shape (2,); a `RowSource` must have targets 0 and 1.
+        coef_, intercept_: shapes (1, d) and (1,).
+        n_iter_, n_passes_: steps, and passes over the table.
+        history_: a `Step` for every point: objective, gradient, rows, passes, CPU seconds.
+
+    Raises:
+        ValueError: a parameter out of range, other than two classes, NaN or infinity, negative weights.
+
+    Source: Xu, Yang, Roosta, Ré and Mahoney, arXiv 1607.00559. Deviations are listed in `fullrank.randomized.newton`.
+    """
+
+    def __init__(
+        self,
+        C: float = 1.0,
+        *,
+        sampling: str = "auto",
+        sample_size: int | None = None,
+        refresh: int = 3,
+        tol: float = 1e-6,
+        max_iter: int = 100,
+        fit_intercept: bool = True,
+        class_weight: Any = None,
+        warm_start: bool = False,
+        executor: Any = "serial",
+        random_state: Any = None,
+    ) -> None:
+        self.C = C
+        self.sampling = sampling
+        self.sample_size = sample_size
+        self.refresh = refresh
+        self.tol = tol
+        self.max_iter = max_iter
+        self.fit_intercept = fit_intercept
+        self.class_weight = class_weight
+        self.warm_start = warm_start
+        self.executor = executor
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Fit.
+
+        Args:
+            X: shape (n, d), dense or sparse; or a `RowSource` with targets 0 and 1, and then no y.
+            y: shape (n,), two classes.
+            sample_weight: shape (n,), at least 0.
+        """
+        self._check_parameters()
+        if not isinstance(self.C, Real) or not 0 < self.C < np.inf:
+            raise ValueError(f"C is {self.C!r}, expected a number > 0")
+        if isinstance(X, RowSource):
+            if y is not None or sample_weight is not None or self.class_weight is not None:
+                raise ValueError(
+                    "a RowSource has its own targets and weights: leave y, sample_weight, class_weight out"
+                )
+            self.n_features_in_, self.classes_ = X.n_cols, np.array([0, 1])
+            source: RowSource = X
+        else:
+            X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32])
+            check_classification_targets(y)
+            kind = type_of_target(y)
+            if kind not in ("binary", "multiclass") or len(np.unique(y)) > 2:
+                raise ValueError(f"Only binary classification is supported. The type of the target is {kind}.")
+            self.classes_, codes = np.unique(y, return_inverse=True)
+            if len(self.classes_) < 2:
+                raise ValueError(f"y has one class, {self.classes_[0]!r}, expected 2 classes")
+            if self.class_weight is not None:
+                by_class = compute_sample_weight(self.class_weight, y)
+                sample_weight = by_class if sample_weight is None else by_class * np.asarray(sample_weight)
+            source = self._source(X, codes.astype(np.float64), sample_weight)
+        coef = self._minimise(source, LOSSES["logistic"], 1 / self.C)
+        self.coef_ = coef[None, : source.n_cols]
+        self.intercept_ = coef[source.n_cols :] if self.fit_intercept else np.zeros(1)
+        return self
+
+    def decision_function(self, X: Any) -> Vector:
+        """Log-odds of the second class, shape (n,)."""
+        return self._margin(X)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities of both classes, shape (n, 2)."""
+        return np.exp(self.predict_log_proba(X))
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Logarithms of the probabilities, exact where these underflow, shape (n, 2)."""
+        margin = self._margin(X)
+        return -np.logaddexp(0.0, np.column_stack([margin, -margin]))
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The likelier class, shape (n,)."""
+        second = self.decision_function(X) > 0
+        return self.classes_[second.astype(int)]
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
+
+
+class SubsampledNewtonRegressor(RegressorMixin, _SubsampledNewton):
+    """Ridge or Poisson regression, for many rows and up to a few thousand columns.
+
+    Minimises sum_i w_i loss(x_i'w + b, y_i) + alpha / 2 ||w||^2 with the loss (z - y)^2 / 2 ("squared": scikit-learn's
+    `Ridge(alpha)`) or exp(z) - y z ("poisson": its `PoissonRegressor(alpha / sum of weights)`).
+
+    Args:
+        loss: "squared" or "poisson".
+        alpha: penalty, at least 0.
+        sampling, sample_size, refresh, tol, max_iter, fit_intercept, warm_start, executor, random_state: as in
+            `SubsampledNewtonClassifier`.
+
+    Attributes:
+        coef_, intercept_: shape (d,), and a number.
+        n_iter_, n_passes_, history_: as in `SubsampledNewtonClassifier`.
+
+    Raises:
+        ValueError: a parameter out of range, a negative target with "poisson", NaN or infinity, negative weights.
+
+    Source: Xu, Yang, Roosta, Ré and Mahoney, arXiv 1607.00559. Deviations are listed in `fullrank.randomized.newton`.
+    """
+
+    def __init__(
+        self,
+        loss: str = "squared",
+        *,
+        alpha: float = 1.0,
+        sampling: str = "auto",
+        sample_size: int | None = None,
+        refresh: int = 3,
+        tol: float = 1e-6,
+        max_iter: int = 100,
+        fit_intercept: bool = True,
+        warm_start: bool = False,
+        executor: Any = "serial",
+        random_state: Any = None,
+    ) -> None:
+        self.loss = loss
+        self.alpha = alpha
+        self.sampling = sampling
+        self.sample_size = sample_size
+        self.refresh = refresh
+        self.tol = tol
+        self.max_iter = max_iter
+        self.fit_intercept = fit_intercept
+        self.warm_start = warm_start
+        self.executor = executor
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Fit.
+
+        Args:
+            X: shape (n, d), dense or sparse; or a `RowSource` with targets, and then no y.
+            y: shape (n,); at least 0 with "poisson".
+            sample_weight: shape (n,), at least 0.
+        """
+        self._check_parameters()
+        if self.loss not in ("squared", "poisson"):
+            raise ValueError(f"loss is {self.loss!r}, expected squared or poisson")
+        if not isinstance(self.alpha, Real) or not 0 <= self.alpha < np.inf:
+            raise ValueError(f"alpha is {self.alpha!r}, expected a number >= 0")
+        loss = LOSSES[self.loss]
+        if isinstance(X, RowSource):
+            if y is not None or sample_weight is not None:
+                raise ValueError("a RowSource has its own targets and weights: leave y and sample_weight out")
+            self.n_features_in_ = X.n_cols
+            source: RowSource = X
+        else:
+            X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], y_numeric=True)
+            y = y.astype(np.float64, copy=False)
+            loss.check_target(y)
+            source = self._source(X, y, sample_weight)
+        coef = self._minimise(source, loss, float(self.alpha))
+        self.coef_ = coef[: source.n_cols]
+        self.intercept_ = float(coef[source.n_cols]) if self.fit_intercept else 0.0
+        return self
+
+    def predict(self, X: Any) -> Vector:
+        """Expected target, shape (n,)."""
+        margin = self._margin(X)
+        return np.exp(margin) if self.loss == "poisson" else margin
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.positive_only = self.loss == "poisson"
+        return tags
