@@ -61,11 +61,11 @@ def weighted_gram(A: Array | sparse.csr_array, q: Array) -> Array:
 
 
 def factor(gram: Array) -> tuple[Array, bool]:
-    """Cholesky factor of a Gram matrix; where it is singular to rounding, as near a solution, of one slightly larger."""
-    scale = np.trace(gram) / len(gram)
+    """Cholesky factor of a Gram matrix; where rounding makes it singular, as near a solution, of a slightly larger one."""
+    diagonal = np.diag(np.diag(gram))
     for jitter in (0.0, 1e-15, 1e-13, 1e-11, 1e-9):
         try:
-            return cho_factor(gram + jitter * scale * np.eye(len(gram)) if jitter else gram, lower=True)
+            return cho_factor(gram + jitter * diagonal, lower=True)
         except LinAlgError:
             continue
     raise LinAlgError("the rows of the problem do not span its columns")
@@ -79,7 +79,6 @@ def frisch_newton(
     linear: Array | None = None,
     ridge: Array | None = None,
     start: Array | None = None,
-    dual_start: Array | None = None,
     tol: float = 1e-8,
     scale: float | None = None,
     max_iter: int = 50,
@@ -93,7 +92,6 @@ def frisch_newton(
         linear: c, shape (d,); zero when omitted.
         ridge: l, shape (d,), non-negative; zero when omitted.
         start: coefficients to start from; least squares when omitted.
-        dual_start: z to start from, pulled inside its bounds; zero when omitted.
         tol: stop when the gap is at most `tol` times `scale`.
         scale: the objective by default; of a part of a problem, the objective of the whole.
         max_iter: most Newton systems.
@@ -115,7 +113,7 @@ def frisch_newton(
     # median one, because the first steps are then longer and a residual of zero needs no case of its own.
     floor = 0.01 * float(np.median(np.abs(residual))) + 1e-12 * np.abs(b).max(initial=0.0) + 1e-300
     u, v = np.maximum(residual, 0) + floor, np.maximum(-residual, 0) + floor
-    x = 1 - t if dual_start is None else np.clip(dual_start + 1 - t, 0.05, 0.95)
+    x = 1 - t
     s = 1 - x
     reach = np.asarray(abs(A).sum(axis=0)).ravel() + np.abs(c)
     converged = False

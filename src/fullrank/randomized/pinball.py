@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,12 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from fullrank.randomized.certificate import Certificate, certify
+from fullrank.randomized.crossover import vertex
 from fullrank.randomized.interior_point import Array, InteriorPointResult, frisch_newton
 from fullrank.randomized.sources import Block
 
 
-def rho(residual: Array, quantile: float) -> Array:
+def rho(residual: Array, quantile: float | Array) -> Array:
     """t r for r >= 0, (t - 1) r below."""
     return np.maximum(quantile * residual, (quantile - 1) * residual)
 
@@ -41,6 +42,13 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.b)
+
+    def pick(self, which: NDArray[Any]) -> Rows:
+        """Some of the rows, by mask or position."""
+        return Rows(*(getattr(self, field.name)[which] for field in fields(self)))
+
+    def reweighted(self, weight: Array) -> Rows:
+        return replace(self, weight=weight)
 
     @classmethod
     def gather(cls, parts: Sequence[Rows], D: int) -> Rows:
@@ -111,10 +119,12 @@ class Objective:
         tol: float = 1e-8,
         scale: float | None = None,
         max_iter: int = 50,
+        pivots: int | None = None,
     ) -> InteriorPointResult:
         """Minimise over some rows, with penalties times `share` and `-linear' beta` for the rest of the table.
 
-        The dual has one entry for each row, then one for each coefficient with an absolute penalty.
+        The dual has one entry for each row, then one for each coefficient with an absolute penalty. With `pivots`, and
+        without a ridge, the solution is moved to a vertex if that takes no more exchanges of rows.
         """
         A, b = rows.A, rows.b
         if (rows.weight != 1).any():
@@ -125,7 +135,7 @@ class Objective:
             extra = 2 * share * self.absolute * np.eye(len(mask))[mask > 0]
             A, b = np.vstack([A, extra]), np.append(b, np.zeros(len(extra)))
             t = np.append(np.full(len(rows), self.quantile), np.full(len(extra), 0.5))
-        return frisch_newton(
+        result = frisch_newton(
             A,
             b,
             t,
@@ -136,6 +146,23 @@ class Objective:
             scale=scale,
             max_iter=max_iter,
         )
+        if pivots is None or self.ridge:
+            return result
+        rising = (np.arange(len(b)) < len(rows)).astype(np.float64)
+        quantiles = np.broadcast_to(t, len(b))
+        moved = vertex(A, b, quantiles, np.zeros(len(mask)) if linear is None else -linear, result.coef, rising, pivots)
+        if moved is None:
+            return result
+        return InteriorPointResult(moved[0], np.clip(moved[1], quantiles - 1, quantiles), 0.0, result.n_iter, True)
+
+    def triangular(self, rows: Rows, share: float = 1.0) -> Array:
+        """R of the weighted rows and of the penalties times `share`, shape (D, D); zeros below where rows are few."""
+        A = rows.A if (rows.weight == 1).all() else rows.A * rows.weight[:, None]
+        mask = self.penalised(A.shape[1])
+        for strength in (share * self.absolute, np.sqrt(share * self.ridge)):
+            if strength:
+                A = np.vstack([A, strength * np.diag(mask)])
+        return np.linalg.qr(np.vstack([A, np.zeros((max(0, A.shape[1] - len(A)), A.shape[1]))]), mode="r")
 
     def certificate(
         self, loss: float, missing: float, rows: Rows, small: InteriorPointResult, outside: Array, R: Array
@@ -152,4 +179,18 @@ class Objective:
             z = 2 * self.absolute * small.dual[m:]
             missing += float((self.absolute * np.abs(part) + z * part).sum())
             imbalance[int(self.intercept) :] += z
-        return certify(loss + self.penalty(coef), missing, imbalance, R, self.quantile)
+        return certify(loss + self.penalty(coef), missing, imbalance, R, self.quantile, ridge=self.ridge > 0)
+
+
+def objective_blocks(
+    blocks: Iterator[Block], points: Sequence[Sequence[Array]], objectives: Sequence[Objective]
+) -> Array:
+    """Loss of each objective, without penalties, at each of its points; shape (objectives, points)."""
+    intercept = objectives[0].intercept
+    flat = np.column_stack([point for row in points for point in row])
+    t = np.repeat([objective.quantile for objective in objectives], len(points[0]))
+    total = np.zeros(flat.shape[1])
+    for block in blocks:
+        value = rho(block.y[:, None] - fitted(block, flat, intercept), t)
+        total += value.sum(axis=0) if block.weight is None else block.weight @ value
+    return total.reshape(len(objectives), -1)

@@ -1,7 +1,7 @@
 """Exact quantile regression in a few passes over a table of any size, by solving small problems only.
 
-At the solution all but D residuals have a sign, and a row whose sign is known enters the problem only through the sum of
-such rows. So:
+At the solution all but D residuals have a sign, and a row whose sign is known enters the problem only through the sum
+of such rows. So:
 
 1. a sample of rows is solved; its solution misses by about sqrt(D / sample);
 2. Newton steps on all rows, for the loss smoothed over a window that shrinks with the miss, make the miss small;
@@ -34,7 +34,7 @@ from scipy.linalg import solve, solve_triangular
 from fullrank.randomized.certificate import Certificate
 from fullrank.randomized.engine import Executor, map_reduce
 from fullrank.randomized.interior_point import Array
-from fullrank.randomized.pinball import Objective, Rows, combine_rows, rho, slope, take, fitted
+from fullrank.randomized.pinball import Objective, Rows, combine_rows, fitted, rho, slope, take
 from fullrank.randomized.sources import Block, RowSource
 
 PROJECTIONS = 6  # Gaussian columns that estimate the length of a row: a band needs a rough length only
@@ -163,6 +163,16 @@ def verify_blocks(
     return sums, Rows.gather(parts, len(coef))
 
 
+def solve_rows(start: Start, objective: Objective, *, tol: float = 1e-8, max_iter: int = 50) -> ExactResult:
+    """Minimise the objective over the rows of a start that holds all of them."""
+    m, D = start.rows.A.shape
+    small = objective.solve(start.rows, tol=0.1 * tol, max_iter=max_iter, pivots=20 * D if m * D < 10**6 else 0)
+    r = (start.rows.b - start.rows.A @ small.coef) * start.rows.weight
+    loss = float(rho(r, objective.quantile).sum())
+    certificate = objective.certificate(loss, 0.0, start.rows, small, np.zeros(D), start.R)
+    return ExactResult(small.coef, certificate, small.n_iter, m, m, certificate.relative_gap <= tol)
+
+
 def solve_in_passes(
     source: RowSource,
     objective: Objective,
@@ -229,7 +239,7 @@ def _newton_steps(
     source: RowSource, objective: Objective, start: Start, coef: Array, executor: Executor
 ) -> tuple[Array, tuple[Array, float, float], float]:
     """Coefficients after two steps; those before the last step with their loss and width; the width after."""
-    n, D, t = source.n_rows, len(coef), objective.quantile
+    D, t = len(coef), objective.quantile
     rows = start.rows
     r = np.abs(rows.b - rows.A @ coef)
     # A step sees rows whose sign the miss leaves open, and no more than the smaller tail holds.

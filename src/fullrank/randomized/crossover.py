@@ -1,0 +1,113 @@
+"""From the interior of a small quantile regression to one of its vertices, the same one whatever led there.
+
+A vertex passes through D rows, its basis; every other row has a side. It is optimal where the dual of the basis is inside
+its bounds, and then it solves the problem up to rounding. Where several vertices are optimal (the median of an even
+number of values), the one is taken that stays optimal if the quantile rises a little, so that repeated rows and their
+weighted counterpart give the same coefficients.
+
+Source: Barrodale and Roberts, An improved algorithm for discrete l1 linear approximation, SIAM J. Numerical Analysis
+1973; Koenker and d'Orey, Algorithm AS 229, Applied Statistics 1987, for quantiles.
+"""
+
+# Names: A (m, D) and b (m,) weighted rows, t (m,) their quantiles, N rows outside the basis B.
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.linalg import LinAlgError, lu_factor, lu_solve, qr
+
+from fullrank.randomized.interior_point import Array
+
+TIE = 1e-9
+
+
+def vertex(
+    A: Array, b: Array, t: Array, linear: Array, coef: Array, rising: Array, max_pivots: int
+) -> tuple[Array, Array] | None:
+    """The optimal vertex next to `coef`.
+
+    Args:
+        A: shape (m, D), of rank D; rows of weight zero left out.
+        b: shape (m,).
+        t: shape (m,), in (0, 1).
+        linear: shape (D,), what A'z must be.
+        coef: shape (D,), a solution to some digits.
+        rising: shape (m,), 1 where the quantile rises to break ties, 0 for penalties.
+        max_pivots: most exchanges of a row of the basis.
+
+    Returns:
+        Coefficients (D,) and dual z (m,); None where rounding or `max_pivots` ends the search.
+    """
+    m, D = A.shape
+    norms = np.linalg.norm(A, axis=1)
+    if m < D or not norms.all():
+        return None
+    away = np.abs(b - A @ coef) / norms
+    basis = _independent(A / norms[:, None], away)
+    if basis is None:
+        return None
+    side = np.where(b - A @ coef < 0, t - 1, t)
+    for _ in range(max_pivots + 1):
+        try:
+            factors = lu_factor(A[basis])
+        except (LinAlgError, ValueError):
+            return None
+        coef = lu_solve(factors, b[basis])
+        outside = np.ones(m, dtype=bool)
+        outside[basis] = False
+        z = np.where(outside, side, 0.0)
+        z[basis] = lu_solve(factors, linear - A.T @ z, trans=1)
+        drift = lu_solve(factors, -(A.T @ (rising * outside)), trans=1)
+        leaving, up = _leaving(z[basis], drift, t[basis], rising[basis])
+        if leaving is None:
+            return (coef, z) if np.isfinite(coef).all() else None
+        unit = np.zeros(D)
+        unit[leaving] = -1.0 if up else 1.0
+        change = -(A @ lu_solve(factors, unit))
+        change[basis] = 0
+        residual = b - A @ coef
+        # A row is crossed where its residual runs against its side.
+        facing = outside & (np.where(side > 0, change < 0, change > 0)) & (np.abs(change) > 1e-11 * norms)
+        rows = np.flatnonzero(facing)
+        if len(rows) == 0:
+            return None
+        steps = np.maximum(-residual[rows] / change[rows], 0)
+        order = np.argsort(steps, kind="stable")
+        excess = z[basis[leaving]] - t[basis[leaving]] if up else t[basis[leaving]] - 1 - z[basis[leaving]]
+        climbed = np.cumsum(np.abs(change[rows[order]]))
+        stop = int(np.searchsorted(climbed, max(excess, 0.0) + TIE))
+        if stop == len(rows):
+            return None
+        crossed = rows[order[:stop]]
+        side[crossed] = np.where(side[crossed] > 0, t[crossed] - 1, t[crossed])
+        row = basis[leaving]
+        side[row] = t[row] if up else t[row] - 1
+        basis[leaving] = rows[order[stop]]
+    return None
+
+
+def _independent(rows: Array, away: Array) -> np.ndarray | None:
+    """D independent rows, near ones first."""
+    D = rows.shape[1]
+    for count in (2 * D, len(rows)):
+        near = np.argsort(away, kind="stable")[:count]
+        weights = 1 / (away[near] + 1e-12 * away.max() + 1e-300)
+        _, R, pivots = qr((rows[near] * (weights / weights.max())[:, None]).T, mode="economic", pivoting=True)
+        picked = near[pivots[:D]]
+        if len(picked) == D and abs(R[D - 1, D - 1]) > 0 and np.linalg.cond(rows[picked]) < 1e10:
+            return picked
+    return None
+
+
+def _leaving(z: Array, drift: Array, t: Array, rising: Array) -> tuple[int | None, bool]:
+    """Position of the row whose dual is out of bounds by most, or leaves them as the quantile rises; and which bound."""
+    above, below = z - t, t - 1 - z
+    worst = np.maximum(above, below)
+    position = int(np.argmax(worst))
+    if worst[position] > TIE:
+        return position, bool(above[position] > below[position])
+    leaves = np.where(above > -TIE, drift - rising, np.where(below > -TIE, rising - drift, 0.0))
+    position = int(np.argmax(leaves))
+    if leaves[position] > TIE:
+        return position, bool(above[position] > below[position])
+    return None, False

@@ -1,0 +1,291 @@
+"""Linear quantile regression for tables of any size: exact with a proof, or from a sample of rows.
+
+QuantileRegressor([0.1, 0.5, 0.9]).fit(X, y).predict(X)
+QuantileRegressor(0.9).fit(ParquetSource("wins/", target="price")).dual_gap_
+"""
+
+# Shapes: n rows, d features, T quantiles, D coefficients of a solver (d, and one before them for the intercept).
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from fullrank.randomized.certificate import Certificate
+from fullrank.randomized.engine import map_reduce
+from fullrank.randomized.pinball import Objective, objective_blocks
+from fullrank.randomized.preprocessing import ExactResult, solve_in_passes, solve_rows
+from fullrank.randomized.sources import ArraySource, Block, RowSource, block_size
+from fullrank.randomized.subsampling import (
+    CONDITIONINGS,
+    ROW_NORMS,
+    condition,
+    conditioned_start,
+    dependent_columns,
+    refuse_rank,
+    uniform_start,
+)
+
+SOLVERS = ("auto", "interior_point", "passes", "sketch")
+
+
+class QuantileRegressor(RegressorMixin, BaseEstimator):
+    """Linear model of one or several conditional quantiles.
+
+    Minimises, for each quantile t, the weighted mean of rho_t(y - X w - w0) plus
+    alpha * (l1_ratio * |w|_1 + (1 - l1_ratio) / 2 * |w|_2 ** 2), with rho_t(r) = max(t r, (t - 1) r).
+
+    Args:
+        quantile: in (0, 1), a number or several.
+        alpha: strength of the penalty, none by default.
+        l1_ratio: share of the absolute penalty.
+        fit_intercept: whether w0 is fitted; it is not penalised.
+        solver: "interior_point" solves all rows at once; "passes" solves samples and bands of them and proves the
+            optimum in about five passes, out of memory too; "sketch" solves a sample drawn by scores, in three to five
+            passes, to a few digits and without a proof. "auto" is one of the first two.
+        conditioning: of the scores: "spc3", "spc1", "spc2", "cauchy", "none", or "uniform" for a sample without them.
+        sketch_size: rows of the sample; max(5000, 400 D) when omitted, or 2 sqrt(n D) by "passes".
+        embedding_size: rows of the Cauchy sketch; 20 D when omitted.
+        row_norms: scores "exact", "estimated" from Cauchy projections, or "auto": whichever is cheaper.
+        epsilon: makes "sketch" double its sample until its estimated relative excess is at most this.
+        tol: relative duality gap at which an exact solver stops.
+        max_iter: most Newton systems of an interior point method.
+        non_crossing: sort predictions over quantiles, so that a higher quantile is never below a lower one.
+        executor: as in `map_reduce`: "serial", "threads", "dask" or a `distributed.Client`.
+        random_state: seed of samples and sketches. Exact solvers give the same result for every seed, to `tol`.
+
+    Attributes:
+        coef_: shape (d,), or (T, d) for several quantiles, as all others: a leading T.
+        intercept_: float or (T,).
+        objective_: the minimum, on all rows.
+        dual_gap_: proved bound on (objective_ - optimum) / objective_; None by "sketch", which proves nothing.
+        n_iter_: Newton systems; n_sampled_, n_band_: rows of the small problems; n_passes_: over the table, in all.
+        solver_used_: what "auto" chose.
+        n_features_in_, feature_names_in_: as in scikit-learn.
+
+    Raises:
+        ValueError: parameters out of range, NaN or infinity, weights that are negative or all zero.
+        RankDeficientError: columns that depend on each other, without a ridge penalty to decide between them.
+
+    Sources: Yang, Meng and Mahoney, arXiv 1305.0087; Portnoy and Koenker, Statistical Science 1997.
+
+    Deviation: for `epsilon`, the paper computes a sample size from constants too large for practice; here two
+    independent samples are solved, and half the sum of their objectives minus that of their mean is what the mean is
+    expected to miss.
+    """
+
+    def __init__(
+        self,
+        quantile: Any = 0.5,
+        *,
+        alpha: float = 0.0,
+        l1_ratio: float = 1.0,
+        fit_intercept: bool = True,
+        solver: str = "auto",
+        conditioning: str = "spc3",
+        sketch_size: int | None = None,
+        embedding_size: int | None = None,
+        row_norms: str = "auto",
+        epsilon: float | None = None,
+        tol: float = 1e-8,
+        max_iter: int = 50,
+        non_crossing: bool = False,
+        executor: Any = "serial",
+        random_state: Any = None,
+    ) -> None:
+        self.quantile = quantile
+        self.alpha = alpha
+        self.l1_ratio = l1_ratio
+        self.fit_intercept = fit_intercept
+        self.solver = solver
+        self.conditioning = conditioning
+        self.sketch_size = sketch_size
+        self.embedding_size = embedding_size
+        self.row_norms = row_norms
+        self.epsilon = epsilon
+        self.tol = tol
+        self.max_iter = max_iter
+        self.non_crossing = non_crossing
+        self.executor = executor
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> QuantileRegressor:
+        """Fit to X (n, d), dense or CSR, and y (n,), or to a `RowSource` with one target, which holds all three."""
+        quantiles = self._checked()
+        source = self._source(X, y, sample_weight)
+        seed = int(check_random_state(self.random_state).randint(2**31))
+        passes = source.n_passes
+        weight = self._total_weight(source)
+        penalty = self.alpha * weight
+        objectives = [
+            Objective(float(t), self.fit_intercept, penalty * self.l1_ratio, penalty * (1 - self.l1_ratio))
+            for t in quantiles
+        ]
+        D = source.n_cols + self.fit_intercept
+        small = source.n_rows < max(3000, 100 * D)
+        self.solver_used_ = ("interior_point" if small else "passes") if self.solver == "auto" else self.solver
+        solve = _sketched if self.solver_used_ == "sketch" else _exact
+        results = solve(self, source, objectives, seed)
+        scalar = np.ndim(self.quantile) == 0
+
+        def shaped(values: list[Any]) -> Any:
+            return values[0] if scalar else np.array(values)
+
+        intercept = int(self.fit_intercept)
+        self.coef_ = shaped([result.coef[intercept:] for result in results])
+        self.intercept_ = shaped([float(result.coef[0]) if intercept else 0.0 for result in results])
+        self.objective_ = shaped([result.certificate.objective / weight for result in results])
+        proved = self.solver_used_ != "sketch"
+        self.dual_gap_ = shaped([result.certificate.relative_gap for result in results]) if proved else None
+        self.n_iter_ = shaped([result.n_iter for result in results])
+        self.n_sampled_ = shaped([result.n_sampled for result in results])
+        self.n_band_ = shaped([result.n_band for result in results])
+        self.n_passes_ = source.n_passes - passes
+        for t, result in zip(quantiles, results, strict=True):
+            if not result.converged:
+                warnings.warn(
+                    f"quantile {t}: relative gap {result.certificate.relative_gap:.1e} after {result.n_iter} "
+                    f"iterations, tol is {self.tol:.1e}; raise max_iter or tol",
+                    ConvergenceWarning,
+                    stacklevel=2,
+                )
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Quantiles for X (n, d): shape (n,), or (n, T) for several."""
+        check_is_fitted(self)
+        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
+        fitted = X @ self.coef_.T + self.intercept_
+        return np.sort(fitted, axis=1) if self.non_crossing and fitted.ndim == 2 else fitted
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+    def _checked(self) -> np.ndarray:
+        """The quantiles; parameters out of range raise ValueError."""
+        quantiles = np.atleast_1d(np.asarray(self.quantile, dtype=np.float64))
+        if quantiles.ndim != 1 or not len(quantiles) or not ((quantiles > 0) & (quantiles < 1)).all():
+            raise ValueError(f"quantile is {self.quantile}, expected numbers in (0, 1)")
+        if self.non_crossing and (np.diff(quantiles) <= 0).any():
+            raise ValueError(f"quantile is {self.quantile}, expected ascending numbers for non_crossing=True")
+        for name, choices in (("solver", SOLVERS), ("conditioning", CONDITIONINGS), ("row_norms", ROW_NORMS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f'{name} is "{getattr(self, name)}", expected one of {", ".join(choices)}')
+        if not (self.alpha >= 0 and np.isfinite(self.alpha)):
+            raise ValueError(f"alpha is {self.alpha}, expected a number >= 0")
+        if not 0 <= self.l1_ratio <= 1:
+            raise ValueError(f"l1_ratio is {self.l1_ratio}, expected a number in [0, 1]")
+        for name in ("tol", "max_iter", "epsilon", "sketch_size", "embedding_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, expected a number > 0")
+        return quantiles
+
+    def _source(self, X: Any, y: Any, sample_weight: Any) -> RowSource:
+        if isinstance(X, RowSource):
+            if y is not None or sample_weight is not None:
+                raise ValueError("a RowSource holds target and weight itself; leave y and sample_weight out")
+            if X.n_targets != 1:
+                raise ValueError(f"the source has {X.n_targets} targets, expected 1")
+            self.n_features_in_ = X.n_cols
+            self.feature_names_in_ = np.asarray(X.feature_names, dtype=object)
+            return X
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], y_numeric=True)
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+            if (sample_weight == 0).all():
+                raise ValueError("sample_weight is zero in every row")
+        names = getattr(self, "feature_names_in_", None)
+        rows = block_size(X.shape[1]) if sparse.issparse(X) else max(256, 2**19 // X.shape[1])
+        return ArraySource(X, y, sample_weight, block_rows=rows, feature_names=names, check_finite=False)
+
+    def _total_weight(self, source: RowSource) -> float:
+        if isinstance(source, ArraySource):
+            return float(source.n_rows if source.sample_weight is None else source.sample_weight.sum())
+        return float(map_reduce(source, _weight_blocks, executor=self.executor))
+
+
+def _weight_blocks(blocks: Iterator[Block]) -> float:
+    return sum(float(len(block.y) if block.weight is None else block.weight.sum()) for block in blocks)
+
+
+def _exact(model: QuantileRegressor, source: RowSource, objectives: list[Objective], seed: int) -> list[ExactResult]:
+    """One result for each objective, from one sample of the rows."""
+    first, executor = objectives[0], model.executor
+    D = source.n_cols + first.intercept
+    everything = model.solver_used_ == "interior_point"
+    size = source.n_rows if everything else model.sketch_size or 2 * np.sqrt(source.n_rows * D)
+    start = uniform_start(source, first, size, seed, executor)
+    if len(dependent_columns(start.R)):
+        if start.share == 1:
+            refuse_rank(source, start.R, first.intercept)
+        # Rare features: a uniform sample has missed some, scores do not.
+        kind = "spc3" if model.conditioning == "uniform" else model.conditioning
+        R = condition(source, kind, first.intercept, model.embedding_size, seed, executor, model.row_norms)
+        start = conditioned_start(source, first, R, 2 * size, seed, executor, model.row_norms)
+    options = {"tol": model.tol, "max_iter": model.max_iter}
+    if everything:
+        return [solve_rows(start, objective, **options) for objective in objectives]
+    return [
+        solve_in_passes(source, objective, start, seed=seed, executor=executor, **options) for objective in objectives
+    ]
+
+
+def _sketched(model: QuantileRegressor, source: RowSource, objectives: list[Objective], seed: int) -> list[ExactResult]:
+    """One result for each objective, from one sample of the rows, or from two that grow until their mean is good."""
+    first, executor = objectives[0], model.executor
+    D = source.n_cols + first.intercept
+    size: float = model.sketch_size or max(5000, 400 * D)
+    uniform = model.conditioning == "uniform"
+    R = None
+    if not uniform:
+        embedding = model.embedding_size
+        R = condition(source, model.conditioning, first.intercept, embedding, seed, executor, model.row_norms)
+    round_ = 0
+    while True:
+        starts = []
+        for half in range(1 if model.epsilon is None else 2):
+            if R is None:
+                starts.append(uniform_start(source, first, size, seed + 2 * round_ + half, executor))
+            else:
+                number = 2 * round_ + half
+                starts.append(conditioned_start(source, first, R, size, seed, executor, model.row_norms, number))
+            refuse_rank(source, starts[-1].R, first.intercept)
+        solved = [
+            [objective.solve(start.rows, share=start.share, tol=model.tol, max_iter=model.max_iter) for start in starts]
+            for objective in objectives
+        ]
+        points = [[small.coef for small in halves] for halves in solved]
+        points = [[np.mean(halves, axis=0), *halves] for halves in points]
+        values = map_reduce(source, partial(objective_blocks, points=points, objectives=objectives), executor=executor)
+        values = [
+            [value + objective.penalty(point) for value, point in zip(row, rows, strict=True)]
+            for objective, row, rows in zip(objectives, values, points, strict=True)
+        ]
+        excess = max((row[1] + row[-1]) / 2 / row[0] - 1 if row[0] > 0 else 0.0 for row in values)
+        if model.epsilon is None or excess <= model.epsilon or size >= source.n_rows:
+            break
+        size, round_ = 2 * size, round_ + 1
+    m = sum(len(start.rows) for start in starts)
+    return [
+        ExactResult(
+            rows[0],
+            Certificate(row[0], 0.0, np.inf),
+            sum(small.n_iter for small in halves),
+            m,
+            0,
+            all(small.converged for small in halves),
+        )
+        for rows, row, halves in zip(points, values, solved, strict=True)
+    ]
