@@ -18,6 +18,7 @@ import torch
 
 from fullrank.batch import Batch
 from fullrank.data.encoders import KEY_COLUMNS
+from fullrank.data.formats.base import as_numpy
 from fullrank.data.hashing import stable_hash
 from fullrank.schema import Schema
 
@@ -236,7 +237,7 @@ class Decoder:
         column = self._column(table, name)
         if column.null_count and not nulls:
             raise ValueError(f'{self.place}: column "{name}" has nulls')
-        values: npt.NDArray[Number] = column.to_numpy(zero_copy_only=False)
+        values: npt.NDArray[Number] = as_numpy(column)
         if values.dtype != dtype:
             raise ValueError(f'{self.place}: column "{name}" is {column.type}, expected {np.dtype(dtype).name}')
         return values
@@ -252,7 +253,7 @@ class Decoder:
         if flat.null_count or flat.type != pa.from_numpy_dtype(dtype):
             found = "nulls in its lists" if flat.null_count else f"lists of {flat.type}"
             raise ValueError(f'{self.place}: column "{name}" has {found}, expected lists of {expected}')
-        return column.offsets.to_numpy(), flat.to_numpy(zero_copy_only=False)
+        return as_numpy(column.offsets), as_numpy(flat)
 
     def _check_ids(self, name: str, ids: npt.NDArray[Any]) -> None:
         size = self._sizes[name]
@@ -264,6 +265,6 @@ class Decoder:
 def _user_keys(column: pa.Array) -> Longs:
     """One number per user; 0 for rows without one."""
     if pa.types.is_integer(column.type):
-        return np.asarray(column.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64))
+        return np.asarray(as_numpy(column.fill_null(0)).astype(np.int64))
     hashes = stable_hash(pl.Series("user", pl.from_arrow(column))).fill_null(0)
     return np.asarray(hashes.to_numpy().view(np.int64))

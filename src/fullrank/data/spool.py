@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 
 from fullrank.data.chunk import Chunk, Coded, Jagged, JaggedNumbers
-from fullrank.data.formats.base import as_series
+from fullrank.data.formats.base import as_numpy, as_series
 
 # Checked rows stay in memory up to this size.
 MEMORY_BYTES = 192 << 20
@@ -98,7 +98,7 @@ def _read(path: Path) -> Chunk:
             found.setdefault(kind, {}).setdefault(name, {})[piece] = array
 
     def numpy(kind: str, name: str, piece: str = "") -> Any:
-        return found[kind][name][piece].to_numpy(zero_copy_only=False)
+        return as_numpy(found[kind][name][piece])
 
     def coded(kind: str, name: str) -> Coded:
         return Coded(numpy(kind, name, "codes"), as_series(found[kind][name]["values"], name))

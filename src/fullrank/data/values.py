@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from fullrank.data.chunk import Floats, Integers, Mask
-from fullrank.data.formats.base import as_series
+from fullrank.data.formats.base import as_numpy, as_series
 
 # Looking for distinct values among fewer rows than this costs more than it saves.
 _FEW_ROWS = 64
@@ -46,7 +46,7 @@ def factorise(column: pl.Series) -> tuple[Integers, pl.Series]:
 def dictionary_codes(array: pa.Array, name: str) -> tuple[Integers, pl.Series]:
     """Codes (int32, no nulls) and distinct values of texts or numbers."""
     coded = array.dictionary_encode("encode")
-    return coded.indices.to_numpy(), as_series(coded.dictionary, name)
+    return as_numpy(coded.indices), as_series(coded.dictionary, name)
 
 
 def as_text(values: pl.Series) -> pl.Series:
@@ -139,14 +139,14 @@ def lists_of(column: pl.Series, separator: str) -> Lists:
     """Lists of a column of lists, or of text joined with a separator; null and the empty text are empty lists."""
     if isinstance(column.dtype, (pl.List, pl.Array)):
         array = column.cast(pl.List(column.dtype.inner)).rechunk().to_arrow()
-        return Lists(_offsets(array.value_lengths().fill_null(0).to_numpy()), array.flatten())
+        return Lists(_offsets(as_numpy(array.value_lengths().fill_null(0))), array.flatten())
     text = column if column.dtype == pl.String else as_text(column)
     text = text.fill_null("") if text.null_count() else text
     if len(separator) == 1 and separator.isascii():
         return _split(text, ord(separator))
     array = text.str.split(separator).rechunk().to_arrow()
     filled = (text != "").to_numpy()
-    return Lists(_offsets(array.value_lengths().to_numpy() * filled), array.filter(pa.array(filled)).flatten())
+    return Lists(_offsets(as_numpy(array.value_lengths()) * filled), array.filter(pa.array(filled)).flatten())
 
 
 def _offsets(lengths: npt.NDArray[np.integer]) -> Integers:

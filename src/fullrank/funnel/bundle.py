@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -205,7 +206,7 @@ def load_bundle(path: Path) -> Funnel | Scorer:
     if encoders.schema != schema:
         raise ValueError(f"{path}: schema.json and encoders differ")
     if single:
-        model = _model(path, stages["final"], dict(MODELS), schema, path / "weights.safetensors")
+        model = _model(path, stages["final"], MODELS, schema, path / "weights.safetensors")
         return Scorer(encoders, model, manifest.value)
     early_kinds = {EarlyStageRanker.name: EarlyStageRanker}
     early = _model(path, stages["early"], early_kinds, schema, path / "early.safetensors")
@@ -218,7 +219,7 @@ def load_bundle(path: Path) -> Funnel | Scorer:
         context=_context(path / "context.parquet", schema),
         retriever=_retriever(path, stages["retrieval"], schema),
         early=early,
-        final=_model(path, stages["final"], dict(MODELS), schema, path / "final.safetensors"),
+        final=_model(path, stages["final"], MODELS, schema, path / "final.safetensors"),
         value=manifest.value,
         sizes=manifest.sizes,
     )
@@ -230,7 +231,7 @@ def load_bundle(path: Path) -> Funnel | Scorer:
     return funnel
 
 
-def _model(path: Path, stage: Stage, kinds: dict[str, type[Any]], schema: Schema, weights: Path) -> Ranker:
+def _model(path: Path, stage: Stage, kinds: Mapping[str, type[Any]], schema: Schema, weights: Path) -> Ranker:
     place = f"{path / MANIFEST}: stage {stage.stage}"
     if stage.kind not in kinds:
         raise ValueError(f'{place}: model "{stage.kind}" is unknown; known: {", ".join(kinds)}')

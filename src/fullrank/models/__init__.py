@@ -1,50 +1,64 @@
 """Rankers, one file per architecture."""
 
-from fullrank.models.autoint import AutoInt
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+
 from fullrank.models.base import ParameterCount, Ranker, RankerOutput
-from fullrank.models.bst import BST
-from fullrank.models.cetnet import CETNet, MultiEmbedding
-from fullrank.models.dcn_v2 import DCNv2
-from fullrank.models.deepfm import DeepFM
-from fullrank.models.dhen import DHEN
-from fullrank.models.dien import DIEN
-from fullrank.models.din import DIN
-from fullrank.models.dlrm import DLRM
-from fullrank.models.finalmlp import FinalMLP
-from fullrank.models.fm import FM
-from fullrank.models.hilomoe import HiLoMoE
-from fullrank.models.interformer import InterFormer
-from fullrank.models.kunlun import Kunlun
-from fullrank.models.lr import LR
-from fullrank.models.mmoe import MMoE
-from fullrank.models.ple import PLE
-from fullrank.models.transact import TransAct
-from fullrank.models.wukong import Wukong
 
-MODELS: dict[str, type[Ranker]] = {
-    model.name: model
-    for model in (
-        LR,
-        FM,
-        DeepFM,
-        DCNv2,
-        DLRM,
-        AutoInt,
-        FinalMLP,
-        DIN,
-        BST,
-        DIEN,
-        TransAct,
-        MMoE,
-        PLE,
-        CETNet,
-        MultiEmbedding,
-        Wukong,
-        DHEN,
-        HiLoMoE,
-        InterFormer,
-        Kunlun,
-    )
+# name -> class, in the file of the name
+_CLASSES = {
+    "lr": "LR",
+    "fm": "FM",
+    "deepfm": "DeepFM",
+    "dcn_v2": "DCNv2",
+    "dlrm": "DLRM",
+    "autoint": "AutoInt",
+    "finalmlp": "FinalMLP",
+    "din": "DIN",
+    "bst": "BST",
+    "dien": "DIEN",
+    "transact": "TransAct",
+    "mmoe": "MMoE",
+    "ple": "PLE",
+    "cetnet": "CETNet",
+    "multi_embedding": "MultiEmbedding",
+    "wukong": "Wukong",
+    "dhen": "DHEN",
+    "hilomoe": "HiLoMoE",
+    "interformer": "InterFormer",
+    "kunlun": "Kunlun",
 }
+_FILES = {"multi_embedding": "cetnet"}
 
-__all__ = ["MODELS", "ParameterCount", "Ranker", "RankerOutput", *sorted(model.__name__ for model in MODELS.values())]
+
+class _Registry(Mapping[str, type[Ranker]]):
+    """Model classes by name. A class is imported when asked for: some need PyTorch's compiler, 0.7 s and 40 MB."""
+
+    def __getitem__(self, name: str) -> type[Ranker]:
+        class_name = _CLASSES[name]
+        found: type[Ranker] = getattr(import_module(f"fullrank.models.{_FILES.get(name, name)}"), class_name)
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in _CLASSES
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_CLASSES)
+
+    def __len__(self) -> int:
+        return len(_CLASSES)
+
+
+MODELS: Mapping[str, type[Ranker]] = _Registry()
+
+
+def __getattr__(name: str) -> type[Ranker]:
+    for key, class_name in _CLASSES.items():
+        if class_name == name:
+            return MODELS[key]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["MODELS", "ParameterCount", "Ranker", "RankerOutput"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
@@ -27,6 +28,14 @@ def as_series(array: pa.Array, name: str) -> pl.Series:
     series = pl.from_arrow(array)
     assert isinstance(series, pl.Series)
     return series.alias(name)
+
+
+def as_numpy(array: pa.Array) -> npt.NDArray[Any]:
+    """An Arrow array of numbers or truth values; nulls among floats are NaN.
+
+    Through polars, because Arrow's own way imports pandas wherever it is installed (50 MB).
+    """
+    return as_series(array, "").to_numpy()
 
 
 def only_rejected(columns: Iterable[str], rejected: pl.DataFrame) -> RawChunk:
