@@ -5,6 +5,9 @@ The room stands alone: it needs NumPy, SciPy, scikit-learn and PyArrow, and Dask
 
 from fullrank.randomized.discrepancy import box_discrepancy
 from fullrank.randomized.generalized_linear import SubsampledNewtonClassifier, SubsampledNewtonRegressor
+from fullrank.randomized.least_squares import LstsqResult, lstsq
+from fullrank.randomized.leverage import leverage_scores
+from fullrank.randomized.linear_regression import RandomizedLinearRegression, RandomizedRidge
 from fullrank.randomized.qmc import QMCFeatures, kernel_error
 from fullrank.randomized.sketches import Sketch, sketch
 from fullrank.randomized.sources import ArraySource, DaskSource, ParquetSource, RowSource
@@ -13,8 +16,11 @@ from fullrank.randomized.tensor_machine import TensorMachineClassifier, TensorMa
 __all__ = [
     "ArraySource",
     "DaskSource",
+    "LstsqResult",
     "ParquetSource",
     "QMCFeatures",
+    "RandomizedLinearRegression",
+    "RandomizedRidge",
     "RowSource",
     "Sketch",
     "SubsampledNewtonClassifier",
@@ -23,5 +29,7 @@ __all__ = [
     "TensorMachineRegressor",
     "box_discrepancy",
     "kernel_error",
+    "leverage_scores",
+    "lstsq",
     "sketch",
 ]

@@ -110,10 +110,7 @@ class Sketch:
         """S[:, start : start + k] @ X for rows X, (k, d) dense or sparse, or (k,); shape (size, d) or (size,)."""
         if self.kind == "srht" and X.shape[0] == self.n_rows and not sp.issparse(X):
             return self._fast_hartley(X)
-        S = self.matrix(start, start + X.shape[0])
-        if sp.issparse(X):
-            return (sp.csr_array(S) @ X).toarray() if sp.issparse(S) else np.ascontiguousarray((X.T @ S.T).T)
-        return S @ X
+        return _multiply(self.matrix(start, start + X.shape[0]), X)
 
     def _sparse_columns(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Row indices and values of the non-zeros, both (k, entries of a column)."""
@@ -202,17 +199,29 @@ def _within(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     return (spread + bounds[:-1].astype(np.uint64)).astype(np.int32)
 
 
+def _multiply(S: Any, X: Any) -> np.ndarray:
+    if not sp.issparse(X):
+        return S @ X
+    return (sp.csr_array(S) @ X).toarray() if sp.issparse(S) else np.ascontiguousarray((X.T @ S.T).T)
+
+
 def sketch_blocks(
     blocks: Iterator[Block], S: Sketch, *, intercept: bool = False, target: bool = False, weight_power: float = 0.5
 ) -> np.ndarray:
     """Sum over blocks of S [1 | X | y], with rows times weight ** weight_power; for `map_reduce`."""
     total = None
     for block in blocks:
-        if intercept or target or block.weight is not None:
-            columns = block.columns(intercept=intercept, target=target, weight_power=weight_power)
-        else:
-            columns = block.X
-        part = S.apply(columns, block.start)
+        columns = S.matrix(block.start, block.stop)
+        if block.weight is not None:
+            # Weighting the columns of S is cheaper than the rows of X, which stays as it is.
+            scale = block.weight**weight_power
+            columns = columns @ sp.diags_array(scale) if sp.issparse(columns) else columns * scale
+        parts = [_multiply(columns, block.X)]
+        if intercept:
+            parts.insert(0, np.asarray(columns.sum(axis=1)).reshape(-1, 1))
+        if target:
+            parts.append(columns @ block.targets())
+        part = parts[0] if len(parts) == 1 else np.hstack(parts)
         total = part if total is None else total + part
     return total
 

@@ -52,11 +52,20 @@ class Block:
         X = self.X.toarray() if sp.issparse(self.X) else self.X
         parts = [np.ones((X.shape[0], 1)), X] if intercept else [X]
         if target:
-            if self.y is None:
-                raise ValueError("the source has no target")
-            parts.append(self.y.reshape(X.shape[0], -1))
+            parts.append(self.targets())
         joined = X if len(parts) == 1 else np.hstack(parts)
         return joined if self.weight is None else joined * (self.weight**weight_power)[:, None]
+
+    def product(self, M: np.ndarray, *, intercept: bool = False, weight_power: float = 0.5) -> np.ndarray:
+        """[1 | X] M with rows times weight ** weight_power, without forming [1 | X]; shape (k, columns of M)."""
+        result = self.X @ M[1:] + M[0] if intercept else self.X @ M
+        return result if self.weight is None else result * (self.weight**weight_power)[:, None]
+
+    def targets(self) -> np.ndarray:
+        """y as a matrix, shape (k, t)."""
+        if self.y is None:
+            raise ValueError("the source has no target")
+        return self.y.reshape(self.X.shape[0], -1)
 
 
 class RowSource(ABC):
@@ -67,11 +76,13 @@ class RowSource(ABC):
         starts: first row of every fragment, and n_rows at the end; shape (n_fragments + 1,).
         feature_names: names of the columns of X.
         n_targets: columns of y, 0 without a target.
+        single_target: y has one dimension.
         n_passes: how often the table has been read as a whole.
     """
 
     n_cols: int
     n_targets: int
+    single_target: bool
     starts: np.ndarray
     feature_names: list[str]
     n_passes: int = 0
@@ -92,6 +103,19 @@ class RowSource(ABC):
         """The blocks of one fragment, in the order of rows."""
         read, arguments = self.task(fragment)
         return read(*arguments)
+
+
+def as_source(X: Any, y: Any = None, sample_weight: Any = None) -> RowSource | None:
+    """X if it is a source, a `DaskSource` for a Dask collection, else None: an array, for the caller to validate.
+
+    Raises:
+        ValueError: a source together with y or sample_weight, which it brings itself.
+    """
+    if isinstance(X, RowSource):
+        if y is not None or sample_weight is not None:
+            raise ValueError("a source brings its own target and weights: leave y and sample_weight out")
+        return X
+    return DaskSource(X, y, sample_weight) if hasattr(X, "__dask_graph__") else None
 
 
 def block_size(n_cols: int, block_rows: int | None = None) -> int:
@@ -142,6 +166,7 @@ class ArraySource(RowSource):
             if values is not None and len(values) != n:
                 raise ValueError(f"{name} has {len(values)} rows, X has {n}")
         self.n_targets = 0 if self.y is None else 1 if self.y.ndim == 1 else self.y.shape[1]
+        self.single_target = self.y is not None and self.y.ndim == 1
         self.feature_names = list(feature_names) if feature_names is not None else [f"x{j}" for j in range(self.n_cols)]
         self.block_rows = block_size(self.n_cols, block_rows)
         self.starts = np.append(np.arange(0, n, fragment_rows), n)
@@ -190,7 +215,9 @@ def check_block(block: Block, feature_names: Sequence[str], place: str) -> None:
     X = block.X
     cells = X.data if sp.issparse(X) else X
     # A sum is finite unless a term is not, or it overflows: only then is every cell looked at.
-    if not np.isfinite(cells.sum()) and not np.isfinite(cells).all():
+    with np.errstate(over="ignore"):
+        total = cells.sum()
+    if not np.isfinite(total) and not np.isfinite(cells).all():
         rows, columns = (~np.isfinite(X.toarray() if sp.issparse(X) else X)).nonzero()
         names = ", ".join(f'"{feature_names[j]}"' for j in np.unique(columns))
         raise ValueError(f"{place}: NaN or infinity in column {names}, first in row {block.start + rows[0]}")
@@ -374,6 +401,7 @@ class DaskSource(RowSource):
             raise ValueError("X has no rows")
         self.n_cols = len(self.feature_names)
         self.n_targets = 0 if y is None else 1 if y.ndim == 1 else y.shape[1]
+        self.single_target = y is not None and y.ndim == 1
         self.starts = np.cumsum([0, *np.asarray(sizes)[self._filled]])
         self.block_rows = block_size(self.n_cols, block_rows)
 
