@@ -8,7 +8,9 @@ from fullrank.randomized.generalized_linear import SubsampledNewtonClassifier, S
 from fullrank.randomized.least_squares import LstsqResult, lstsq
 from fullrank.randomized.leverage import leverage_scores
 from fullrank.randomized.linear_regression import RandomizedLinearRegression, RandomizedRidge
+from fullrank.randomized.pwsgd import PreconditionedSGDRegressor
 from fullrank.randomized.qmc import QMCFeatures, kernel_error
+from fullrank.randomized.quantile import LADRegressor, QuantileRegressor
 from fullrank.randomized.sketches import Sketch, sketch
 from fullrank.randomized.sources import ArraySource, DaskSource, ParquetSource, RowSource
 from fullrank.randomized.tensor_machine import TensorMachineClassifier, TensorMachineRegressor
@@ -16,9 +18,12 @@ from fullrank.randomized.tensor_machine import TensorMachineClassifier, TensorMa
 __all__ = [
     "ArraySource",
     "DaskSource",
+    "LADRegressor",
     "LstsqResult",
     "ParquetSource",
+    "PreconditionedSGDRegressor",
     "QMCFeatures",
+    "QuantileRegressor",
     "RandomizedLinearRegression",
     "RandomizedRidge",
     "RowSource",

@@ -6,7 +6,8 @@ beta). For the unknown optimum beta*, convexity gives
     f(beta) - f(beta*) <= sum_i (w_i rho_t(r_i) - z_i r_i) + e'(beta* - beta).
 
 Every term of the sum is non-negative, and zero where z_i is at the bound of r_i's sign. The vector e is rounding and
-what a solver left over; its product with the unknown beta* is bounded through any part S of the weighted rows, A_S = QR:
+what a solver left over; its product with the unknown beta* is bounded through any part S of the weighted rows,
+A_S = QR:
 
     e'(beta* - beta) <= |R^-T e|_2 |A_S (beta* - beta)|_2,
     |A_S (beta* - beta)|_2 <= |A_S (beta* - beta)|_1

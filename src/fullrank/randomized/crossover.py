@@ -1,8 +1,8 @@
 """From the interior of a small quantile regression to one of its vertices, the same one whatever led there.
 
-A vertex passes through D rows, its basis; every other row has a side. It is optimal where the dual of the basis is inside
-its bounds, and then it solves the problem up to rounding. Where several vertices are optimal (the median of an even
-number of values), the one is taken that stays optimal if the quantile rises a little, so that repeated rows and their
+A vertex passes through D rows, its basis; every other row has a side. It is optimal where the dual of the basis is
+inside its bounds, and then it solves the problem up to rounding. Where several vertices are optimal (the median of an
+even number of values), the one is taken that stays optimal if the quantile rises a little, so that repeated rows and their
 weighted counterpart give the same coefficients.
 
 Source: Barrodale and Roberts, An improved algorithm for discrete l1 linear approximation, SIAM J. Numerical Analysis
@@ -100,7 +100,7 @@ def _independent(rows: Array, away: Array) -> np.ndarray | None:
 
 
 def _leaving(z: Array, drift: Array, t: Array, rising: Array) -> tuple[int | None, bool]:
-    """Position of the row whose dual is out of bounds by most, or leaves them as the quantile rises; and which bound."""
+    """Position of the row whose dual is out of bounds by most, or would be for a higher quantile; whether upwards."""
     above, below = z - t, t - 1 - z
     worst = np.maximum(above, below)
     position = int(np.argmax(worst))

@@ -61,7 +61,7 @@ def weighted_gram(A: Array | sparse.csr_array, q: Array) -> Array:
 
 
 def factor(gram: Array) -> tuple[Array, bool]:
-    """Cholesky factor of a Gram matrix; where rounding makes it singular, as near a solution, of a slightly larger one."""
+    """Cholesky factor of a Gram matrix; where it is singular to rounding, as near a solution, of a larger one."""
     diagonal = np.diag(np.diag(gram))
     for jitter in (0.0, 1e-15, 1e-13, 1e-11, 1e-9):
         try:

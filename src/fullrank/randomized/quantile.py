@@ -21,20 +21,24 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from fullrank.randomized.certificate import Certificate
+from fullrank.randomized.columns import ColumnSource
+from fullrank.randomized.conditioning import L1_KINDS
 from fullrank.randomized.engine import map_reduce
 from fullrank.randomized.pinball import Objective, objective_blocks
 from fullrank.randomized.preprocessing import ExactResult, solve_in_passes, solve_rows
 from fullrank.randomized.sources import ArraySource, Block, RowSource, block_size
 from fullrank.randomized.subsampling import (
-    CONDITIONINGS,
     ROW_NORMS,
-    condition,
+    DependentColumnsError,
     conditioned_start,
-    dependent_columns,
+    conditioner,
     refuse_rank,
+    spanned_columns,
     uniform_start,
 )
 
+CONDITIONINGS = (*L1_KINDS, "uniform")
+RANK_POLICIES = ("drop", "raise")
 SOLVERS = ("auto", "interior_point", "passes", "sketch")
 
 
@@ -59,6 +63,8 @@ class QuantileRegressor(RegressorMixin, BaseEstimator):
         epsilon: makes "sketch" double its sample until its estimated relative excess is at most this.
         tol: relative duality gap at which an exact solver stops.
         max_iter: most Newton systems of an interior point method.
+        rank_policy: what to do with columns that those before them span: "drop" gives them a coefficient of zero and
+            warns, "raise" refuses them.
         non_crossing: sort predictions over quantiles, so that a higher quantile is never below a lower one.
         executor: as in `map_reduce`: "serial", "threads", "dask" or a `distributed.Client`.
         random_state: seed of samples and sketches. Exact solvers give the same result for every seed, to `tol`.
@@ -74,7 +80,7 @@ class QuantileRegressor(RegressorMixin, BaseEstimator):
 
     Raises:
         ValueError: parameters out of range, NaN or infinity, weights that are negative or all zero.
-        RankDeficientError: columns that depend on each other, without a ridge penalty to decide between them.
+        RankDeficientError: by rank_policy="raise", columns that depend on each other.
 
     Sources: Yang, Meng and Mahoney, arXiv 1305.0087; Portnoy and Koenker, Statistical Science 1997.
 
@@ -98,6 +104,7 @@ class QuantileRegressor(RegressorMixin, BaseEstimator):
         epsilon: float | None = None,
         tol: float = 1e-8,
         max_iter: int = 50,
+        rank_policy: str = "drop",
         non_crossing: bool = False,
         executor: Any = "serial",
         random_state: Any = None,
@@ -114,6 +121,7 @@ class QuantileRegressor(RegressorMixin, BaseEstimator):
         self.epsilon = epsilon
         self.tol = tol
         self.max_iter = max_iter
+        self.rank_policy = rank_policy
         self.non_crossing = non_crossing
         self.executor = executor
         self.random_state = random_state
@@ -134,15 +142,26 @@ class QuantileRegressor(RegressorMixin, BaseEstimator):
         small = source.n_rows < max(3000, 100 * D)
         self.solver_used_ = ("interior_point" if small else "passes") if self.solver == "auto" else self.solver
         solve = _sketched if self.solver_used_ == "sketch" else _exact
-        results = solve(self, source, objectives, seed)
+        kept = np.arange(D)
+        try:
+            results = solve(self, source, objectives, seed)
+        except DependentColumnsError as error:
+            if self.rank_policy == "raise":
+                raise
+            warnings.warn(f"{error}: their coefficients are zero", stacklevel=2)
+            kept = np.delete(kept, error.columns)
+            reduced = ColumnSource(source, kept[int(self.fit_intercept) :] - int(self.fit_intercept))
+            results = solve(self, reduced, objectives, seed)
         scalar = np.ndim(self.quantile) == 0
 
         def shaped(values: list[Any]) -> Any:
             return values[0] if scalar else np.array(values)
 
+        coefs = np.zeros((len(results), D))
+        coefs[:, kept] = [result.coef for result in results]
         intercept = int(self.fit_intercept)
-        self.coef_ = shaped([result.coef[intercept:] for result in results])
-        self.intercept_ = shaped([float(result.coef[0]) if intercept else 0.0 for result in results])
+        self.coef_ = shaped(list(coefs[:, intercept:]))
+        self.intercept_ = shaped(coefs[:, 0].tolist() if intercept else [0.0] * len(results))
         self.objective_ = shaped([result.certificate.objective / weight for result in results])
         proved = self.solver_used_ != "sketch"
         self.dual_gap_ = shaped([result.certificate.relative_gap for result in results]) if proved else None
@@ -179,7 +198,12 @@ class QuantileRegressor(RegressorMixin, BaseEstimator):
             raise ValueError(f"quantile is {self.quantile}, expected numbers in (0, 1)")
         if self.non_crossing and (np.diff(quantiles) <= 0).any():
             raise ValueError(f"quantile is {self.quantile}, expected ascending numbers for non_crossing=True")
-        for name, choices in (("solver", SOLVERS), ("conditioning", CONDITIONINGS), ("row_norms", ROW_NORMS)):
+        for name, choices in (
+            ("solver", SOLVERS),
+            ("conditioning", CONDITIONINGS),
+            ("row_norms", ROW_NORMS),
+            ("rank_policy", RANK_POLICIES),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f'{name} is "{getattr(self, name)}", expected one of {", ".join(choices)}')
         if not (self.alpha >= 0 and np.isfinite(self.alpha)):
@@ -216,6 +240,50 @@ class QuantileRegressor(RegressorMixin, BaseEstimator):
         return float(map_reduce(source, _weight_blocks, executor=self.executor))
 
 
+class LADRegressor(QuantileRegressor):
+    """Linear model of the conditional median: least absolute deviations, which outliers of y cannot pull.
+
+    The same as `QuantileRegressor(quantile=0.5)`: the objective is half the mean absolute error, plus penalties.
+    Parameters and attributes are described there.
+    """
+
+    quantile = 0.5
+    non_crossing = False
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.0,
+        l1_ratio: float = 1.0,
+        fit_intercept: bool = True,
+        solver: str = "auto",
+        conditioning: str = "spc3",
+        sketch_size: int | None = None,
+        embedding_size: int | None = None,
+        row_norms: str = "auto",
+        epsilon: float | None = None,
+        tol: float = 1e-8,
+        max_iter: int = 50,
+        rank_policy: str = "drop",
+        executor: Any = "serial",
+        random_state: Any = None,
+    ) -> None:
+        self.alpha = alpha
+        self.l1_ratio = l1_ratio
+        self.fit_intercept = fit_intercept
+        self.solver = solver
+        self.conditioning = conditioning
+        self.sketch_size = sketch_size
+        self.embedding_size = embedding_size
+        self.row_norms = row_norms
+        self.epsilon = epsilon
+        self.tol = tol
+        self.max_iter = max_iter
+        self.rank_policy = rank_policy
+        self.executor = executor
+        self.random_state = random_state
+
+
 def _weight_blocks(blocks: Iterator[Block]) -> float:
     return sum(float(len(block.y) if block.weight is None else block.weight.sum()) for block in blocks)
 
@@ -227,12 +295,12 @@ def _exact(model: QuantileRegressor, source: RowSource, objectives: list[Objecti
     everything = model.solver_used_ == "interior_point"
     size = source.n_rows if everything else model.sketch_size or 2 * np.sqrt(source.n_rows * D)
     start = uniform_start(source, first, size, seed, executor)
-    if len(dependent_columns(start.R)):
+    if len(spanned_columns(start.R)):
         if start.share == 1:
             refuse_rank(source, start.R, first.intercept)
         # Rare features: a uniform sample has missed some, scores do not.
         kind = "spc3" if model.conditioning == "uniform" else model.conditioning
-        R = condition(source, kind, first.intercept, model.embedding_size, seed, executor, model.row_norms)
+        R = conditioner(source, kind, first.intercept, model.embedding_size, seed, executor)
         start = conditioned_start(source, first, R, 2 * size, seed, executor, model.row_norms)
     options = {"tol": model.tol, "max_iter": model.max_iter}
     if everything:
@@ -250,8 +318,7 @@ def _sketched(model: QuantileRegressor, source: RowSource, objectives: list[Obje
     uniform = model.conditioning == "uniform"
     R = None
     if not uniform:
-        embedding = model.embedding_size
-        R = condition(source, model.conditioning, first.intercept, embedding, seed, executor, model.row_norms)
+        R = conditioner(source, model.conditioning, first.intercept, model.embedding_size, seed, executor)
     round_ = 0
     while True:
         starts = []
