@@ -163,3 +163,35 @@ def test_one_attention_width_may_be_a_number() -> None:
     assert build(attention_hidden=6).config.attention_hidden == (6,)
     with pytest.raises(ValueError, match="attention_hidden"):
         build(attention_hidden=[])
+
+
+def test_relu_attention_and_its_dropout_are_the_plain_layers() -> None:
+    torch.manual_seed(0)
+    layer = TargetAttention(4, (8, 6), softmax=False, activation="relu", dropout=0.5)
+    query, events = (values.float() for values in inputs())
+    row = torch.arange(len(LENGTHS)).repeat_interleave(LENGTHS)
+    q = query[row]
+    pairs = torch.cat([q, events, q - events, q * events], 1)
+    deeper = layer.deeper[0]
+    assert isinstance(deeper, nn.Linear)
+    hidden = torch.relu(deeper(torch.relu(pairs @ layer.weight_A4D.T + layer.bias_A)))
+    scores = hidden @ layer.score_A[0] + layer.score_bias
+    pooled = [(weight[:, None] * part).sum(0) for weight, part in zip(
+        scores.split(LENGTHS.tolist()), events.split(LENGTHS.tolist()), strict=True)]  # fmt: skip
+    torch.testing.assert_close(layer.eval()(query, events, LENGTHS), torch.stack(pooled))
+    dropped = [layer.train()(query, events, LENGTHS) for _ in range(2)]
+    assert not torch.equal(*dropped)
+
+
+def test_dice_in_the_output_mlp_adds_a_number_per_unit() -> None:
+    click = Label(name="click")
+    event = EventId(name="item", table="item", num_embeddings=9)
+    history = Sequence(name="history", max_length=5, fields=(event,))
+    schema = Schema(features=(Categorical(name="item", num_embeddings=9), history), labels=(click,))
+    plain, dice = (
+        DIN.from_config(schema, {"embedding_dim": 4, "hidden": (16, 8), "activation": name})
+        for name in ("relu", "dice")
+    )
+    assert dice.num_parameters().total == plain.num_parameters().total + 16 + 8
+    with pytest.raises(ValueError, match="attention_dropout"):
+        DIN.from_config(schema, {"attention_dropout": 1.0})

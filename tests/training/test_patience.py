@@ -58,3 +58,12 @@ def test_state_restores_it() -> None:
     patience = Patience("auc", factor=0.5, limit=3)
     _watch(patience, [0.7, 0.6])
     assert Patience(**patience.state()) == patience
+
+
+def test_a_sum_of_metrics_is_watched_as_one() -> None:
+    patience = Patience("auc+gauc", limit=2)
+    assert patience.observe(1, {"auc": 0.70, "gauc": 0.60})
+    assert not patience.observe(2, {"auc": 0.71, "gauc": 0.58})
+    assert patience.observe(3, {"auc": 0.69, "gauc": 0.62})
+    with pytest.raises(ValueError, match="does not have gauc"):
+        patience.observe(4, {"auc": 0.7})

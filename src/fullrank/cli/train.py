@@ -76,6 +76,7 @@ def _dataset(settings: Recipe, bar: Progress) -> Dataset:
     from fullrank.data.dataset import Dataset
     from fullrank.data.importing import import_dataset
     from fullrank.schema import Schema
+    from fullrank.training.memory import return_freed_memory
 
     place, source = settings.data.dataset, settings.data.source
     if source is not None and not place.exists():
@@ -96,21 +97,8 @@ def _dataset(settings: Recipe, bar: Progress) -> Dataset:
             progress=show,
         )
         bar.remove_task(task)
-        _give_back_memory()
+        return_freed_memory()
     return Dataset.open(place)
-
-
-def _give_back_memory() -> None:
-    """Return what the import freed to the system: Arrow and the C library hold on to about 90 MB of it."""
-    import ctypes
-
-    import pyarrow as pa
-
-    pa.default_memory_pool().release_unused()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
-        if trim is not None:
-            trim(0)
 
 
 def _train_model(

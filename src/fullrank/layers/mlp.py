@@ -4,18 +4,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# In place where the input is needed by no gradient.
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": functools.partial(nn.ReLU, inplace=True),
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
+from fullrank.layers.dice import Dice
+
+# By name, from a width; in place where the input is needed by no gradient.
+ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
+    "relu": lambda width: nn.ReLU(inplace=True),
+    "sigmoid": lambda width: nn.Sigmoid(),
+    "tanh": lambda width: nn.Tanh(),
+    "dice": Dice,
 }
 
 
@@ -82,7 +84,7 @@ class MLP(nn.Module):
             layers.append(linear)
             if batch_norm:
                 layers.append(nn.BatchNorm1d(units))
-            layers.append(ACTIVATIONS[activation]())
+            layers.append(ACTIVATIONS[activation](units))
             if dropout > 0:
                 layers.append(nn.Dropout(dropout))
             width = units

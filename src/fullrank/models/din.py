@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import BeforeValidator, Field, PositiveInt
@@ -18,14 +18,14 @@ from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection
 from fullrank.embeddings.segments import row_of, segment_sum, spread
 from fullrank.layers.dice import Dice, dice_scores
-from fullrank.layers.mlp import MLP
+from fullrank.layers.mlp import ACTIVATIONS, MLP
 from fullrank.layers.tokens import NumberVectors
 from fullrank.models.base import Ranker, RankerOutput
 from fullrank.schema import EventId, Schema, Sequence
 
 
 class TargetAttention(nn.Module):
-    """Σ_t a_t k_t with a_t = MLP([q, k_t, q-k_t, q⊙k_t]), activated by Dice.
+    """Σ_t a_t k_t with a_t = MLP([q, k_t, q-k_t, q⊙k_t]), activated by Dice or ReLU.
 
     Works on the events there are, not on padding. The first layer's W is used as W_k-W_d on k, W_q+W_d on q and W_p on
     q⊙k, which is the paper's formula with a quarter fewer multiplications.
@@ -33,12 +33,15 @@ class TargetAttention(nn.Module):
     Deviation: Dice's statistics are taken over real events only; public implementations include padding.
     """
 
-    def __init__(self, width: int, hidden: tuple[int, ...], *, softmax: bool) -> None:
+    def __init__(
+        self, width: int, hidden: tuple[int, ...], *, softmax: bool, activation: str = "dice", dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.softmax = softmax
         self.weight_A4D = nn.Parameter(torch.empty(hidden[0], 4 * width))
         self.bias_A = nn.Parameter(torch.zeros(hidden[0]))
-        self.activations = nn.ModuleList(Dice(units) for units in hidden)
+        self.activations = nn.ModuleList(ACTIVATIONS[activation](units) for units in hidden)
+        self.dropout = nn.Dropout(dropout)
         self.deeper = nn.ModuleList(nn.Linear(*units) for units in itertools.pairwise(hidden))
         self.score_A = nn.Parameter(torch.empty(1, hidden[-1]))
         self.score_bias = nn.Parameter(torch.zeros(1))
@@ -66,10 +69,13 @@ class TargetAttention(nn.Module):
         for layer in cast(Iterable[nn.Linear], self.deeper):
             weights.append(layer.weight)
             biases.append(layer.bias)
-        *inner, last = cast(Iterable[Dice], self.activations)
+        *inner, last = self.activations
         for weight, bias, activation in zip(weights, biases, inner, strict=False):
-            z_EI = activation(F.linear(z_EI, weight, bias))
-        return dice_scores(z_EI, weights[-1], biases[-1], last, self.score_A[0])
+            z_EI = self.dropout(activation(F.linear(z_EI, weight, bias)))
+        if isinstance(last, Dice) and self.dropout.p == 0:
+            return dice_scores(z_EI, weights[-1], biases[-1], last, self.score_A[0])
+        hidden_EA: Tensor = self.dropout(last(F.linear(z_EI, weights[-1], biases[-1])))
+        return hidden_EA.float() @ self.score_A[0]
 
 
 def _softmax_by_row(score_E: Tensor, row_E: Tensor, size: int) -> Tensor:
@@ -98,12 +104,17 @@ class DIN(Ranker):
 
         Attributes:
             attention_hidden: widths of the attention MLP; a single number is one layer.
+            attention_activation, attention_dropout: of that MLP; the paper's is Dice without dropout.
             softmax: normalise the attention weights of a row to sum 1 (the paper does not).
+            activation: of the output MLP; the paper's is `dice`.
         """
 
         hidden: tuple[int, ...] = (256, 128, 64)
         attention_hidden: Annotated[tuple[PositiveInt, ...], BeforeValidator(_several), Field(min_length=1)] = (64,)
+        attention_activation: Literal["dice", "relu"] = "dice"
+        attention_dropout: float = Field(default=0.0, ge=0, lt=1)
         softmax: bool = False
+        activation: Literal["relu", "dice"] = "relu"
         batch_norm: bool = False
         dropout: float = 0.0
 
@@ -118,11 +129,26 @@ class DIN(Ranker):
         self.plans = [_plan(schema, sequence) for sequence in schema.sequences]
         widths = [config.embedding_dim * len(keys) for keys, _ in self.plans]
         self.attentions = nn.ModuleList(
-            TargetAttention(width, config.attention_hidden, softmax=config.softmax) if targets else nn.Identity()
+            TargetAttention(
+                width,
+                config.attention_hidden,
+                softmax=config.softmax,
+                activation=config.attention_activation,
+                dropout=config.attention_dropout,
+            )
+            if targets
+            else nn.Identity()
             for width, (_, targets) in zip(widths, self.plans, strict=True)
         )
         width = self.embeddings.flat_dim + sum(widths) + len(schema.numeric_columns) * config.embedding_dim
-        self.mlp = MLP(width, config.hidden, self.num_tasks, batch_norm=config.batch_norm, dropout=config.dropout)
+        self.mlp = MLP(
+            width,
+            config.hidden,
+            self.num_tasks,
+            activation=config.activation,
+            batch_norm=config.batch_norm,
+            dropout=config.dropout,
+        )
 
     def output_biases(self) -> list[Tensor]:
         return [self.mlp.output_bias]

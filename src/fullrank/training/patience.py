@@ -19,7 +19,7 @@ class Patience:
     learning rate by `factor`; `limit` of them in a row end the training.
 
     Args:
-        monitor: name of the metric; says whether higher is better.
+        monitor: name of the metric, or several joined by "+" whose sum counts; all are to rise, or all to fall.
         factor: 1 leaves the learning rate alone.
         limit: 0 never stops.
 
@@ -48,23 +48,27 @@ class Patience:
         Raises:
             ValueError: if `metrics` lacks the monitored one.
         """
-        if self.monitor not in metrics:
-            raise ValueError(
-                f'training.monitor is "{self.monitor}", which this validation does not have; it has '
-                f"{', '.join(metrics)}"
-            )
-        if self._beats(metrics[self.monitor]):
+        for name in self.monitor.split("+"):
+            if name not in metrics:
+                raise ValueError(
+                    f'training.monitor is "{self.monitor}", but this validation does not have {name}; it has '
+                    f"{', '.join(metrics)}"
+                )
+        if self._beats(self._value(metrics)):
             self.best, self.best_step, self.waited = dict(metrics), step, 0
             return True
         self.waited += 1
         self.scale *= self.factor
         return False
 
+    def _value(self, metrics: dict[str, float]) -> float:
+        return sum(metrics[name] for name in self.monitor.split("+"))
+
     def _beats(self, value: float) -> bool:
         if not self.best:
             return True
-        sign = 1 if self.monitor in HIGHER_IS_BETTER else -1
-        best = self.best[self.monitor]
+        sign = 1 if self.monitor.split("+")[0] in HIGHER_IS_BETTER else -1
+        best = self._value(self.best)
         return not math.isnan(value) and (math.isnan(best) or sign * value > sign * best + MIN_DELTA)
 
     def state(self) -> dict[str, Any]:
