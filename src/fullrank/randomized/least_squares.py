@@ -58,7 +58,7 @@ class LstsqResult:
         rank: of [1 | X] (of its sketch, for the sketched methods).
         cond_estimate: condition number of [1 | X], rows weighted: exact for normal, else the sketch's, within about 2.
         n_passes: passes over the table.
-        n_iter: iterations of lsqr or chebyshev, else 0.
+        n_iter: iterations of lsqr or chebyshev, else the number of small systems solved.
         residual_norm: |b - A x| at the solution, shape () or (t,); None where no pass has seen it (sketch).
         relative_gradient: |A'r| / (|A| |r|), largest over targets, measured by the last pass of `refine` before it
             corrects x; None without.
@@ -197,7 +197,7 @@ class _Solver:
         if basis.null.shape[1]:
             i = int(self.intercept)
             x = x + basis.null @ np.linalg.lstsq(basis.null[i:], -x[i:], rcond=None)[0]
-        defaults = {"n_iter": 0, "residual_norm": None, "relative_gradient": None}
+        defaults = {"n_iter": 1, "residual_norm": None, "relative_gradient": None}
         passes = self.source.n_passes - self.first_pass
         known = {**defaults, **known}
         return LstsqResult(x, basis.N.shape[1], basis.condition, passes, method=method, **known)
@@ -310,7 +310,7 @@ class _Solver:
                 basis = basis._replace(N=scipy.linalg.solve_triangular(L, basis.N.T, lower=True).T)
         squares = rr - 2 * np.einsum("rt,rt->t", step, Ur) + np.einsum("rt,rs,st->t", step, UU, step)
         norm = np.sqrt(np.maximum(squares, 0))
-        return self.result(method, x, basis, residual_norm=norm, relative_gradient=measured)
+        return self.result(method, x, basis, n_iter=k + 1, residual_norm=norm, relative_gradient=measured)
 
     def relative_gradient(self, basis: Preconditioner, gradient: np.ndarray, squares: np.ndarray) -> float:
         full = np.linalg.lstsq(basis.N.T, gradient, rcond=None)[0]
@@ -357,7 +357,7 @@ class _Solver:
         fitted2 = (z * (start - residual)).sum(axis=0) - (penalty * Nz**2).sum(axis=0)
         squares = rr - 2 * (Nz * Ar).sum(axis=0) + fitted2
         norm = np.sqrt(np.maximum(squares, 0))
-        return self.result(method, x + Nz, basis, n_iter=n_iter, residual_norm=norm)
+        return self.result(method, x + Nz, basis, n_iter=max(n_iter, 1), residual_norm=norm)
 
 
 # One pass each; for `map_reduce`.
