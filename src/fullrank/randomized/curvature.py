@@ -151,15 +151,17 @@ def _summed(blocks: Iterator[Block], function: Callable[[Block], Any]) -> Any:
     return total
 
 
-def evaluate(block: Block, *, loss: Loss, free: bool, coef: Vector, draw: Draw | None, at_zero: bool) -> Sums:
-    """Objective and gradient at `coef`, and rows drawn by their curvature there."""
+def evaluate(block: Block, *, loss: Loss, free: bool, coef: Vector, draw: Draw | None, first: bool) -> Sums:
+    """Objective and gradient at `coef`, and rows drawn by their curvature there; targets are checked the first time."""
+    if first:
+        loss.check_target(block.y, block.start)
     derivatives = loss(_margin(block.X, coef), block.y)
     slope = _weighted(derivatives.slope, block)
     gradient = block.X.T @ slope
     if free:
         gradient = np.append(gradient, slope.sum())
     value = float(_weighted(derivatives.value, block).sum())
-    zero = float(_weighted(loss.value(np.zeros(len(slope)), block.y), block).sum()) if at_zero else 0.0
+    zero = float(_weighted(loss.value(np.zeros(len(slope)), block.y), block).sum()) if first else 0.0
     if draw is None:
         return Sums(value, zero, gradient, 0.0, [])
     score = draw.scores(block.X, free, _weighted(derivatives.curvature, block))

@@ -19,8 +19,9 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from fullrank.randomized.curvature import LARGEST_DENSE, Problem
 from fullrank.randomized.losses import LOSSES, Loss, Vector
 from fullrank.randomized.newton import subsampled_newton
-from fullrank.randomized.sources import BLOCK_ROWS, ArraySource, RowSource
+from fullrank.randomized.sources import BLOCK_ROWS, ArraySource, RowSource, as_source
 
+_CACHED = 2**18  # cells: 2 MiB
 _SAMPLINGS = ("auto", "leverage", "row_norm", "uniform", "none")
 
 
@@ -41,11 +42,14 @@ class _SubsampledNewton(BaseEstimator):
         """Checked arrays as a source."""
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        block_rows = BLOCK_ROWS if sp.issparse(X) else None
+        # A pass over dense rows multiplies each block twice: the second time it should still be in the cache.
+        block_rows = BLOCK_ROWS if sp.issparse(X) else max(256, _CACHED // X.shape[1])
         return ArraySource(X, y, sample_weight, block_rows=block_rows, check_finite=False)
 
     def _minimise(self, source: RowSource, loss: Loss, penalty: float) -> Vector:
         """Fit and set the attributes that all estimators share; the weights (d,), then the intercept."""
+        if source.n_targets != 1:
+            raise ValueError(f"the source has {source.n_targets} targets, expected 1")
         problem = Problem(source, loss, penalty, self.fit_intercept, self.executor)
         size = self.sample_size
         if size is not None and (not isinstance(size, Integral) or size < problem.size):
@@ -161,20 +165,18 @@ class SubsampledNewtonClassifier(ClassifierMixin, _SubsampledNewton):
         """Fit.
 
         Args:
-            X: shape (n, d), dense or sparse; or a `RowSource` with targets 0 and 1, and then no y.
-            y: shape (n,), two classes.
+            X: shape (n, d), dense or sparse; a `RowSource` with targets, and then no y; or a Dask collection.
+            y: shape (n,), two classes; 0 and 1 with a source or a Dask collection.
             sample_weight: shape (n,), at least 0.
         """
         self._check_parameters()
         if not isinstance(self.C, Real) or not 0 < self.C < np.inf:
             raise ValueError(f"C is {self.C!r}, expected a number > 0")
-        if isinstance(X, RowSource):
-            if y is not None or sample_weight is not None or self.class_weight is not None:
-                raise ValueError(
-                    "a RowSource has its own targets and weights: leave y, sample_weight, class_weight out"
-                )
-            self.n_features_in_, self.classes_ = X.n_cols, np.array([0, 1])
-            source: RowSource = X
+        source = as_source(X, y, sample_weight)
+        if source is not None:
+            if self.class_weight is not None:
+                raise ValueError("class_weight needs arrays: give a source a column of weights")
+            self.n_features_in_, self.classes_ = source.n_cols, np.array([0, 1])
         else:
             X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32])
             check_classification_targets(y)
@@ -270,7 +272,7 @@ class SubsampledNewtonRegressor(RegressorMixin, _SubsampledNewton):
         """Fit.
 
         Args:
-            X: shape (n, d), dense or sparse; or a `RowSource` with targets, and then no y.
+            X: shape (n, d), dense or sparse; a `RowSource` with targets, and then no y; or a Dask collection.
             y: shape (n,); at least 0 with "poisson".
             sample_weight: shape (n,), at least 0.
         """
@@ -280,15 +282,12 @@ class SubsampledNewtonRegressor(RegressorMixin, _SubsampledNewton):
         if not isinstance(self.alpha, Real) or not 0 <= self.alpha < np.inf:
             raise ValueError(f"alpha is {self.alpha!r}, expected a number >= 0")
         loss = LOSSES[self.loss]
-        if isinstance(X, RowSource):
-            if y is not None or sample_weight is not None:
-                raise ValueError("a RowSource has its own targets and weights: leave y and sample_weight out")
-            self.n_features_in_ = X.n_cols
-            source: RowSource = X
+        source = as_source(X, y, sample_weight)
+        if source is not None:
+            self.n_features_in_ = source.n_cols
         else:
             X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], y_numeric=True)
             y = y.astype(np.float64, copy=False)
-            loss.check_target(y)
             source = self._source(X, y, sample_weight)
         coef = self._minimise(source, loss, float(self.alpha))
         self.coef_ = coef[: source.n_cols]

@@ -27,9 +27,9 @@ class Loss(Protocol):
 
     def value(self, margin: Vector, target: Vector) -> Vector: ...
 
-    def check_target(self, target: Vector) -> None:
+    def check_target(self, target: Vector, first_row: int = 0) -> None:
         """Raises:
-        ValueError: if a target is impossible under this loss; names the first one.
+        ValueError: if a target is impossible under this loss; names its row, counted from `first_row`.
         """
 
 
@@ -46,8 +46,8 @@ class Logistic:
     def value(self, margin: Vector, target: Vector) -> Vector:
         return np.maximum(margin, 0.0) + np.log1p(np.exp(-np.abs(margin))) - target * margin
 
-    def check_target(self, target: Vector) -> None:
-        _require((target >= 0) & (target <= 1), target, "between 0 and 1")
+    def check_target(self, target: Vector, first_row: int = 0) -> None:
+        _require((target >= 0) & (target <= 1), target, first_row, "between 0 and 1")
 
 
 class Squared:
@@ -60,7 +60,7 @@ class Squared:
     def value(self, margin: Vector, target: Vector) -> Vector:
         return 0.5 * np.square(margin - target)
 
-    def check_target(self, target: Vector) -> None:
+    def check_target(self, target: Vector, first_row: int = 0) -> None:
         """Every number will do."""
 
 
@@ -77,14 +77,14 @@ class Poisson:
         with np.errstate(over="ignore"):
             return np.exp(margin) - target * margin
 
-    def check_target(self, target: Vector) -> None:
-        _require(target >= 0, target, "0 or more")
+    def check_target(self, target: Vector, first_row: int = 0) -> None:
+        _require(target >= 0, target, first_row, "0 or more")
 
 
 LOSSES: dict[str, Loss] = {"logistic": Logistic(), "squared": Squared(), "poisson": Poisson()}
 
 
-def _require(holds: NDArray[np.bool_], target: Vector, expected: str) -> None:
+def _require(holds: NDArray[np.bool_], target: Vector, first_row: int, expected: str) -> None:
     if not holds.all():
         row = int(np.argmin(holds))
-        raise ValueError(f"target of row {row} is {target[row]}, expected {expected}")
+        raise ValueError(f"target of row {first_row + row} is {target[row]}, expected {expected}")

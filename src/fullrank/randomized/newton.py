@@ -178,12 +178,12 @@ class _Iteration:
         zeros = np.zeros(self.problem.size)
         if self.sampling == "none":
             coef = zeros if start is None else start
-            return coef, self._evaluate(coef, None)
+            return coef, self._evaluate(coef, None, first=True)
         n, size = self.problem.source.n_rows, min(self.size, _FIRST_ROWS_PER_UNKNOWN * self.problem.size)
         draw = Draw("uniform", size, n, self.seed, self._next_stream())
         sample = Sample.joined(self.problem.total(draw_only, draw=draw))
         coef = self._solved(sample) if start is None else start
-        sums = self._evaluate(coef, self._draw_like(sample, size / n, coef), at_zero=True)
+        sums = self._evaluate(coef, self._draw_like(sample, size / n, coef), first=True)
         if start is None and not sums.value <= sums.at_zero:
             coef, sums = zeros, self._evaluate(zeros, self._draw_like(sample, size / n, zeros))
         return coef, sums
@@ -220,8 +220,8 @@ class _Iteration:
         self.stream += 1
         return self.stream
 
-    def _evaluate(self, coef: Vector, draw: Draw | None, at_zero: bool = False) -> Sums:
-        sums = self.problem.total(evaluate, coef=coef, draw=draw, at_zero=at_zero)
+    def _evaluate(self, coef: Vector, draw: Draw | None, first: bool = False) -> Sums:
+        sums = self.problem.total(evaluate, coef=coef, draw=draw, first=first)
         sums.value += 0.5 * float(self.ridge @ np.square(coef))
         sums.gradient += self.ridge * coef
         if draw is not None:

@@ -1,0 +1,313 @@
+"""Stochastic gradient steps on rows drawn by importance, in coordinates that a sketch has made round.
+
+Source: Yang, Chow, Ré and Mahoney, Weighted SGD for lp Regression with Randomized Preconditioning, arXiv 1502.03571.
+"""
+
+# Shapes: n rows, d features, p = d + 1 with an intercept (its entry is first) else d, r coordinates, m drawn rows.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from numbers import Integral, Real
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import scipy.sparse as sp
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from fullrank.randomized.conditioning import l1_conditioner, preconditioner
+from fullrank.randomized.engine import Executor, concatenate, map_reduce
+from fullrank.randomized.sketches import Sketch, row_uniforms, sketch_blocks
+from fullrank.randomized.sources import ArraySource, Block, RowSource, as_source
+from fullrank.randomized.stochastic_steps import BALL, BOX, PINBALL, SQUARED, descend, descend_constrained
+
+_CHOICES = {
+    "loss": ("squared", "absolute", "quantile"),
+    "preconditioner": ("full", "diag", "none"),
+    "sampling": ("leverage", "row_norm", "uniform"),
+}
+
+
+class DrawnRows(NamedTuple):
+    """Rows [1 | X] drawn at least once, (m, p); and, each (m,), targets, weights over odds, and numbers of draws."""
+
+    rows: np.ndarray
+    target: np.ndarray
+    importance: np.ndarray
+    count: np.ndarray
+
+
+def row_scores(block: Block, basis: np.ndarray | None, power: int, intercept: bool) -> np.ndarray:
+    """Weight times the `power`-norm, to that power, of [1 | X] basis, row by row; the weight alone without a basis."""
+    if basis is None:
+        return np.ones(block.X.shape[0]) if block.weight is None else (block.weight > 0).astype(float)
+    image = block.product(basis, intercept=intercept, weight_power=1 / power)
+    return np.einsum("ij,ij->i", image, image) if power == 2 else np.abs(image).sum(axis=1)
+
+
+def _mass(blocks: Iterator[Block], *, basis: np.ndarray | None, power: int, intercept: bool) -> float:
+    return sum(float(row_scores(block, basis, power, intercept).sum()) for block in blocks)
+
+
+def _drawn(
+    blocks: Iterator[Block],
+    *,
+    basis: np.ndarray | None,
+    power: int,
+    intercept: bool,
+    mass: float,
+    steps: int,
+    seed: int,
+) -> DrawnRows:
+    """Each row as often as it is due: steps times its share of the mass, rounded up or down at random."""
+    parts = []
+    for block in blocks:
+        share = row_scores(block, basis, power, intercept) / mass
+        uniform = row_uniforms(seed, block.start, block.stop, stream=1)
+        count = np.floor(steps * share + uniform).astype(np.int64)
+        kept = np.flatnonzero(count)
+        X = block.X[kept]
+        X = X.toarray() if sp.issparse(X) else X
+        rows = np.column_stack([np.ones(len(kept)), X]) if intercept else X
+        weight = 1.0 if block.weight is None else block.weight[kept]
+        parts.append(DrawnRows(rows, block.y[kept], weight / share[kept], count[kept]))
+    return DrawnRows(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def _joined(first: DrawnRows, second: DrawnRows) -> DrawnRows:
+    return DrawnRows(*concatenate(tuple(first), tuple(second)))
+
+
+def _continues(model: PreconditionedSGDRegressor) -> bool:
+    if model.loss != "squared":
+        raise AttributeError(f'partial_fit needs loss "squared", got "{model.loss}"')
+    return True
+
+
+class PreconditionedSGDRegressor(RegressorMixin, BaseEstimator):
+    """Linear regression by pwSGD: squared, absolute or quantile loss, constraints, no step size to tune.
+
+    Minimises sum_i w_i loss(x_i'w + b, y_i), unpenalised. Good for answers to two or three digits in the time of a few
+    passes, for constrained weights, and for rows that arrive in batches (`partial_fit`); for many digits use
+    `RandomizedLinearRegression` or `QuantileRegressor`.
+
+    Args:
+        loss: "squared" ((z - y)^2), "absolute", or "quantile".
+        quantile: of the quantile loss, in (0, 1).
+        preconditioner: coordinates of the steps: "full" (R of a sketch), "diag" (its column norms), "none".
+        sampling: what makes a row likely to be drawn: "leverage" (its norm in the basis A R^-1), "row_norm", "uniform".
+            No preconditioner with "row_norm" is randomised Kaczmarz, with "uniform" plain SGD.
+        eta0: first step; "auto" is the paper's for the absolute loss, and a projection onto the first row's solutions
+            for the squared loss, then falls like 1 / t at the rate that the sketch's smallest singular value sets.
+        n_steps: expected steps; 2 n when omitted. That many rows are held in memory.
+        constraint: None, "nonneg", ("box", low, high) or ("l2", radius), on the weights but not the intercept.
+        fit_intercept: whether to add b.
+        executor: where passes over the table run; see `map_reduce`.
+        random_state: seed of sketch and rows.
+
+    Attributes:
+        coef_, intercept_: shape (d,), and a number.
+        n_steps_: steps so far.
+        n_iter_: passes over the table.
+
+    Raises:
+        ValueError: a parameter out of range, rows that are all zero, NaN or infinity, negative weights.
+
+    Source: arXiv 1502.03571.
+    Deviations: the paper draws rows with replacement; here a row with T p_i expected draws has this number of steps,
+    rounded at random, in random order: the same mean, less noise. The steps' lengths are ours: the paper's need
+    constants of the unknown answer. The last point is returned for the squared loss, the mean of the second half for
+    the others.
+    """
+
+    def __init__(
+        self,
+        loss: str = "squared",
+        *,
+        quantile: float = 0.5,
+        preconditioner: str = "full",
+        sampling: str = "leverage",
+        eta0: Any = "auto",
+        n_steps: int | None = None,
+        constraint: Any = None,
+        fit_intercept: bool = True,
+        executor: Executor = "serial",
+        random_state: Any = None,
+    ) -> None:
+        self.loss = loss
+        self.quantile = quantile
+        self.preconditioner = preconditioner
+        self.sampling = sampling
+        self.eta0 = eta0
+        self.n_steps = n_steps
+        self.constraint = constraint
+        self.fit_intercept = fit_intercept
+        self.executor = executor
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Fit.
+
+        Args:
+            X: shape (n, d), dense or sparse; a `RowSource` with a target, and then no y; or a Dask collection.
+            y: shape (n,).
+            sample_weight: shape (n,), at least 0.
+        """
+        self._check_parameters()
+        source = self._source(X, y, sample_weight, reset=True)
+        self._factor, self.n_steps_, self.n_iter_ = None, 0, 0
+        self._descend(source, np.zeros(source.n_cols + int(self.fit_intercept)))
+        return self
+
+    @available_if(_continues)
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Steps on a batch of rows, from where the last call ended; coordinates come from all rows seen so far.
+
+        Raises:
+            AttributeError: with a loss other than the squared one, whose steps fall too slowly to be continued.
+            ValueError: as `fit`.
+        """
+        self._check_parameters()
+        first = not hasattr(self, "coef_")
+        source = self._source(X, y, sample_weight, reset=first)
+        if first:
+            self._factor, self.n_steps_, self.n_iter_ = None, 0, 0
+            point = np.zeros(source.n_cols + int(self.fit_intercept))
+        else:
+            point = np.append(self.intercept_, self.coef_) if self.fit_intercept else self.coef_.copy()
+        self._descend(source, point)
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Mean, median or quantile of the target, shape (n,)."""
+        check_is_fitted(self)
+        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
+        return np.asarray(X @ self.coef_ + self.intercept_)
+
+    def _descend(self, source: RowSource, point: np.ndarray) -> None:
+        passes = source.n_passes
+        seed = int(check_random_state(self.random_state).randint(2**31))
+        power = 2 if self.loss == "squared" else 1
+        factor, sketch_rows = self._sketched(source, power, seed)
+        p = len(point)
+        R, solution = factor[:p, :p], preconditioner(factor[:p, :p]).N
+        if not solution.size:
+            raise ValueError("all rows are zero: there is nothing to fit")
+        bases = {"leverage": solution, "row_norm": np.eye(p), "uniform": None}
+        settings = {"basis": bases[self.sampling], "power": power, "intercept": self.fit_intercept}
+        mass = map_reduce(source, partial(_mass, **settings), executor=self.executor)
+        if not mass > 0:
+            raise ValueError("all rows are zero: there is nothing to draw from")
+        steps = 2 * source.n_rows if self.n_steps is None else int(self.n_steps)
+        collect = partial(_drawn, **settings, mass=mass, steps=steps, seed=seed)
+        drawn = map_reduce(source, collect, _joined, self.executor)
+        order = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(drawn.count)), drawn.count))
+        if self.preconditioner == "full":
+            N = solution
+        else:
+            norms = np.linalg.norm(R, axis=0) if self.preconditioner == "diag" else np.ones(p)
+            N = np.diag(1 / np.where(norms > 0, norms, 1))
+        U = drawn.rows @ N
+        squares = np.einsum("ij,ij->i", U, U)
+        if power == 2:
+            steepest = float((drawn.importance * squares).max(initial=0.0))
+            # The sketch's singular values are off by sqrt(p / rows) at most, usually.
+            smallest = np.linalg.svd(R @ N, compute_uv=False)[N.shape[1] - 1] / (1 + np.sqrt(p / sketch_rows))
+            half_life = 2 * steepest / smallest**2 if smallest > 0 else np.inf
+            eta = 1 / (2 * steepest)  # onto the solutions of the heaviest row, and no row is overshot
+        else:
+            distance = np.linalg.norm(
+                np.linalg.lstsq(N, solution @ (solution.T @ (R.T @ factor[:p, p])), rcond=None)[0]
+            )
+            eta = distance / float((drawn.importance * np.sqrt(squares)).max(initial=0.0))
+            half_life = 1.0
+        if self.eta0 != "auto":
+            eta = float(self.eta0)
+        kind, tau = (SQUARED, 0.5) if power == 2 else (PINBALL, self.quantile if self.loss == "quantile" else 0.5)
+        arguments = (drawn.target, drawn.importance, order)
+        lengths = (kind, tau, eta, half_life, self.n_steps_, len(order) if power == 2 else len(order) // 2)
+        if self.constraint is None:
+            # The part of the point that no row of this table sees is left as it is.
+            inner = np.linalg.lstsq(N, point, rcond=None)[0]
+            hidden = point - N @ inner
+            mean = descend(np.ascontiguousarray(U), *arguments, inner, *lengths)
+            point = N @ (inner if power == 2 else mean) + hidden
+        else:
+            inverse = N @ N.T
+            metric = np.linalg.pinv(inverse, hermitian=True)
+            constraint, low, high = self._limits()
+            free = int(self.fit_intercept)
+            bounds = (metric, inverse, free, constraint, low, high)
+            mean = descend_constrained(np.ascontiguousarray(drawn.rows), *arguments, point, *lengths, *bounds)
+            point = point if power == 2 else mean
+        self.intercept_ = float(point[0]) if self.fit_intercept else 0.0
+        self.coef_ = point[1:] if self.fit_intercept else point
+        self.n_steps_ += len(order)
+        self.n_iter_ += source.n_passes - passes
+
+    def _sketched(self, source: RowSource, power: int, seed: int) -> tuple[np.ndarray, int]:
+        """Triangular factor of [1 | X | y], (p + 1, p + 1), from a sketch of all rows so far, and the sketch's rows."""
+        q = source.n_cols + int(self.fit_intercept) + 1
+        columns = {"intercept": self.fit_intercept, "target": True}
+        if power == 1:
+            try:
+                return l1_conditioner(source, "spc3", seed=seed, executor=self.executor, **columns), 20 * q
+            except np.linalg.LinAlgError:
+                pass  # dependent columns: the l2 sketch below does not mind
+        size = 20 * q
+        S = Sketch("sparse_sign", size, seed, min(4, size), source.n_rows)
+        sketched = map_reduce(source, partial(sketch_blocks, S=S, **columns), executor=self.executor)
+        if self._factor is not None:
+            sketched = np.vstack([self._factor, sketched])
+        R = np.linalg.qr(np.vstack([sketched, np.zeros((q, q))]), mode="r")
+        self._factor = R
+        return R, size
+
+    def _limits(self) -> tuple[int, float, float]:
+        if self.constraint == "nonneg":
+            return BOX, 0.0, np.inf
+        if self.constraint[0] == "box":
+            return BOX, float(self.constraint[1]), float(self.constraint[2])
+        return BALL, 0.0, float(self.constraint[1])
+
+    def _check_parameters(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if not isinstance(self.quantile, Real) or not 0 < self.quantile < 1:
+            raise ValueError(f"quantile is {self.quantile!r}, expected a number between 0 and 1")
+        if self.eta0 != "auto" and (not isinstance(self.eta0, Real) or not 0 < self.eta0 < np.inf):
+            raise ValueError(f'eta0 is {self.eta0!r}, expected "auto" or a number > 0')
+        if self.n_steps is not None and (not isinstance(self.n_steps, Integral) or self.n_steps < 1):
+            raise ValueError(f"n_steps is {self.n_steps!r}, expected an integer >= 1")
+        match self.constraint:
+            case None | "nonneg":
+                return
+            case ("box", low, high) if low <= high:
+                return
+            case ("l2", radius) if radius > 0:
+                return
+        raise ValueError(
+            f'constraint is {self.constraint!r}, expected None, "nonneg", ("box", low, high) with low <= high, or '
+            '("l2", radius) with radius > 0'
+        )
+
+    def _source(self, X: Any, y: Any, sample_weight: Any, reset: bool) -> RowSource:
+        source = as_source(X, y, sample_weight)
+        if source is not None:
+            self.n_features_in_ = source.n_cols
+            return source
+        kinds = [np.float64, np.float32]
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=kinds, y_numeric=True, reset=reset)
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        return ArraySource(X, y, sample_weight, check_finite=False)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
