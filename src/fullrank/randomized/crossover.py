@@ -2,8 +2,8 @@
 
 A vertex passes through D rows, its basis; every other row has a side. It is optimal where the dual of the basis is
 inside its bounds, and then it solves the problem up to rounding. Where several vertices are optimal (the median of an
-even number of values), the one is taken that stays optimal if the quantile rises a little, so that repeated rows and their
-weighted counterpart give the same coefficients.
+even number of values), the one is taken that stays optimal if the quantile rises a little, so that repeated rows and
+their weighted counterpart give the same coefficients.
 
 Source: Barrodale and Roberts, An improved algorithm for discrete l1 linear approximation, SIAM J. Numerical Analysis
 1973; Koenker and d'Orey, Algorithm AS 229, Applied Statistics 1987, for quantiles.

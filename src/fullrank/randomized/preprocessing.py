@@ -22,6 +22,7 @@ one-step estimator of Bickel 1975 with a uniform kernel, costs two passes and ma
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ from fullrank.randomized.interior_point import Array
 from fullrank.randomized.pinball import Objective, Rows, combine_rows, fitted, rho, slope, take
 from fullrank.randomized.sources import Block, RowSource
 
+WIDENINGS = 8  # bands tried before all rows are taken
 PROJECTIONS = 6  # Gaussian columns that estimate the length of a row: a band needs a rough length only
 
 
@@ -84,7 +86,7 @@ class Band:
     Attributes:
         center: shape (D,).
         projection: shape (D, J).
-        width: non-negative.
+        width: non-negative; infinite for all rows.
         released: numbers of rows, ascending.
     """
 
@@ -100,7 +102,10 @@ class Band:
         ahead = fit[:, len(points) :]
         r = block.y - fit[:, 0]
         z = np.where(r < 0, objective.quantile - 1, objective.quantile)
-        inside = r**2 <= self.width**2 * np.einsum("kj,kj->k", ahead, ahead)
+        if np.isinf(self.width):
+            inside = np.ones(len(r), dtype=bool)
+        else:
+            inside = r**2 <= self.width**2 * np.einsum("kj,kj->k", ahead, ahead)
         low, high = np.searchsorted(self.released, [block.start, block.stop])
         inside[self.released[low:high] - block.start] = True
         if block.weight is not None:
@@ -170,7 +175,13 @@ def solve_rows(start: Start, objective: Objective, *, tol: float = 1e-8, max_ite
     r = (start.rows.b - start.rows.A @ small.coef) * start.rows.weight
     loss = float(rho(r, objective.quantile).sum())
     certificate = objective.certificate(loss, 0.0, start.rows, small, np.zeros(D), start.R)
-    return ExactResult(small.coef, certificate, small.n_iter, m, m, certificate.relative_gap <= tol)
+    converged = certificate.relative_gap <= tol or certificate.objective <= nothing(start)
+    return ExactResult(small.coef, certificate, small.n_iter, m, m, converged)
+
+
+def nothing(start: Start) -> float:
+    """A loss that is zero up to rounding: the response is a combination of the columns, and there is no ratio to it."""
+    return 1e-12 * float(np.abs(start.rows.b) @ start.rows.weight) / start.share
 
 
 def solve_in_passes(
@@ -201,27 +212,33 @@ def solve_in_passes(
     draws = np.random.default_rng(seed).standard_normal((D, PROJECTIONS)) / np.sqrt(PROJECTIONS)
     projection = solve_triangular(start.spread, draws)
     best: ExactResult | None = None
-    while True:
+    for attempt in itertools.count():
+        if attempt == WIDENINGS:
+            width = np.inf
         band = Band(center, projection, width, np.empty(0, dtype=np.int64))
         collect = partial(band_blocks, band=band, objective=objective)
         rows, outside, loss = map_reduce(source, collect, combine_rows, executor)
-        everything = len(rows) == source.n_rows
+        everything = bool(np.isinf(width))
         loss += objective.penalty(center)
         if len(rows) < 5 * D and not everything:
             width *= 4
+            continue
+        if len(rows) > source.n_rows / 2 and not everything:
+            width = np.inf
             continue
         if best is None and loss > previous[1] and not everything:
             # The last Newton step was too long, and so is the width that came from it.
             center, previous, width = previous[0], (previous[0], np.inf), 2 * previous[2]
             continue
         for _ in range(4):
-            small = objective.solve(rows, linear=outside, start=center, tol=0.1 * tol, scale=loss, max_iter=max_iter)
+            options = {"tol": 0.1 * tol, "scale": loss, "max_iter": max_iter, "pivots": 2 * D}
+            small = objective.solve(rows, linear=outside, start=center, **options)
             n_iter += small.n_iter
             verify = partial(verify_blocks, band=band, coef=small.coef, objective=objective, limit=len(rows))
             sums, wrong = map_reduce(source, verify, combine_rows, executor)
             certificate = objective.certificate(sums[0], sums[1], rows, small, outside, start.R)
             if best is None or certificate.objective < best.certificate.objective:
-                converged = certificate.relative_gap <= tol
+                converged = certificate.relative_gap <= tol or certificate.objective <= nothing(start)
                 best = ExactResult(small.coef, certificate, n_iter, len(start.rows), len(rows), converged)
             if best.converged or everything:
                 return best

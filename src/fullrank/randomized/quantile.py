@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy import sparse
+from scipy import sparse, stats
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
@@ -84,9 +84,10 @@ class QuantileRegressor(RegressorMixin, BaseEstimator):
 
     Sources: Yang, Meng and Mahoney, arXiv 1305.0087; Portnoy and Koenker, Statistical Science 1997.
 
-    Deviation: for `epsilon`, the paper computes a sample size from constants too large for practice; here two
-    independent samples are solved, and half the sum of their objectives minus that of their mean is what the mean is
-    expected to miss.
+    Deviation: for `epsilon`, the paper computes a sample size from constants too large for practice. Here two
+    independent samples are solved. Half the sum of their objectives, less that of their mean, has the distribution of
+    what the mean misses; so the sample grows until that, times the 0.99 quantile of the ratio of two such variables, is
+    at most epsilon.
     """
 
     def __init__(
@@ -341,6 +342,7 @@ def _sketched(model: QuantileRegressor, source: RowSource, objectives: list[Obje
             for objective, row, rows in zip(objectives, values, points, strict=True)
         ]
         excess = max((row[1] + row[-1]) / 2 / row[0] - 1 if row[0] > 0 else 0.0 for row in values)
+        excess *= float(stats.f.ppf(0.99, D, D))
         if model.epsilon is None or excess <= model.epsilon or size >= source.n_rows:
             break
         size, round_ = 2 * size, round_ + 1

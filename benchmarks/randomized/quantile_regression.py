@@ -1,0 +1,231 @@
+"""Quantile regression: CPU seconds and objective of ours, scikit-learn, statsmodels and pyfixest.
+
+    python benchmarks/randomized/quantile_regression.py --sizes 100000x20 1000000x20
+    python benchmarks/randomized/quantile_regression.py --sizes 100000x20 --sides fullrank highs --limit 100
+
+Responses are linear in standard normal columns plus Laplace noise of a fifth of the signal's norm; in one row of a
+thousand the response is replaced by 500 times its noise. Every side gets the same arrays, contiguous, and one BLAS
+thread. Times are CPU seconds of the whole call, and of pyfixest's solver alone as well: its call also parses a formula
+and computes standard errors, as statsmodels' call does. Sides are interleaved; medians. A side that would take longer
+than --limit runs in a process of its own, once, and is stopped there. `excess` is the objective over the lower bound
+that our certificate proves, less one.
+
+Results of several runs are joined in one file.
+"""
+
+from __future__ import annotations
+
+import os
+
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ[name] = "1"
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from machine import RESULTS, table, write
+
+from fullrank.randomized import QuantileRegressor
+
+NAME = "randomized/quantile_regression"
+COLUMNS = ["rows", "columns", "quantile", "side", "cpu_s", "wall_s", "runs", "excess", "proved_gap", "times_ours"]
+
+
+def gaussian_with_outliers(n: int, d: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """X (n, d - 1) and y; with the intercept the problem has d coefficients."""
+    draws = np.random.default_rng(seed)
+    X = draws.standard_normal((n, d - 1))
+    x = draws.standard_normal(d)
+    signal = x[0] + X @ x[1:]
+    noise = draws.laplace(size=n)
+    noise *= 0.2 * np.linalg.norm(signal) / np.linalg.norm(noise)
+    hit = draws.random(n) < 0.001
+    return X, np.where(hit, 500 * noise, signal + noise)
+
+
+def ours(X: np.ndarray, y: np.ndarray, t: float, **options: Any) -> tuple[np.ndarray, float | None]:
+    model = QuantileRegressor(t, random_state=1, **options).fit(X, y)
+    return np.append(model.intercept_, model.coef_), model.dual_gap_
+
+
+def highs(X: np.ndarray, y: np.ndarray, t: float, solver: str = "highs") -> tuple[np.ndarray, None]:
+    from sklearn.linear_model import QuantileRegressor as Peer
+
+    model = Peer(quantile=t, alpha=0, solver=solver).fit(X, y)
+    return np.append(model.intercept_, model.coef_), None
+
+
+def statsmodels(X: np.ndarray, y: np.ndarray, t: float) -> tuple[np.ndarray, None]:
+    from statsmodels.regression.quantile_regression import QuantReg
+
+    return np.asarray(QuantReg(y, np.column_stack([np.ones(len(y)), X])).fit(q=t).params), None
+
+
+def pyfixest(X: np.ndarray, y: np.ndarray, t: float, method: str) -> tuple[np.ndarray, None]:
+    import pandas
+    import pyfixest as pf
+
+    names = [f"x{j}" for j in range(X.shape[1])]
+    frame = pandas.DataFrame(X, columns=names, copy=False)
+    frame["y"] = y
+    fit = pf.quantreg("y ~ " + " + ".join(names), frame, quantile=t, method=method, vcov="iid", seed=1)
+    return np.asarray(fit.coef()), None
+
+
+def pyfixest_solver(X: np.ndarray, y: np.ndarray, t: float) -> tuple[np.ndarray, None]:
+    from pyfixest.estimation.quantreg.frisch_newton_ip import frisch_newton_solver
+    from scipy.linalg import cho_factor, solve_triangular
+
+    A = np.column_stack([np.ones(len(y)), X])
+    chol = cho_factor(A.T @ A, lower=True)[0]
+    P = solve_triangular(chol, A.T, lower=True)
+    ones = np.ones(len(y))
+    options = {"tol": 1e-6, "max_iter": len(y), "backoff": 0.9995, "chol": chol, "P": P}
+    return np.asarray(frisch_newton_solver(A=A.T, b=(1 - t) * A.T @ ones, c=-y, u=ones, q=t, **options)[0]), None
+
+
+SIDES: dict[str, Callable[..., tuple[np.ndarray, float | None]]] = {
+    "fullrank": ours,
+    "fullrank interior_point": lambda X, y, t: ours(X, y, t, solver="interior_point"),
+    "fullrank sketch spc3": lambda X, y, t: ours(X, y, t, solver="sketch"),
+    "fullrank sketch spc1": lambda X, y, t: ours(X, y, t, solver="sketch", conditioning="spc1"),
+    "fullrank sketch uniform": lambda X, y, t: ours(X, y, t, solver="sketch", conditioning="uniform"),
+    "statsmodels": statsmodels,
+    "pyfixest fn": lambda X, y, t: pyfixest(X, y, t, "fn"),
+    "pyfixest pfn": lambda X, y, t: pyfixest(X, y, t, "pfn"),
+    "pyfixest fn, solver alone": pyfixest_solver,
+    "scikit-learn highs": highs,
+    "scikit-learn highs-ipm": lambda X, y, t: highs(X, y, t, "highs-ipm"),
+}
+# CPU seconds for a row and a squared column, roughly: what decides whether a side runs in a process of its own.
+HEAVY = {"scikit-learn highs": 1e-6, "scikit-learn highs-ipm": 6e-7}
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, float, Any]:
+    cpu, wall = time.process_time(), time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = call()
+    return time.process_time() - cpu, time.perf_counter() - wall, value
+
+
+def apart(call: Callable[[], Any], limit: float) -> tuple[float, float, Any]:
+    """As `timed`, in a process that is stopped after `limit` CPU seconds; value None if it was."""
+
+    def child(pipe: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 1))
+        pipe.send(timed(call))
+
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    process = context.Process(target=child, args=(send,))
+    process.start()
+    send.close()
+    try:
+        result = receive.recv()
+    except EOFError:
+        result = None
+    process.join()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return result or (used, time.perf_counter() - wall, None)
+
+
+def measure(n: int, d: int, t: float, args: argparse.Namespace) -> list[dict[str, Any]]:
+    X, y = gaussian_with_outliers(n, d, args.seed)
+
+    def objective(coef: np.ndarray) -> float:
+        r = y - X @ coef[1:] - coef[0]
+        return float(np.maximum(t * r, (t - 1) * r).mean())
+
+    runs: dict[str, list[tuple[float, float, Any]]] = {side: [] for side in args.sides}
+    for repeat in range(args.repeats):
+        for side in args.sides:
+            call = lambda side=side: SIDES[side](X, y, t)  # noqa: E731
+            if side in HEAVY or side in args.apart:
+                if repeat == 0:
+                    runs[side].append(apart(call, args.limit))
+            elif repeat < args.peer_repeats or side.startswith("fullrank"):
+                runs[side].append(timed(call))
+    value = runs["fullrank"][0][2]
+    bound = objective(value[0]) * (1 - value[1])
+    ours_s = statistics.median(run[0] for run in runs["fullrank"])
+    rows = []
+    for side, measured in runs.items():
+        cpu = statistics.median(run[0] for run in measured)
+        done = measured[-1][2]
+        rows.append(
+            {
+                "rows": n,
+                "columns": d,
+                "quantile": t,
+                "side": side,
+                "cpu_s": cpu,
+                "wall_s": statistics.median(run[1] for run in measured),
+                "runs": len(measured),
+                "stopped": done is None,
+                "excess": None if done is None else f"{objective(done[0]) / bound - 1:.1e}",
+                "proved_gap": None if done is None or done[1] is None else f"{done[1]:.1e}",
+                "times_ours": cpu / ours_s,
+                "seed": args.seed,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["10000x20"], help="ROWSxCOLUMNS, the intercept counted")
+    parser.add_argument("--quantiles", nargs="+", type=float, default=[0.5, 0.95])
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--apart", nargs="*", default=[], help="sides to run once, in a process of their own")
+    parser.add_argument("--limit", type=float, default=100, help="CPU seconds of a side that runs apart")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peer-repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=11)
+    args = parser.parse_args()
+    if "fullrank" not in args.sides:
+        args.sides = ["fullrank", *args.sides]
+    X, y = gaussian_with_outliers(5000, 4, 0)
+    for side in args.sides:
+        if side not in HEAVY:
+            timed(lambda side=side: SIDES[side](X, y, 0.5))
+    path = RESULTS / f"{NAME}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(path.read_text())["results"] if path.exists() else []
+    packages = ("scipy", "scikit-learn", "statsmodels", "pyfixest", "numba")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    for size in args.sizes:
+        n, d = (int(part) for part in size.split("x"))
+        for t in args.quantiles:
+            rows = measure(n, d, t, args)
+            table(rows, COLUMNS)
+            print()
+            made = {(row["rows"], row["columns"], row["quantile"], row["side"]) for row in rows}
+            old = [row for row in old if (row["rows"], row["columns"], row["quantile"], row["side"]) not in made] + rows
+            old.sort(key=lambda row: (row["rows"], row["columns"], row["quantile"], list(SIDES).index(row["side"])))
+            settings = {"seed": args.seed, "threads": 1, "versions": versions}
+            write(NAME, {"settings": settings, "command": "randomized/quantile_regression.py", "results": old})
+
+
+if __name__ == "__main__":
+    main()

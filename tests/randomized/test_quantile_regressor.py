@@ -1,0 +1,430 @@
+"""Quantile regression: the exact cores, passes over a table, samples by scores, certificates."""
+
+from __future__ import annotations
+
+import pickle
+from functools import partial
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from scipy.optimize import linprog
+from sklearn.linear_model import QuantileRegressor as HighsRegressor
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from fullrank.randomized import ArraySource, LADRegressor, ParquetSource, QuantileRegressor
+from fullrank.randomized.conditioning import RankDeficientError
+from fullrank.randomized.engine import map_reduce
+from fullrank.randomized.interior_point import frisch_newton
+from fullrank.randomized.pinball import Objective, Rows, objective_blocks, rho
+from fullrank.randomized.subsampling import conditioned_start, conditioner, score_sample, uniform_start
+
+
+@parametrize_with_checks(
+    [
+        QuantileRegressor(),
+        LADRegressor(),
+        QuantileRegressor(solver="passes", random_state=0),
+        QuantileRegressor(alpha=0.1, l1_ratio=0.5),
+    ]
+)
+def test_scikit_learn_contract(estimator, check):
+    check(estimator)
+
+
+def linear(n, d, seed, noise="laplace"):
+    """X, y with a linear median; the noise is Laplace, or skewed and growing with the first feature."""
+    draws = np.random.default_rng(seed)
+    X = draws.standard_normal((n, d))
+    error = draws.laplace(size=n) if noise == "laplace" else draws.exponential(size=n) * (0.2 + np.abs(X[:, 0]))
+    return X, X @ draws.standard_normal(d) + 1 + error
+
+
+def rare(n, seed):
+    """One-hot rows whose blocks shrink geometrically to 60 rows, and a few outliers of the response."""
+    draws = np.random.default_rng(seed)
+    sizes = np.geomspace(60, n, 12).astype(int)
+    column = np.repeat(np.arange(12), sizes)
+    A = np.eye(12)[draws.permutation(column)]
+    y = A @ draws.standard_normal(12) + 0.1 * draws.laplace(size=len(A))
+    y[draws.random(len(A)) < 0.001] *= 500
+    return A, y
+
+
+def mean_loss(model, X, y, t, weight=None):
+    return np.average(rho(y - X @ model.coef_ - model.intercept_, t), weights=weight)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_exact_solvers_reach_the_optimum_of_highs(seed):
+    draws = np.random.default_rng(seed)
+    n, d = int(draws.integers(300, 3000)), int(draws.integers(2, 12))
+    t = float(draws.choice([0.01, 0.1, 0.25, 0.5, 0.75, 0.95, 0.99]))
+    X, y = linear(n, d, seed, "skewed")
+    A = np.column_stack([np.ones(n), X])
+    columns = sp.hstack([sp.csr_array(A), sp.eye_array(n), -sp.eye_array(n)])
+    costs = np.r_[np.zeros(d + 1), np.full(n, t), np.full(n, 1 - t)]
+    bounds = [(None, None)] * (d + 1) + [(0, None)] * (2 * n)
+    optimum = linprog(costs, A_eq=columns, b_eq=y, bounds=bounds, method="highs").fun / n
+    for solver in ("interior_point", "passes"):
+        model = QuantileRegressor(t, solver=solver, random_state=seed).fit(X, y)
+        assert model.objective_ == pytest.approx(optimum, rel=1e-9)
+        assert model.objective_ == pytest.approx(mean_loss(model, X, y, t), rel=1e-12)
+        assert -1e-12 <= model.dual_gap_ <= 1e-8
+        # With an intercept, t n lies between the residuals below and not above zero.
+        r = y - model.predict(X)
+        assert (r < -1e-7).sum() <= t * n + 1e-9 and t * n - 1e-9 <= (r <= 1e-7).sum()
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 0.3, 1.0])
+def test_penalties_are_those_of_scikit_learn_and_of_the_smooth_optimum(l1_ratio):
+    X, y = linear(4000, 8, 0)
+    t, alpha = 0.7, 0.05
+    models = [
+        QuantileRegressor(t, alpha=alpha, l1_ratio=l1_ratio, solver=s).fit(X, y) for s in ("interior_point", "passes")
+    ]
+
+    def penalised(coef, intercept):
+        penalty = l1_ratio * np.abs(coef).sum() + (1 - l1_ratio) / 2 * coef @ coef
+        return rho(y - X @ coef - intercept, t).mean() + alpha * penalty
+
+    for model in models:
+        assert model.objective_ == pytest.approx(penalised(model.coef_, model.intercept_), rel=1e-12)
+        assert 0 <= model.dual_gap_ <= 1e-8
+        for step in 1e-3 * np.random.default_rng(1).standard_normal((20, 9)):
+            assert penalised(model.coef_ + step[1:], model.intercept_ + step[0]) >= model.objective_ * (1 - 1e-9)
+    if l1_ratio == 1:
+        peer = HighsRegressor(quantile=t, alpha=alpha).fit(X, y)
+        assert models[0].objective_ == pytest.approx(penalised(peer.coef_, peer.intercept_), rel=1e-9)
+        np.testing.assert_allclose(models[1].coef_, peer.coef_, atol=1e-5)
+
+
+def test_intercept_alone_is_a_weighted_sample_quantile():
+    draws = np.random.default_rng(3)
+    y, weight = draws.standard_normal(101), draws.integers(1, 6, 101)
+    order = np.argsort(y)
+    crossing = y[order][np.searchsorted(np.cumsum(weight[order]), 0.3 * weight.sum())]
+    with pytest.warns(UserWarning, match='"x0"'):
+        model = QuantileRegressor(0.3).fit(np.zeros((101, 1)), y, weight)
+    assert model.intercept_ == pytest.approx(crossing) and model.coef_ == 0
+
+
+def test_equivariance():
+    X, y = linear(6000, 5, 4, "skewed")
+    draws = np.random.default_rng(0)
+    fit = partial(QuantileRegressor, random_state=0)
+    base = fit(0.8).fit(X, y)
+    np.testing.assert_allclose(fit(0.8).fit(X, 3 * y).coef_, 3 * base.coef_, rtol=1e-5)
+    np.testing.assert_allclose(fit(0.2).fit(X, -y).coef_, -base.coef_, rtol=1e-5)
+    shift = draws.standard_normal(5)
+    np.testing.assert_allclose(fit(0.8).fit(X, y + X @ shift).coef_, base.coef_ + shift, rtol=1e-5, atol=1e-6)
+    M = draws.standard_normal((5, 5)) * np.geomspace(1e-3, 1e3, 5)
+    moved = fit(0.8).fit(X @ M, y)
+    assert moved.objective_ == pytest.approx(base.objective_, rel=1e-8)
+    np.testing.assert_allclose(M @ moved.coef_, base.coef_, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["interior_point", "passes"])
+def test_integer_weights_are_repetitions_and_zero_weights_are_absences(solver):
+    X, y = linear(4000, 4, 5)
+    weight = np.random.default_rng(5).integers(0, 4, 4000)
+    fit = partial(QuantileRegressor, 0.6, solver=solver, random_state=0)
+    weighted = fit().fit(X, y, weight)
+    repeated = fit().fit(np.repeat(X, weight, axis=0), np.repeat(y, weight))
+    assert weighted.objective_ == pytest.approx(repeated.objective_, rel=1e-10)
+    np.testing.assert_allclose(weighted.coef_, repeated.coef_, atol=1e-6)
+
+
+def test_ties_of_the_median_are_broken_alike():
+    X, y = np.ones((4, 1)), np.array([0.0, 1.0, 5.0, 9.0])
+    lone = QuantileRegressor(fit_intercept=False).fit(X, y)
+    pairs = QuantileRegressor(fit_intercept=False).fit(np.repeat(X, 2, axis=0), np.repeat(y, 2))
+    assert lone.coef_ == pytest.approx(5.0) and pairs.coef_ == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("t", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("case", ["laplace", "skewed", "integers", "one value", "rare", "heavy rows"])
+def test_passes_equal_the_interior_point_method(case, t):
+    draws = np.random.default_rng(6)
+    if case == "rare":
+        X, y = rare(2000, 0)
+    else:
+        X, y = linear(8000, 6, 6, "laplace" if case == "laplace" else "skewed")
+    if case == "integers":
+        X, y = np.round(X), np.round(y)
+    if case == "one value":
+        y[draws.random(8000) < 0.6] = 0
+    if case == "heavy rows":
+        scale = np.abs(draws.standard_cauchy(8000))
+        X, y = X * scale[:, None], y * scale
+    intercept = case != "rare"
+    fit = partial(QuantileRegressor, t, fit_intercept=intercept, random_state=0)
+    whole, passes = fit(solver="interior_point").fit(X, y), fit(solver="passes").fit(X, y)
+    assert passes.objective_ == pytest.approx(whole.objective_, rel=2e-8)
+    assert passes.dual_gap_ <= 1e-8 and whole.dual_gap_ <= 1e-8
+
+
+def test_certificates_are_never_wrong():
+    """However early a solver is stopped, the optimum is not below the bound; 300 small problems, many degenerate."""
+    for seed in range(300):
+        draws = np.random.default_rng([7, seed])
+        n, d = int(draws.integers(8, 60)), int(draws.integers(1, 5))
+        X = draws.standard_normal((n, d)) if seed % 3 else np.round(2 * draws.standard_cauchy((n, d)))
+        y = np.round(draws.standard_cauchy(n), int(draws.integers(0, 4)))
+        t = float(draws.uniform(0.02, 0.98))
+        rows = Rows(np.column_stack([np.ones(n), X]), y, np.ones(n), np.zeros(n), np.arange(n))
+        objective = Objective(t, True)
+        R = objective.triangular(rows)
+        if np.abs(np.diag(R)).min() < 1e-9:
+            continue
+        best = objective.solve(rows, tol=1e-12, pivots=100).coef
+        optimum = rho(y - rows.A @ best, t).sum()
+        for iterations in (1, 3, 6, 50):
+            small = objective.solve(rows, max_iter=iterations)
+            loss = rho(y - rows.A @ small.coef, t).sum()
+            certificate = objective.certificate(loss, 0.0, rows, small, np.zeros(d + 1), R)
+            assert certificate.lower_bound <= optimum * (1 + 1e-10) + 1e-12
+
+
+def test_a_poor_dual_is_not_a_proof():
+    X, y = linear(500, 3, 8)
+    n = len(y)
+    rows = Rows(np.column_stack([np.ones(n), X]), y, np.ones(n), np.zeros(n), np.arange(n))
+    objective = Objective(0.5, True)
+    small = objective.solve(rows)
+    wrong = type(small)(small.coef, np.zeros(n), 0.0, 1, True)
+    loss = rho(y - rows.A @ small.coef, 0.5).sum()
+    certificate = objective.certificate(loss, 0.0, rows, wrong, np.zeros(4), objective.triangular(rows))
+    assert certificate.relative_gap == pytest.approx(1.0)
+
+
+def test_several_quantiles_and_their_order():
+    X, y = linear(5000, 3, 9, "skewed")
+    quantiles = [0.1, 0.5, 0.52, 0.9]
+    model = QuantileRegressor(quantiles, random_state=0).fit(X, y)
+    for k, t in enumerate(quantiles):
+        assert model.objective_[k] == pytest.approx(QuantileRegressor(t).fit(X, y).objective_, rel=1e-8)
+    far = 50 * X
+    crossing = model.predict(far)
+    assert (np.diff(crossing, axis=1) < 0).any()
+    ordered = model.set_params(non_crossing=True).predict(far)
+    np.testing.assert_array_equal(ordered, np.sort(crossing, axis=1))
+
+
+def test_dense_sparse_float32_parquet_and_threads_give_one_solution(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    X, y = linear(9000, 5, 10)
+    X = np.where(np.abs(X) < 1, 0, X).astype(np.float32).astype(np.float64)
+    weight = np.random.default_rng(0).uniform(0.5, 2, 9000)
+    columns = {f"x{j}": X[:, j] for j in range(5)} | {"y": y, "w": weight}
+    for part in range(3):
+        rows = slice(3000 * part, 3000 * (part + 1))
+        table = pa.table({name: values[rows] for name, values in columns.items()})
+        pq.write_table(table, tmp_path / f"{part}.parquet", row_group_size=1000)
+    fit = partial(QuantileRegressor, [0.5, 0.9], random_state=0)
+    dense = fit().fit(X, y, weight)
+    others = [
+        fit().fit(sp.csr_array(X), y, weight),
+        fit().fit(X.astype(np.float32), y, weight),
+        fit().fit(ParquetSource(tmp_path, target="y", weight="w")),
+        fit(executor="threads").fit(ParquetSource(tmp_path, target="y", weight="w", block_rows=300)),
+        fit(executor="dask").fit(ArraySource(X, y, weight, fragment_rows=2000)),
+    ]
+    for other in others:
+        assert other.solver_used_ == "passes"
+        np.testing.assert_allclose(other.coef_, dense.coef_, rtol=1e-7, atol=1e-9)
+    assert others[2].n_passes_ == dense.n_passes_ + 1  # one more for the sum of weights
+
+
+def test_one_quantile_takes_five_passes_and_a_sample_by_scores_three():
+    X, y = linear(20000, 5, 11)
+    assert QuantileRegressor(0.5, random_state=0).fit(X, y).n_passes_ == 5
+    model = QuantileRegressor(0.5, solver="sketch", conditioning="spc1", random_state=0).fit(X, y)
+    assert model.n_passes_ == 3 and model.dual_gap_ is None
+
+
+def test_a_uniform_sample_loses_rare_features_and_scores_do_not():
+    A, y = rare(20000, 1)
+    source = ArraySource(A, y)
+    objective = Objective(0.5, False)
+    exact = QuantileRegressor(0.5, fit_intercept=False, random_state=0).fit(A, y)
+    lost, excess = 0, []
+    for seed in range(10):
+        uniform = uniform_start(source, objective, 300, seed, "serial")
+        lost += np.abs(np.diag(uniform.R)).min() < 1e-9
+        R = conditioner(source, "spc3", False, None, seed, "serial")
+        start = conditioned_start(source, objective, R, 1000, seed, "serial")
+        coef = objective.solve(start.rows).coef
+        excess.append(rho(y - A @ coef, 0.5).mean() / exact.objective_ - 1)
+    assert lost >= 1
+    assert np.median(excess) <= 2e-2 and max(excess) <= 0.1
+
+
+def test_scores_embed_the_loss_where_a_uniform_sample_does_not():
+    """rho(S A x) / rho(A x) near one for directions x along rare features too."""
+    A, y = rare(20000, 2)
+    source, t = ArraySource(A, y), 0.7
+    R = conditioner(source, "spc3", False, None, 0, "serial")
+    rows, inverse = score_sample(source, R, 3000, False, 0, 5, "serial")
+    uniform = uniform_start(source, Objective(t, False), 3000, 0, "serial")
+    draws = np.random.default_rng(0)
+    directions = np.vstack([np.eye(12), draws.standard_normal((188, 12))])
+    mine, theirs = [], []
+    for x in directions:
+        whole = rho(A @ x, t).sum()
+        mine.append((inverse @ rho(rows.A @ x, t)) / whole - 1)
+        theirs.append(rho(uniform.rows.A @ x, t).sum() / uniform.share / whole - 1)
+    assert np.abs(mine).max() <= 0.35
+    assert np.abs(theirs).max() > 0.35
+
+
+def test_sampling_by_scores_is_the_coin_of_every_row():
+    """The one-pass draw equals an independent two-pass draw with the same coins."""
+    from fullrank.randomized.sketches import row_uniforms
+
+    A, y = rare(2000, 3)
+    source = ArraySource(A, y, block_rows=500, fragment_rows=1500)
+    R = conditioner(source, "spc1", False, None, 0, "serial")
+    rows, inverse = score_sample(source, R, 400, False, 9, 5, "serial")
+    q = np.abs(np.column_stack([A, y]) @ np.linalg.inv(R)).sum(axis=1)
+    p = np.minimum(1, 400 * q / q.sum())
+    np.testing.assert_array_equal(rows.index, np.flatnonzero(row_uniforms(9, 0, len(y), 5) < p))
+    np.testing.assert_allclose(inverse, 1 / p[rows.index])
+
+
+@pytest.mark.parametrize("kind", ["spc1", "spc2", "spc3", "cauchy", "none", "uniform"])
+def test_sketched_objective_is_near_the_optimum(kind):
+    X, y = linear(30000, 6, 12, "skewed")
+    exact = QuantileRegressor([0.25, 0.75], random_state=0).fit(X, y)
+    for norms in ("exact", "estimated"):
+        model = QuantileRegressor(
+            [0.25, 0.75], solver="sketch", conditioning=kind, row_norms=norms, sketch_size=5000, random_state=0
+        ).fit(X, y)
+        assert (model.objective_ >= exact.objective_ * (1 - 1e-8)).all()
+        assert (model.objective_ <= exact.objective_ * (1 + 5e-3)).all()
+        if kind == "uniform":
+            break
+
+
+def test_epsilon_is_reached():
+    X, y = linear(40000, 6, 13)
+    exact = QuantileRegressor([0.5, 0.9], random_state=0).fit(X, y)
+    for seed in range(3):
+        model = QuantileRegressor([0.5, 0.9], solver="sketch", sketch_size=500, epsilon=1e-3, random_state=seed).fit(
+            X, y
+        )
+        assert (model.objective_ / exact.objective_ - 1 <= 1e-3).all()
+        assert model.n_sampled_[0] < 40000
+
+
+def test_response_inside_the_span_is_fitted_exactly():
+    X = np.random.default_rng(0).standard_normal((6000, 4))
+    y = X @ [1.0, 2.0, 3.0, 4.0] - 1
+    for solver in ("interior_point", "passes", "sketch"):
+        model = QuantileRegressor(0.4, solver=solver, random_state=0).fit(X, y)
+        np.testing.assert_allclose(model.coef_, [1, 2, 3, 4], atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["interior_point", "passes", "sketch"])
+def test_dependent_columns(solver):
+    X, y = linear(6000, 3, 14)
+    wide = np.column_stack([X, X[:, 0] - X[:, 2], np.full(6000, 2.0)])
+    fit = partial(QuantileRegressor, 0.5, solver=solver, random_state=0)
+    with pytest.raises(RankDeficientError, match='"x3", "x4"'):
+        fit(rank_policy="raise").fit(wide, y)
+    with pytest.warns(UserWarning, match='"x3", "x4"'):
+        model = fit().fit(wide, y)
+    assert (model.coef_[3:] == 0).all()
+    if solver != "sketch":
+        assert model.objective_ == pytest.approx(QuantileRegressor(0.5).fit(X, y).objective_, rel=1e-8)
+
+
+def test_fewer_rows_than_columns():
+    X, y = linear(5, 12, 15)
+    with pytest.warns(UserWarning, match="rank 5 of 13"):
+        model = QuantileRegressor().fit(X, y)
+    np.testing.assert_allclose(model.predict(X), y, atol=1e-6)
+    ridge = QuantileRegressor(alpha=0.1, l1_ratio=0).fit(X, y)
+    assert (ridge.coef_ != 0).all() and ridge.dual_gap_ <= 1e-8
+
+
+def test_zero_rows_and_repeated_rows_are_harmless():
+    X, y = linear(5000, 3, 16)
+    X[:2000] = 0
+    X[2000:3000], y[2000:3000] = X[2000], y[2000]
+    fit = partial(QuantileRegressor, 0.3, fit_intercept=False, random_state=0)
+    assert fit(solver="passes").fit(X, y).objective_ == pytest.approx(
+        fit(solver="interior_point").fit(X, y).objective_, rel=2e-8
+    )
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"quantile": 0.0}, "quantile"),
+        ({"quantile": float("nan")}, "quantile"),
+        ({"quantile": []}, "quantile"),
+        ({"quantile": [0.5, 0.1], "non_crossing": True}, "ascending"),
+        ({"solver": "simplex"}, "interior_point"),
+        ({"conditioning": "spc4"}, "spc3"),
+        ({"rank_policy": "ignore"}, "drop"),
+        ({"alpha": -1}, "alpha"),
+        ({"l1_ratio": 2}, "l1_ratio"),
+        ({"tol": 0}, "tol"),
+        ({"max_iter": 0}, "max_iter"),
+    ],
+)
+def test_parameters_out_of_range_are_named(parameters, message):
+    with pytest.raises(ValueError, match=message):
+        QuantileRegressor(**parameters).fit(*linear(50, 2, 0))
+
+
+def test_bad_rows_are_refused():
+    X, y = linear(50, 2, 0)
+    for weight in (np.zeros(50), -np.ones(50)):
+        with pytest.raises(ValueError):
+            QuantileRegressor().fit(X, y, weight)
+    with pytest.raises(ValueError, match="leave y"):
+        QuantileRegressor().fit(ArraySource(X, y), y)
+    with pytest.raises(ValueError, match="target"):
+        QuantileRegressor().fit(ArraySource(X))
+
+
+def test_stopping_early_warns():
+    X, y = linear(500, 4, 17)
+    with pytest.warns(Warning, match="raise max_iter"):
+        QuantileRegressor(0.9, max_iter=1, alpha=0.1, l1_ratio=0).fit(X, y)
+
+
+def test_per_row_quantiles_and_the_linear_term_of_the_core():
+    """Rows of known sign may be replaced by their sum."""
+    X, y = linear(300, 3, 18)
+    t = np.random.default_rng(0).uniform(0.2, 0.8, 300)
+    whole = frisch_newton(X, y, t, tol=1e-12)
+    r = y - X @ whole.coef
+    near = np.abs(r) < np.quantile(np.abs(r), 0.5)
+    z = np.where(r < 0, t - 1, t)
+    part = frisch_newton(X[near], y[near], t[near], linear=-X[~near].T @ z[~near], scale=100.0, tol=1e-13)
+    np.testing.assert_allclose(part.coef, whole.coef, atol=1e-7)
+    sparse = frisch_newton(sp.csr_array(X), y, t, tol=1e-12)
+    np.testing.assert_allclose(sparse.coef, whole.coef, atol=1e-8)
+
+
+def test_losses_at_several_points():
+    X, y = linear(1000, 3, 19)
+    points = [[np.zeros(4), np.ones(4)], [np.ones(4), np.zeros(4)]]
+    objectives = [Objective(0.2, True), Objective(0.9, True)]
+    source = ArraySource(X, y, block_rows=100)
+    values = map_reduce(source, partial(objective_blocks, points=points, objectives=objectives))
+    assert values[1, 0] == pytest.approx(rho(y - X.sum(axis=1) - 1, 0.9).sum())
+
+
+def test_lad_is_the_median_and_survives_pickle():
+    X, y = linear(2000, 3, 20)
+    lad = LADRegressor().fit(X, y)
+    median = QuantileRegressor(0.5).fit(X, y)
+    np.testing.assert_allclose(lad.coef_, median.coef_, atol=1e-9)
+    assert lad.objective_ == pytest.approx(np.abs(y - lad.predict(X)).mean() / 2, rel=1e-9)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(lad)).predict(X), lad.predict(X))
