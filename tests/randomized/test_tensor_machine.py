@@ -176,7 +176,7 @@ def test_early_stopping_keeps_the_best_parameters() -> None:
     settings = {"degree": 3, "rank": 4, "random_state": 0, "alpha": 0.0}
     stopped = TensorMachineClassifier(**settings).fit(X[:2000], y[:2000])
     curve = stopped.validation_curve_[0]
-    assert len(curve) == int(np.argmin(curve)) + 1 + 20
+    assert len(curve) == int(np.argmin(curve)) + 1 + 30
     to_the_end = TensorMachineClassifier(early_stopping=False, **settings).fit(X[:2000], y[:2000])
     assert to_the_end.validation_curve_ is None
     assert to_the_end.score(X[:2000], y[:2000]) > 0.8
@@ -249,7 +249,22 @@ def test_zero_rows_and_constant_columns_are_taken(crosses: tuple[np.ndarray, np.
     X, y = crosses[0].copy(), crosses[1]
     X[:5], X[:, 5] = 0, 0
     machine = TensorMachineRegressor(degree=2, max_iter=10, random_state=0).fit(X, y)
-    np.testing.assert_allclose(machine.predict(X[:5]), machine.intercept_)
+    assert np.ptp(machine.predict(X[:5])) == 0
+    plain = TensorMachineRegressor(degree=2, max_iter=10, normalize="l2", random_state=0).fit(X, y)
+    np.testing.assert_allclose(plain.predict(X[:5]), plain.intercept_)
+
+
+def test_homogeneous_rows_keep_their_length() -> None:
+    """y = |x|^2 cannot be seen in the directions of rows."""
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((3000, 4))
+    y = np.sum(X**2, axis=1)
+    settings = {"degree": 4, "rank": 3, "random_state": 0}
+    keeps, loses = (TensorMachineRegressor(normalize=name, **settings).fit(X, y) for name in ("homogeneous", "l2"))
+    assert keeps.score(X, y) > 0.95 and loses.score(X, y) < 0.3
+    assert keeps.coef_linear_.shape == (5,)
+    thin = TensorMachineRegressor(max_iter=20, **settings).fit(sparse.csr_array(X), y).predict(sparse.csr_array(X))
+    np.testing.assert_allclose(TensorMachineRegressor(max_iter=20, **settings).fit(X, y).predict(X), thin, atol=1e-4)
 
 
 def test_overflow_is_explained(crosses: tuple[np.ndarray, np.ndarray]) -> None:

@@ -91,19 +91,26 @@ class Scaling:
     Attributes:
         columns: shape (d,), or None for no scaling.
         unit_rows: whether rows are scaled.
+        constant: whether a column of ones is appended before they are.
     """
 
     columns: np.ndarray | None = None
     unit_rows: bool = False
+    constant: bool = False
 
     def apply(self, X: Any) -> Any:
+        """Of X (n, d), shape (n, d) or (n, d + 1)."""
         if self.columns is None:
             return X
-        X = sp.csr_array(X.multiply(self.columns)) if sp.issparse(X) else X * self.columns
+        thin = sp.issparse(X)
+        X = sp.csr_array(X.multiply(self.columns)) if thin else X * self.columns
+        if self.constant:
+            ones = np.ones((X.shape[0], 1))
+            X = sp.hstack([X, sp.csr_array(ones)], format="csr") if thin else np.hstack([X, ones])
         if self.unit_rows:
-            squares = X.multiply(X).sum(axis=1) if sp.issparse(X) else np.einsum("kd,kd->k", X, X)
+            squares = X.multiply(X).sum(axis=1) if thin else np.einsum("kd,kd->k", X, X)
             inverse = 1 / np.sqrt(np.where(squares > 0, squares, 1.0))
-            X = sp.diags_array(inverse).tocsr() @ X if sp.issparse(X) else X * inverse[:, None]
+            X = sp.diags_array(inverse).tocsr() @ X if thin else X * inverse[:, None]
         return X
 
 

@@ -28,10 +28,11 @@ from fullrank.randomized.losses import LOSSES, Vector
 from fullrank.randomized.polynomial import Fit, Polynomial, Scaling, Sums
 from fullrank.randomized.sources import ArraySource, Block, RowSource
 
-_MEMORY = 20  # steps that L-BFGS remembers
+NORMALIZE = ("auto", "l2", "homogeneous", "columns", None)
+_MEMORY = 100  # steps that L-BFGS remembers
 _LINEAR_ITERATIONS = 100
 _HOLD_OUT_FROM = 2_000  # rows; fewer are all trained on unless asked otherwise
-_BATCH, _STEP = 512, 0.02  # of Adam; the step in deviations of the start
+_BATCH, _STEP = 512, 0.05  # of Adam; the step in deviations of the start
 
 
 class Curve(NamedTuple):
@@ -47,6 +48,7 @@ class _TensorMachine(BaseEstimator):
     """What both estimators share: arguments, preparation of rows, the optimiser."""
 
     _loss: str
+    _normalize: str
 
     def __init__(
         self,
@@ -54,15 +56,15 @@ class _TensorMachine(BaseEstimator):
         rank: int = 5,
         *,
         alpha: float = 1e-5,
-        normalize: str | None = "l2",
+        normalize: str | None = "auto",
         init_scale: float | str = "auto",
         warm_start_linear: bool = True,
         solver: str = "lbfgs",
-        max_iter: int = 200,
+        max_iter: int = 500,
         tol: float = 1e-6,
         early_stopping: bool | str = "auto",
         validation_fraction: float = 0.1,
-        n_iter_no_change: int = 20,
+        n_iter_no_change: int = 30,
         executor: Executor = "serial",
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
@@ -83,7 +85,7 @@ class _TensorMachine(BaseEstimator):
 
     @property
     def n_parameters_(self) -> int:
-        """Learnt numbers of one machine: 1 + d + (q - 1)(q + 2) r d / 2."""
+        """Learnt numbers of one machine: 1 + d + (q - 1)(q + 2) r d / 2; a constant column counts in d."""
         check_is_fitted(self)
         return self._polynomial.n_parameters
 
@@ -141,7 +143,6 @@ class _TensorMachine(BaseEstimator):
             if X.n_targets != 1:
                 raise ValueError(f"the source has {X.n_targets} targets, expected 1")
             self.n_features_in_ = X.n_cols
-            self.feature_names_in_ = np.asarray(X.feature_names, dtype=object)
             return X
         weight = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
         return ArraySource(X, y, weight, check_finite=False)
@@ -155,19 +156,21 @@ class _TensorMachine(BaseEstimator):
         if not weight > 0:
             raise ValueError("sample_weight is zero in every row")
         squares = squares / weight
-        if self.normalize is None:
+        normalize = self._normalize if self.normalize == "auto" else self.normalize
+        if normalize is None:
             self._scaling, row_length = Scaling(), math.sqrt(squares.sum())
         else:
             filled = squares > 0
+            unit_rows = normalize != "columns"
             columns = 1 / np.sqrt(np.where(filled, squares, 1.0))
-            self._scaling = Scaling(columns, self.normalize == "l2")
-            row_length = 1.0 if self.normalize == "l2" else math.sqrt(filled.sum())
+            self._scaling = Scaling(columns, unit_rows, normalize == "homogeneous")
+            row_length = 1.0 if unit_rows else math.sqrt(filled.sum())
         scaling = self._scaling
         if isinstance(source, ArraySource):
             # Once, not in every pass.
             source = ArraySource(scaling.apply(source.X), source.y, source.sample_weight, check_finite=False)
             scaling = Scaling()
-        self._polynomial = Polynomial(self.degree, self.rank, source.n_cols)
+        self._polynomial = Polynomial(self.degree, self.rank, self.n_features_in_ + self._scaling.constant)
         held_out = self.validation_fraction if self._holds_out(source.n_rows) else 0.0
         curves = []
         for positive in classes:
@@ -179,7 +182,7 @@ class _TensorMachine(BaseEstimator):
             fit = Fit(self._polynomial, LOSSES[self._loss], scaling, positive, held_out, seed)
             start = self._start(draws, center, spread, row_length or 1.0)
             if self.warm_start_linear and self.degree > 1:
-                linear = Fit(Polynomial(1, 1, source.n_cols), fit.loss, scaling, positive, held_out, seed)
+                linear = replace(fit, polynomial=Polynomial(1, 1, self._polynomial.d))
                 found = self._lbfgs(source, linear, start[: linear.polynomial.n_parameters], _LINEAR_ITERATIONS)
                 start[: len(found.flat)] = found.flat
             optimise = self._adam if self.solver == "adam" else self._lbfgs
@@ -238,7 +241,7 @@ class _TensorMachine(BaseEstimator):
         flat, first, second = start.copy(), np.zeros_like(start), np.zeros_like(start)
         train, on_batch = np.flatnonzero(fit.trains_on(0, source.n_rows)), replace(fit, held_out=0.0)
         batches = -(-len(train) // _BATCH)
-        spread = float(np.std(start[1 + source.n_cols :])) if self.degree > 1 else 1.0
+        spread = float(np.std(fit.polynomial.vectors(start)[1:])) if self.degree > 1 else 1.0
         step = 0
         for _ in range(epochs):
             for rows in np.array_split(draws.permutation(train), batches):
@@ -279,7 +282,7 @@ class _TensorMachine(BaseEstimator):
             raise ValueError(f'early_stopping must be True, False or "auto", got {self.early_stopping!r}')
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction!r}")
-        for name, allowed in (("normalize", ("l2", "columns", None)), ("solver", ("lbfgs", "adam"))):
+        for name, allowed in (("normalize", NORMALIZE), ("solver", ("lbfgs", "adam"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {allowed}")
         if self.solver == "adam" and not isinstance(source, ArraySource):
@@ -299,7 +302,9 @@ class TensorMachineRegressor(RegressorMixin, _TensorMachine):
         rank: r, products of each degree from 2 on.
         alpha: ridge on the vectors, not on the intercept. Choose it by cross-validation: a machine overfits where the
             data is nearly linear.
-        normalize: "l2", columns to unit mean square, then rows to unit length; "columns", the first only; None.
+        normalize: "l2", columns to unit mean square, then rows to unit length, as in the paper; "homogeneous", a column
+            of ones is appended before rows are scaled, which then keep their length; "columns", rows are not scaled,
+            and high degrees explode on the longest; None; "auto": "homogeneous" for numbers, "l2" for classes.
         init_scale: deviation of the vectors at the start; "auto" is 1 / the root mean square length of a row.
         warm_start_linear: start w at the solution of the linear model.
         solver: "lbfgs", a pass over the rows for each evaluation, or "adam", batches of 512 shuffled rows.
@@ -314,6 +319,7 @@ class TensorMachineRegressor(RegressorMixin, _TensorMachine):
     Attributes:
         intercept_, coef_linear_, factors_: the polynomial of the normalised columns. A product's factors are determined
             up to order and scale: compare values, not vectors.
+            "homogeneous" has the constant as column d.
         n_parameters_: learnt numbers of one machine.
         n_iter_: steps of the longest fit.
         loss_curve_, validation_curve_: one list for each machine: the objective, and the loss on rows held out (None
@@ -323,10 +329,12 @@ class TensorMachineRegressor(RegressorMixin, _TensorMachine):
         ValueError: in `fit`, for any argument outside what is said here, and when the loss overflows.
 
     Source: Yang and Gittens, Tensor machines for learning target-specific polynomial features, arXiv 1504.01697.
-    Deviation: the authors start from N(0, 0.01 to 0.1), where a product of many factors is too small to learn from.
+    Deviations: the authors start from N(0, 0.01 to 0.1), where a product of many factors is too small to learn from;
+    "homogeneous" and the start of w are ours.
     """
 
     _loss = "squared"
+    _normalize = "homogeneous"
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Fit to X (n, d), dense, CSR or a `RowSource`, whose own target and weights then count; y and weights (n,)."""
@@ -362,6 +370,7 @@ class TensorMachineClassifier(ClassifierMixin, _TensorMachine):
     """
 
     _loss = "logistic"
+    _normalize = "l2"
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Fit to X (n, d), dense, CSR or a `RowSource`, whose own target and weights then count; y and weights (n,)."""
