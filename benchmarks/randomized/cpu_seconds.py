@@ -1,0 +1,57 @@
+"""Timing for the benchmarks of the randomised room: one thread, CPU seconds beside wall seconds, peers interleaved.
+
+Import this before NumPy: it pins the threads of every BLAS and OpenMP to one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+THREADS = 1
+for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ[_name] = str(THREADS)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from machine import RESULTS, table, write  # noqa: E402
+
+__all__ = ["THREADS", "interleaved", "merge", "seconds", "table"]
+
+
+def seconds(call: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Value, CPU seconds and wall seconds of one call."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    value = call()
+    return value, time.process_time() - cpu, time.perf_counter() - wall
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[Any, float, float]]:
+    """Last value, median CPU and median wall seconds of each call; round after round, so that all share the load."""
+    values: dict[str, Any] = {}
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            values[name], cpu, wall = seconds(call)
+            spent[name].append((cpu, wall))
+    return {name: (values[name], *map(statistics.median, zip(*spent[name], strict=True))) for name in calls}
+
+
+def merge(
+    name: str, settings: dict[str, Any], rows: list[dict[str, Any]], keys: list[str], packages: list[str]
+) -> None:
+    """Write rows into `results/randomized/<name>.json`; rows of earlier runs stay unless these have the same keys."""
+    path = RESULTS / "randomized" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(path.read_text())["results"] if path.exists() else []
+    new = {tuple(row.get(key) for key in keys) for row in rows}
+    kept = [row for row in kept if tuple(row.get(key) for key in keys) not in new]
+    versions = {package: metadata.version(package) for package in packages}
+    settings = {**settings, "threads": THREADS, "versions": versions}
+    write(f"randomized/{name}", {"settings": settings, "command": f"randomized/{name}.py", "results": kept + rows})

@@ -1,0 +1,134 @@
+"""Least squares at condition 1e2 to 1e10: ours, LAPACK's gelsd, scikit-learn, plain normal equations; and from Parquet.
+
+    python benchmarks/randomized/least_squares.py --conditions 1e2 1e9
+
+A = Z W: rows of Z are normal times Student's t with 3 degrees of freedom, W has singular values 1 to 1 / condition.
+b = Z g + noise of the same size, so that every direction of A matters, the weak ones as much as the strong. The optimum
+is found from Z, whose condition is about 1; "excess" is |b - A x|^2 over it, minus one. Nobody fits an intercept.
+Medians of the repeats, one thread, methods one after another in each round. `--parquet` writes A to a folder and solves
+from there in a process of its own, whose peak memory is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cpu_seconds import interleaved, merge, table
+
+# isort: split
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import scipy.linalg
+from sklearn.linear_model import LinearRegression
+
+from fullrank.randomized import lstsq
+
+FROM_PARQUET = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import cpu_seconds, json, resource
+from fullrank.randomized import ParquetSource, lstsq
+source = ParquetSource(sys.argv[2], target="y")
+result, cpu, wall = cpu_seconds.seconds(lambda: lstsq(source, method=sys.argv[3], random_state=0))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(json.dumps({"x": result.x.tolist(), "cpu": cpu, "wall": wall, "passes": result.n_passes, "peak": peak}))
+"""
+
+
+def problem(n: int, d: int, condition: float, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """A, b, and the smallest |b - A x|^2."""
+    draws = np.random.default_rng(seed)
+    Z = draws.standard_normal((n, d))
+    Z *= draws.standard_t(3, (n, 1))
+    left, right = (np.linalg.qr(draws.standard_normal((d, d)))[0] for _ in range(2))
+    b = Z @ draws.standard_normal(d)
+    noise = draws.standard_normal(n)
+    b += np.linalg.norm(b) / np.linalg.norm(noise) * noise
+    best = b - Z @ np.linalg.solve(Z.T @ Z, Z.T @ b)
+    best -= Z @ np.linalg.solve(Z.T @ Z, Z.T @ best)
+    return Z @ (left * np.logspace(0, -np.log10(condition), d)) @ right, b, float(best @ best)
+
+
+def normal_equations(A: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+    try:
+        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(A.T @ A), A.T @ b)
+    except np.linalg.LinAlgError:
+        return None
+
+
+def methods(A: np.ndarray, b: np.ndarray) -> dict[str, Callable[[], Any]]:
+    return {
+        "fullrank auto": lambda: lstsq(A, b, random_state=0).x,
+        "fullrank gram": lambda: lstsq(A, b, method="gram", random_state=0).x,
+        "fullrank low precision": lambda: lstsq(A, b, precision="low", random_state=0).x,
+        "LAPACK gelsd": lambda: scipy.linalg.lstsq(A, b, lapack_driver="gelsd", check_finite=False)[0],
+        "scikit-learn": lambda: LinearRegression(fit_intercept=False).fit(A, b).coef_,
+        "normal equations": lambda: normal_equations(A, b),
+    }
+
+
+def from_parquet(A: np.ndarray, b: np.ndarray, method: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        for part, rows in enumerate(np.array_split(np.arange(len(b)), 8)):
+            columns = {f"x{j}": A[rows, j] for j in range(A.shape[1])} | {"y": b[rows]}
+            pq.write_table(
+                pa.table(columns), Path(folder) / f"{part}.parquet", 2**16, compression="none", use_dictionary=False
+            )
+        command = [sys.executable, "-c", FROM_PARQUET, str(Path(__file__).parent), folder, method]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--columns", type=int, default=100)
+    parser.add_argument("--conditions", type=float, nargs="+", default=[1e2, 1e5, 1e9, 1e10])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parquet", action="store_true", help="also from a Parquet folder, out of core")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=scipy.linalg.LinAlgWarning)
+    rows: list[dict[str, Any]] = []
+    for condition in args.conditions:
+        A, b, best = problem(args.rows, args.columns, condition, args.seed)
+        size = {"n": args.rows, "d": args.columns, "condition": f"{condition:.0e}"}
+
+        def excess(x: np.ndarray | None, A: np.ndarray = A, b: np.ndarray = b, best: float = best) -> float | None:
+            return None if x is None else float(np.square(b - A @ x).sum() / best - 1)
+
+        measured = interleaved(methods(A, b), args.repeats)
+        gelsd = measured["LAPACK gelsd"][1]
+        for name, (x, cpu, wall) in measured.items():
+            rows.append(
+                {**size, "method": name, "cpu_s": cpu, "wall_s": wall, "gelsd_over": gelsd / cpu, "excess": excess(x)}
+            )
+        if args.parquet:
+            for method in ("auto", "gram"):
+                done = from_parquet(A, b, method)
+                known = {"cpu_s": done["cpu"], "wall_s": done["wall"], "gelsd_over": gelsd / done["cpu"]}
+                known |= {"excess": excess(np.array(done["x"])), "passes": done["passes"], "peak_gib": done["peak"]}
+                rows.append({**size, "method": f"fullrank {method}, Parquet", **known})
+    shown = [{**row, "excess": None if row["excess"] is None else f"{row['excess']:.1e}"} for row in rows]
+    table(shown, ["n", "d", "condition", "method", "cpu_s", "wall_s", "gelsd_over", "excess", "passes", "peak_gib"])
+    settings = {"repeats": args.repeats, "seed": args.seed}
+    merge(
+        "least_squares",
+        settings,
+        rows,
+        ["n", "d", "condition", "method"],
+        ["numpy", "scipy", "scikit-learn", "pyarrow"],
+    )
+
+
+if __name__ == "__main__":
+    main()
