@@ -144,17 +144,23 @@ class _Iteration:
             history.append(Step(sums.value, gradient, rows, passes, time.process_time() - self.started))
             if callback is not None:
                 callback(coef)
+            # An objective that falls to 0 is compared with its first value in the end.
+            scale = abs(sums.value) + 1e-10 * abs(history[0].value)
+            forcing = min(0.1, np.sqrt(gradient / largest)) if largest else 0.1
+            flat = gradient <= tol * max(1.0, largest)
+            # The last Hessian will do to see that nothing is left to gain.
+            if flat and self.curvature is not None:
+                fall = -float(sums.gradient @ self._direction(sums.gradient, forcing))
+                if fall / 2 <= tol * scale:
+                    return NewtonResult(coef, True, history)
+            if len(history) > max_iter:
+                return NewtonResult(coef, False, history)
             self._renew_curvature(coef, sums)
             while True:
-                forcing = min(0.1, np.sqrt(gradient / largest)) if largest else 0.1
                 direction = self._direction(sums.gradient, forcing)
                 fall = -float(sums.gradient @ direction)  # the squared Newton decrement
-                # An objective that falls to 0 is compared with its first value in the end.
-                scale = abs(sums.value) + 1e-10 * abs(history[0].value)
-                if gradient <= tol * max(1.0, largest) and fall / 2 <= tol * scale:
+                if flat and fall / 2 <= tol * scale:
                     return NewtonResult(coef, True, history)
-                if len(history) > max_iter:
-                    return NewtonResult(coef, False, history)
                 step, following = self._step(coef, sums, direction, fall, line_search)
                 if following is not None:
                     break
