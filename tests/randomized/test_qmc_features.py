@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
+import dask.array as da
 import numpy as np
+import polars as pl
 import pytest
 from scipy import sparse
 from scipy.stats import norm
@@ -12,7 +15,7 @@ from sklearn.gaussian_process.kernels import Matern
 from sklearn.metrics.pairwise import laplacian_kernel, rbf_kernel
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from fullrank.randomized import QMCFeatures, box_discrepancy
+from fullrank.randomized import ParquetSource, QMCFeatures, box_discrepancy
 from fullrank.randomized.adaptive import greedy_frequencies
 from fullrank.randomized.discrepancy import box_discrepancy_gradient
 from fullrank.randomized.qmc import kernel_error
@@ -253,6 +256,20 @@ def test_sparse_and_dense_rows_have_the_same_features() -> None:
             warnings.filterwarnings("ignore", message="sequence .* keeps its start")
             dense, thin = (features.fit(A).transform(A) for A in (X.toarray(), X))
         np.testing.assert_allclose(dense, thin, atol=1e-7)
+
+
+def test_frequencies_are_the_same_from_memory_parquet_and_dask(tmp_path: Path) -> None:
+    X = np.random.default_rng(0).standard_normal((25_000, 4))
+    frame = pl.DataFrame({f"x{j}": X[:, j] for j in range(4)})
+    frame.write_parquet(tmp_path / "rows.parquet", row_group_size=4000)
+    for sequence in ("auto", "empirical"):
+        features = QMCFeatures(sequence=sequence, n_components=32, refine_iter=3, random_state=0)
+        W = features.fit(X).frequencies_
+        source = ParquetSource(tmp_path)
+        np.testing.assert_allclose(features.fit(source).frequencies_, W, rtol=1e-8)
+        assert source.n_passes == 1
+        by_dask = features.set_params(executor="dask").fit(da.from_array(X, chunks=(7000, 4)))
+        np.testing.assert_allclose(by_dask.frequencies_, W, rtol=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import dask.array as da
 import numpy as np
 import polars as pl
 import pytest
@@ -203,6 +204,9 @@ def test_dense_sparse_parquet_and_threads_agree(crosses: tuple[np.ndarray, np.nd
         TensorMachineClassifier(**settings).fit(sparse.csr_array(X), y),
         TensorMachineClassifier(**settings).fit(ParquetSource(tmp_path, target="click")),
         TensorMachineClassifier(executor="threads", **settings).fit(ArraySource(X, y, fragment_rows=900)),
+        TensorMachineClassifier(executor="dask", **settings).fit(
+            da.from_array(X, chunks=(1500, 6)), da.from_array(y, chunks=1500)
+        ),
     ]
     assert dense.validation_curve_ is not None
     for other in others:
@@ -297,7 +301,7 @@ def test_rejects_targets(crosses: tuple[np.ndarray, np.ndarray], tmp_path: Path)
     with pytest.raises(ValueError, match="needs two classes"):
         TensorMachineClassifier().fit(X, np.ones(len(y)))
     source = ParquetSource(_written(crosses, tmp_path), target="y")
-    with pytest.raises(ValueError, match="must be omitted"):
+    with pytest.raises(ValueError, match="leave y and sample_weight out"):
         TensorMachineRegressor().fit(source, y)
     with pytest.raises(ValueError, match='"adam" shuffles rows'):
         TensorMachineRegressor(solver="adam").fit(source)

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, NamedTuple, Self
 
@@ -17,11 +19,15 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from fullrank.randomized.adaptive import greedy_frequencies, minimise_discrepancy, minimise_pair_error
 from fullrank.randomized.discrepancy import box_discrepancy
+from fullrank.randomized.engine import Executor, map_reduce
 from fullrank.randomized.sequences import BASE_2, SOBOL_DIMENSIONS, UNIFORM
+from fullrank.randomized.sketches import row_uniforms
+from fullrank.randomized.sources import ArraySource, Block, as_source
 from fullrank.randomized.spectral import KERNELS, kernel_values, mean_cosines, spectral_frequencies
 
 REFINED = ("adaptive", "greedy", "empirical")
 SEQUENCES = ("auto", *UNIFORM, "orthogonal", *REFINED)
+SAMPLE_ROWS = 20_000
 CHOICE_PAIRS, FIT_PAIRS, BOX_PAIRS = 5_000, 4_000, 20_000
 BOX_QUANTILE = 0.75
 # Phases of this many numbers stay in a core's cache between the product and the cosines.
@@ -102,6 +108,7 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         box: half-widths of the box of differences: "quantile", the 75% quantile of |x_j - x'_j| over pairs of rows, or
             positive numbers, one or shape (d,).
         refine_iter: steps of L-BFGS of "adaptive" and "empirical".
+        executor: where the pass of `fit` runs; see `map_reduce`.
         random_state: seed.
 
     Attributes:
@@ -132,6 +139,7 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         scramble: bool = True,
         box: float | ArrayLike | str = "quantile",
         refine_iter: int = 30,
+        executor: Executor = "serial",
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.kernel = kernel
@@ -142,22 +150,37 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         self.scramble = scramble
         self.box = box
         self.refine_iter = refine_iter
+        self.executor = executor
         self.random_state = random_state
 
-    def fit(self, X: ArrayLike | sparse.csr_array, y: None = None) -> Self:
+    def fit(self, X: Any, y: None = None) -> Self:
         """Make the frequencies. Only "auto" and the refined sequences look at more of X than its width and variance.
 
         Args:
-            X: shape (n, d), dense or sparse.
+            X: shape (n, d), dense or sparse; or a `RowSource` or Dask collection, read once. Of more than 20,000 rows,
+                the pairs come from about as many.
         """
-        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32])
-        self._check_parameters(X.shape[1])
-        rng = np.random.default_rng(check_random_state(self.random_state).randint(2**31))
-        self.gamma_ = _scale_gamma(X) if isinstance(self.gamma, str) else _checked_gamma(self.gamma, X.shape[1])
+        source = as_source(X)
+        if source is None:
+            X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32])
+            source = ArraySource(X, check_finite=False)
+        self._check_parameters()
+        self.n_features_in_ = d = source.n_cols
+        seed = int(check_random_state(self.random_state).randint(2**31))
+        odds = SAMPLE_ROWS / source.n_rows
+        total, squares, rows = map_reduce(source, partial(_sample, odds=odds, seed=seed), _joined, self.executor)
+        X = sparse.vstack(rows, format="csr") if sparse.issparse(rows[0]) else np.concatenate(rows)
+        rng = np.random.default_rng(seed)
+        if isinstance(self.gamma, str):
+            mean = total / (source.n_rows * d)
+            variance = squares / (source.n_rows * d) - mean**2
+            self.gamma_ = 1 / (d * variance) if variance > 1e-12 * mean**2 else 1.0
+        else:
+            self.gamma_ = _checked_gamma(self.gamma, d)
         self.box_ = self.discrepancy_ = self.kernel_error_ = None
         self.sequence_ = self.sequence
         if self.sequence in UNIFORM or self.sequence == "orthogonal":
-            self.frequencies_ = self._draw(self.sequence, X.shape[1], rng)
+            self.frequencies_ = self._draw(self.sequence, d, rng)
         elif self.sequence == "auto":
             self._choose(X, np.arange(X.shape[0]), rng)
         else:
@@ -180,7 +203,7 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
             out *= s**-0.5
         return Z
 
-    def _check_parameters(self, d: int) -> None:
+    def _check_parameters(self) -> None:
         for name, allowed in (("kernel", KERNELS), ("sequence", SEQUENCES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} is "{getattr(self, name)}", expected one of {", ".join(allowed)}')
@@ -300,11 +323,19 @@ def _checked_gamma(gamma: Any, d: int) -> float | np.ndarray:
     return values if values.ndim else float(values)
 
 
-def _scale_gamma(X: Any) -> float:
-    mean = float(X.mean(dtype=np.float64))
-    squares = X.multiply(X).sum(dtype=np.float64) if sparse.issparse(X) else np.sum(np.square(X, dtype=np.float64))
-    variance = float(squares) / (X.shape[0] * X.shape[1]) - mean**2
-    return 1 / (X.shape[1] * variance) if variance > 1e-12 * max(1.0, mean**2) else 1.0
+def _sample(blocks: Iterator[Block], *, odds: float, seed: int) -> tuple[float, float, list[Any]]:
+    """Sum and sum of squares of all numbers, and rows kept by a coin of each."""
+    total, squares, kept = 0.0, 0.0, []
+    for block in blocks:
+        X = block.X
+        total += float(X.sum())
+        squares += float(X.multiply(X).sum() if sparse.issparse(X) else np.vdot(X, X))
+        kept.append(X if odds >= 1 else X[row_uniforms(seed, block.start, block.stop) < odds])
+    return total, squares, kept
+
+
+def _joined(first: tuple[float, float, list[Any]], second: tuple[float, float, list[Any]]) -> Any:
+    return first[0] + second[0], first[1] + second[1], first[2] + second[2]
 
 
 def _pairs(rows: np.ndarray, pairs: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -9,13 +9,11 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from numbers import Integral, Real
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.optimize import minimize
 from scipy.special import expit
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
@@ -25,23 +23,13 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from fullrank.randomized.engine import Executor, map_reduce
 from fullrank.randomized.losses import LOSSES, Vector
-from fullrank.randomized.polynomial import Fit, Polynomial, Scaling, Sums
-from fullrank.randomized.sources import ArraySource, Block, RowSource
+from fullrank.randomized.polynomial import Fit, Polynomial, Scaling
+from fullrank.randomized.polynomial_training import Rules, adam, lbfgs
+from fullrank.randomized.sources import ArraySource, Block, RowSource, as_source
 
 NORMALIZE = ("auto", "l2", "homogeneous", "columns", None)
-_MEMORY = 100  # steps that L-BFGS remembers
 _LINEAR_ITERATIONS = 100
 _HOLD_OUT_FROM = 2_000  # rows; fewer are all trained on unless asked otherwise
-_BATCH, _STEP = 512, 0.05  # of Adam; the step in deviations of the start
-
-
-class Curve(NamedTuple):
-    """Where a fit ended: parameters, objective at each step, loss on the rows held out, whether a rule was met."""
-
-    flat: Vector
-    objective: list[float]
-    held_out: list[float]
-    converged: bool
 
 
 class _TensorMachine(BaseEstimator):
@@ -135,15 +123,17 @@ class _TensorMachine(BaseEstimator):
         X = self._scaling.apply(X)
         return np.column_stack([self._polynomial.values(flat, X) for flat in self._flat])
 
-    def _prepared(self, X: Any, y: Any, sample_weight: Any) -> RowSource:
-        """The table as a source, its width noted; arrays validated."""
-        if isinstance(X, RowSource):
-            if y is not None or sample_weight is not None:
-                raise ValueError("a row source brings its own target and weights; y and sample_weight must be omitted")
-            if X.n_targets != 1:
-                raise ValueError(f"the source has {X.n_targets} targets, expected 1")
-            self.n_features_in_ = X.n_cols
-            return X
+    def _given_source(self, X: Any, y: Any, sample_weight: Any) -> RowSource | None:
+        """X as a source if it is one or a Dask collection, else None."""
+        source = as_source(X, y, sample_weight)
+        if source is not None:
+            if source.n_targets != 1:
+                raise ValueError(f"the source has {source.n_targets} targets, expected 1")
+            self.n_features_in_ = source.n_cols
+        return source
+
+    def _array_source(self, X: Any, y: np.ndarray, sample_weight: Any) -> ArraySource:
+        """Validated arrays as a source."""
         weight = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
         return ArraySource(X, y, weight, check_finite=False)
 
@@ -172,6 +162,7 @@ class _TensorMachine(BaseEstimator):
             scaling = Scaling()
         self._polynomial = Polynomial(self.degree, self.rank, self.n_features_in_ + self._scaling.constant)
         held_out = self.validation_fraction if self._holds_out(source.n_rows) else 0.0
+        rules = Rules(self.alpha, self.tol, self.n_iter_no_change, self.executor)
         curves = []
         for positive in classes:
             center, spread = target / weight, 1.0
@@ -183,10 +174,10 @@ class _TensorMachine(BaseEstimator):
             start = self._start(draws, center, spread, row_length or 1.0)
             if self.warm_start_linear and self.degree > 1:
                 linear = replace(fit, polynomial=Polynomial(1, 1, self._polynomial.d))
-                found = self._lbfgs(source, linear, start[: linear.polynomial.n_parameters], _LINEAR_ITERATIONS)
+                found = lbfgs(source, linear, start[: linear.polynomial.n_parameters], _LINEAR_ITERATIONS, rules)
                 start[: len(found.flat)] = found.flat
-            optimise = self._adam if self.solver == "adam" else self._lbfgs
-            curves.append(optimise(source, fit, start, self.max_iter))
+            optimise = adam if self.solver == "adam" else lbfgs
+            curves.append(optimise(source, fit, start, self.max_iter, rules))
         if not all(curve.converged for curve in curves):
             warnings.warn(
                 f"L-BFGS took max_iter = {self.max_iter} steps and did not reach tol",
@@ -207,62 +198,6 @@ class _TensorMachine(BaseEstimator):
         for factors in polynomial.products(polynomial.vectors(flat)):
             factors[:] = draws.standard_normal(factors.shape) * scale * spread ** (1 / len(factors))
         return flat
-
-    def _objective(self, sums: Sums, flat: Vector) -> tuple[float, Vector, float]:
-        """Mean loss plus ridge, its gradient, and the mean loss of the rows held out."""
-        if not math.isfinite(sums.loss):
-            raise ValueError(
-                "the loss overflows: products of many dot products need rows of length about 1 "
-                '(normalize="l2"), a smaller init_scale, or a lower degree'
-            )
-        value = sums.loss / sums.weight + self.alpha / 2 * float(flat[1:] @ flat[1:])
-        gradient = sums.gradient / sums.weight
-        gradient[1:] += self.alpha * flat[1:]
-        return value, gradient, sums.held_out_loss / sums.held_out_weight if sums.held_out_weight else math.nan
-
-    def _lbfgs(self, source: RowSource, fit: Fit, start: Vector, iterations: int) -> Curve:
-        progress = _Progress(self.n_iter_no_change if fit.held_out else None)
-
-        def objective(flat: Vector) -> tuple[float, Vector]:
-            sums = Sums(*map_reduce(source, partial(fit.sums, flat=flat), executor=self.executor))
-            value, gradient, held_out = self._objective(sums, flat)
-            progress.seen = value, held_out
-            return value, gradient
-
-        options = {"maxiter": iterations, "maxfun": 10 * iterations, "maxcor": _MEMORY}
-        options |= {"gtol": self.tol, "ftol": 1e-3 * self.tol}
-        found = minimize(objective, start, jac=True, method="L-BFGS-B", callback=progress, options=options)
-        return progress.curve(found.x, converged=found.status != 1)
-
-    def _adam(self, source: RowSource, fit: Fit, start: Vector, epochs: int) -> Curve:
-        assert isinstance(source, ArraySource) and source.y is not None
-        draws = np.random.default_rng(fit.seed)
-        progress = _Progress(self.n_iter_no_change if fit.held_out else None)
-        flat, first, second = start.copy(), np.zeros_like(start), np.zeros_like(start)
-        train, on_batch = np.flatnonzero(fit.trains_on(0, source.n_rows)), replace(fit, held_out=0.0)
-        batches = -(-len(train) // _BATCH)
-        spread = float(np.std(fit.polynomial.vectors(start)[1:])) if self.degree > 1 else 1.0
-        step = 0
-        for _ in range(epochs):
-            for rows in np.array_split(draws.permutation(train), batches):
-                weight = None if source.sample_weight is None else source.sample_weight[rows]
-                if weight is not None and not weight.any():
-                    continue
-                block = Block(source.X[rows], source.y[rows], weight, 0)
-                _, gradient, _ = self._objective(Sums(*on_batch.sums(iter([block]), flat=flat)), flat)
-                step += 1
-                first += 0.1 * (gradient - first)
-                second += 0.001 * (gradient**2 - second)
-                rate = _STEP * spread * (1 - (step - 1) / (epochs * batches)) / (1 - 0.9**step)
-                flat -= rate * first / (np.sqrt(second / (1 - 0.999**step)) + 1e-12)
-            sums = Sums(*map_reduce(source, partial(fit.sums, flat=flat), executor=self.executor))
-            value, _, held_out = self._objective(sums, flat)
-            progress.seen = value, held_out
-            try:
-                progress(flat)
-            except StopIteration:
-                break
-        return progress.curve(flat, converged=True)
 
     def _holds_out(self, n: int) -> bool:
         return n >= _HOLD_OUT_FROM if isinstance(self.early_stopping, str) else bool(self.early_stopping)
@@ -337,10 +272,17 @@ class TensorMachineRegressor(RegressorMixin, _TensorMachine):
     _normalize = "homogeneous"
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
-        """Fit to X (n, d), dense, CSR or a `RowSource`, whose own target and weights then count; y and weights (n,)."""
-        if not isinstance(X, RowSource):
+        """Fit.
+
+        Args:
+            X: shape (n, d), dense or sparse; a `RowSource` with a target, and then no y; or a Dask collection.
+            y: shape (n,).
+            sample_weight: shape (n,), at least 0.
+        """
+        source = self._given_source(X, y, sample_weight)
+        if source is None:
             X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64, y_numeric=True)
-        source = self._prepared(X, y, sample_weight)
+            source = self._array_source(X, y, sample_weight)
         self._fit(source, [None])
         return self
 
@@ -373,16 +315,22 @@ class TensorMachineClassifier(ClassifierMixin, _TensorMachine):
     _normalize = "l2"
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
-        """Fit to X (n, d), dense, CSR or a `RowSource`, whose own target and weights then count; y and weights (n,)."""
-        labels = None
-        if not isinstance(X, RowSource):
+        """Fit.
+
+        Args:
+            X: shape (n, d), dense or sparse; a `RowSource` with a target, and then no y; or a Dask collection.
+            y: shape (n,).
+            sample_weight: shape (n,), at least 0.
+        """
+        source = self._given_source(X, y, sample_weight)
+        if source is None:
             X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64)
             check_classification_targets(y)
-            labels, y = np.unique(y, return_inverse=True)
-            y = y.astype(np.float64)
-        source = self._prepared(X, y, sample_weight)
-        found = map_reduce(source, _labels, np.union1d, self.executor) if labels is None else np.arange(len(labels))
-        self.classes_ = found if labels is None else labels
+            self.classes_, codes = np.unique(y, return_inverse=True)
+            source = self._array_source(X, codes.astype(np.float64), sample_weight)
+            found = np.arange(len(self.classes_))
+        else:
+            self.classes_ = found = map_reduce(source, _labels, np.union1d, self.executor)
         if len(found) < 2:
             raise ValueError(f"{type(self).__name__} needs two classes, the target has one class: {self.classes_[0]!r}")
         self._fit(source, [float(label) for label in (found[1:] if len(found) == 2 else found)])
@@ -408,34 +356,6 @@ class TensorMachineClassifier(ClassifierMixin, _TensorMachine):
 
     def _shaped(self, values: np.ndarray) -> Any:
         return values
-
-
-class _Progress:
-    """Hears every step of an optimiser: keeps the curves, and the best parameters where rows are held out."""
-
-    def __init__(self, patience: int | None) -> None:
-        self.patience = patience
-        self.seen = (math.nan, math.nan)
-        self.objective: list[float] = []
-        self.held_out: list[float] = []
-        self.best: tuple[float, Vector | None] = math.inf, None
-        self.waited = 0
-
-    def __call__(self, flat: Vector) -> None:
-        objective, held_out = self.seen
-        self.objective.append(objective)
-        if self.patience is None:
-            return
-        self.held_out.append(held_out)
-        self.waited += 1
-        if held_out < self.best[0]:
-            self.best, self.waited = (held_out, flat.copy()), 0
-        if self.waited >= self.patience:
-            raise StopIteration
-
-    def curve(self, flat: Vector, *, converged: bool) -> Curve:
-        best = flat if self.best[1] is None else self.best[1]
-        return Curve(best, self.objective, self.held_out, converged or self.patience is not None)
 
 
 def _moments(blocks: Iterator[Block]) -> tuple[Any, ...]:
