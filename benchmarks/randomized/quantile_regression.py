@@ -15,32 +15,25 @@ Results of several runs are joined in one file.
 
 from __future__ import annotations
 
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ[name] = "1"
-
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
 from typing import Any
+
+from cpu_seconds import merge, seconds, table
+
+# isort: split
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import RESULTS, table, write
-
 from fullrank.randomized import QuantileRegressor
 
-NAME = "randomized/quantile_regression"
+PACKAGES = ["numpy", "scipy", "scikit-learn", "statsmodels", "pyfixest"]
+KEYS = ["rows", "columns", "quantile", "side"]
 COLUMNS = ["rows", "columns", "quantile", "side", "cpu_s", "wall_s", "runs", "excess", "proved_gap", "times_ours"]
 
 
@@ -85,11 +78,11 @@ def pyfixest(X: np.ndarray, y: np.ndarray, t: float, method: str) -> tuple[np.nd
     return np.asarray(fit.coef()), None
 
 
-def pyfixest_solver(X: np.ndarray, y: np.ndarray, t: float) -> tuple[np.ndarray, None]:
+def pyfixest_solver(X: np.ndarray, y: np.ndarray, t: float, intercept: bool = True) -> tuple[np.ndarray, None]:
     from pyfixest.estimation.quantreg.frisch_newton_ip import frisch_newton_solver
     from scipy.linalg import cho_factor, solve_triangular
 
-    A = np.column_stack([np.ones(len(y)), X])
+    A = np.column_stack([np.ones(len(y)), X]) if intercept else X
     chol = cho_factor(A.T @ A, lower=True)[0]
     P = solve_triangular(chol, A.T, lower=True)
     ones = np.ones(len(y))
@@ -114,15 +107,14 @@ SIDES: dict[str, Callable[..., tuple[np.ndarray, float | None]]] = {
 HEAVY = {"scikit-learn highs": 1e-6, "scikit-learn highs-ipm": 6e-7}
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, float, Any]:
-    cpu, wall = time.process_time(), time.perf_counter()
+def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Value, CPU seconds and wall seconds of one call, warnings left out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        value = call()
-    return time.process_time() - cpu, time.perf_counter() - wall, value
+        return seconds(call)
 
 
-def apart(call: Callable[[], Any], limit: float) -> tuple[float, float, Any]:
+def apart(call: Callable[[], Any], limit: float) -> tuple[Any, float, float]:
     """As `timed`, in a process that is stopped after `limit` CPU seconds; value None if it was."""
 
     def child(pipe: Any) -> None:
@@ -142,7 +134,7 @@ def apart(call: Callable[[], Any], limit: float) -> tuple[float, float, Any]:
     process.join()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return result or (used, time.perf_counter() - wall, None)
+    return result or (None, used, time.perf_counter() - wall)
 
 
 def measure(n: int, d: int, t: float, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -152,7 +144,7 @@ def measure(n: int, d: int, t: float, args: argparse.Namespace) -> list[dict[str
         r = y - X @ coef[1:] - coef[0]
         return float(np.maximum(t * r, (t - 1) * r).mean())
 
-    runs: dict[str, list[tuple[float, float, Any]]] = {side: [] for side in args.sides}
+    runs: dict[str, list[tuple[Any, float, float]]] = {side: [] for side in args.sides}
     for repeat in range(args.repeats):
         for side in args.sides:
             call = lambda side=side: SIDES[side](X, y, t)  # noqa: E731
@@ -161,13 +153,13 @@ def measure(n: int, d: int, t: float, args: argparse.Namespace) -> list[dict[str
                     runs[side].append(apart(call, args.limit))
             elif repeat < args.peer_repeats or side.startswith("fullrank"):
                 runs[side].append(timed(call))
-    value = runs["fullrank"][0][2]
+    value = runs["fullrank"][0][0]
     bound = objective(value[0]) * (1 - value[1])
-    ours_s = statistics.median(run[0] for run in runs["fullrank"])
+    ours_s = statistics.median(run[1] for run in runs["fullrank"])
     rows = []
     for side, measured in runs.items():
-        cpu = statistics.median(run[0] for run in measured)
-        done = measured[-1][2]
+        cpu = statistics.median(run[1] for run in measured)
+        done = measured[-1][0]
         rows.append(
             {
                 "rows": n,
@@ -175,7 +167,7 @@ def measure(n: int, d: int, t: float, args: argparse.Namespace) -> list[dict[str
                 "quantile": t,
                 "side": side,
                 "cpu_s": cpu,
-                "wall_s": statistics.median(run[1] for run in measured),
+                "wall_s": statistics.median(run[2] for run in measured),
                 "runs": len(measured),
                 "stopped": done is None,
                 "excess": None if done is None else f"{objective(done[0]) / bound - 1:.1e}",
@@ -204,27 +196,13 @@ def main() -> None:
     for side in args.sides:
         if side not in HEAVY:
             timed(lambda side=side: SIDES[side](X, y, 0.5))
-    path = RESULTS / f"{NAME}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old = json.loads(path.read_text())["results"] if path.exists() else []
-    packages = ("scipy", "scikit-learn", "statsmodels", "pyfixest", "numba")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     for size in args.sizes:
         n, d = (int(part) for part in size.split("x"))
         for t in args.quantiles:
             rows = measure(n, d, t, args)
             table(rows, COLUMNS)
             print()
-            made = {(row["rows"], row["columns"], row["quantile"], row["side"]) for row in rows}
-            old = [row for row in old if (row["rows"], row["columns"], row["quantile"], row["side"]) not in made] + rows
-            old.sort(key=lambda row: (row["rows"], row["columns"], row["quantile"], list(SIDES).index(row["side"])))
-            settings = {"seed": args.seed, "threads": 1, "versions": versions}
-            write(NAME, {"settings": settings, "command": "randomized/quantile_regression.py", "results": old})
+            merge("quantile_regression", {"seed": args.seed}, rows, KEYS, PACKAGES)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ class Rows:
         """Some of the rows, by mask or position."""
         return Rows(*(getattr(self, field.name)[which] for field in fields(self)))
 
+    def in_basis(self, basis: Array) -> Rows:
+        """The same rows as combinations of other columns, A @ basis."""
+        return replace(self, A=self.A @ basis)
+
     def reweighted(self, weight: Array) -> Rows:
         return replace(self, weight=weight)
 

@@ -58,6 +58,11 @@ class Start:
     R: Array
     spread: Array
 
+    def basis(self, objective: Objective) -> Array:
+        """Columns in which the small problems are well-conditioned, (D, D); as they are where a penalty counts them."""
+        eye = np.eye(len(self.R))
+        return eye if objective.absolute or objective.ridge else solve_triangular(self.spread, eye)
+
 
 @dataclass(frozen=True)
 class ExactResult:
@@ -115,9 +120,9 @@ class Band:
 
 
 def newton_blocks(
-    blocks: Iterator[Block], coef: Array, window: float, objective: Objective
+    blocks: Iterator[Block], coef: Array, window: float, objective: Objective, basis: Array
 ) -> tuple[Array, Array, float, int]:
-    """Gradient (D,), Hessian (D, D) of the smoothed loss, the loss itself, and how many rows are in the window."""
+    """Gradient (D,) and Hessian (D, D) of the smoothed loss in a basis, the loss itself, and the rows in the window."""
     D, t = len(coef), objective.quantile
     gradient, hessian, loss, count = np.zeros(D), np.zeros((D, D)), 0.0, 0
     for block in blocks:
@@ -130,20 +135,26 @@ def newton_blocks(
             z *= block.weight
             loss += float(rho(r, t) @ block.weight)
         gradient -= slope(block, z, objective.intercept)
-        hessian += near.A.T @ (near.A * (near.weight * (0.5 / window))[:, None])
+        A = near.A @ basis
+        hessian += A.T @ (A * (near.weight * (0.5 / window))[:, None])
         count += len(near)
-    return gradient, hessian, loss, count
+    return basis.T @ gradient, hessian, loss, count
 
 
-def band_blocks(blocks: Iterator[Block], band: Band, objective: Objective) -> tuple[Rows, Array, float]:
+def band_blocks(blocks: Iterator[Block], band: Band, objective: Objective, basis: Array) -> tuple[Rows, Array, float]:
     """The rows in the band, A'z of all others (D,), and the loss at the band's center."""
     parts, total, loss = [], np.zeros(len(band.center)), 0.0
+    # A sum of ill-conditioned columns loses digits that a basis applied to the sum cannot bring back.
+    apart = np.linalg.cond(basis) > 1e5
     for block in blocks:
         inside, z, r = band.split(block, objective)
         parts.append(take(block, np.flatnonzero(inside), objective.intercept))
         loss += float(z @ r)
         z[inside] = 0
-        total += slope(block, z, objective.intercept)
+        if apart:
+            total += fitted(block, basis, objective.intercept).T @ z
+        else:
+            total += basis.T @ slope(block, z, objective.intercept)
     return Rows.gather(parts, len(total)), total, loss
 
 
@@ -170,13 +181,14 @@ def verify_blocks(
 
 def solve_rows(start: Start, objective: Objective, *, tol: float = 1e-8, max_iter: int = 50) -> ExactResult:
     """Minimise the objective over the rows of a start that holds all of them."""
-    m, D = start.rows.A.shape
-    small = objective.solve(start.rows, tol=0.1 * tol, max_iter=max_iter, pivots=20 * D if m * D < 10**6 else 0)
-    r = (start.rows.b - start.rows.A @ small.coef) * start.rows.weight
-    loss = float(rho(r, objective.quantile).sum())
-    certificate = objective.certificate(loss, 0.0, start.rows, small, np.zeros(D), start.R)
+    basis = start.basis(objective)
+    rows = start.rows.in_basis(basis)
+    m, D = rows.A.shape
+    small = objective.solve(rows, tol=0.1 * tol, max_iter=max_iter, pivots=20 * D if m * D < 10**6 else 0)
+    loss = float(rho((rows.b - rows.A @ small.coef) * rows.weight, objective.quantile).sum())
+    certificate = objective.certificate(loss, 0.0, rows, small, np.zeros(D), start.R @ basis)
     converged = certificate.relative_gap <= tol or certificate.objective <= nothing(start)
-    return ExactResult(small.coef, certificate, small.n_iter, m, m, converged)
+    return ExactResult(basis @ small.coef, certificate, small.n_iter, m, m, converged)
 
 
 def nothing(start: Start) -> float:
@@ -205,10 +217,11 @@ def solve_in_passes(
         seed: of the projection.
         executor: as in `map_reduce`.
     """
-    first = objective.solve(start.rows, share=start.share, tol=1e-3, max_iter=max_iter)
+    basis = start.basis(objective)
+    first = objective.solve(start.rows.in_basis(basis), share=start.share, tol=1e-3, max_iter=max_iter)
     n_iter = first.n_iter
     D = len(first.coef)
-    center, previous, width = _newton_steps(source, objective, start, first.coef, executor)
+    center, previous, width = _newton_steps(source, objective, start, basis @ first.coef, basis, executor)
     draws = np.random.default_rng(seed).standard_normal((D, PROJECTIONS)) / np.sqrt(PROJECTIONS)
     projection = solve_triangular(start.spread, draws)
     best: ExactResult | None = None
@@ -216,7 +229,7 @@ def solve_in_passes(
         if attempt == WIDENINGS:
             width = np.inf
         band = Band(center, projection, width, np.empty(0, dtype=np.int64))
-        collect = partial(band_blocks, band=band, objective=objective)
+        collect = partial(band_blocks, band=band, objective=objective, basis=basis)
         rows, outside, loss = map_reduce(source, collect, combine_rows, executor)
         everything = bool(np.isinf(width))
         loss += objective.penalty(center)
@@ -230,20 +243,24 @@ def solve_in_passes(
             # The last Newton step was too long, and so is the width that came from it.
             center, previous, width = previous[0], (previous[0], np.inf), 2 * previous[2]
             continue
+        rows = rows.in_basis(basis)
+        near = np.linalg.solve(basis, center)
         for _ in range(4):
             options = {"tol": 0.1 * tol, "scale": loss, "max_iter": max_iter, "pivots": 2 * D}
-            small = objective.solve(rows, linear=outside, start=center, **options)
+            small = objective.solve(rows, linear=outside, start=near, **options)
             n_iter += small.n_iter
-            verify = partial(verify_blocks, band=band, coef=small.coef, objective=objective, limit=len(rows))
+            coef = basis @ small.coef
+            verify = partial(verify_blocks, band=band, coef=coef, objective=objective, limit=len(rows))
             sums, wrong = map_reduce(source, verify, combine_rows, executor)
-            certificate = objective.certificate(sums[0], sums[1], rows, small, outside, start.R)
+            certificate = objective.certificate(sums[0], sums[1], rows, small, outside, start.R @ basis)
             if best is None or certificate.objective < best.certificate.objective:
                 converged = certificate.relative_gap <= tol or certificate.objective <= nothing(start)
-                best = ExactResult(small.coef, certificate, n_iter, len(start.rows), len(rows), converged)
+                best = ExactResult(coef, certificate, n_iter, len(start.rows), len(rows), converged)
             if best.converged or everything:
                 return best
             if sums[2] > len(rows) or sums[2] == 0:
                 break
+            wrong = wrong.in_basis(basis)
             outside = outside - wrong.A.T @ wrong.dual
             rows = Rows.gather([rows, wrong], D)
             band = Band(center, projection, width, np.union1d(band.released, wrong.index))
@@ -253,7 +270,7 @@ def solve_in_passes(
 
 
 def _newton_steps(
-    source: RowSource, objective: Objective, start: Start, coef: Array, executor: Executor
+    source: RowSource, objective: Objective, start: Start, coef: Array, basis: Array, executor: Executor
 ) -> tuple[Array, tuple[Array, float, float], float]:
     """Coefficients after two steps; those before the last step with their loss and width; the width after."""
     D, t = len(coef), objective.quantile
@@ -265,14 +282,15 @@ def _newton_steps(
     mask = objective.penalised(D)
     points: list[tuple[Array, float, float]] = []
     for _ in range(2):
-        step = partial(newton_blocks, coef=coef, window=window, objective=objective)
+        step = partial(newton_blocks, coef=coef, window=window, objective=objective, basis=basis)
         gradient, hessian, loss, count = map_reduce(source, step, combine_rows, executor)
         loss += objective.penalty(coef)
         if points and loss > points[-1][1]:
             return points[-1][0], points[-1], 2 * points[-1][2]
         # A column without rows in the window has no curvature of its own: it is lent a little of the mean one.
         mean = max(count, 1) / (2 * window)
-        hessian += 0.02 * mean * start.spread.T @ start.spread + np.diag(objective.ridge * mask)
+        spread = start.spread @ basis
+        hessian += 0.02 * mean * spread.T @ spread + np.diag(objective.ridge * mask)
         gradient += objective.ridge * mask * coef + objective.absolute * mask * np.sign(coef)
         free = np.ones(D, dtype=bool)
         if objective.absolute:
@@ -280,9 +298,9 @@ def _newton_steps(
         move = np.zeros(D)
         move[free] = -solve(hessian[np.ix_(free, free)], gradient[free], assume_a="pos")
         # Three times the step, spread over D directions; at least what holds some 20 D rows.
-        miss = max(3 * float(np.linalg.norm(start.spread @ move)), 20 * D / mean / 2) / np.sqrt(D)
+        miss = max(3 * float(np.linalg.norm(spread @ move)), 20 * D / mean / 2) / np.sqrt(D)
         points.append((coef, loss, miss))
-        coef = coef + move
+        coef = coef + basis @ move
         if count > 80 * D:
             window /= 4
     return coef, points[-1], points[-1][2]
