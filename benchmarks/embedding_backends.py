@@ -108,6 +108,7 @@ def ours(rows: list[int], kind: str, backend: str, precision: str) -> Callable[[
 PROGRAMS: dict[str, Callable[[list[int]], Callable[[Tensor, Tensor], None]]] = {
     "fullrank row_wise_adagrad, fbgemm, bf16": lambda rows: ours(rows, "row_wise_adagrad", "fbgemm", "bfloat16"),
     "fullrank row_wise_adagrad, fbgemm": lambda rows: ours(rows, "row_wise_adagrad", "fbgemm", "float32"),
+    "fullrank row_wise_adagrad, torch, bf16": lambda rows: ours(rows, "row_wise_adagrad", "torch", "bfloat16"),
     "fullrank row_wise_adagrad, torch": lambda rows: ours(rows, "row_wise_adagrad", "torch", "float32"),
     "fullrank adam, torch": lambda rows: ours(rows, "adam", "torch", "float32"),
     "nn.Embedding, dense Adam": lambda rows: plain(rows, False),

@@ -82,8 +82,8 @@ class EmbeddingCollection(nn.Module):
 
     Args:
         embedding_dim: width of tables that the schema does not size.
-        backend: `auto` uses FBGEMM's fused kernels where they exist and are installed, plain torch otherwise; results
-            agree to float32 rounding.
+        backend: what updates rows in the fused kinds: `torch`, or FBGEMM's CPU kernels, whose results agree to float32
+            rounding and which were no faster on any machine measured (benchmarks/embedding_backends.py).
         sequences: look up the events of sequences too.
         pool_sequences: give each id field of each sequence as one mean-pooled token in `flat` instead of `events`.
         check_ids: raise on an id outside its table, which costs one pass over the ids.
@@ -96,7 +96,7 @@ class EmbeddingCollection(nn.Module):
         embedding_dim: int,
         init_std: float = 1e-4,
         optimizer: EmbeddingOptimizer | None = None,
-        backend: Backend = "auto",
+        backend: Backend = "torch",
         sequences: bool = True,
         pool_sequences: bool = False,
         check_ids: bool = True,

@@ -17,7 +17,7 @@ from fullrank.embeddings.optimizer import EmbeddingOptimizer, Kind
 if TYPE_CHECKING:
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 
-Backend = Literal["auto", "fbgemm", "torch"]
+Backend = Literal["torch", "fbgemm"]
 FBGEMM_KINDS: tuple[Kind, ...] = ("sgd", "adagrad", "row_wise_adagrad")
 # Learning rate of a collection that nobody trains.
 DEFAULT_RATE = 1e-3
@@ -56,7 +56,7 @@ class RowBuffer(nn.Module):
         """Start anew with another rule; weights stay.
 
         Raises:
-            ValueError: if backend `fbgemm` was demanded and cannot do it.
+            ValueError: if backend `fbgemm` cannot do it.
         """
         self.flush()
         self.optimizer = optimizer
@@ -71,10 +71,8 @@ class RowBuffer(nn.Module):
         self.log_decay = 0.0
         lazy = optimizer.l2 > 0 and optimizer.l2_mode == "lazy"
         self.row_log_decay_R = self.weight_RD.new_zeros(rows, dtype=torch.float64) if lazy else None
-        self._fbgemm = []
-        if optimizer.kind != "dense" and self.backend != "torch":
-            kernel = _fbgemm_kernel(self.weight_RD, self.states, optimizer, self.backend == "fbgemm")
-            self._fbgemm = [] if kernel is None else [kernel]
+        fused = optimizer.kind != "dense" and self.backend == "fbgemm"
+        self._fbgemm = [_fbgemm_kernel(self.weight_RD, self.states, optimizer)] if fused else []
 
     def set_learning_rate(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate
@@ -185,9 +183,9 @@ class _FusedLookup(torch.autograd.Function):
 
 
 def _fbgemm_kernel(
-    weight_RD: Tensor, states: dict[str, Tensor], optimizer: EmbeddingOptimizer, demanded: bool
-) -> SplitTableBatchedEmbeddingBagsCodegen | None:
-    """FBGEMM's fused CPU kernel over our own buffers, or None where it cannot serve and was not demanded."""
+    weight_RD: Tensor, states: dict[str, Tensor], optimizer: EmbeddingOptimizer
+) -> SplitTableBatchedEmbeddingBagsCodegen:
+    """FBGEMM's fused CPU kernel over our own buffers."""
     rows, width = weight_RD.shape
     obstacle = None
     if optimizer.kind not in FBGEMM_KINDS:
@@ -209,9 +207,7 @@ def _fbgemm_kernel(
         except (ImportError, OSError) as error:  # a CUDA build of FBGEMM on a CPU machine raises OSError
             obstacle = f"fbgemm_gpu cannot be imported ({error}); `pip install fullrank[fbgemm]` adds it"
     if obstacle is not None:
-        if demanded:
-            raise ValueError(f'backend "fbgemm": {obstacle}')
-        return None
+        raise ValueError(f'backend "fbgemm": {obstacle}')
     logging.getLogger("fbgemm_gpu").setLevel(logging.ERROR)
     kinds = {
         "sgd": EmbOptimType.EXACT_SGD,
