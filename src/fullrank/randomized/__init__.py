@@ -3,6 +3,7 @@
 The room stands alone: it needs NumPy, SciPy, scikit-learn and PyArrow, and Dask for its collections and clusters.
 """
 
+from fullrank.randomized.calibration import LogitCalibrator
 from fullrank.randomized.discrepancy import box_discrepancy
 from fullrank.randomized.generalized_linear import SubsampledNewtonClassifier, SubsampledNewtonRegressor
 from fullrank.randomized.least_squares import LstsqResult, lstsq
@@ -19,6 +20,7 @@ __all__ = [
     "ArraySource",
     "DaskSource",
     "LADRegressor",
+    "LogitCalibrator",
     "LstsqResult",
     "ParquetSource",
     "PreconditionedSGDRegressor",
