@@ -60,13 +60,15 @@ def tensor_machines() -> None:
     rows = results("tensor_machines")
     names = list(dict.fromkeys(row["set"] for row in rows))
     figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names), 3))
+    colours = {row["method"].split(",")[0]: f"C{i}" for i, row in enumerate(rows[:6])}
     for axis, name in zip(axes, names, strict=True):
-        for row, colour in zip(
-            [r for r in rows if r["set"] == name], ("#00796b", "#c2571a", "#7b4fa3", "#888888", "#1565c0"), strict=False
-        ):
-            axis.semilogx(row["projections"], row["error"], "o", color=colour, label=row["method"])
+        for row in (row for row in rows if row["set"] == name):
+            method = row["method"].split(",")[0]
+            filled = {} if "steps" not in row["method"] else {"markerfacecolor": "none"}
+            label = row["method"] if "steps" in row["method"] else method
+            axis.semilogx(row["numbers"], row["error"], "o", color=colours[method], label=label, **filled)
         axis.set_title(name, fontsize=10)
-        axis.set_xlabel("projections")
+        axis.set_xlabel("numbers per row")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test error")
     handles, labels = axes[0].get_legend_handles_labels()
