@@ -234,8 +234,18 @@ def test_wrong_arguments_are_refused():
             lstsq(A, b, **arguments)
     with pytest.raises(ValueError, match="no target"):
         lstsq(A)
-    with pytest.raises(ValueError, match='column "x1", first in row 4'):
-        lstsq(np.vstack([A, [[0, np.nan]]])[1:], b)
+    tall, target = np.random.default_rng(0).standard_normal((500, 2)), np.ones(500)
+    for method in ("auto", "gram", "lsqr", "sketch"):
+        for rows in (5, 500):
+            wrong, at = tall[:rows].copy(), target[:rows].copy()
+            at[2] = np.inf
+            with pytest.raises(ValueError, match="target, first in row 2"):
+                lstsq(wrong, at, method=method)
+            wrong[4, 1] = np.nan
+            with pytest.raises(ValueError, match='column "x1", first in row 4'):
+                lstsq(wrong, target[:rows], method=method)
+    with pytest.raises(ValueError, match="weight of row 3 is -1.0"):
+        lstsq(tall, target, sample_weight=np.r_[1, 1, 1, -1, np.ones(496)])
     with pytest.raises(ValueError, match="overflow"):
         lstsq(np.full((100, 2), 1e308), np.ones(100), method="gram")
 

@@ -117,7 +117,8 @@ def lstsq(
         RuntimeWarning: the rank is below min(n, q).
         ConvergenceWarning: max_iter was reached.
     """
-    source = A if isinstance(A, RowSource) else ArraySource(A, b, sample_weight)
+    # A product with NaN or infinity in it shows both: the table itself is searched only then.
+    source = A if isinstance(A, RowSource) else ArraySource(A, b, sample_weight, check_finite=False)
     if isinstance(A, RowSource) and (b is not None or sample_weight is not None):
         raise ValueError("a source brings its own target and weights: leave b and sample_weight out")
     if source.n_targets == 0:
@@ -202,6 +203,10 @@ class _Solver:
         known = {**defaults, **known}
         return LstsqResult(x, basis.N.shape[1], basis.condition, passes, method=method, **known)
 
+    def refuse_non_finite(self) -> None:
+        if isinstance(self.source, ArraySource):
+            self.source.check_finite()
+
     # The small problems: a sketch, or the whole of a short table.
 
     def sketched_rows(self, kind: str, nnz: int, seed: int, stream: int) -> np.ndarray:
@@ -219,6 +224,9 @@ class _Solver:
 
     def small_problem(self, rows: np.ndarray) -> tuple[Preconditioner, np.ndarray]:
         """Basis and solution of the problem whose rows are [1 | X | y]."""
+        if not np.isfinite(rows).all():
+            self.refuse_non_finite()
+            raise ValueError("the products of the table overflow")
         if self.alpha:
             below = np.hstack([np.diag(np.sqrt(self.penalty_Q)), np.zeros((self.q, rows.shape[1] - self.q))])
             rows = np.vstack([rows, below])
@@ -243,7 +251,10 @@ class _Solver:
         norms2 = np.diag(other)[i:]
         penalised = gram + np.diag(self.penalty_Q)
         scale = np.sqrt(np.diag(penalised))
-        if not (np.isfinite(gram).all() and np.isfinite(rhs).all() and (scale > 0).all()):
+        finite = np.isfinite(gram).all() and np.isfinite(rhs).all() and np.isfinite(norms2).all()
+        if not finite:
+            self.refuse_non_finite()
+        if not (finite and (scale > 0).all()):
             if method == "normal":
                 raise np.linalg.LinAlgError("the normal equations have a zero or overflowing column; use method auto")
             return None

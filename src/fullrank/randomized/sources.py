@@ -170,11 +170,17 @@ class ArraySource(RowSource):
         self.feature_names = list(feature_names) if feature_names is not None else [f"x{j}" for j in range(self.n_cols)]
         self.block_rows = block_size(self.n_cols, block_rows)
         self.starts = np.append(np.arange(0, n, fragment_rows), n)
+        if self.sample_weight is not None:
+            check_weights(self.sample_weight, 0, "X")
+            if not self.sample_weight.any():
+                raise ValueError("sample_weight is zero in every row")
         if check_finite:
-            for block in _array_blocks(self.X, self.y, self.sample_weight, 0, self.block_rows):
-                check_block(block, self.feature_names, "X")
-        if self.sample_weight is not None and not self.sample_weight.any():
-            raise ValueError("sample_weight is zero in every row")
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raises ValueError, which names the columns, if there is NaN or infinity."""
+        for block in _array_blocks(self.X, self.y, None, 0, self.block_rows):
+            check_block(block, self.feature_names, "X")
 
     def task(self, fragment: int) -> tuple[Callable[..., Iterator[Block]], tuple[Any, ...]]:
         start, stop = self.starts[fragment : fragment + 2].tolist()
@@ -224,9 +230,16 @@ def check_block(block: Block, feature_names: Sequence[str], place: str) -> None:
     if block.y is not None and not np.isfinite(block.y).all():
         row = block.start + int(np.argmin(np.isfinite(block.y).reshape(len(block.y), -1).all(axis=1)))
         raise ValueError(f"{place}: NaN or infinity in the target, first in row {row}")
-    if block.weight is not None and not (np.isfinite(block.weight) & (block.weight >= 0)).all():
-        row = block.start + int(np.argmin(np.isfinite(block.weight) & (block.weight >= 0)))
-        raise ValueError(f"{place}: the weight of row {row} is {block.weight[row - block.start]}, expected >= 0")
+    if block.weight is not None:
+        check_weights(block.weight, block.start, place)
+
+
+def check_weights(weight: np.ndarray, start: int, place: str) -> None:
+    """Raises ValueError, which names the row, at a weight that is negative, NaN or infinite."""
+    fine = np.isfinite(weight) & (weight >= 0)
+    if not fine.all():
+        row = int(np.argmin(fine))
+        raise ValueError(f"{place}: the weight of row {start + row} is {weight[row]}, expected >= 0")
 
 
 class ParquetSource(RowSource):
