@@ -5,8 +5,8 @@
 Problem i has 60 to 400 rows and 1 to 8 columns of one of five kinds (normal; rows times Cauchy variables; one-hot
 columns down to two rows; integers, with ties and repeated rows; Student's t responses rounded to one digit), weights
 in every other problem, penalties in every fifth, and a quantile in (0.02, 0.98). It is solved by both exact solvers,
-and by an interior point method stopped after one to six steps. A certificate is wrong where HiGHS finds an objective below the
-lower bound by more than 1e-9 of it.
+and by an interior point method stopped after one to six steps. A certificate is wrong where HiGHS finds an objective
+below the lower bound by more than 1e-9 of it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,65 @@
+"""Plots of the page on quantile regression, from the results of its benchmarks.
+
+python benchmarks/randomized/quantile_plots.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).parent
+PAGES = HERE.parents[1] / "docs" / "papers"
+SIDES = {
+    "fullrank": ("fullrank", "#00796b", "o"),
+    "pyfixest fn, solver alone": ("pyfixest, solver alone", "#7b4fa3", "s"),
+    "statsmodels": ("statsmodels", "#c2571a", "^"),
+    "scikit-learn highs-ipm": ("scikit-learn highs-ipm", "#888888", "v"),
+    "scikit-learn highs": ("scikit-learn highs", "#333333", "D"),
+}
+CONDITIONINGS = {"none": "#888888", "spc1": "#7b4fa3", "spc3": "#00796b", "uniform": "#c2571a"}
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    return json.loads((HERE.parent / "results" / "randomized" / f"{name}.json").read_text())["results"]
+
+
+def main() -> None:
+    figure, (speed, error) = plt.subplots(1, 2, figsize=(8.5, 3.3))
+    for side, (label, colour, marker) in SIDES.items():
+        rows = [
+            (row["rows"], row["cpu_s"])
+            for row in results("quantile_regression")
+            if row["side"] == side and row["columns"] == 20 and row["quantile"] == 0.5 and row["excess"] is not None
+        ]
+        if rows:
+            speed.loglog(*zip(*sorted(rows), strict=True), color=colour, marker=marker, markersize=4, label=label)
+    speed.set_xlabel("rows, 20 columns, median")
+    speed.set_ylabel("CPU seconds")
+    speed.grid(alpha=0.3)
+    speed.legend(fontsize=8, frameon=False)
+    for kind, colour in CONDITIONINGS.items():
+        rows = [
+            (row["size"], row["worst_error"])
+            for row in results("quantile_sampling")
+            if row["conditioning"] == kind and row["quantile"] == 0.5 and row["worst_error"] is not None
+        ]
+        if rows:
+            error.loglog(*zip(*sorted(rows), strict=True), color=colour, marker="o", markersize=4, label=kind)
+    error.set_xlabel("rows of the sample, rare features, median")
+    error.set_ylabel("error of the worst coefficient")
+    error.grid(alpha=0.3)
+    error.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(PAGES / "quantile-regression.svg", metadata={"Date": None})
+    print("written: docs/papers/quantile-regression.svg")
+
+
+if __name__ == "__main__":
+    main()
