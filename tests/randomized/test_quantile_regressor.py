@@ -277,6 +277,19 @@ def test_a_uniform_sample_loses_rare_features_and_scores_do_not():
     assert np.median(excess) <= 2e-2 and max(excess) <= 0.1
 
 
+def test_passes_find_the_optimum_of_features_with_few_rows():
+    """Some columns have three rows only: no uniform sample has them all, and a narrow band has none of some."""
+    draws = np.random.default_rng(22)
+    A = np.column_stack([np.zeros((12000, 6)), draws.standard_normal((12000, 3))])
+    for j in range(6):
+        A[draws.choice(12000, 3, replace=False), j] = 1
+    y = A @ draws.standard_normal(9) + draws.standard_t(2, 12000)
+    fit = partial(QuantileRegressor, 0.4, random_state=0)
+    passes, whole = fit(solver="passes").fit(A, y), fit(solver="interior_point").fit(A, y)
+    assert passes.objective_ == pytest.approx(whole.objective_, rel=1e-8)
+    assert passes.dual_gap_ <= 1e-8
+
+
 def test_scores_embed_the_loss_where_a_uniform_sample_does_not():
     """rho(S A x) / rho(A x) near one for directions x along rare features too."""
     A, y = rare(20000, 2)

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import solve, solve_triangular
+from scipy.linalg import LinAlgError, solve, solve_triangular
 
 from fullrank.randomized.certificate import Certificate
 from fullrank.randomized.engine import Executor, map_reduce
@@ -247,7 +247,13 @@ def solve_in_passes(
         near = np.linalg.solve(basis, center)
         for _ in range(4):
             options = {"tol": 0.1 * tol, "scale": loss, "max_iter": max_iter, "pivots": 2 * D}
-            small = objective.solve(rows, linear=outside, start=near, **options)
+            try:
+                small = objective.solve(rows, linear=outside, start=near, **options)
+            except LinAlgError:
+                # No row of some feature is in the band.
+                if everything:
+                    raise
+                break
             n_iter += small.n_iter
             coef = basis @ small.coef
             verify = partial(verify_blocks, band=band, coef=coef, objective=objective, limit=len(rows))
@@ -264,7 +270,7 @@ def solve_in_passes(
             outside = outside - wrong.A.T @ wrong.dual
             rows = Rows.gather([rows, wrong], D)
             band = Band(center, projection, width, np.union1d(band.released, wrong.index))
-        if best.certificate.objective < loss:
+        if best is not None and best.certificate.objective < loss:
             center = best.coef
         width *= 4
 

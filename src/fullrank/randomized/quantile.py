@@ -320,6 +320,7 @@ def _sketched(model: QuantileRegressor, source: RowSource, objectives: list[Obje
     R = None
     if not uniform:
         R = conditioner(source, model.conditioning, first.intercept, model.embedding_size, seed, executor)
+    tol = max(model.tol, 1e-6)  # a sample misses by more
     round_ = 0
     while True:
         starts = []
@@ -331,7 +332,7 @@ def _sketched(model: QuantileRegressor, source: RowSource, objectives: list[Obje
                 starts.append(conditioned_start(source, first, R, size, seed, executor, model.row_norms, number))
             refuse_rank(source, starts[-1].R, first.intercept)
         solved = [
-            [objective.solve(start.rows, share=start.share, tol=model.tol, max_iter=model.max_iter) for start in starts]
+            [objective.solve(start.rows, share=start.share, tol=tol, max_iter=model.max_iter) for start in starts]
             for objective in objectives
         ]
         points = [[small.coef for small in halves] for halves in solved]
