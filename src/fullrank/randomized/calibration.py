@@ -119,12 +119,11 @@ def _rising_fit(z: Vector, y: Vector, weight: Vector, knots: Vector, start: Vect
     groups = np.arange(len(knots))
     while True:
         values = _fit_at_knots(cell, share, y, weight, groups, start, doubt)
-        falls = np.flatnonzero(np.diff(values) < 0)
-        if not len(falls):
+        rises = np.diff(values)
+        if rises.min(initial=0.0) >= 0:
             return values[groups]
-        # Groups that violate the order are pooled, as in isotonic regression, and fitted again.
-        pooled = np.arange(len(values)) - np.cumsum(np.isin(np.arange(len(values)), falls + 1))
-        groups = pooled[groups]
+        # As in isotonic regression, the two groups that violate the order most are pooled, and all is fitted again.
+        groups = groups - (groups > rises.argmin())
 
 
 def _fit_at_knots(
@@ -152,7 +151,7 @@ def _fit_at_knots(
         banded[1] = np.bincount(left, curvature * np.where(same, 1.0, (1 - share) ** 2), size) + doubt * count
         banded[1] += np.bincount(right, curvature * np.where(same, 0.0, share**2), size)
         banded[0, 1:] = np.bincount(left, np.where(same, 0.0, curvature * share * (1 - share)), size)[:-1]
-        step = solveh_banded(banded, gradient)
+        step = solveh_banded(banded, gradient) if size > 1 else gradient / banded[1]
         length = 1.0
         while (value := objective(values - length * step)) > best + 1e-12 * abs(best) and length > 1e-6:
             length /= 2
