@@ -64,9 +64,8 @@ with tempfile.TemporaryDirectory() as folder:
     save_bundle(Scorer(encoders, model), Path(folder) / "bundle", about={"fitted by": "sub-sampled Newton"})
     served = load_bundle(Path(folder) / "bundle")
 
-rows = test.drop(pl.selectors.starts_with("__") | pl.selectors.starts_with("history")).to_dicts()
-wanted = {*served.columns, "click"}
-scored = served.score([{name: row[name] for name in row if name in wanted} for row in rows])
+rows = test.select([name for name in test.columns if name in served.columns]).to_dicts()
+scored = served.score(rows)
 probability = torch.tensor([item.predictions["click"] for item in scored]).double()
 expected = newton.predict_proba(design(batch_from_frame(encoders.transform(test), schema)))[:, 1]
 print(f"test NE {normalized_entropy(torch.logit(probability), torch.tensor(test['click'].to_numpy())):.4f}", end=", ")
