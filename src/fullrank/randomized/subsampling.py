@@ -111,9 +111,7 @@ def score_blocks(
         total += float(q.sum())
         keys = q / row_uniforms(seed, block.start, block.stop, stream)
         found = np.flatnonzero(keys * size > total)
-        kept = Rows.gather(
-            [kept.pick(kept.dual * size > total), take(block, found, intercept, keys[found])], len(T) - 1
-        )
+        kept = Rows.gather([kept.pick(kept.dual * size > total), take(block, found, intercept, keys[found])], D)
     return total, kept
 
 
