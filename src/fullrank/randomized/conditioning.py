@@ -58,7 +58,7 @@ def preconditioner(R: np.ndarray, rcond: float | None = None) -> Preconditioner:
     _, singular, rows = np.linalg.svd(R / scale, full_matrices=True)
     if rcond is None:
         rcond = max(R.shape[0], 20 * R.shape[1]) * np.finfo(float).eps
-    rank = int((singular > rcond * singular[0]).sum()) if singular[0] > 0 else 0
+    rank = int((singular > rcond * singular[0]).sum()) if singular.any() else 0
     unscaled = np.linalg.svd(R, compute_uv=False)
     full = rank == R.shape[1] and unscaled[-1] > 0
     condition = float(unscaled[0] / unscaled[-1]) if full else np.inf

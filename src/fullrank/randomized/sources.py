@@ -422,14 +422,8 @@ class DaskSource(RowSource):
         part = self._filled[fragment]
         y = None if self._y is None else self._y[part]
         weight = None if self._weight is None else self._weight[part]
-        return _checked_blocks, (
-            self._X[part],
-            y,
-            weight,
-            int(self.starts[fragment]),
-            self.block_rows,
-            self.feature_names,
-        )
+        place = (int(self.starts[fragment]), self.block_rows, self.feature_names)
+        return _checked_blocks, (self._X[part], y, weight, *place)
 
     def iter_blocks(self, fragment: int) -> Iterator[Block]:
         import dask
