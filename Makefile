@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Idle OpenMP threads sleep instead of spinning: two processes on two cores would otherwise starve each other.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Idle OpenMP threads soon sleep: spinning for long, as they do by default, they starve each other on a busy machine.
+export GOMP_SPINCOUNT ?= 30000
 
 .PHONY: demo test lint types docs bench install install-distributed clean
 

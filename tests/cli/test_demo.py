@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "30000"}
 COMMAND = [sys.executable, "-c", "from fullrank.cli.main import main; main()"]
 
 

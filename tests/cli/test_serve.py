@@ -26,7 +26,7 @@ from fullrank.funnel import Scorer, save_bundle
 from fullrank.models import MODELS
 from fullrank.schema import Categorical, Label, Schema
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "30000"}
 COMMAND = [sys.executable, "-c", "from fullrank.cli.main import main; main()"]
 
 

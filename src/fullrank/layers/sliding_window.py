@@ -1,6 +1,7 @@
 """Self-attention within a window of neighbours, in time and memory linear in the length."""
 
-# Shapes: B rows, T tokens, D width, H heads, E width of a head, W window, C chunks of W tokens, R rotary pairs.
+# Shapes: B rows, T tokens, D width, H heads, E width of a head, C chunks of S tokens, K = S + 2 window keys of a chunk,
+# R rotary pairs.
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ def sliding_window(
 ) -> Tensor:
     """softmax attention of each token over the real tokens at most `window` places away; zero where there is none.
 
-    Tokens are cut into chunks of W; each chunk sees itself and its two neighbours, so no T x T matrix exists.
+    Tokens are cut into chunks of two windows; each chunk sees itself and a window to either side, so no T x T matrix
+    exists.
 
     Returns:
         Shape (B, H, T, E).
@@ -24,32 +26,39 @@ def sliding_window(
     rows, heads, length, width = query_BHTE.shape
     if window >= length - 1:
         return attend(query_BHTE, key_BHTE, value_BHTE, mask_BT)
-    size = max(1, window)
+    size = max(1, 2 * window)
     chunks = -(-length // size)
     tail = chunks * size - length
+    keys = size + 2 * window
 
-    def own(x: Tensor) -> Tensor:
-        """(B·C, H, W, E): each chunk's tokens."""
-        parts = F.pad(x, (0, 0, 0, tail)).view(rows, heads, chunks, size, width)
-        return parts.transpose(1, 2).reshape(rows * chunks, heads, size, width)
+    def own(x_BHTE: Tensor) -> Tensor:
+        """(B·C, H, S, E): each chunk's tokens. Time stays before heads in memory, as projections leave it."""
+        x_BTHE = F.pad(x_BHTE.transpose(1, 2), (0, 0, 0, 0, 0, tail))
+        return x_BTHE.reshape(rows * chunks, size, heads, width).transpose(1, 2)
 
-    def near(x: Tensor) -> Tensor:
-        """(B·C, H, 3W, E): the tokens of each chunk and of its neighbours."""
-        parts = F.pad(x, (0, 0, size, size + tail)).unfold(2, 3 * size, size)
-        return parts.permute(0, 2, 1, 4, 3).reshape(rows * chunks, heads, 3 * size, width)
+    def near(x_BHTE: Tensor) -> Tensor:
+        """(B·C, H, K, E): the tokens of each chunk and those around it."""
+        x_BTHE = F.pad(x_BHTE.transpose(1, 2), (0, 0, 0, 0, size, size + tail))
+        x_BCSHE = x_BTHE.reshape(rows, chunks + 2, size, heads, width)
+        parts = [x_BCSHE[:, :-2, size - window :], x_BCSHE[:, 1:-1], x_BCSHE[:, 2:, :window]]
+        return torch.cat(parts, 2).view(rows * chunks, keys, heads, width).transpose(1, 2)
 
     device = query_BHTE.device
-    real_BT = torch.ones(rows, length, dtype=torch.bool, device=device) if mask_BT is None else mask_BT
-    real_BCK = F.pad(real_BT, (size, size + tail)).unfold(1, 3 * size, size)
-    place_K = torch.arange(3 * size, device=device)
-    band_WK = (place_K[None, :] - size - place_K[:size, None]).abs() <= window
-    seen = band_WK & real_BCK[:, :, None, :]
-    some = seen.any(3, keepdim=True)
-    bias = (seen | ~some).view(rows * chunks, 1, size, 3 * size)
+    real_BT = torch.ones(1, length, dtype=torch.bool, device=device) if mask_BT is None else mask_BT
+    real_BCK = F.pad(real_BT, (window, window + tail)).unfold(1, keys, size)
+    place_K = torch.arange(keys, device=device)
+    band_SK = (place_K[None, :] - window - place_K[:size, None]).abs() <= window
+    seen_BCSK = band_SK & real_BCK[:, :, None, :]
+    none_BCS1 = ~seen_BCSK.any(3, keepdim=True)
+    # Tokens that see nothing attend to everything and are zeroed afterwards: a softmax over nothing is NaN.
+    bias_BCSK = query_BHTE.new_zeros(seen_BCSK.shape).masked_fill(~(seen_BCSK | none_BCS1), -torch.inf)
+    bias = bias_BCSK.expand(rows, -1, -1, -1).reshape(rows * chunks, 1, size, keys)
     mixed = F.scaled_dot_product_attention(own(query_BHTE), near(key_BHTE), near(value_BHTE), attn_mask=bias)
-    mixed = mixed.masked_fill(~some.view(rows * chunks, 1, size, 1), 0.0)
-    mixed = mixed.view(rows, chunks, heads, size, width).transpose(1, 2)
-    return mixed.reshape(rows, heads, chunks * size, width)[:, :, :length]
+    mixed = mixed.transpose(1, 2).reshape(rows, chunks * size, heads, width)[:, :length].transpose(1, 2)
+    if mask_BT is None:
+        return mixed
+    none_BT = none_BCS1.view(rows, chunks * size)[:, :length]
+    return mixed.masked_fill(none_BT[:, None, :, None], 0.0)
 
 
 class SlidingWindowAttention(nn.Module):
