@@ -31,6 +31,7 @@ schema = schema.model_copy(update={"features": tuple(known), "labels": schema.la
 log = pl.concat(simulate(SimulationConfig(impressions=impressions, seed=1)))
 train, test = log[: int(0.8 * len(log))], log[int(0.8 * len(log)) :]
 encoders = Encoders.fit(schema, [train])
+schema = encoders.schema  # now it knows the sizes of the tables
 
 model = MODELS["lr"].from_config(schema, {"embedding_init": 0.0})
 term = model.terms[0]
