@@ -1,7 +1,7 @@
 """Self-attention within a window of neighbours, in time and memory linear in the length."""
 
-# Shapes: B rows, T tokens, D width, H heads, E width of a head, C chunks of S tokens, K = S + 2 window keys of a chunk,
-# R rotary pairs.
+# Shapes: B rows, T tokens, D width, H heads, E width of a head, C chunks of S tokens, K = S + 2 window keys of a chunk, R
+# rotary pairs.
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ def sliding_window(
 ) -> Tensor:
     """softmax attention of each token over the real tokens at most `window` places away; zero where there is none.
 
-    Tokens are cut into chunks of two windows; each chunk sees itself and a window to either side, so no T x T matrix
-    exists.
+    Tokens are cut into chunks of a window; each chunk sees itself and its two neighbours, so no T x T matrix exists.
 
     Returns:
         Shape (B, H, T, E).
@@ -26,7 +25,7 @@ def sliding_window(
     rows, heads, length, width = query_BHTE.shape
     if window >= length - 1:
         return attend(query_BHTE, key_BHTE, value_BHTE, mask_BT)
-    size = max(1, 2 * window)
+    size = max(1, window)
     chunks = -(-length // size)
     tail = chunks * size - length
     keys = size + 2 * window
