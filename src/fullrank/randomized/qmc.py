@@ -177,7 +177,9 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
             self.gamma_ = 1 / (d * variance) if variance > 1e-12 * mean**2 else 1.0
         else:
             self.gamma_ = _checked_gamma(self.gamma, d)
-        self.box_ = self.discrepancy_ = self.kernel_error_ = None
+        self.box_: np.ndarray | None = None
+        self.discrepancy_: float | None = None
+        self.kernel_error_: KernelError | None = None
         self.sequence_ = self.sequence
         if self.sequence in UNIFORM or self.sequence == "orthogonal":
             self.frequencies_ = self._draw(self.sequence, d, rng)
