@@ -28,7 +28,6 @@ from machine import RESULTS, table, write
 METHODS = {
     "SGD, tuned": ("none", "uniform", True),
     "Kaczmarz, tuned": ("none", "row_norm", True),
-    "pwSGD diagonal, tuned": ("diag", "leverage", True),
     "pwSGD, tuned": ("full", "leverage", True),
     "pwSGD, auto": ("full", "leverage", False),
 }
