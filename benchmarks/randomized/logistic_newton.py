@@ -178,6 +178,7 @@ def measure(name: str, task: Task, args: argparse.Namespace) -> list[dict[str, A
             needed, reached = iterations_needed(fit, first, task, best, goal, args.budget)
             row: dict[str, Any] = {"set": name, "solver": label, "goal": f"{goal:.0e}", "iterations": needed or None}
             rows.append(row | {"reached": f"{reached:.1e}"})
+            print(f"  {label}: {goal:.0e} in {needed or '-'} iterations", flush=True)
             first = needed or first
             if not needed:
                 break
