@@ -7,7 +7,7 @@ b = Z g + noise of the same size, so that every direction of A matters, the weak
 |b - A x|^2, in extended precision, over the smallest that any of the methods reached, minus one. Nobody fits an
 intercept.
 Medians of the repeats, one thread, methods one after another in each round. `--parquet` writes A to a folder and solves
-from there in a process of its own, whose peak memory is reported.
+from there in a process of its own.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ from fullrank.randomized import lstsq
 FROM_PARQUET = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import cpu_seconds, json, resource
+import cpu_seconds, json
 from fullrank.randomized import ParquetSource, lstsq
 source = ParquetSource(sys.argv[2], target="y")
 result, cpu, wall = cpu_seconds.seconds(lambda: lstsq(source, method=sys.argv[3], random_state=0))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-print(json.dumps({"x": result.x.tolist(), "cpu": cpu, "wall": wall, "passes": result.n_passes, "peak": peak}))
+print(json.dumps({"x": result.x.tolist(), "cpu": cpu, "wall": wall, "passes": result.n_passes}))
 """
 
 
@@ -121,13 +120,13 @@ def main() -> None:
             for method in ("auto", "gram"):
                 done = from_parquet(A, b, method)
                 known = {"cpu_s": done["cpu"], "wall_s": done["wall"], "gelsd_over": gelsd / done["cpu"]}
-                known |= {"passes": done["passes"], "peak_gib": done["peak"]}
+                known |= {"passes": done["passes"]}
                 row = {**size, "method": f"fullrank {method}, Parquet", **known}
                 found.append((row, squares(A, b, np.array(done["x"]))))
         best = min(value for _, value in found)
         rows += [{**row, "excess": float(value / best - 1) if np.isfinite(value) else None} for row, value in found]
     shown = [{**row, "excess": None if row["excess"] is None else f"{row['excess']:.1e}"} for row in rows]
-    table(shown, ["n", "d", "condition", "method", "cpu_s", "wall_s", "gelsd_over", "excess", "passes", "peak_gib"])
+    table(shown, ["n", "d", "condition", "method", "cpu_s", "wall_s", "gelsd_over", "excess", "passes"])
     settings = {"repeats": args.repeats, "seed": args.seed}
     merge(
         "least_squares",
