@@ -1,7 +1,7 @@
 """Self-attention within a window of neighbours, in time and memory linear in the length."""
 
-# Shapes: B rows, T tokens, D width, H heads, E width of a head, C chunks of S tokens, K = S + 2 window keys of a chunk, R
-# rotary pairs.
+# Shapes: B rows, T tokens, D width, H heads, E width of a head, C chunks of S tokens, K = S + 2 window keys of a chunk,
+# R rotary pairs.
 
 from __future__ import annotations
 
