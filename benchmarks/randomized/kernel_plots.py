@@ -5,33 +5,14 @@ python benchmarks/randomized/kernel_plots.py
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from pages import plt, results, write_plot
 
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
-
-HERE = Path(__file__).parent
-PAGES = HERE.parents[1] / "docs" / "papers"
 STYLES = {
     "mc": ("drawn", "#888888", "o"),
     "orthogonal": ("orthogonal", "#c2571a", "s"),
     "halton": ("Halton", "#7b4fa3", "v"),
     "sobol": ("Sobol", "#00796b", "^"),
 }
-
-
-def results(name: str) -> list[dict[str, Any]]:
-    return json.loads((HERE.parent / "results" / "randomized" / f"{name}.json").read_text())["results"]
-
-
-def save(figure: Any, name: str) -> None:
-    figure.tight_layout()
-    figure.savefig(PAGES / f"{name}.svg", metadata={"Date": None})
-    print(f"written: docs/papers/{name}.svg")
 
 
 def kernel_features() -> None:
@@ -53,7 +34,7 @@ def kernel_features() -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("relative kernel error")
     axes[0].legend(fontsize=8, frameon=False)
-    save(figure, "qmc-features")
+    write_plot(figure, "qmc-features")
 
 
 def tensor_machines() -> None:
@@ -73,9 +54,7 @@ def tensor_machines() -> None:
     axes[0].set_ylabel("test error")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=5, fontsize=8, frameon=False, bbox_to_anchor=(0.5, -0.08))
-    figure.tight_layout()
-    figure.savefig(PAGES / "tensor-machines.svg", metadata={"Date": None}, bbox_inches="tight")
-    print("written: docs/papers/tensor-machines.svg")
+    write_plot(figure, "tensor-machines", bbox_inches="tight")
 
 
 if __name__ == "__main__":

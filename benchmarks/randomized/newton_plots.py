@@ -5,17 +5,8 @@ python benchmarks/randomized/newton_plots.py
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from pages import plt, results, write_plot
 
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
-
-HERE = Path(__file__).parent
-PAGES = HERE.parents[1] / "docs" / "papers"
 SOLVERS = {
     "ours, auto": ("sub-sampled Newton", "#00796b"),
     "ours, full Newton": ("full Newton, same code", "#7fb8b0"),
@@ -23,16 +14,6 @@ SOLVERS = {
     "newton-cg": ("newton-cg", "#7b4fa3"),
     "lbfgs": ("lbfgs", "#888888"),
 }
-
-
-def results(name: str) -> list[dict[str, Any]]:
-    return json.loads((HERE.parent / "results" / "randomized" / f"{name}.json").read_text())["results"]
-
-
-def save(figure: Any, name: str) -> None:
-    figure.tight_layout()
-    figure.savefig(PAGES / f"{name}.svg", metadata={"Date": None})
-    print(f"written: docs/papers/{name}.svg")
 
 
 def subsampled_newton() -> None:
@@ -49,7 +30,7 @@ def subsampled_newton() -> None:
         axis.set_title(f"CPU seconds to {goal} of the minimum", fontsize=10)
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend(fontsize=8, frameon=False)
-    save(figure, "subsampled-newton")
+    write_plot(figure, "subsampled-newton")
 
 
 def pwsgd() -> None:
@@ -65,7 +46,7 @@ def pwsgd() -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("error over the minimum")
     axes[1].legend(fontsize=8, frameon=False)
-    save(figure, "pwsgd")
+    write_plot(figure, "pwsgd")
 
 
 if __name__ == "__main__":

@@ -5,17 +5,8 @@ python benchmarks/randomized/quantile_plots.py
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from pages import plt, results, write_plot
 
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
-
-HERE = Path(__file__).parent
-PAGES = HERE.parents[1] / "docs" / "papers"
 SIDES = {
     "fullrank": ("fullrank", "#00796b", "o"),
     "pyfixest fn, solver alone": ("pyfixest, solver alone", "#7b4fa3", "s"),
@@ -24,10 +15,6 @@ SIDES = {
     "scikit-learn highs": ("scikit-learn highs", "#333333", "D"),
 }
 CONDITIONINGS = {"none": "#888888", "spc1": "#7b4fa3", "spc3": "#00796b", "uniform": "#c2571a"}
-
-
-def results(name: str) -> list[dict[str, Any]]:
-    return json.loads((HERE.parent / "results" / "randomized" / f"{name}.json").read_text())["results"]
 
 
 def main() -> None:
@@ -56,9 +43,7 @@ def main() -> None:
     error.set_ylabel("error of the worst coefficient")
     error.grid(alpha=0.3)
     error.legend(fontsize=8, frameon=False)
-    figure.tight_layout()
-    figure.savefig(PAGES / "quantile-regression.svg", metadata={"Date": None})
-    print("written: docs/papers/quantile-regression.svg")
+    write_plot(figure, "quantile-regression")
 
 
 if __name__ == "__main__":
