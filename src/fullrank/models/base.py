@@ -115,8 +115,12 @@ class Ranker(nn.Module):
         """Make a new model predict the mean label of each task; the Trainer calls it with the first batch.
 
         Training then spends no steps on the mean, and the first batch's loss is the entropy of its labels. A bias that
-        is no longer 0 has learnt and stays as it is, and so does one whose task has no observed label here.
+        is no longer 0 has learnt and stays as it is, and so does one whose task has no observed label here. Rankers
+        inside this one start alike.
         """
+        for ranker in self.modules():
+            if isinstance(ranker, Ranker) and ranker is not self:
+                ranker.start_at_base_rate(batch)
         biases = [element for bias in self.output_biases() for element in bias.view(-1).unbind()]
         weights_B = torch.ones(len(batch), device=batch.device) if batch.weights_B is None else batch.weights_B
         for label, bias, label_B in zip(self.schema.labels, biases, batch.labels_BT.unbind(1), strict=False):

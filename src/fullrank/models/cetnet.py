@@ -152,10 +152,6 @@ class CETNet(Ranker):
         )
         self.intercept_T = nn.Parameter(torch.zeros(self.num_tasks)) if config.intercept else None
 
-    def start_at_base_rate(self, batch: Batch) -> None:
-        for ranker in self.members:
-            cast(Ranker, ranker).start_at_base_rate(batch)
-
     def forward(self, batch: Batch) -> EnsembleOutput:
         outputs = tuple(cast(RankerOutput, ranker(batch)) for ranker in self.members)
         logits_MBT = torch.stack([output.logits_BT for output in outputs])
@@ -219,10 +215,6 @@ class MultiEmbedding(Ranker):
         super().__init__(schema, config)
         values = {**inherited(config), **config.backbone}
         self.members = nn.ModuleList(member(schema, values, "backbone") for _ in range(config.num_tables))
-
-    def start_at_base_rate(self, batch: Batch) -> None:
-        for ranker in self.members:
-            cast(Ranker, ranker).start_at_base_rate(batch)
 
     def forward(self, batch: Batch) -> RankerOutput:
         outputs = [cast(RankerOutput, ranker(batch)) for ranker in self.members]

@@ -122,9 +122,6 @@ class HiLoMoE(Ranker):
         """The converted layers by name."""
         return {name: cast(HiLoMoELinear, self.backbone.get_submodule(name)) for name in self.converted}
 
-    def start_at_base_rate(self, batch: Batch) -> None:
-        self.backbone.start_at_base_rate(batch)
-
     def set_progress(self, share: float) -> None:
         share += 1e-9  # a boundary belongs to the stage that begins there, whatever the rounding
         growth_begins, joint_begins = self.config.warm_up, self.config.warm_up + self.config.growth
