@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fuxictr import __version__ as fuxictr_version
 from fuxictr.preprocess import FeatureProcessor, build_dataset
-from fuxictr_peer import HISTORY, TABLES
+from fuxictr_peer import HISTORIES, TABLES, history
 
 
 def main():
@@ -24,7 +24,7 @@ def main():
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     table = args.data.name
-    features = [*TABLES[table], *([{**HISTORY, "feature_encoder": None}] if table == "globo_seq" else [])]
+    features = [*TABLES[table], *(history(name, table, attends=True) for name in HISTORIES.get(table, {}))]
     dataset_id = f"{table}_import"
     shutil.rmtree(args.work / dataset_id, ignore_errors=True)
     settings = {

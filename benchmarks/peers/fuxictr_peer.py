@@ -47,17 +47,46 @@ TABLES = {
     ],
     "globo_seq": categorical("item_id", "hour", "environment", "device", "os", "country", "region", "referrer"),
 }
-# plain rankers pool the history; DIN attends over it, so its encoder is null
-HISTORY = {
-    "name": "click_history",
-    "active": True,
-    "dtype": "str",
-    "type": "sequence",
-    "splitter": "^",
-    "max_len": 20,
-    "padding": "pre",
-    "share_embedding": "item_id",
+TABLES["globo_time"] = TABLES["globo_seq"]
+AMAZON = ("amazon_beauty", "amazon_toys", "amazon_grocery")
+TABLES |= {name: categorical("item_id", "category") for name in AMAZON}
+# history -> the feature whose table it shares; a "." of a column's name is "_" here, as torch takes none in keys
+HISTORIES = {
+    "globo_seq": {"click_history": "item_id"},
+    "globo_time": {"click_history_item": "item_id"},
+    **{name: {"history_item": "item_id", "history_category": "category"} for name in AMAZON},
 }
+
+
+def history(name, table, *, attends, share=True):
+    """Plain rankers pool the history; DIN attends over it, so its encoder is null."""
+    return {
+        "name": name,
+        "active": True,
+        "dtype": "str",
+        "type": "sequence",
+        "splitter": "^",
+        "max_len": 20,
+        "padding": "pre",
+        "feature_encoder": None if attends else "layers.MaskedAveragePooling()",
+        **({"share_embedding": HISTORIES[table][name]} if share else {}),
+    }
+
+
+def plain_names(source, folder):
+    """The table's three files; copies in `folder` if a column's name has a dot."""
+    files = {part: source / f"{part}.csv" for part in ("train", "valid", "test")}
+    with files["train"].open() as file:
+        header = file.readline()
+    if "." not in header:
+        return {part: str(path) for part, path in files.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in files.values():
+        with path.open() as old, (folder / path.name).open("w") as new:
+            new.write(old.readline().replace(".", "_"))
+            shutil.copyfileobj(old, new)
+    return {part: str(folder / path.name) for part, path in files.items()}
+
 
 MODELS = {
     "LR": ("LR", {}),
@@ -93,8 +122,6 @@ MODELS = {
             "dnn_hidden_units": HIDDEN,
             "attention_hidden_units": [64],
             "attention_hidden_activations": "Dice",
-            "din_target_field": ["item_id"],
-            "din_sequence_field": ["click_history"],
             "din_use_softmax": False,
         },
     ),
@@ -112,7 +139,7 @@ def main():
     parser.add_argument("--dim", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--no-share", action="store_true", help="give click_history its own table")
+    parser.add_argument("--no-share", action="store_true", help="give histories their own tables")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -122,11 +149,12 @@ def main():
     assert len(attends) == 1, "DIN reads the history unpooled: run it apart from the others"
     table = args.data.name
     features = [dict(column) for column in TABLES[table]]
-    if table == "globo_seq":
-        history = {**HISTORY, "feature_encoder": None if attends == {True} else "layers.MaskedAveragePooling()"}
-        if args.no_share:
-            history.pop("share_embedding")
-        features.append(history)
+    histories = HISTORIES.get(table, {})
+    features += [history(name, table, attends=attends == {True}, share=not args.no_share) for name in histories]
+    files = plain_names(args.data, args.work / f"{table}_csv")
+    din = {"din_target_field": list(histories.values()), "din_sequence_field": list(histories)}
+    if len(histories) > 1:  # one attention over all fields of an event
+        din = {key: [tuple(fields)] for key, fields in din.items()}
     dataset_id = f"{table}_{'din' if attends == {True} else 'flat'}"
     shutil.rmtree(args.work / dataset_id, ignore_errors=True)
     common = {
@@ -137,9 +165,9 @@ def main():
         "feature_cols": features,
         "label_col": {"name": "label", "dtype": "float"},
         "min_categr_count": 1,
-        "train_data": str(args.data / "train.csv"),
-        "valid_data": str(args.data / "valid.csv"),
-        "test_data": str(args.data / "test.csv"),
+        "train_data": files["train"],
+        "valid_data": files["valid"],
+        "test_data": files["test"],
         "loss": "binary_crossentropy",
         "metrics": ["logloss", "AUC"],
         "task": "binary_classification",
@@ -184,6 +212,7 @@ def main():
                 "mlp2_batch_norm": norm,
                 "regularizer": 0,
                 **extra,
+                **(din if name == "DIN" else {}),
             }
             if name in ("LR", "FM"):  # these two pass their `regularizer` on under both of the other names
                 del params["embedding_regularizer"], params["net_regularizer"]

@@ -12,6 +12,7 @@ from fullrank.layers.attention import (
     positions_from_latest,
     rotary_frequencies,
     rotate,
+    turns,
 )
 
 
@@ -56,16 +57,16 @@ def test_padding_is_never_seen() -> None:
 
 def test_a_rotated_product_depends_on_the_difference_of_positions_alone() -> None:
     torch.manual_seed(0)
-    query, key = torch.randn(1, 1, 1, 8).double(), torch.randn(1, 1, 1, 8).double()
+    query, key = torch.randn(1, 1, 16).double(), torch.randn(1, 1, 16).double()
     frequencies = rotary_frequencies(4).double()
 
     def product(at: float, of: float) -> float:
-        turned = rotate(query, (at * frequencies)[None, None]), rotate(key, (of * frequencies)[None, None])
+        turned = [rotate(x, turns((place * frequencies)[None, None], 2)) for x, place in ((query, at), (key, of))]
         return float((turned[0] * turned[1]).sum())
 
     assert product(5, 2) == pytest.approx(product(13, 10), abs=1e-12)
     assert product(5, 2) != pytest.approx(product(5, 3), abs=1e-3)
-    torch.testing.assert_close(rotate(query, torch.full((1, 1, 4), 2 * math.pi, dtype=torch.float64)), query)
+    torch.testing.assert_close(rotate(query, turns(torch.full((1, 1, 4), 2 * math.pi, dtype=torch.float64), 2)), query)
 
 
 def test_positions_count_back_from_the_latest_event() -> None:

@@ -203,10 +203,10 @@ def test_each_stage_trains_what_it_says(kind: Any) -> None:
 def test_auxiliary_losses_belong_to_their_stages() -> None:
     model = plain().train()
     names = {}
-    for share in (0.0, 0.5, 0.9):
+    for share in (0.0, 0.22, 0.9):
         model.set_progress(share)
         names[share] = set(model(rows(16)).aux_losses)
-    assert names == {0.0: set(), 0.5: {"balance", "z", "diversity"}, 0.9: {"balance", "z"}}
+    assert names == {0.0: set(), 0.22: {"balance", "z", "diversity"}, 0.9: {"balance", "z"}}
     assert not model.eval()(rows(16)).aux_losses
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from fullrank.models import MODELS
+from fullrank.schema import EventId, Schema, Sequence
 from fullrank.training.recipe import Recipe, read_recipe
 
 GOOD = """
@@ -94,3 +97,28 @@ def test_committed_recipes_are_right() -> None:
     assert recipes
     for path in recipes:
         read_recipe(path)
+
+
+def test_every_recipe_of_a_table_builds_its_model_on_its_schema() -> None:
+    root = Path(__file__).parents[2]
+    built = 0
+    for path in sorted((root / "recipes").glob("*.yaml")):
+        if "model" not in yaml.safe_load(path.read_text()):
+            continue  # a funnel
+        recipe = read_recipe(path)
+        if recipe.data.source is None or recipe.data.source.schema_file is None:
+            continue
+        schema = Schema.read(root / recipe.data.source.schema_file)
+        sized = [
+            feature.model_copy(update={"num_embeddings": 5} if hasattr(feature, "num_embeddings") else {})
+            if not isinstance(feature, Sequence)
+            else feature.model_copy(
+                update={"fields": tuple(f.model_copy(update={"num_embeddings": 5}) if isinstance(f, EventId) else f
+                                        for f in feature.fields)})
+            for feature in schema.features
+        ]  # fmt: skip
+        schema = schema.model_copy(update={"features": tuple(sized)})
+        model = MODELS[recipe.model_name].from_config(schema, recipe.model_config_values)
+        assert model.num_parameters().dense > 0, path.name
+        built += 1
+    assert built >= 30

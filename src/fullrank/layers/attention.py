@@ -1,6 +1,7 @@
 """Multi-head attention over tokens, safe for rows in which no token is real."""
 
-# Shapes: B rows, Q queries, K keys, D width, H heads, E width of a head, R = E/2 rotary pairs.
+# Shapes: B rows, Q queries, K keys, D width, H heads, E width of a head, R = E/2 rotary pairs of a head, P = D/2 of
+# all heads.
 
 from __future__ import annotations
 
@@ -24,14 +25,24 @@ def attend(query_BHQE: Tensor, key_BHKE: Tensor, value_BHKE: Tensor, mask_BK: Te
     return mixed_BHQE.masked_fill(~known_B[:, None, None, None], 0.0)
 
 
-def rotate(x_BHTE: Tensor, angle_BTR: Tensor) -> Tensor:
-    """Rotary encoding: pair r of a head, (x_r, x_{r+R}), turned by `angle_BTR[..., r]` radians.
+def turns(angle_BTR: Tensor, num_heads: int) -> Tensor:
+    """What `rotate` multiplies with: exp(i·angle) of each pair, the same for every head; complex, (B, T, P).
+
+    Made once for all layers, at full width: a product that broadcasts over heads has inner loops of R numbers.
+    """
+    angle_BTP = angle_BTR.repeat(1, 1, num_heads)
+    return torch.polar(torch.ones_like(angle_BTP), angle_BTP)
+
+
+def rotate(x_BTD: Tensor, turn_BTP: Tensor) -> Tensor:
+    """Rotary encoding: pair p, (x_2p, x_2p+1), taken as a complex number and turned by `turn_BTP[..., p]`.
 
     Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, Neurocomputing 2024.
     """
-    cos, sin = angle_BTR.cos().to(x_BHTE.dtype)[:, None], angle_BTR.sin().to(x_BHTE.dtype)[:, None]
-    first, second = x_BHTE.chunk(2, dim=3)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], 3)
+    # There are no half-precision complex numbers to speak of.
+    exact_BTD = x_BTD if x_BTD.dtype == turn_BTP.real.dtype else x_BTD.to(turn_BTP.real.dtype)
+    turned_BTP = torch.view_as_complex(exact_BTD.unflatten(2, (-1, 2))) * turn_BTP
+    return torch.view_as_real(turned_BTP).flatten(2).to(x_BTD.dtype)
 
 
 def rotary_frequencies(pairs: int, base: float = 10_000.0) -> Tensor:
@@ -72,16 +83,17 @@ class MultiHeadAttention(nn.Module):
         key_BKD: Tensor,
         mask_BK: Tensor | None = None,
         *,
-        query_angle_BQR: Tensor | None = None,
-        key_angle_BKR: Tensor | None = None,
+        query_turn_BQP: Tensor | None = None,
+        key_turn_BKP: Tensor | None = None,
     ) -> Tensor:
-        """Shape (B, Q, D). Angles turn queries and keys (`rotate`) before they meet."""
-        query = split_heads(self.query(query_BQD), self.num_heads)
-        key, value = (split_heads(part, self.num_heads) for part in self.key_value(key_BKD).chunk(2, dim=2))
-        if query_angle_BQR is not None:
-            query = rotate(query, query_angle_BQR)
-        if key_angle_BKR is not None:
-            key = rotate(key, key_angle_BKR)
+        """Shape (B, Q, D). `turns` of the positions rotate queries and keys before they meet."""
+        query_BQD = self.query(query_BQD)
+        key_BKD, value_BKD = self.key_value(key_BKD).chunk(2, dim=2)
+        if query_turn_BQP is not None:
+            query_BQD = rotate(query_BQD, query_turn_BQP)
+        if key_turn_BKP is not None:
+            key_BKD = rotate(key_BKD, key_turn_BKP)
+        query, key, value = (split_heads(part, self.num_heads) for part in (query_BQD, key_BKD, value_BKD))
         mixed: Tensor = self.out(merge_heads(attend(query, key, value, mask_BK)))
         return mixed
 

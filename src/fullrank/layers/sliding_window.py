@@ -1,7 +1,7 @@
 """Self-attention within a window of neighbours, in time and memory linear in the length."""
 
 # Shapes: B rows, T tokens, D width, H heads, E width of a head, C chunks of S tokens, K = S + 2 window keys of a chunk,
-# R rotary pairs.
+# P rotary pairs of all heads.
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def sliding_window(
 ) -> Tensor:
     """softmax attention of each token over the real tokens at most `window` places away; zero where there is none.
 
-    Tokens are cut into chunks of a window; each chunk sees itself and its two neighbours, so no T x T matrix exists.
+    Tokens are cut into chunks of a window; each chunk sees itself and its two neighbours, so no T x T matrix exists
+    unless it is smaller than those.
 
     Returns:
         Shape (B, H, T, E).
@@ -26,6 +27,8 @@ def sliding_window(
     if window >= length - 1:
         return attend(query_BHTE, key_BHTE, value_BHTE, mask_BT)
     size = max(1, window)
+    if length <= size + 2 * window:  # a chunk would have as many keys
+        return _banded(query_BHTE, key_BHTE, value_BHTE, window, mask_BT)
     chunks = -(-length // size)
     tail = chunks * size - length
     keys = size + 2 * window
@@ -60,6 +63,18 @@ def sliding_window(
     return mixed.masked_fill(none_BT[:, None, :, None], 0.0)
 
 
+def _banded(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, window: int, mask_BT: Tensor | None) -> Tensor:
+    """The same by a mask on all pairs of tokens."""
+    place_T = torch.arange(q_BHTE.shape[2], device=q_BHTE.device)
+    band_TT = (place_T[:, None] - place_T[None, :]).abs() <= window
+    if mask_BT is None:
+        return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=band_TT)
+    seen_BTT = band_TT & mask_BT[:, None, :]
+    none_BT1 = ~seen_BTT.any(2, keepdim=True)
+    mixed = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=(seen_BTT | none_BT1)[:, None])
+    return mixed.masked_fill(none_BT1[:, None], 0.0)
+
+
 class SlidingWindowAttention(nn.Module):
     """Multi-head self-attention over the tokens at most `window` places away.
 
@@ -79,10 +94,11 @@ class SlidingWindowAttention(nn.Module):
             nn.init.xavier_uniform_(weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, tokens_BTD: Tensor, mask_BT: Tensor | None = None, angle_BTR: Tensor | None = None) -> Tensor:
-        """Shape (B, T, D)."""
-        query, key, value = (split_heads(x, self.num_heads) for x in self.query_key_value(tokens_BTD).chunk(3, dim=2))
-        if angle_BTR is not None:
-            query, key = rotate(query, angle_BTR), rotate(key, angle_BTR)
+    def forward(self, tokens_BTD: Tensor, mask_BT: Tensor | None = None, turn_BTP: Tensor | None = None) -> Tensor:
+        """Shape (B, T, D). `turn_BTP` rotates queries and keys, see `fullrank.layers.attention.turns`."""
+        parts = list(self.query_key_value(tokens_BTD).chunk(3, dim=2))
+        if turn_BTP is not None:
+            parts[:2] = [rotate(part, turn_BTP) for part in parts[:2]]
+        query, key, value = (split_heads(part, self.num_heads) for part in parts)
         mixed: Tensor = self.out(merge_heads(sliding_window(query, key, value, self.window, mask_BT)))
         return mixed

@@ -92,8 +92,8 @@ class HiLoMoE(Ranker):
         top_k: int | None = Field(default=2, ge=1)
         project: bool = False
         hierarchical: bool = True
-        warm_up: float = Field(default=0.4, ge=0, lt=1)
-        growth: float = Field(default=0.2, ge=0, lt=1)
+        warm_up: float = Field(default=0.2, ge=0, lt=1)
+        growth: float = Field(default=0.05, ge=0, lt=1)
         balance: float = Field(default=1e-2, ge=0)
         z: float = Field(default=1e-3, ge=0)
         diversity: float = Field(default=1e-3, ge=0)

@@ -1,7 +1,7 @@
 """InterFormer: feature tokens and behaviour sequences that exchange small summaries at every layer."""
 
 # Shapes: B rows, N feature tokens, T tokens of a sequence (C summary tokens, then L events), D width, M tokens of a
-# summary, S summary tokens of the features, K most recent events, R rotary pairs.
+# summary, S summary tokens of the features, K most recent events, P rotary pairs of all heads.
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fullrank.layers.attention import (
     positions_from_latest,
     require_heads,
     rotary_frequencies,
+    turns,
 )
 from fullrank.layers.histories import FeaturesAndHistories, latest
 from fullrank.layers.mlp import MLP
@@ -212,13 +213,13 @@ class SequenceArch(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, events_BTD: Tensor, mask_BT: Tensor, summary_BSD: Tensor | None, angle_BTR: Tensor | None
+        self, events_BTD: Tensor, mask_BT: Tensor, summary_BSD: Tensor | None, turn_BTP: Tensor | None
     ) -> Tensor:
         x_BTD: Tensor = self.before_ffn(events_BTD)
         x_BTD = self.ffn(x_BTD) if summary_BSD is None else self.ffn(summary_BSD, x_BTD)
         events_BTD = events_BTD + self.dropout(x_BTD) if self.residual else x_BTD
         x_BTD = self.before_attention(events_BTD)
-        x_BTD = self.attention(x_BTD, x_BTD, mask_BT, query_angle_BQR=angle_BTR, key_angle_BKR=angle_BTR)
+        x_BTD = self.attention(x_BTD, x_BTD, mask_BT, query_turn_BQP=turn_BTP, key_turn_BKP=turn_BTP)
         if not self.residual:
             return x_BTD
         return events_BTD + cast(Tensor, self.dropout(x_BTD))
@@ -260,7 +261,7 @@ class InterFormerBackbone(nn.Module):
         require_heads(width, num_heads)
         if rope and (width // num_heads) % 2:
             raise ValueError(f"rotary positions need heads of even width, got {width} / {num_heads}")
-        self.num_summary = num_summary
+        self.num_summary, self.num_heads = num_summary, num_heads
         self.num_sequences = num_sequences if flow != "sole" else 0
         self.to_sequences, self.to_features = flow in ("int", "n2s"), flow in ("int", "s2n")
 
@@ -306,7 +307,7 @@ class InterFormerBackbone(nn.Module):
         Args:
             sequences: (events_BLD, mask_BL) of each, oldest event first.
         """
-        states, masks, angles = [], [], []
+        states, masks, turned = [], [], []
         for index, (events_BLD, mask_BL) in enumerate(sequences[: self.num_sequences]):
             if self.cls_CD is not None:
                 cls_BCD = self.cls_CD[index].expand(len(tokens_BND), -1, -1).to(events_BLD.dtype)
@@ -314,7 +315,7 @@ class InterFormerBackbone(nn.Module):
                 cls_BCD = self.feature_summaries[0](tokens_BND)
             states.append(torch.cat([cls_BCD, events_BLD], 1))
             masks.append(F.pad(mask_BL, (self.num_summary, 0), value=True))
-            angles.append(self._angles(mask_BL))
+            turned.append(self._turns(mask_BL))
         for layer, interaction in enumerate(self.interactions):
             summary_BSD = self.feature_summaries[layer](tokens_BND) if self.feature_summaries else None
             tells = cast(nn.ModuleList, self.sequence_summaries[layer]) if self.sequence_summaries else nn.ModuleList()
@@ -322,8 +323,8 @@ class InterFormerBackbone(nn.Module):
             tokens_BND = interaction(tokens_BND, told)
             archs = cast(nn.ModuleList, self.sequences[layer])
             states = [
-                arch(state, mask, summary_BSD, angle)
-                for arch, state, mask, angle in zip(archs, states, masks, angles, strict=True)
+                arch(state, mask, summary_BSD, turn)
+                for arch, state, mask, turn in zip(archs, states, masks, turned, strict=True)
             ]
         summaries = [self.last_feature_summary(tokens_BND)]
         summaries += [
@@ -331,12 +332,12 @@ class InterFormerBackbone(nn.Module):
         ]
         return torch.cat(summaries, 1).flatten(1)
 
-    def _angles(self, mask_BL: Tensor) -> Tensor | None:
+    def _turns(self, mask_BL: Tensor) -> Tensor | None:
         """Rotation by the place counted back from the latest event; none for the summary tokens."""
         if self.frequency_R is None:
             return None
         angle_BLR = positions_from_latest(mask_BL)[:, :, None] * self.get_buffer("frequency_R")
-        return F.pad(angle_BLR, (0, 0, self.num_summary, 0))
+        return turns(F.pad(angle_BLR, (0, 0, self.num_summary, 0)), self.num_heads)
 
 
 class InterFormer(Ranker):
