@@ -116,6 +116,15 @@ MODELS = {
             "num_heads": 1,
         },
     ),
+    "xDeepFM": ("xDeepFM", {"dnn_hidden_units": HIDDEN, "cin_hidden_units": [16, 16]}),
+    "GDCN": ("GDCN", {"dnn_hidden_units": HIDDEN, "num_cross_layers": 3}),
+    # Layer norm is part of this one; there is no batch norm to choose.
+    "MaskNet": ("MaskNet", {"dnn_hidden_units": HIDDEN, "model_type": "SerialMaskNet"}),
+    "FinalNet": ("FinalNet", {"block_type": "2B", "block1_hidden_units": HIDDEN, "block2_hidden_units": HIDDEN}),
+    "WuKong": (
+        "WuKong",
+        {"lcb_features": 16, "fmb_features": 16, "fmb_mlp_units": [128], "mlp_hidden_units": HIDDEN},
+    ),
     "DIN": (
         "DIN",
         {
@@ -210,6 +219,7 @@ def main():
                 "batch_norm": norm,
                 "mlp1_batch_norm": norm,
                 "mlp2_batch_norm": norm,
+                "mlp_batch_norm": norm,
                 "regularizer": 0,
                 **extra,
                 **(din if name == "DIN" else {}),

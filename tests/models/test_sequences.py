@@ -62,7 +62,8 @@ def batch_of(histories: list[list[int]], ages: list[list[float]] | None = None) 
 def build(name: str, *, timed: bool = False, **config: Any) -> Ranker:
     torch.manual_seed(0)
     defaults = {"embedding_dim": 4, "embedding_init": 0.7, "hidden": (8,)}
-    model = MODELS[name].from_config(schema(timed=timed), {**defaults, **config})
+    values = {key: value for key, value in {**defaults, **config}.items() if value is not None}
+    model = MODELS[name].from_config(schema(timed=timed), values)
     for layer in model.modules():
         if isinstance(layer, OutputLayer):
             nn.init.normal_(layer.weight)
@@ -380,9 +381,16 @@ def test_operations_equal_the_analytic_count() -> None:
     assert dien.flops_per_example() == grus + 2 * d * d + 2 * (inputs + d) * 8 + 2 * 8
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_captured_models_give_the_same_logits_and_gradients(name: str) -> None:
-    model = build(name).train()
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        *((name, {}) for name in (*NAMES, "interformer", "kunlun")),
+        ("hilomoe", {"backbone": {"name": "din", "hidden": (8,)}, "num_experts": 3, "hidden": None}),
+        ("cetnet", {"members": ({"name": "interformer", "hidden": (8,)}, {"name": "dcn_v2"}), "hidden": None}),
+    ],
+)
+def test_captured_models_give_the_same_logits_and_gradients(name: str, config: dict[str, Any]) -> None:
+    model = build(name, **config).train()
     batch = batch_of([[1, 2, 3], [], [4, 5]])
     parameters = [p for p in model.parameters() if p.requires_grad]
 

@@ -107,15 +107,21 @@ class PersonalizedFFN(nn.Module):
 
 
 class MaskNetFusion(nn.Module):
-    """The channels of an event as one vector: W (s ⊙ mask(s)) with a two-layer mask; the identity for one channel."""
+    """The channels of an event as one vector: W (s ⊙ mask(s)) with a two-layer mask; the identity for one channel.
+
+    The mask starts around 1 and W without bias, so that the ids and not two biases are what the layers above first see.
+    """
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.mask: nn.Module | None = None
         self.compress: nn.Module = nn.Identity()
         if channels != width:
-            self.mask = nn.Sequential(nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, channels))
-            self.compress = nn.Linear(channels, width)
+            last, compress = nn.Linear(width, channels), nn.Linear(channels, width)
+            nn.init.ones_(last.bias)
+            nn.init.zeros_(compress.bias)
+            self.mask = nn.Sequential(nn.Linear(channels, width), nn.ReLU(), last)
+            self.compress = compress
 
     def forward(self, channels_BLC: Tensor) -> Tensor:
         if self.mask is not None:
@@ -341,7 +347,11 @@ class InterFormerBackbone(nn.Module):
 
 
 class InterFormer(Ranker):
-    """Heterogeneous interaction learning. Each sequence of the schema has a sequence part of its own."""
+    """Heterogeneous interaction learning. Each sequence of the schema has a sequence part of its own.
+
+    Deviation: tokens and events are normalised before the first layer (not with `strict_paper`). Tables start small, so
+    otherwise the layers' biases and the first residual sums drown them, and training begins with a long standstill.
+    """
 
     name = "interformer"
     source = "Zeng et al., InterFormer: Effective Heterogeneous Interaction Learning for CTR Prediction, CIKM 2025"
@@ -388,6 +398,11 @@ class InterFormer(Ranker):
             features = tuple(feature for feature in schema.features if not isinstance(feature, HistoryFeature))
             schema = schema.model_copy(update={"features": features})
         self.features = FeaturesAndHistories(schema, width, config.embedding_init)
+        normalize = not config.strict_paper
+        self.token_norm: nn.Module = nn.LayerNorm(width) if normalize else nn.Identity()
+        self.event_norms = nn.ModuleList(
+            nn.LayerNorm(channels) if normalize else nn.Identity() for channels in self.features.channels
+        )
         self.fusions = nn.ModuleList(MaskNetFusion(channels, width) for channels in self.features.channels)
         self.backbone = InterFormerBackbone(
             self.features.num_tokens,
@@ -421,7 +436,7 @@ class InterFormer(Ranker):
     def forward(self, batch: Batch) -> RankerOutput:
         tokens_BND, histories = self.features(batch)
         sequences = [
-            (fusion(history.channels_BLC), history.mask_BL)
-            for fusion, history in zip(self.fusions, histories, strict=True)
+            (fusion(norm(history.channels_BLC)), history.mask_BL)
+            for norm, fusion, history in zip(self.event_norms, self.fusions, histories, strict=True)
         ]
-        return RankerOutput(self.mlp(self.backbone(tokens_BND, sequences)))
+        return RankerOutput(self.mlp(self.backbone(self.token_norm(tokens_BND), sequences)))

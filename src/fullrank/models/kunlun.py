@@ -333,7 +333,10 @@ class KunlunBackbone(nn.Module):
 
 
 class Kunlun(Ranker):
-    """See `KunlunBackbone`; every sequence of the schema is an event type."""
+    """See `KunlunBackbone`; every sequence of the schema is an event type.
+
+    Deviation: events are normalised before their MLP, for the reason that `FeatureWeights` gives.
+    """
 
     name = "kunlun"
     source = "Kunlun: Establishing Scaling Laws for Massive-Scale Recommendation Systems, arXiv 2602.10016, 2026"
@@ -396,7 +399,7 @@ class Kunlun(Ranker):
         self.features = FeaturesAndHistories(schema, width, config.embedding_init)
         widths = [event.width or width for event in events.values()]
         self.events = nn.ModuleList(
-            nn.Sequential(nn.Linear(channels, own), nn.SiLU(), nn.Linear(own, own))
+            nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, own), nn.SiLU(), nn.Linear(own, own))
             for channels, own in zip(self.features.channels, widths, strict=True)
         )
         self.backbone = KunlunBackbone(
