@@ -369,7 +369,7 @@ class InterFormer(Ranker):
             hidden: widths of the head's MLP.
         """
 
-        embedding_init: float = 0.02
+        embedding_init: float = 0.001
         num_layers: int = Field(default=2, ge=1)
         interaction: str = "dhen"
         num_heads: int = Field(default=2, ge=1)
