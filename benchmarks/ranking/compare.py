@@ -91,8 +91,8 @@ ENTRIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = (
     | {"heterogeneous": SEQUENCES | FLOWS}
 )
 # One where a second epoch overfits on validation.
-EPOCHS = dict.fromkeys(SETS, 3) | {"order-4": 8}
-EPOCHS |= dict.fromkeys(("ml1m_ctr", "globo_seq", "globo_time"), 1) | dict.fromkeys(AMAZON, 3)
+EPOCHS = dict.fromkeys(SETS, 3) | {"order-4": 8, "census": 2}
+EPOCHS |= dict.fromkeys(("ml1m_ctr", "globo_seq", "globo_time"), 1) | dict.fromkeys(AMAZON, 2)
 
 
 def dataset_of(name: str, args: argparse.Namespace, scratch: Path) -> Any:

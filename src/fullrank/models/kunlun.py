@@ -359,7 +359,7 @@ class Kunlun(Ranker):
             hidden: widths of the head's MLP.
         """
 
-        embedding_init: float = 0.02
+        embedding_init: float = 0.001
         events: dict[str, EventConfig] = Field(default={})
         num_layers: int = Field(default=2, ge=1)
         num_summary: int = Field(default=4, ge=1)
