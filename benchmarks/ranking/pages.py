@@ -45,6 +45,8 @@ def cell(value: Any, digits: int) -> str:
 
 
 def markdown(name: str) -> str:
+    if not (RESULTS / f"{name}.json").exists():
+        return "Not measured."
     rows = json.loads((RESULTS / f"{name}.json").read_text())["summary"]
     columns = {head: spec for head, spec in COLUMNS.items() if any(row.get(spec[0]) is not None for row in rows)}
     lines = ["| model | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
@@ -56,7 +58,7 @@ def markdown(name: str) -> str:
 
 def main() -> None:
     text = PAGE.read_text()
-    marked = re.compile(r"(<!-- table: (\w+(?:-\w+)?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    marked = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
     PAGE.write_text(marked.sub(lambda found: f"{found[1]}\n{markdown(found[2])}\n\n{found[3]}", text))
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from fullrank.layers.attention import (
     MultiHeadAttention,
@@ -53,6 +54,21 @@ def test_padding_is_never_seen() -> None:
     assert bool((pool(tokens, mask)[2] == 0).all())
     order = torch.randperm(6)
     torch.testing.assert_close(pool(tokens, mask), pool(tokens[:, order], mask[:, order]))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_queries_that_rows_share_give_what_each_row_would_get(masked: bool) -> None:
+    torch.manual_seed(0)
+    attention = MultiHeadAttention(12, 3).double()
+    query, tokens = torch.randn(5, 12).double(), torch.randn(4, 7, 12).double().requires_grad_()
+    mask = torch.arange(7) < torch.tensor([[7], [3], [0], [1]]) if masked else None
+    weight = torch.randn(4, 5, 12).double()
+
+    def outcome(output: Tensor) -> list[Tensor]:
+        return [output, *torch.autograd.grad((output * weight).sum(), [tokens, *attention.parameters()])]
+
+    shared = outcome(attention.pool(query, tokens, mask))
+    torch.testing.assert_close(shared, outcome(attention(query.expand(4, -1, -1), tokens, mask)))
 
 
 def test_a_rotated_product_depends_on_the_difference_of_positions_alone() -> None:

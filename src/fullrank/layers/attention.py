@@ -97,6 +97,30 @@ class MultiHeadAttention(nn.Module):
         mixed: Tensor = self.out(merge_heads(attend(query, key, value, mask_BK)))
         return mixed
 
+    def pool(self, query_QD: Tensor, key_BKD: Tensor, mask_BK: Tensor | None = None) -> Tensor:
+        """`forward` for queries that all rows share, shape (B, Q, D).
+
+        q_h kᵀ = x (W_kᵀ q_h) and Σ p v = (Σ p x) W_vᵀ: with the queries folded into the weights, no keys and no values
+        are made; what touches every token is one matrix product and one weighted sum.
+        """
+        width, heads = key_BKD.shape[2], self.num_heads
+        query_HQE = self.query(query_QD).unflatten(1, (heads, -1)).transpose(0, 1) * (width // heads) ** -0.5
+        key_HED, value_HED = self.key_value.weight.view(2, heads, -1, width)
+        # M = H·Q, head after head.
+        score_BKM = F.linear(key_BKD, torch.bmm(query_HQE, key_HED.to(query_HQE.dtype)).flatten(0, 1))
+        if mask_BK is not None:
+            # Rows without keys attend to padding and are zeroed after: a softmax over nothing is NaN.
+            known_B1 = mask_BK.any(1, keepdim=True)
+            score_BKM = score_BKM.masked_fill((~mask_BK & known_B1)[:, :, None], -torch.inf)
+        pooled_BMD = torch.bmm(torch.softmax(score_BKM, 1).transpose(1, 2).to(key_BKD.dtype), key_BKD)
+        pooled_HND = pooled_BMD.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
+        mixed_HNE = torch.bmm(pooled_HND, value_HED.transpose(1, 2).to(pooled_HND.dtype))
+        mixed_BQD = mixed_HNE.unflatten(1, (len(key_BKD), -1)).permute(1, 2, 0, 3).flatten(2)
+        if mask_BK is not None:
+            mixed_BQD = mixed_BQD.masked_fill(~known_B1[:, :, None], 0.0)
+        out: Tensor = self.out(mixed_BQD)
+        return out
+
 
 def require_heads(width: int, num_heads: int) -> None:
     """Raises:
@@ -130,8 +154,7 @@ class PoolingByMultiheadAttention(nn.Module):
 
     def forward(self, tokens_BKD: Tensor, mask_BK: Tensor | None = None) -> Tensor:
         """Shape (B, Q, D)."""
-        query_BQD = self.query_QD.expand(tokens_BKD.shape[0], -1, -1)
-        pooled: Tensor = self.attention(query_BQD, tokens_BKD, mask_BK)
+        pooled = self.attention.pool(self.query_QD, tokens_BKD, mask_BK)
         if mask_BK is None:
             return pooled
         return pooled.masked_fill(~mask_BK.any(1)[:, None, None], 0.0)

@@ -49,6 +49,5 @@ class HierarchicalSeedPooling(nn.Module):
 
     def forward(self, events_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """Shape (B, T, D)."""
-        seeds_BSD = self.norm(self.seed_SD).expand(events_BLD.shape[0], -1, -1)
-        summary: Tensor = self.compress(self.attention(seeds_BSD, events_BLD, mask_BL))
+        summary: Tensor = self.compress(self.attention.pool(self.norm(self.seed_SD), events_BLD, mask_BL))
         return summary
