@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -28,7 +29,7 @@ import compare
 from machine import RESULTS, table, write
 
 # width, layers
-SIZES = ((8, 1), (16, 2), (32, 3), (48, 4))
+SIZES = ((4, 1), (8, 1), (16, 2), (32, 3))
 MODELS = ("interformer", "kunlun")
 
 
@@ -100,16 +101,18 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", dest="name", default="globo_seq", choices=["globo_seq", "heterogeneous", "timed"])
+    parser.add_argument(
+        "--set",
+        dest="name",
+        default="globo_seq",
+        choices=["globo_seq", "globo_time", *compare.AMAZON, "heterogeneous", "timed"],
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tables", type=Path, default=Path("tables"))
-    parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/ranking"))
     args = parser.parse_args()
-    import torch
-
-    torch.set_num_threads(args.threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     args.work.mkdir(parents=True, exist_ok=True)
     journal = args.work / f"scaling-{args.name}.jsonl"
     records = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
@@ -121,8 +124,7 @@ def main() -> None:
                 for model in MODELS:
                     if (model, size, seed) in done:
                         continue
-                    epochs = 1 if args.name == "globo_seq" else 3
-                    found = compare.run(dataset, model, config(model, width, layers), seed, epochs)
+                    found = compare.run(dataset, model, config(model, width, layers), seed, compare.EPOCHS[args.name])
                     records.append({"model": model, "size": size, "seed": seed, **found})
                     with journal.open("a") as file:
                         file.write(json.dumps(records[-1]) + "\n")
