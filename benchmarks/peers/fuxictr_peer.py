@@ -116,8 +116,6 @@ MODELS = {
             "num_heads": 1,
         },
     ),
-    "xDeepFM": ("xDeepFM", {"dnn_hidden_units": HIDDEN, "cin_hidden_units": [16, 16]}),
-    "GDCN": ("GDCN", {"dnn_hidden_units": HIDDEN, "num_cross_layers": 3}),
     # Layer norm is part of this one; there is no batch norm to choose.
     "MaskNet": ("MaskNet", {"dnn_hidden_units": HIDDEN, "model_type": "SerialMaskNet"}),
     "FinalNet": ("FinalNet", {"block_type": "2B", "block1_hidden_units": HIDDEN, "block2_hidden_units": HIDDEN}),

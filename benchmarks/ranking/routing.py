@@ -43,7 +43,7 @@ def run(dataset: Any, options: dict[str, Any], seed: int) -> dict[str, Any]:
     from fullrank.training import Trainer, TrainerConfig, evaluate
 
     torch.manual_seed(seed)
-    backbone = {"name": "dcn_v2", "hidden": compare.HIDDEN}
+    backbone = {"name": "dcn_v2", "hidden": compare.HIDDEN, "batch_norm": True}
     model = HiLoMoE.from_config(dataset.schema, {"backbone": backbone, **options})
     train, valid, test = (Loader(dataset, part, 8192) for part in ("train", "valid", "test"))
     train = Loader(dataset, "train", 1024, shuffle=True, seed=seed)
