@@ -7,45 +7,58 @@ from __future__ import annotations
 
 from pages import plt, results, write_plot
 
+SETS = {"small": "100,000 x 100", "tall": "500,000 x 100", "a9a": "a9a: 32,561 x 124, sparse"}
+GOALS = {"1e-06": "to 1e-6", "1e-10": "to 1e-10"}
 SOLVERS = {
     "ours, auto": ("sub-sampled Newton", "#00796b"),
     "ours, full Newton": ("full Newton, same code", "#7fb8b0"),
     "newton-cholesky": ("newton-cholesky", "#c2571a"),
     "newton-cg": ("newton-cg", "#7b4fa3"),
-    "lbfgs": ("lbfgs", "#888888"),
+    "lbfgs": ("lbfgs", "#555555"),
+}
+METHODS = {
+    "SGD, tuned": ("SGD, tuned", "#888888", "v"),
+    "Kaczmarz, tuned": ("Kaczmarz, tuned", "#c2571a", "s"),
+    "pwSGD, tuned": ("pwSGD, tuned", "#7fb8b0", "^"),
+    "pwSGD, auto": ("pwSGD, as it comes", "#00796b", "o"),
 }
 
 
 def subsampled_newton() -> None:
-    rows = [row for row in results("logistic_newton") if row["set"] != "adult"]
-    sets = list(dict.fromkeys(row["set"] for row in rows))
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-    for axis, goal in zip(axes, ("1e-06", "1e-10"), strict=True):
+    rows = results("logistic_newton")
+    figure, axes = plt.subplots(1, len(SETS), figsize=(9, 3.4))
+    for axis, (name, title) in zip(axes, SETS.items(), strict=True):
+        seconds = {(row["solver"], row["goal"]): row["cpu_s"] for row in rows if row["set"] == name and "goal" in row}
         for i, (solver, (label, colour)) in enumerate(SOLVERS.items()):
-            found = {row["set"]: row["cpu_s"] for row in rows if row["solver"] == solver and row["goal"] == goal}
-            places = [j + 0.16 * (i - 2) for j in range(len(sets))]
-            axis.bar(places, [found.get(name) or 0 for name in sets], 0.15, color=colour, label=label)
-        axis.set_yscale("log")
-        axis.set_xticks(range(len(sets)), sets)
-        axis.set_title(f"CPU seconds to {goal} of the minimum", fontsize=10)
+            for j, goal in enumerate(GOALS):
+                place, found = j + 0.17 * (i - 2), seconds.get((solver, goal))
+                axis.bar(place, found or 0, 0.15, color=colour, label=label if j == 0 else None)
+                if found is None:
+                    axis.text(place, 0, " not there", rotation=90, ha="center", fontsize=7, color=colour)
+        axis.set_xticks(range(len(GOALS)), list(GOALS.values()))
+        axis.tick_params(axis="x", length=0)
+        axis.set_title(title, fontsize=10)
         axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(fontsize=8, frameon=False)
-    write_plot(figure, "subsampled-newton")
+        axis.set_axisbelow(True)
+    axes[0].set_ylabel("CPU seconds")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncol=5, fontsize=8, frameon=False, bbox_to_anchor=(0.5, 0.02))
+    write_plot(figure, "subsampled-newton", bbox_inches="tight")
 
 
 def pwsgd() -> None:
     rows = results("pwsgd")
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.3), sharey=True)
     for axis, loss in zip(axes, ("squared", "absolute"), strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows):
+        for method, (label, colour, marker) in METHODS.items():
             of_method = [row for row in rows if row["method"] == method and row["loss"] == loss]
             conditions, errors = ([float(row[key]) for row in of_method] for key in ("condition", "error"))
-            axis.loglog(conditions, errors, marker="o", markersize=4, label=method)
+            axis.loglog(conditions, errors, color=colour, marker=marker, markersize=4, label=label)
         axis.set_title(f"{loss} loss", fontsize=10)
         axis.set_xlabel("condition of the table")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("error over the minimum")
-    axes[1].legend(fontsize=8, frameon=False)
+    axes[0].set_ylabel("relative error over the minimum")
+    axes[1].legend(fontsize=8, frameon=False, loc="center right")
     write_plot(figure, "pwsgd")
 
 

@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/ensembles"))
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
-    members = MEMBERS["histories" if args.name in compare.WITH_HISTORIES else "tables"]
+    members = MEMBERS["tables" if args.name == "ml1m_ctr" else "histories"]
     args.work.mkdir(parents=True, exist_ok=True)
     journal = args.work / f"{args.name}.jsonl"
     records = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
