@@ -93,10 +93,12 @@ def run(dataset: Any, members: dict[str, dict[str, Any]], seed: int) -> list[dic
     labels: dict[str, Any] = {}
 
     def record(label: str, valid: Any, test: Any, model: Any = None) -> None:
-        sizes = {"parameters": model.num_parameters().total, "flops_per_example": model.flops_per_example()}
+        sizes = {}
+        if model is not None:
+            sizes = {"parameters": model.num_parameters().total, "flops_per_example": model.flops_per_example()}
         scores = {f"{part}_{key}": value for part, logit in (("valid", valid), ("test", test))
                   for key, value in metrics(logit, labels[part]).items()}  # fmt: skip
-        records.append({"label": label, "seed": seed, **(sizes if model is not None else {}), **scores})
+        records.append({"label": label, "seed": seed, **sizes, **scores})
         print(json.dumps(records[-1]), flush=True)
 
     for label, (name, config) in jobs.items():

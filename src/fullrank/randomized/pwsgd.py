@@ -299,6 +299,8 @@ class PreconditionedSGDRegressor(RegressorMixin, BaseEstimator):
     def _source(self, X: Any, y: Any, sample_weight: Any, reset: bool) -> RowSource:
         source = as_source(X, y, sample_weight)
         if source is not None:
+            if source.n_targets != 1:
+                raise ValueError(f"the source has {source.n_targets} targets, expected 1")
             self.n_features_in_ = source.n_cols
             return source
         kinds = [np.float64, np.float32]

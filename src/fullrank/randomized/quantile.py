@@ -26,7 +26,7 @@ from fullrank.randomized.conditioning import L1_KINDS
 from fullrank.randomized.engine import map_reduce
 from fullrank.randomized.pinball import Objective, objective_blocks
 from fullrank.randomized.preprocessing import ExactResult, solve_in_passes, solve_rows
-from fullrank.randomized.sources import ArraySource, Block, RowSource, block_size
+from fullrank.randomized.sources import ArraySource, Block, RowSource, as_source, block_size
 from fullrank.randomized.subsampling import (
     ROW_NORMS,
     DependentColumnsError,
@@ -128,7 +128,13 @@ class QuantileRegressor(RegressorMixin, BaseEstimator):
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> QuantileRegressor:
-        """Fit to X (n, d), dense or CSR, and y (n,), or to a `RowSource` with one target, which holds all three."""
+        """Fit.
+
+        Args:
+            X: shape (n, d), dense or sparse; a `RowSource` with one target, and then no y; or a Dask collection.
+            y: shape (n,).
+            sample_weight: shape (n,), at least 0.
+        """
         quantiles = self._checked()
         source = self._source(X, y, sample_weight)
         seed = int(check_random_state(self.random_state).randint(2**31))
@@ -218,14 +224,13 @@ class QuantileRegressor(RegressorMixin, BaseEstimator):
         return quantiles
 
     def _source(self, X: Any, y: Any, sample_weight: Any) -> RowSource:
-        if isinstance(X, RowSource):
-            if y is not None or sample_weight is not None:
-                raise ValueError("a RowSource holds target and weight itself; leave y and sample_weight out")
-            if X.n_targets != 1:
-                raise ValueError(f"the source has {X.n_targets} targets, expected 1")
-            self.n_features_in_ = X.n_cols
-            self.feature_names_in_ = np.asarray(X.feature_names, dtype=object)
-            return X
+        source = as_source(X, y, sample_weight)
+        if source is not None:
+            if source.n_targets != 1:
+                raise ValueError(f"the source has {source.n_targets} targets, expected 1")
+            self.n_features_in_ = source.n_cols
+            self.feature_names_in_ = np.asarray(source.feature_names, dtype=object)
+            return source
         X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], y_numeric=True)
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
