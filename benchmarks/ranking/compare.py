@@ -89,6 +89,7 @@ ENTRIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = (
     | dict.fromkeys(("globo_seq", *AMAZON), SEQUENCES)
     | dict.fromkeys(("globo_time", "amazon_grocery", "timed"), SEQUENCES | WITHOUT_TIMES)
     | {"heterogeneous": SEQUENCES | FLOWS}
+    | {"census": {label: entry for label, entry in TABULAR.items() if label != "fm"}}  # FM has one output
 )
 # One where a second epoch overfits on validation.
 EPOCHS = dict.fromkeys(SETS, 3) | {"order-4": 8, "census": 2}
@@ -118,9 +119,7 @@ def with_batch_norm(model: str, config: dict[str, Any], norm: bool) -> dict[str,
     if model == "hilomoe" or model == "multi_embedding":
         return {**config, "backbone": {**config["backbone"], "batch_norm": norm}}
     if model == "cetnet":
-        # As alone: batch norm helps one of these members and hurts the other.
-        members = [{**member, "batch_norm": norm and member["name"] != "dlrm"} for member in config["members"]]
-        return {**config, "members": members}
+        return {**config, "members": [{**member, "batch_norm": norm} for member in config["members"]]}
     return {**config, "batch_norm": norm}
 
 

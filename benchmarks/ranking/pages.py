@@ -1,4 +1,4 @@
-"""Write the tables of docs/comparison.md from the committed results.
+"""Write the tables of the documentation from the committed results.
 
     python benchmarks/ranking/pages.py
 
@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from machine import RESULTS
 
-PAGE = Path(__file__).parents[2] / "docs" / "comparison.md"
+DOCS = Path(__file__).parents[2] / "docs"
 # heading -> key of a summary row, digits after the point
 COLUMNS: dict[str, tuple[str, int]] = {
     "test AUC": ("test_auc", 4),
@@ -26,7 +26,7 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "test gAUC": ("test_gauc", 4),
     "test NE": ("test_ne", 4),
     "test logloss": ("test_logloss", 4),
-    "calibration": ("test_calibration", 3),
+    "calibration": ("test_calibration", 4),
     "valid AUC": ("valid_auc", 4),
     "share of peak": ("share_of_peak", 2),
     "ms": ("ms", 1),
@@ -57,9 +57,12 @@ def markdown(name: str) -> str:
 
 
 def main() -> None:
-    text = PAGE.read_text()
     marked = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    PAGE.write_text(marked.sub(lambda found: f"{found[1]}\n{markdown(found[2])}\n\n{found[3]}", text))
+    for page in DOCS.rglob("*.md"):
+        old = page.read_text()
+        new = marked.sub(lambda found: f"{found[1]}\n{markdown(found[2])}\n\n{found[3]}", old)
+        if new != old:
+            page.write_text(new)
 
 
 if __name__ == "__main__":
