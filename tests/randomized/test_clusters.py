@@ -28,25 +28,23 @@ from fullrank.randomized import (
     TensorMachineClassifier,
     TensorMachineRegressor,
 )
-from fullrank.randomized.sources import Block
+from fullrank.randomized.blocks import Block
 
 da = pytest.importorskip("dask.array")
 distributed = pytest.importorskip("distributed")
 
-ROWS, COLUMNS = 6000, 4
+ROWS, COLUMNS = 4000, 4
 FEATURES = [f"x{j}" for j in range(COLUMNS)]
-MACHINE = {"degree": 2, "rank": 2, "max_iter": 8, "early_stopping": False}
+MACHINE = {"degree": 2, "rank": 2, "max_iter": 3, "warm_start_linear": False, "early_stopping": False}
 
 ESTIMATORS = {
     "least squares, three passes": partial(RandomizedLinearRegression, method="gram", refine=True),
-    "least squares, a pass a step": partial(RandomizedLinearRegression, method="lsqr"),
     "least squares of a sketch": partial(RandomizedLinearRegression, precision="low"),
     "ridge": partial(RandomizedRidge, 2.0),
-    "quantiles": partial(QuantileRegressor, [0.5, 0.9], solver="passes"),
+    "quantile": partial(QuantileRegressor, 0.9, solver="passes"),
     "quantile of a sample": partial(QuantileRegressor, 0.9, solver="sketch", sketch_size=1000),
     "least absolute deviations": partial(LADRegressor, solver="passes", alpha=0.01),
     "newton, logistic": partial(SubsampledNewtonClassifier, sample_size=500),
-    "newton, squared": partial(SubsampledNewtonRegressor, sample_size=500),
     "newton, poisson": partial(SubsampledNewtonRegressor, "poisson", sample_size=500),
     "pwSGD, squared": PreconditionedSGDRegressor,
     "pwSGD, absolute": partial(PreconditionedSGDRegressor, "absolute"),
@@ -70,7 +68,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray, Path]:
-    """X, targets by name, weights, and a folder of two files of three row groups that holds them."""
+    """X, targets by name, weights, and a folder of two files of two row groups that holds them."""
     draws = np.random.default_rng(0)
     X = draws.standard_normal((ROWS, COLUMNS)) * [1.0, 0.3, 3.0, 1.0]
     margin = X @ [0.5, -1.0, 0.1, 0.2] + 0.3 * X[:, 0] * X[:, 3]
@@ -82,8 +80,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, dict[st
     weight = draws.uniform(0.5, 2, ROWS)
     folder = tmp_path_factory.mktemp("table")
     columns = dict(zip(FEATURES, X.T, strict=True)) | targets | {"weight": weight}
-    for part, rows in enumerate((slice(0, 2500), slice(2500, None))):
-        pq.write_table(pa.table({name: x[rows] for name, x in columns.items()}), folder / f"{part}.parquet", 1200)
+    for part, rows in enumerate((slice(0, 1500), slice(1500, None))):
+        pq.write_table(pa.table({name: x[rows] for name, x in columns.items()}), folder / f"{part}.parquet", 1300)
     return X, targets, weight, folder
 
 
@@ -103,6 +101,7 @@ def learned(model: Any) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.filterwarnings("ignore:L-BFGS took max_iter")
 def test_a_cluster_learns_from_parquet_and_dask_what_is_learned_in_memory(name: str, table: Any, client: Any) -> None:
     X, targets, weight, folder = table
     make = ESTIMATORS[name]
@@ -142,22 +141,15 @@ def _die_once(read: Callable[..., Iterator[Block]], mark: Path, *arguments: Any)
         yield block
 
 
-@pytest.mark.parametrize(
-    ("name", "fatal_pass", "fewest", "most"),
-    [
-        ("least squares of a sketch", 1, 1, 1),
-        ("newton, logistic", 4, 5, 30),
-        ("quantiles", 3, 5, 30),
-    ],
-)
+@pytest.mark.parametrize(("name", "fatal_pass"), [("least squares of a sketch", 1), ("quantile", 3)])
 def test_a_worker_killed_during_a_fit_changes_no_bit(
-    name: str, fatal_pass: int, fewest: int, most: int, table: Any, client: Any, tmp_path: Path
+    name: str, fatal_pass: int, table: Any, client: Any, tmp_path: Path
 ) -> None:
     model = ESTIMATORS[name](random_state=0, executor=client)
     undisturbed = learned(model.fit(stored(name, table[3])))
     source = FatalSource(stored(name, table[3]), tmp_path / "killed", fatal_pass)
     disturbed = learned(model.fit(source))
     assert (tmp_path / "killed").exists()
-    assert fewest <= source.n_passes <= most
+    assert source.n_passes == model.n_passes_
     for ours, theirs in zip(disturbed, undisturbed, strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from fullrank.randomized import ArraySource, lstsq
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.engine import add, concatenate, map_reduce
 from fullrank.randomized.sketches import Sketch, sketch_blocks
-from fullrank.randomized.sources import Block
 
 
 def source(rows: int = 1000, fragments: int = 7) -> ArraySource:

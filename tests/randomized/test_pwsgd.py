@@ -233,6 +233,12 @@ def test_parameters_out_of_range_are_named(settings: dict[str, Any], message: st
         PreconditionedSGDRegressor(**settings).fit(np.eye(3), [1.0, 2.0, 3.0])
 
 
+def test_a_source_with_other_than_one_target_is_refused() -> None:
+    for targets, number in ((None, 0), (np.ones((5, 2)), 2)):
+        with pytest.raises(ValueError, match=f"{number} targets, expected 1"):
+            PreconditionedSGDRegressor().fit(ArraySource(np.ones((5, 2)), targets))
+
+
 def test_a_table_of_zeros_is_refused() -> None:
     with pytest.raises(ValueError, match="all rows are zero"):
         PreconditionedSGDRegressor(fit_intercept=False).fit(np.zeros((5, 2)), np.ones(5))

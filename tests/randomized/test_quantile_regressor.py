@@ -226,7 +226,8 @@ def test_several_quantiles_and_their_order():
     np.testing.assert_array_equal(ordered, np.sort(crossing, axis=1))
 
 
-def test_dense_sparse_float32_parquet_and_threads_give_one_solution(tmp_path):
+def test_dense_sparse_float32_parquet_threads_and_dask_give_one_solution(tmp_path):
+    import dask.array as da
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -246,11 +247,13 @@ def test_dense_sparse_float32_parquet_and_threads_give_one_solution(tmp_path):
         fit().fit(ParquetSource(tmp_path, target="y", weight="w")),
         fit(executor="threads").fit(ParquetSource(tmp_path, target="y", weight="w", block_rows=300)),
         fit(executor="dask").fit(ArraySource(X, y, weight, fragment_rows=2000)),
+        fit(executor="dask").fit(*(da.from_array(part, 2000) for part in (X, y, weight))),
     ]
     for other in others:
         assert other.solver_used_ == "passes"
         np.testing.assert_allclose(other.coef_, dense.coef_, rtol=1e-7, atol=1e-9)
-    assert others[2].n_passes_ == dense.n_passes_ + 1  # one more for the sum of weights
+    for streamed in (others[2], others[-1]):
+        assert streamed.n_passes_ == dense.n_passes_ + 1  # one more for the sum of weights
 
 
 def test_one_quantile_takes_five_passes_and_a_sample_by_scores_three():

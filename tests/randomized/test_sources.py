@@ -11,7 +11,8 @@ import pytest
 import scipy.sparse as sp
 
 from fullrank.randomized import ArraySource, DaskSource, ParquetSource
-from fullrank.randomized.sources import Block, RowSource, as_source
+from fullrank.randomized.blocks import Block
+from fullrank.randomized.sources import RowSource, as_source
 
 ROWS, COLUMNS = 1000, 3
 

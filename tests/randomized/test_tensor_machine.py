@@ -15,9 +15,10 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from fullrank.randomized import ParquetSource, TensorMachineClassifier, TensorMachineRegressor
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.losses import LOSSES
 from fullrank.randomized.polynomial import Fit, Polynomial, Scaling
-from fullrank.randomized.sources import ArraySource, Block
+from fullrank.randomized.sources import ArraySource
 
 pytestmark = pytest.mark.filterwarnings("ignore:L-BFGS took max_iter")
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fullrank.randomized.sources import Block, RowSource
+from fullrank.randomized.blocks import Block
+from fullrank.randomized.sources import RowSource
 
 
 class ColumnSource(RowSource):

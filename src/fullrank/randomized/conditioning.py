@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.linalg
 
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.engine import Executor, map_reduce
 from fullrank.randomized.sampling import sample_rows
 from fullrank.randomized.sketches import Sketch, sketch_blocks
-from fullrank.randomized.sources import Block, RowSource
+from fullrank.randomized.sources import RowSource
 
 L1_KINDS = ("spc1", "spc2", "spc3", "cauchy", "none")
 _DRAWS = 4  # a Cauchy variable can hide a rare column; so often is a sketch drawn before the column counts as dependent

@@ -24,10 +24,11 @@ import scipy.sparse as sp
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, solve_triangular
 from scipy.sparse.linalg import LinearOperator, cg
 
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.engine import Executor, map_reduce
 from fullrank.randomized.losses import Loss, Vector
 from fullrank.randomized.sketches import poisson_sample
-from fullrank.randomized.sources import Block, RowSource
+from fullrank.randomized.sources import RowSource
 
 Sampling = Literal["leverage", "row_norm", "uniform", "none"]
 # Beyond this many unknowns the Hessian is not formed: conjugate gradients multiply by its rows instead.

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from fullrank.randomized.sources import Block, RowSource
+from fullrank.randomized.blocks import Block
+from fullrank.randomized.sources import RowSource
 
 Executor = Any  # "serial", "threads", "dask", or a distributed.Client
 EXECUTORS = ("serial", "threads", "dask")
@@ -59,8 +60,9 @@ def map_reduce(
         function: blocks of one fragment -> partial result; must be picklable for a cluster (a module's function, or
             `functools.partial` of one).
         combine: associative; called as combine(earlier rows, later rows).
-        executor: "serial", "threads" (one thread per core), "dask" (the scheduler that Dask has set), or a
-            `distributed.Client`.
+        executor: "serial", "threads" (one thread per core), "dask" (the scheduler that Dask has set: the current client
+            if there is one), or a `distributed.Client`, which scikit-learn's `clone` cannot copy: in a grid search
+            take "dask".
 
     Raises:
         ValueError: unknown executor; whatever reading the source raises.

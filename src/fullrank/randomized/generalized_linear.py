@@ -16,10 +16,11 @@ from sklearn.utils import check_random_state, compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from fullrank.randomized.blocks import BLOCK_ROWS
 from fullrank.randomized.curvature import LARGEST_DENSE, Problem
 from fullrank.randomized.losses import LOSSES, Loss, Vector
 from fullrank.randomized.newton import subsampled_newton
-from fullrank.randomized.sources import BLOCK_ROWS, ArraySource, RowSource, as_source
+from fullrank.randomized.sources import ArraySource, RowSource, as_source
 
 _CACHED = 2**18  # cells: 2 MiB
 _SAMPLINGS = ("auto", "leverage", "row_norm", "uniform", "none")

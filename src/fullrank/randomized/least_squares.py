@@ -33,11 +33,12 @@ import scipy.sparse as sp
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.conditioning import Preconditioner, preconditioner
 from fullrank.randomized.engine import Executor, add, concatenate, map_reduce
 from fullrank.randomized.sampling import sample_rows
 from fullrank.randomized.sketches import KINDS, Sketch, sketch_blocks
-from fullrank.randomized.sources import ArraySource, Block, RowSource
+from fullrank.randomized.sources import ArraySource, RowSource
 
 METHODS = ("auto", "normal", "gram", "lsqr", "chebyshev", "sketch")
 SAMPLES = ("leverage", "uniform")

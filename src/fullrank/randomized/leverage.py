@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from sklearn.utils import check_random_state
 
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.conditioning import exact_factor, l1_conditioner, preconditioner
 from fullrank.randomized.engine import Executor, concatenate, map_reduce
 from fullrank.randomized.sampling import row_scores
 from fullrank.randomized.sketches import Sketch, sketch_blocks
-from fullrank.randomized.sources import ArraySource, Block, RowSource
+from fullrank.randomized.sources import ArraySource, RowSource
 
 
 def leverage_scores(

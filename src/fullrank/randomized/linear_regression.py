@@ -13,9 +13,10 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.engine import Executor, concatenate, map_reduce
 from fullrank.randomized.least_squares import lstsq
-from fullrank.randomized.sources import ArraySource, Block, as_source
+from fullrank.randomized.sources import ArraySource, as_source
 
 
 class RandomizedLinearRegression(MultiOutputMixin, RegressorMixin, BaseEstimator):

@@ -12,10 +12,10 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.certificate import Certificate, certify
 from fullrank.randomized.crossover import vertex
 from fullrank.randomized.interior_point import Array, InteriorPointResult, frisch_newton
-from fullrank.randomized.sources import Block
 
 
 def rho(residual: Array, quantile: float | Array) -> Array:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.losses import Loss, Vector
 from fullrank.randomized.sketches import row_uniforms
-from fullrank.randomized.sources import Block
 
 # Projections of a block and their products stay in a core's cache.
 _CELLS = 2**16

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.engine import Executor, map_reduce
 from fullrank.randomized.losses import Vector
 from fullrank.randomized.polynomial import Fit, Sums
-from fullrank.randomized.sources import ArraySource, Block, RowSource
+from fullrank.randomized.sources import ArraySource, RowSource
 
 _MEMORY = 100  # steps that L-BFGS remembers
 _BATCH, _STEP = 512, 0.05  # of Adam; the step in deviations of the start

@@ -32,11 +32,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, solve, solve_triangular
 
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.certificate import Certificate
 from fullrank.randomized.engine import Executor, map_reduce
 from fullrank.randomized.interior_point import Array
 from fullrank.randomized.pinball import Objective, Rows, combine_rows, fitted, rho, slope, take
-from fullrank.randomized.sources import Block, RowSource
+from fullrank.randomized.sources import RowSource
 
 WIDENINGS = 8  # bands tried before all rows are taken
 PROJECTIONS = 6  # Gaussian columns that estimate the length of a row: a band needs a rough length only

@@ -19,10 +19,11 @@ from sklearn.utils import check_random_state
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.conditioning import l1_conditioner, preconditioner
 from fullrank.randomized.engine import Executor, concatenate, map_reduce
 from fullrank.randomized.sketches import Sketch, row_uniforms, sketch_blocks
-from fullrank.randomized.sources import ArraySource, Block, RowSource, as_source
+from fullrank.randomized.sources import ArraySource, RowSource, as_source
 from fullrank.randomized.stochastic_steps import BALL, BOX, PINBALL, SQUARED, descend, descend_constrained
 
 _CHOICES = {

@@ -18,11 +18,12 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from fullrank.randomized.adaptive import greedy_frequencies, minimise_discrepancy, minimise_pair_error
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.discrepancy import box_discrepancy
 from fullrank.randomized.engine import Executor, map_reduce
 from fullrank.randomized.sequences import BASE_2, SOBOL_DIMENSIONS, UNIFORM
 from fullrank.randomized.sketches import row_uniforms
-from fullrank.randomized.sources import ArraySource, Block, as_source
+from fullrank.randomized.sources import ArraySource, as_source
 from fullrank.randomized.spectral import KERNELS, kernel_values, mean_cosines, spectral_frequencies
 
 REFINED = ("adaptive", "greedy", "empirical")

@@ -20,13 +20,14 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from fullrank.randomized.blocks import Block, block_size
 from fullrank.randomized.certificate import Certificate
 from fullrank.randomized.columns import ColumnSource
 from fullrank.randomized.conditioning import L1_KINDS
 from fullrank.randomized.engine import map_reduce
 from fullrank.randomized.pinball import Objective, objective_blocks
 from fullrank.randomized.preprocessing import ExactResult, solve_in_passes, solve_rows
-from fullrank.randomized.sources import ArraySource, Block, RowSource, as_source, block_size
+from fullrank.randomized.sources import ArraySource, RowSource, as_source
 from fullrank.randomized.subsampling import (
     ROW_NORMS,
     DependentColumnsError,

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.engine import Executor, concatenate, map_reduce
 from fullrank.randomized.sketches import poisson_sample
-from fullrank.randomized.sources import Block, RowSource
+from fullrank.randomized.sources import RowSource
 
 
 def row_scores(block: Block, N: np.ndarray, p: int, *, intercept: bool = False) -> np.ndarray:

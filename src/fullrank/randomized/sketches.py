@@ -40,8 +40,9 @@ import scipy.fft
 import scipy.sparse as sp
 from sklearn.utils import check_random_state
 
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.engine import Executor, map_reduce
-from fullrank.randomized.sources import ArraySource, Block, RowSource
+from fullrank.randomized.sources import ArraySource, RowSource
 
 KINDS = (
     "sparse_sign",

@@ -10,62 +10,19 @@ row depends on that number only, and results do not depend on how a table is sto
             block.X, block.y, block.weight, block.start
 """
 
-# Shapes: n rows, d features, k rows of one block, t targets.
+# Shapes: n rows, d features, t targets.
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
-BLOCK_CELLS = 2**21  # a block of float64 is at most about 16 MiB
-BLOCK_ROWS = 32768
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive rows of a table.
-
-    Attributes:
-        X: shape (k, d), float64, dense or CSR.
-        y: shape (k,) or (k, t), float64; None where the source has no target.
-        weight: shape (k,), float64, non-negative; None means ones.
-        start: number of the block's first row in the whole table.
-    """
-
-    X: Any
-    y: np.ndarray | None
-    weight: np.ndarray | None
-    start: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.X.shape[0]
-
-    def columns(self, *, intercept: bool = False, target: bool = False, weight_power: float = 0.5) -> np.ndarray:
-        """Dense [1 | X | y], each part if asked for, with rows times weight ** weight_power; shape (k, columns)."""
-        X = self.X.toarray() if sp.issparse(self.X) else self.X
-        parts = [np.ones((X.shape[0], 1)), X] if intercept else [X]
-        if target:
-            parts.append(self.targets())
-        joined = X if len(parts) == 1 else np.hstack(parts)
-        return joined if self.weight is None else joined * (self.weight**weight_power)[:, None]
-
-    def product(self, M: np.ndarray, *, intercept: bool = False, weight_power: float = 0.5) -> np.ndarray:
-        """[1 | X] M with rows times weight ** weight_power, without forming [1 | X]; shape (k, columns of M)."""
-        result = self.X @ M[1:] + M[0] if intercept else self.X @ M
-        return result if self.weight is None else result * (self.weight**weight_power)[:, None]
-
-    def targets(self) -> np.ndarray:
-        """y as a matrix, shape (k, t)."""
-        if self.y is None:
-            raise ValueError("the source has no target")
-        return self.y.reshape(self.X.shape[0], -1)
+from fullrank.randomized.blocks import Block, block_size, check_block, check_weights
 
 
 class RowSource(ABC):
@@ -116,15 +73,6 @@ def as_source(X: Any, y: Any = None, sample_weight: Any = None) -> RowSource | N
             raise ValueError("a source brings its own target and weights: leave y and sample_weight out")
         return X
     return DaskSource(X, y, sample_weight) if hasattr(X, "__dask_graph__") else None
-
-
-def block_size(n_cols: int, block_rows: int | None = None) -> int:
-    """Rows of a block: what the caller asks for, else at most 16 MiB of float64 and 32,768 rows."""
-    if block_rows is None:
-        return max(256, min(BLOCK_ROWS, BLOCK_CELLS // max(n_cols, 1)))
-    if block_rows < 1:
-        raise ValueError(f"block_rows is {block_rows}, expected at least 1")
-    return block_rows
 
 
 class ArraySource(RowSource):
@@ -210,36 +158,6 @@ def _array_blocks(
             None if weight is None else weight[low:high],
             start + low,
         )
-
-
-def check_block(block: Block, feature_names: Sequence[str], place: str) -> None:
-    """Refuse NaN and infinity by the name of the column, and negative weights.
-
-    Raises:
-        ValueError: names the place, the columns and the first row.
-    """
-    X = block.X
-    cells = X.data if sp.issparse(X) else X
-    # A sum is finite unless a term is not, or it overflows: only then is every cell looked at.
-    with np.errstate(over="ignore"):
-        total = cells.sum()
-    if not np.isfinite(total) and not np.isfinite(cells).all():
-        rows, columns = (~np.isfinite(X.toarray() if sp.issparse(X) else X)).nonzero()
-        names = ", ".join(f'"{feature_names[j]}"' for j in np.unique(columns))
-        raise ValueError(f"{place}: NaN or infinity in column {names}, first in row {block.start + rows[0]}")
-    if block.y is not None and not np.isfinite(block.y).all():
-        row = block.start + int(np.argmin(np.isfinite(block.y).reshape(len(block.y), -1).all(axis=1)))
-        raise ValueError(f"{place}: NaN or infinity in the target, first in row {row}")
-    if block.weight is not None:
-        check_weights(block.weight, block.start, place)
-
-
-def check_weights(weight: np.ndarray, start: int, place: str) -> None:
-    """Raises ValueError, which names the row, at a weight that is negative, NaN or infinite."""
-    fine = np.isfinite(weight) & (weight >= 0)
-    if not fine.all():
-        row = int(np.argmin(fine))
-        raise ValueError(f"{place}: the weight of row {start + row} is {weight[row]}, expected >= 0")
 
 
 class ParquetSource(RowSource):

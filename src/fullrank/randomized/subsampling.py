@@ -21,13 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.conditioning import RankDeficientError, l1_conditioner
 from fullrank.randomized.engine import Executor, map_reduce
 from fullrank.randomized.interior_point import Array
 from fullrank.randomized.pinball import Objective, Rows, combine_rows, take
 from fullrank.randomized.preprocessing import Start
 from fullrank.randomized.sketches import Sketch, row_uniforms, sketch_blocks
-from fullrank.randomized.sources import Block, RowSource
+from fullrank.randomized.sources import RowSource
 
 ROW_NORMS = ("auto", "exact", "estimated")
 _DRAWS = 3  # samples drawn before one that has lost a column is an error

@@ -21,11 +21,12 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from fullrank.randomized.blocks import Block
 from fullrank.randomized.engine import Executor, map_reduce
 from fullrank.randomized.losses import LOSSES, Vector
 from fullrank.randomized.polynomial import Fit, Polynomial, Scaling
 from fullrank.randomized.polynomial_training import Rules, adam, lbfgs
-from fullrank.randomized.sources import ArraySource, Block, RowSource, as_source
+from fullrank.randomized.sources import ArraySource, RowSource, as_source
 
 NORMALIZE = ("auto", "l2", "homogeneous", "columns", None)
 _LINEAR_ITERATIONS = 100
