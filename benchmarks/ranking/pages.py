@@ -31,6 +31,7 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "share of peak": ("share_of_peak", 2),
     "ms": ("ms", 1),
     "compiled ms": ("compiled_ms", 1),
+    "compiled is faster by": ("compiled_gain", 2),
     "compiled difference": ("compiled_difference", 7),
     "parameters": ("parameters", 0),
     "kFLOP": ("flops_per_example", -3),
@@ -47,12 +48,13 @@ def cell(value: Any, digits: int) -> str:
 def markdown(name: str) -> str:
     if not (RESULTS / f"{name}.json").exists():
         return "Not measured."
-    rows = json.loads((RESULTS / f"{name}.json").read_text())["summary"]
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = result.get("summary") or result["rows"]
     columns = {head: spec for head, spec in COLUMNS.items() if any(row.get(spec[0]) is not None for row in rows)}
     lines = ["| model | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for row in rows:
         cells = [cell(row.get(key), digits) for key, digits in columns.values()]
-        lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row.get('label') or row['model']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
