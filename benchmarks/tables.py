@@ -92,10 +92,7 @@ def globo(source: Path) -> pl.DataFrame:
     good = negative != article[rows]
     rows, negative = rows[good], negative[good]
     history = _joined(article, low[rows], rows)
-    ages = [
-        "^".join(str(age) for age in (when[row] - when[first:row]) // 1000)
-        for first, row in zip(low[rows], rows, strict=True)
-    ]
+    ages = _ages(when, low[rows], rows, 1000)
     base = (
         clicks[rows]
         .select(
@@ -177,10 +174,7 @@ def amazon(source: Path, out: Path) -> None:
             "history.category": _joined(of_item[item], low[rows], rows),
         }  # fmt: skip
         if "time" in events.columns:
-            time = events["time"].to_numpy()
-            frame["history.age"] = [
-                "^".join(str(age) for age in time[row] - time[a:row]) for a, row in zip(low[rows], rows, strict=True)
-            ]
+            frame["history.age"] = _ages(events["time"].to_numpy(), low[rows], rows)
         positive = pl.DataFrame(frame)
         drawn = []
         for _ in range(negatives):
@@ -216,6 +210,11 @@ def census(source: Path, out: Path) -> None:
 def _joined(values: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> list[str]:
     text = values.astype(str)
     return ["^".join(text[a:b]) for a, b in zip(begins, ends, strict=True)]
+
+
+def _ages(when: np.ndarray, begins: np.ndarray, ends: np.ndarray, unit: int = 1) -> list[str]:
+    """Whole seconds between each event of a history and the row that follows it; `unit` ticks of `when` a second."""
+    return ["^".join(map(str, (when[b] - when[a:b]) // unit)) for a, b in zip(begins, ends, strict=True)]
 
 
 def _write(parts: dict[str, pl.DataFrame], out: Path) -> None:

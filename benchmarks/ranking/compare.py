@@ -105,7 +105,7 @@ def dataset_of(name: str, args: argparse.Namespace, scratch: Path) -> Any:
     from fullrank.schema import EventNumber, Keys, Schema
 
     schema = Schema.read(RECIPES / f"{SCHEMAS[name]}.schema.json")
-    if name not in ("ml1m_ctr", "census"):
+    if name == "globo_seq":  # the recipes' schema has no user: its tables may come without
         schema = schema.model_copy(update={"keys": Keys(user_id="user_id")})
     if name == "amazon_grocery":  # the only one with times
         *features, history = schema.features
@@ -148,8 +148,8 @@ def run(dataset: Any, model_name: str, config: dict[str, Any], seed: int, epochs
         "dense_parameters": model.num_parameters().dense,
         "flops_per_example": model.flops_per_example(),
     }
-    for part in ("valid", "test"):
-        for label, metrics in evaluate(model, Loader(dataset, part, 8192)).items():
+    for part, found in (("valid", result.best_tasks), ("test", evaluate(model, Loader(dataset, "test", 8192)))):
+        for label, metrics in found.items():
             prefix = f"{part}_{label}_" if len(dataset.schema.labels) > 1 else f"{part}_"
             record |= {prefix + key: metrics[key] for key in ("auc", "ne", "gauc", "calibration") if key in metrics}
     if len(dataset.schema.labels) > 1:
@@ -175,6 +175,22 @@ def oracle(dataset: Any) -> dict[str, float]:
     return {"test_auc": found["auc"], "test_ne": found["ne"]}
 
 
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Records of finished runs; none without the file, whose folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append_journal(path: Path, records: list[dict[str, Any]]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean; NaN for a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
 def chosen_norm(records: list[dict[str, Any]], label: str) -> bool:
     """The setting with the higher validation AUC at the first seed."""
     mine = [record for record in records if record["label"] == label]
@@ -192,8 +208,7 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for key in chosen[0]:
             if isinstance(chosen[0][key], (int, float)) and key not in ("seed", "batch_norm"):
                 row[key] = statistics.mean(r[key] for r in chosen)
-        tests = [r["test_auc"] for r in chosen]
-        row["standard_error"] = statistics.stdev(tests) / math.sqrt(len(tests)) if len(tests) > 1 else math.nan
+        row["standard_error"] = standard_error([r["test_auc"] for r in chosen])
         rows.append(row)
     return sorted(rows, key=lambda row: -row["test_auc"])
 
@@ -215,9 +230,8 @@ def main() -> None:
     if unknown:
         parser.error(f"--models: no {unknown[0]!r} among {', '.join(entries)}")
     epochs = args.epochs or EPOCHS[args.name]
-    args.work.mkdir(parents=True, exist_ok=True)
     journal = args.work / f"{args.name}.jsonl"
-    records = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    records = read_journal(journal)
     with tempfile.TemporaryDirectory() as folder:
         dataset = dataset_of(args.name, args, Path(folder))
         best = oracle(dataset) if args.name in TASKS else None
@@ -237,8 +251,7 @@ def main() -> None:
                     record = {"label": label, "batch_norm": norm, "seed": seed, "epochs": epochs}
                     record |= run(dataset, model, values, seed, epochs)
                     records.append(record)
-                    with journal.open("a") as file:
-                        file.write(json.dumps(record) + "\n")
+                    append_journal(journal, [record])
                     print(json.dumps({key: record[key] for key in ("label", "batch_norm", "seed", "valid_auc")}))
     records = [r for r in records if r["epochs"] == epochs and r["label"] in entries]
     rows = summarise(records)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -132,17 +131,15 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     members = MEMBERS["tables" if args.name == "ml1m_ctr" else "histories"]
-    args.work.mkdir(parents=True, exist_ok=True)
     journal = args.work / f"{args.name}.jsonl"
-    records = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    records = compare.read_journal(journal)
     with tempfile.TemporaryDirectory() as folder:
         dataset = compare.dataset_of(args.name, args, Path(folder))
         for seed in args.seeds:
             if seed not in {record["seed"] for record in records}:
                 new = run(dataset, members, seed)
                 records += new
-                with journal.open("a") as file:
-                    file.writelines(json.dumps(record) + "\n" for record in new)
+                compare.append_journal(journal, new)
     rows = []
     for label in dict.fromkeys(record["label"] for record in records):
         mine = [record for record in records if record["label"] == label]
@@ -150,8 +147,7 @@ def main() -> None:
         for key in mine[0]:
             if key not in ("label", "seed"):
                 row[key] = statistics.mean(record[key] for record in mine)
-        tests = [record["test_auc"] for record in mine]
-        row["standard_error"] = statistics.stdev(tests) / math.sqrt(len(tests)) if len(tests) > 1 else math.nan
+        row["standard_error"] = compare.standard_error([record["test_auc"] for record in mine])
         rows.append(row)
     rows.sort(key=lambda row: -row["test_auc"])
     shown = ["label", "seeds", "valid_auc", "test_auc", "standard_error", "test_ne", "test_calibration", "parameters"]

@@ -56,9 +56,8 @@ def main() -> None:
     parser.add_argument("--fuxictr-zoo", required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/fuxictr"))
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
     journal = args.work / f"{args.name}.jsonl"
-    records = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    records = compare.read_journal(journal)
     models = TABULAR if args.name == "ml1m_ctr" else ("DIN",)
 
     def missing(jobs: list[tuple[str, bool, int]]) -> None:
@@ -66,8 +65,7 @@ def main() -> None:
         if jobs := [job for job in jobs if job not in done]:
             new = run(args, jobs)
             records.extend(new)
-            with journal.open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in new)
+            compare.append_journal(journal, new)
 
     first, *others = args.seeds
     missing([(m, n, first) for m in models for n in ((False,) if m in NO_CHOICE else (False, True))])

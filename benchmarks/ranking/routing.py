@@ -87,9 +87,7 @@ def main() -> None:
         row: dict[str, Any] = {"label": label, "seeds": len(mine)}
         for key in ("nmi", "chance", "path_entropy", "test_auc"):
             row[key] = statistics.mean(record[key] for record in mine)
-            row[f"{key}_error"] = (
-                statistics.stdev(r[key] for r in mine) / math.sqrt(len(mine)) if len(mine) > 1 else None
-            )
+            row[f"{key}_error"] = compare.standard_error([record[key] for record in mine])
         rows.append(row)
     table(rows, ["label", "seeds", "nmi", "nmi_error", "chance", "path_entropy", "test_auc", "test_auc_error"])
     write(

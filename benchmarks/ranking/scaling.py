@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -56,8 +55,7 @@ def summarise(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict
                 "model": model, "width": SIZES[size][0], "seeds": len(mine),
                 **{key: statistics.mean(r[key] for r in mine)
                    for key in ("flops_per_example", "dense_parameters", "samples_per_s", "test_ne", "test_auc")},
-                "standard_error": statistics.stdev(r["test_ne"] for r in mine) / math.sqrt(len(mine))
-                if len(mine) > 1 else math.nan,
+                "standard_error": compare.standard_error([r["test_ne"] for r in mine]),
             })  # fmt: skip
         own = [row for row in rows if row["model"] == model]
         if len(own) == len(SIZES):
@@ -71,7 +69,7 @@ def summarise(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict
                         slopes.append(
                             fit_scaling_law([r["flops_per_example"] for r in alone], [r["test_ne"] for r in alone]).eta
                         )
-            error = statistics.stdev(slopes) / math.sqrt(len(slopes)) if len(slopes) > 1 else math.nan
+            error = compare.standard_error(slopes)
             laws[model] = {"ne0": law.ne0, "eta": law.eta, "eta_standard_error": error, "r2": law.r2}
     return rows, laws
 
@@ -113,9 +111,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/ranking"))
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
-    args.work.mkdir(parents=True, exist_ok=True)
     journal = args.work / f"scaling-{args.name}.jsonl"
-    records = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    records = compare.read_journal(journal)
     done = {(r["model"], r["size"], r["seed"]) for r in records}
     with tempfile.TemporaryDirectory() as folder:
         dataset = compare.dataset_of(args.name, args, Path(folder))
@@ -126,8 +123,7 @@ def main() -> None:
                         continue
                     found = compare.run(dataset, model, config(model, width, layers), seed, compare.EPOCHS[args.name])
                     records.append({"model": model, "size": size, "seed": seed, **found})
-                    with journal.open("a") as file:
-                        file.write(json.dumps(records[-1]) + "\n")
+                    compare.append_journal(journal, records[-1:])
                     print(
                         json.dumps({key: records[-1][key] for key in ("model", "size", "seed", "test_ne")}), flush=True
                     )

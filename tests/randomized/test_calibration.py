@@ -77,7 +77,7 @@ def test_where_the_clicks_fall_the_function_is_flat_and_the_best_that_never_fall
     best = minimize(
         lambda v: log_loss(near @ v, y), np.linspace(-1, 1, 7), jac=slope, constraints=rising, tol=1e-14, method="SLSQP"
     )
-    assert log_loss(model.transform(z), y) == pytest.approx(best.fun, rel=1e-4)
+    assert log_loss(model.transform(z), y) == pytest.approx(best.fun, rel=1e-6)
 
 
 def test_whole_weights_are_repetitions_and_weight_zero_is_absence() -> None:

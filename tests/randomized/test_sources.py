@@ -107,7 +107,10 @@ def test_nan_and_infinity_are_refused_by_the_name_of_the_column(table, value, sp
 
 
 def test_large_values_whose_sum_overflows_are_no_error():
-    ArraySource(np.full((10, 2), 1e308))
+    source = ArraySource(np.full((10, 2), 1e308))
+    np.testing.assert_array_equal(
+        np.concatenate([block.X for f in range(source.n_fragments) for block in source.iter_blocks(f)]), 1e308
+    )
 
 
 def test_parquet_errors_name_file_and_column(table, tmp_path):
