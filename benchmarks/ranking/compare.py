@@ -72,6 +72,11 @@ SEQUENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "kunlun": ("kunlun", {"hidden": HIDDEN, "num_layers": 3}),
 }
 WITHOUT_TIMES = {"kunlun without times": ("kunlun", {"hidden": HIDDEN, "num_layers": 3, "rote": False})}
+# Ages turn attention, or nothing: no model reads them as a number.
+AGES_TURN_ATTENTION = {
+    f"kunlun {kind}": ("kunlun", {"hidden": HIDDEN, "num_layers": 3, "rote": rote, "ages_as_input": False})
+    for kind, rote in (("ages in attention alone", True), ("places alone", False))
+}
 FLOWS = {
     f"interformer {flow}": ("interformer", {"hidden": HIDDEN, "flow": flow}) for flow in ("n2s", "s2n", "sep", "sole")
 }
@@ -87,8 +92,8 @@ SETS = (*SCHEMAS, *TASKS)
 ENTRIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = (
     dict.fromkeys(SETS, TABULAR)
     | dict.fromkeys(("globo_seq", *AMAZON), SEQUENCES)
-    | dict.fromkeys(("globo_time", "amazon_grocery", "timed"), SEQUENCES | WITHOUT_TIMES)
-    | {"heterogeneous": SEQUENCES | FLOWS}
+    | dict.fromkeys(("globo_time", "amazon_grocery"), SEQUENCES | WITHOUT_TIMES)
+    | {"heterogeneous": SEQUENCES | FLOWS, "timed": SEQUENCES | WITHOUT_TIMES | AGES_TURN_ATTENTION}
     | {"census": {label: entry for label, entry in TABULAR.items() if label != "fm"}}  # FM has one output
 )
 # One where a second epoch overfits on validation.
@@ -137,7 +142,12 @@ def run(dataset: Any, model_name: str, config: dict[str, Any], seed: int, epochs
     from fullrank.training import Trainer, TrainerConfig, evaluate
 
     torch.manual_seed(seed)
+    ages_as_input = config.get("ages_as_input", True)
+    config = {key: value for key, value in config.items() if key != "ages_as_input"}
     model = MODELS[model_name].from_config(dataset.schema, config)
+    if not ages_as_input:  # the age is the only number of an event
+        for vector_ND in model.features.event_numbers.values():
+            vector_ND.requires_grad_(False).zero_()
     rows = dataset.rows("train")
     train = Loader(dataset, "train", 4096 if rows >= 400_000 else 1024, shuffle=True, seed=seed)
     result = Trainer(TrainerConfig(seed=seed, epochs=epochs)).fit(model, train, Loader(dataset, "valid", 8192))

@@ -33,8 +33,8 @@ MEMBERS: dict[str, dict[str, dict[str, Any]]] = {
         "dlrm": {"name": "dlrm", "hidden": HIDDEN, "batch_norm": True},
     },
     "histories": {
-        "interformer": {"name": "interformer", "hidden": HIDDEN},
-        "din": {"name": "din", "hidden": HIDDEN},
+        "interformer": {"name": "interformer", "hidden": HIDDEN, "batch_norm": True},
+        "din": {"name": "din", "hidden": HIDDEN, "batch_norm": True},
     },
 }
 
