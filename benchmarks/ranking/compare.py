@@ -69,17 +69,18 @@ SEQUENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "dien": ("dien", {"hidden": HIDDEN}),
     "transact": ("transact", {"hidden": HIDDEN}),
     "interformer": ("interformer", {"hidden": HIDDEN}),
-    "kunlun": ("kunlun", {"hidden": HIDDEN, "num_layers": 3}),
+    "kunlun": ("kunlun", {"hidden": HIDDEN}),
 }
-WITHOUT_TIMES = {"kunlun without times": ("kunlun", {"hidden": HIDDEN, "num_layers": 3, "rote": False})}
+WITHOUT_TIMES = {"kunlun without times": ("kunlun", {"hidden": HIDDEN, "rote": False})}
 # Ages turn attention, or nothing: no model reads them as a number.
 AGES_TURN_ATTENTION = {
-    f"kunlun {kind}": ("kunlun", {"hidden": HIDDEN, "num_layers": 3, "rote": rote, "ages_as_input": False})
+    f"kunlun {kind}": ("kunlun", {"hidden": HIDDEN, "rote": rote, "ages_as_input": False})
     for kind, rote in (("ages in attention alone", True), ("places alone", False))
 }
 FLOWS = {
     f"interformer {flow}": ("interformer", {"hidden": HIDDEN, "flow": flow}) for flow in ("n2s", "s2n", "sep", "sole")
 }
+ONE_OUTPUT = ("fm", "deepfm", "autoint", "finalmlp")  # census has two labels
 AMAZON = ("amazon_beauty", "amazon_toys", "amazon_grocery")
 SCHEMAS = {
     "ml1m_ctr": "movielens-1m",
@@ -93,8 +94,8 @@ ENTRIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = (
     dict.fromkeys(SETS, TABULAR)
     | dict.fromkeys(("globo_seq", *AMAZON), SEQUENCES)
     | dict.fromkeys(("globo_time", "amazon_grocery"), SEQUENCES | WITHOUT_TIMES)
-    | {"heterogeneous": SEQUENCES | FLOWS, "timed": SEQUENCES | WITHOUT_TIMES | AGES_TURN_ATTENTION}
-    | {"census": {label: entry for label, entry in TABULAR.items() if label != "fm"}}  # FM has one output
+    | {"heterogeneous": SEQUENCES | FLOWS, "timed": SEQUENCES | AGES_TURN_ATTENTION}
+    | {"census": {label: entry for label, entry in TABULAR.items() if label not in ONE_OUTPUT}}
 )
 # One where a second epoch overfits on validation.
 EPOCHS = dict.fromkeys(SETS, 3) | {"order-4": 8, "census": 2}

@@ -12,6 +12,7 @@ from fullrank.metrics.scaling_law import fit_scaling_law, scaling_efficiency
 from fullrank.models.kunlun import (
     EventBlock,
     EventConfig,
+    FieldNorm,
     Kunlun,
     KunlunBackbone,
     MixtureOfWukongExperts,
@@ -105,7 +106,7 @@ def test_skipping_saves_the_operations_that_it_leaves_out() -> None:
     # seeds K, tokens T, rank R, hidden F:
     d, length, seeds, tokens, rank, hidden = 16, 50, 16, 4, 4, 32
     attention = 2 * length * 4 * d * d + 2 * 2 * _windowed(length, 16) * d
-    network = 2 * hidden * 4 * d + 2 * hidden * d * 2 * d + 2 * 2 * length * hidden * d
+    network = 2 * hidden * 12 * d + 2 * hidden * d * 2 * d + 2 * 2 * length * hidden * d
     pooling = 2 * (seeds * d * d + length * d * 2 * d + 2 * seeds * length * d + seeds * d * d)
     pooling += 2 * (rank * tokens * seeds * d + tokens * rank * d * d)
     assert flops["none"] - flops["alternate"] == pytest.approx(2 * (attention + network + pooling), rel=0.01)
@@ -231,3 +232,9 @@ def schema_of(length: int) -> Schema:
 def test_impossible_configurations_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Kunlun.from_config(schema_of(10), config)
+
+
+def test_a_large_number_of_an_event_drowns_no_other_field() -> None:
+    norm = FieldNorm(2 * WIDTH, WIDTH)
+    ids, number = torch.randn(3, 4, WIDTH), 1e6 * torch.randn(3, 4, WIDTH)
+    assert torch.equal(norm(torch.cat([ids, number], 2))[..., :WIDTH], nn.functional.layer_norm(ids, (WIDTH,)))
