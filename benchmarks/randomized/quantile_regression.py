@@ -1,10 +1,12 @@
 """Quantile regression: CPU seconds and objective of ours, scikit-learn, statsmodels and pyfixest.
 
     python benchmarks/randomized/quantile_regression.py --sizes 100000x20 1000000x20
-    python benchmarks/randomized/quantile_regression.py --sizes 100000x20 --sides fullrank highs --limit 100
+    python benchmarks/randomized/quantile_regression.py --sizes protein --data FOLDER
+    python benchmarks/randomized/quantile_regression.py --sizes 100000x20 --sides "scikit-learn highs" --limit 100
 
-Responses are linear in standard normal columns plus Laplace noise of a fifth of the signal's norm; in one row of a
-thousand the response is replaced by 500 times its noise. Every side gets the same arrays, contiguous, and one BLAS
+A size is ROWSxCOLUMNS, or the name of a table of FOLDER/uci-regression, whose columns are standardised. Otherwise
+responses are linear in standard normal columns plus Laplace noise of a fifth of the signal's norm; in one row of a thousand
+the response is replaced by 500 times its noise. Every side gets the same arrays, contiguous, and one BLAS
 thread. Times are CPU seconds of the whole call, and of pyfixest's solver alone as well: its call also parses a formula
 and computes standard errors, as statsmodels' call does. Sides are interleaved; medians. A side that would take longer
 than --limit runs in a process of its own, once, and is stopped there. `excess` is the objective over the lower bound
@@ -22,6 +24,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cpu_seconds import merge, seconds, table
@@ -29,12 +32,13 @@ from cpu_seconds import merge, seconds, table
 # isort: split
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from fullrank.randomized import QuantileRegressor
 
 PACKAGES = ["numpy", "scipy", "scikit-learn", "statsmodels", "pyfixest"]
-KEYS = ["rows", "columns", "quantile", "side"]
-COLUMNS = ["rows", "columns", "quantile", "side", "cpu_s", "wall_s", "runs", "excess", "proved_gap", "times_ours"]
+KEYS = ["data", "rows", "columns", "quantile", "side"]
+COLUMNS = ["data", "rows", "columns", "quantile", "side", "cpu_s", "wall_s", "runs", "excess", "proved_gap", "times_ours"]
 
 
 def gaussian_with_outliers(n: int, d: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,9 +53,32 @@ def gaussian_with_outliers(n: int, d: int, seed: int) -> tuple[np.ndarray, np.nd
     return X, np.where(hit, 500 * noise, signal + noise)
 
 
+def real_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    frame = pq.read_table(path)
+    X = np.column_stack([frame[name].to_numpy() for name in frame.column_names if name.startswith("x")])
+    X = X[:, X.std(0) > 0]
+    return (X - X.mean(0)) / X.std(0), frame["y"].to_numpy()
+
+
+def table_of(size: str, args: argparse.Namespace) -> tuple[str, np.ndarray, np.ndarray]:
+    """What the table is called, X and y."""
+    if not size[0].isdigit():
+        if args.data is None:
+            raise SystemExit(f'"{size}" is a table of a folder: name that with --data')
+        return size, *real_table(args.data / "uci-regression" / f"{size}.parquet")
+    n, d = (int(part) for part in size.split("x"))
+    return "synthetic", *gaussian_with_outliers(n, d, args.seed)
+
+
 def ours(X: np.ndarray, y: np.ndarray, t: float, **options: Any) -> tuple[np.ndarray, float | None]:
     model = QuantileRegressor(t, random_state=1, **options).fit(X, y)
     return np.append(model.intercept_, model.coef_), model.dual_gap_
+
+
+def three(X: np.ndarray, y: np.ndarray, t: float) -> tuple[np.ndarray, float]:
+    """Quantile t and those half as far from both ends in one fit; what is returned is of quantile t."""
+    model = QuantileRegressor([t / 2, t, (1 + t) / 2], random_state=1).fit(X, y)
+    return np.append(model.intercept_[1], model.coef_[1]), float(model.dual_gap_[1])
 
 
 def highs(X: np.ndarray, y: np.ndarray, t: float, solver: str = "highs") -> tuple[np.ndarray, None]:
@@ -92,6 +119,7 @@ def pyfixest_solver(X: np.ndarray, y: np.ndarray, t: float, intercept: bool = Tr
 
 SIDES: dict[str, Callable[..., tuple[np.ndarray, float | None]]] = {
     "fullrank": ours,
+    "fullrank, three quantiles": three,
     "fullrank interior_point": lambda X, y, t: ours(X, y, t, solver="interior_point"),
     "fullrank sketch spc3": lambda X, y, t: ours(X, y, t, solver="sketch"),
     "fullrank sketch spc1": lambda X, y, t: ours(X, y, t, solver="sketch", conditioning="spc1"),
@@ -137,9 +165,7 @@ def apart(call: Callable[[], Any], limit: float) -> tuple[Any, float, float]:
     return result or (None, used, time.perf_counter() - wall)
 
 
-def measure(n: int, d: int, t: float, args: argparse.Namespace) -> list[dict[str, Any]]:
-    X, y = gaussian_with_outliers(n, d, args.seed)
-
+def measure(data: str, X: np.ndarray, y: np.ndarray, t: float, args: argparse.Namespace) -> list[dict[str, Any]]:
     def objective(coef: np.ndarray) -> float:
         r = y - X @ coef[1:] - coef[0]
         return float(np.maximum(t * r, (t - 1) * r).mean())
@@ -162,8 +188,9 @@ def measure(n: int, d: int, t: float, args: argparse.Namespace) -> list[dict[str
         done = measured[-1][0]
         rows.append(
             {
-                "rows": n,
-                "columns": d,
+                "data": data,
+                "rows": X.shape[0],
+                "columns": X.shape[1] + 1,
                 "quantile": t,
                 "side": side,
                 "cpu_s": cpu,
@@ -181,7 +208,8 @@ def measure(n: int, d: int, t: float, args: argparse.Namespace) -> list[dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["10000x20"], help="ROWSxCOLUMNS, the intercept counted")
+    parser.add_argument("--sizes", nargs="+", default=["10000x20"], help="ROWSxCOLUMNS, the intercept counted, or a table's name")
+    parser.add_argument("--data", type=Path, help="folder that holds uci-regression")
     parser.add_argument("--quantiles", nargs="+", type=float, default=[0.5, 0.95])
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--apart", nargs="*", default=[], help="sides to run once, in a process of their own")
@@ -192,14 +220,14 @@ def main() -> None:
     args = parser.parse_args()
     if "fullrank" not in args.sides:
         args.sides = ["fullrank", *args.sides]
-    X, y = gaussian_with_outliers(5000, 4, 0)
+    small = gaussian_with_outliers(5000, 4, 0)
     for side in args.sides:
         if side not in HEAVY:
-            timed(lambda side=side: SIDES[side](X, y, 0.5))
+            timed(lambda side=side: SIDES[side](*small, 0.5))
     for size in args.sizes:
-        n, d = (int(part) for part in size.split("x"))
+        name, X, y = table_of(size, args)
         for t in args.quantiles:
-            rows = measure(n, d, t, args)
+            rows = measure(name, X, y, t, args)
             table(rows, COLUMNS)
             print()
             merge("quantile_regression", {"seed": args.seed}, rows, KEYS, PACKAGES)

@@ -459,3 +459,13 @@ def test_lad_is_the_median_and_survives_pickle():
     np.testing.assert_allclose(lad.coef_, median.coef_, atol=1e-9)
     assert lad.objective_ == pytest.approx(np.abs(y - lad.predict(X)).mean() / 2, rel=1e-9)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(lad)).predict(X), lad.predict(X))
+
+
+def test_a_sum_without_minimum_stops_before_numbers_overflow() -> None:
+    # As in a band whose few rows cannot hold what all other rows pull.
+    draws = np.random.default_rng(0)
+    A = np.column_stack([np.ones(14), draws.standard_normal(14)])
+    result = frisch_newton(A, draws.standard_normal(14).round(1), 0.6, linear=np.array([-8.0, 0.3]), max_iter=500)
+    assert not result.converged
+    assert result.n_iter < 20
+    assert np.isfinite(result.coef).all()

@@ -118,6 +118,7 @@ def frisch_newton(
     reach = np.asarray(abs(A).sum(axis=0)).ravel() + np.abs(c)
     converged = False
     iteration = 0
+    limit = 1e12 * float(u @ s + v @ x)
     for iteration in range(max_iter + 1):
         gap = float(u @ s + v @ x)
         short = target + l2 * beta - A.T @ x
@@ -125,7 +126,8 @@ def frisch_newton(
         if size is None:
             size = float(t @ u + (1 - t) @ v + c @ beta + 0.5 * l2 @ beta**2)
         converged = gap <= tol * max(abs(size), 1e-300) and bool((np.abs(short) <= 1e-6 * reach).all())
-        if converged or iteration == max_iter or not np.isfinite(gap):
+        # A gap that only grows: with this `linear` term the sum has no minimum.
+        if converged or iteration == max_iter or not gap <= limit:
             break
         q = 1 / (u / s + v / x)
         lower = factor(weighted_gram(A, q) + np.diag(l2))
