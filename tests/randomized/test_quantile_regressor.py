@@ -469,3 +469,14 @@ def test_a_sum_without_minimum_stops_before_numbers_overflow() -> None:
     assert not result.converged
     assert result.n_iter < 20
     assert np.isfinite(result.coef).all()
+
+
+def test_an_extreme_quantile_takes_hardly_more_steps_than_the_median() -> None:
+    draws = np.random.default_rng(3)
+    X = draws.standard_normal((10_000, 49))
+    y = X.sum(axis=1) + draws.laplace(size=len(X))
+    for t in (0.5, 0.01, 0.975):
+        model = QuantileRegressor(t, random_state=1, solver="passes").fit(X, y)
+        assert model.dual_gap_ <= 1e-8
+        assert model.n_passes_ <= 6
+        assert model.n_iter_ < 40

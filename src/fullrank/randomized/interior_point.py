@@ -113,7 +113,8 @@ def frisch_newton(
     # median one, because the first steps are then longer and a residual of zero needs no case of its own.
     floor = 0.01 * float(np.median(np.abs(residual))) + 1e-12 * np.abs(b).max(initial=0.0) + 1e-300
     u, v = np.maximum(residual, 0) + floor, np.maximum(-residual, 0) + floor
-    x = 1 - t
+    # 1 - t is feasible where c is zero. With c most entries end far from it, and an extreme t is near the boundary.
+    x = 1 - t if linear is None else np.full(n, 0.5)
     s = 1 - x
     reach = np.asarray(abs(A).sum(axis=0)).ravel() + np.abs(c)
     converged = False
