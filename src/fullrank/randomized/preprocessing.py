@@ -234,15 +234,15 @@ def solve_in_passes(
         rows, outside, loss = map_reduce(source, collect, combine_rows, executor)
         everything = bool(np.isinf(width))
         loss += objective.penalty(center)
+        if best is None and loss > previous[1] and not everything:
+            # The last Newton step was too long, and so are the widths that came from it and led to it.
+            center, previous, width = previous[0], (previous[0], np.inf), previous[2] / 4
+            continue
         if len(rows) < 5 * D and not everything:
             width *= 4
             continue
         if len(rows) > source.n_rows / 2 and not everything:
             width = np.inf
-            continue
-        if best is None and loss > previous[1] and not everything:
-            # The last Newton step was too long, and so is the width that came from it.
-            center, previous, width = previous[0], (previous[0], np.inf), 2 * previous[2]
             continue
         rows = rows.in_basis(basis)
         near = np.linalg.solve(basis, center)
