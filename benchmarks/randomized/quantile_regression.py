@@ -5,8 +5,8 @@
     python benchmarks/randomized/quantile_regression.py --sizes 100000x20 --sides "scikit-learn highs" --limit 100
 
 A size is ROWSxCOLUMNS, or the name of a table of FOLDER/uci-regression, whose columns are standardised. Otherwise
-responses are linear in standard normal columns plus Laplace noise of a fifth of the signal's norm; in one row of a thousand
-the response is replaced by 500 times its noise. Every side gets the same arrays, contiguous, and one BLAS
+responses are linear in standard normal columns plus Laplace noise of a fifth of the signal's norm; in one row of a
+thousand the response is replaced by 500 times its noise. Every side gets the same arrays, contiguous, and one BLAS
 thread. Times are CPU seconds of the whole call, and of pyfixest's solver alone as well: its call also parses a formula
 and computes standard errors, as statsmodels' call does. Sides are interleaved; medians. A side that would take longer
 than --limit runs in a process of its own, once, and is stopped there. `excess` is the objective over the lower bound
@@ -38,7 +38,7 @@ from fullrank.randomized import QuantileRegressor
 
 PACKAGES = ["numpy", "scipy", "scikit-learn", "statsmodels", "pyfixest"]
 KEYS = ["data", "rows", "columns", "quantile", "side"]
-COLUMNS = ["data", "rows", "columns", "quantile", "side", "cpu_s", "wall_s", "runs", "excess", "proved_gap", "times_ours"]
+COLUMNS = [*KEYS, "cpu_s", "wall_s", "runs", "excess", "proved_gap", "times_ours"]
 
 
 def gaussian_with_outliers(n: int, d: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -208,7 +208,9 @@ def measure(data: str, X: np.ndarray, y: np.ndarray, t: float, args: argparse.Na
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["10000x20"], help="ROWSxCOLUMNS, the intercept counted, or a table's name")
+    parser.add_argument(
+        "--sizes", nargs="+", default=["10000x20"], help="ROWSxCOLUMNS, the intercept counted, or a table's name"
+    )
     parser.add_argument("--data", type=Path, help="folder that holds uci-regression")
     parser.add_argument("--quantiles", nargs="+", type=float, default=[0.5, 0.95])
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))

@@ -83,7 +83,7 @@ class FieldNorm(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(channels // width))
 
     def forward(self, channels_BLC: Tensor) -> Tensor:
-        fields = channels_BLC.split(self.width, -1)
+        fields = torch.split(channels_BLC, self.width, -1)
         return torch.cat([norm(field) for norm, field in zip(self.norms, fields, strict=True)], -1)
 
 
