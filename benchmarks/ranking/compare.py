@@ -71,7 +71,6 @@ SEQUENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "interformer": ("interformer", {"hidden": HIDDEN}),
     "kunlun": ("kunlun", {"hidden": HIDDEN}),
 }
-WITHOUT_TIMES = {"kunlun without times": ("kunlun", {"hidden": HIDDEN, "rote": False})}
 # Ages turn attention, or nothing: no model reads them as a number.
 AGES_TURN_ATTENTION = {
     f"kunlun {kind}": ("kunlun", {"hidden": HIDDEN, "rote": rote, "ages_as_input": False})
@@ -92,8 +91,7 @@ TASKS = ("order-1", "order-2", "order-3", "order-4", "segments", "heterogeneous"
 SETS = (*SCHEMAS, *TASKS)
 ENTRIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = (
     dict.fromkeys(SETS, TABULAR)
-    | dict.fromkeys(("globo_seq", *AMAZON), SEQUENCES)
-    | dict.fromkeys(("globo_time", "amazon_grocery"), SEQUENCES | WITHOUT_TIMES)
+    | dict.fromkeys(("globo_seq", "globo_time", *AMAZON), SEQUENCES)
     | {"heterogeneous": SEQUENCES | FLOWS, "timed": SEQUENCES | AGES_TURN_ATTENTION}
     | {"census": {label: entry for label, entry in TABULAR.items() if label not in ONE_OUTPUT}}
 )

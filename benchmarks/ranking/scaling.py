@@ -32,14 +32,8 @@ SIZES = ((4, 1), (8, 1), (16, 2), (32, 3))
 MODELS = ("interformer", "kunlun")
 
 
-def config(model: str, width: int, layers: int) -> dict[str, Any]:
-    # Kunlun's layers do half of the work each.
-    return {
-        "embedding_dim": width,
-        "num_layers": layers if model == "interformer" else layers + 1,
-        "hidden": compare.HIDDEN,
-        "batch_norm": True,
-    }
+def config(width: int, layers: int) -> dict[str, Any]:
+    return {"embedding_dim": width, "num_layers": layers, "hidden": compare.HIDDEN, "batch_norm": True}
 
 
 def summarise(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -121,7 +115,7 @@ def main() -> None:
                 for model in MODELS:
                     if (model, size, seed) in done:
                         continue
-                    found = compare.run(dataset, model, config(model, width, layers), seed, compare.EPOCHS[args.name])
+                    found = compare.run(dataset, model, config(width, layers), seed, compare.EPOCHS[args.name])
                     records.append({"model": model, "size": size, "seed": seed, **found})
                     compare.append_journal(journal, records[-1:])
                     print(

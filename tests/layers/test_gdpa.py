@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fullrank.layers.attention import attend
+from fullrank.layers.attention import attend, positions_from_latest, rotary_frequencies, turns
 from fullrank.layers.gdpa import ACTIVATIONS, gdpa
 from fullrank.layers.seed_pooling import HierarchicalSeedPooling, SumKronLinear
 from fullrank.layers.sliding_window import SlidingWindowAttention, sliding_window
@@ -175,3 +175,17 @@ def test_seed_pooling_sees_a_set_of_real_events() -> None:
     torch.testing.assert_close(pool(events, mask), pool(noise, mask))
     with pytest.raises(ValueError, match="3 seeds for 3 tokens"):
         HierarchicalSeedPooling(8, 2, 3, 3, 2)
+
+
+def test_seed_pooling_with_turned_events_knows_their_order_and_no_padding() -> None:
+    torch.manual_seed(0)
+    pool = HierarchicalSeedPooling(8, 2, 6, 3, 2)
+    events, mask = torch.randn(3, 10, 8), masks(3, 10)
+    turn = turns(positions_from_latest(mask)[:, :, None] * rotary_frequencies(2), 2)
+    still = torch.ones_like(turn)
+    torch.testing.assert_close(pool(events, mask, still), pool(events, mask), rtol=1e-4, atol=1e-6)
+    moved = pool(events.roll(1, 1), mask.roll(1, 1), turn.roll(1, 1))
+    torch.testing.assert_close(moved, pool(events, mask, turn), rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(pool(events.flip(1), mask.flip(1), turn), pool(events, mask, turn), atol=1e-3)
+    noise = torch.where(mask[:, :, None], events, torch.randn_like(events))
+    torch.testing.assert_close(pool(noise, mask, turn), pool(events, mask, turn))

@@ -17,6 +17,7 @@ from fullrank.models.kunlun import (
     KunlunBackbone,
     MixtureOfWukongExperts,
     PersonalGDPA,
+    SummaryTokens,
 )
 from fullrank.models.wukong import WukongLayer
 from fullrank.schema import Categorical, EventId, Label, Schema, Sequence
@@ -232,6 +233,18 @@ def schema_of(length: int) -> Schema:
 def test_impossible_configurations_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Kunlun.from_config(schema_of(10), config)
+
+
+def test_recent_events_join_the_summary_as_they_are() -> None:
+    summary = SummaryTokens(EventConfig(num_tokens=3, num_recent=2), WIDTH, WIDTH, 7, 2)
+    _, sequences = inputs()
+    events, mask, _ = sequences[0]
+    turn = torch.ones(*events.shape[:2], WIDTH // 2, dtype=torch.complex64)
+    tokens = summary(events, mask, turn)
+    assert tokens.shape == (4, 5, WIDTH)
+    torch.testing.assert_close(tokens[:2, 3:], torch.stack([events[0, 4:6], events[1, 1:3]]))
+    torch.testing.assert_close(tokens[2, 3:], torch.stack([torch.zeros(WIDTH), events[2, 0]]))
+    assert bool((tokens[3, 3:] == 0).all())
 
 
 def test_a_large_number_of_an_event_drowns_no_other_field() -> None:

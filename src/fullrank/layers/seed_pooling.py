@@ -32,6 +32,9 @@ class SumKronLinear(nn.Module):
 class HierarchicalSeedPooling(nn.Module):
     """H = SumKron(MHA(norm(E), S, S)) with more learned seeds E than output tokens; depends on no padding.
 
+    Seeds ask from the moment of the request, angle 0; with `turn_BLP` the keys of the events are rotated, so that a
+    seed can tell recent events from old ones. Without, the order of events does not matter.
+
     Raises:
         ValueError: unless there are more seeds than tokens.
 
@@ -47,7 +50,13 @@ class HierarchicalSeedPooling(nn.Module):
         self.attention = MultiHeadAttention(width, num_heads)
         self.compress = SumKronLinear(num_seeds, num_tokens, width, rank)
 
-    def forward(self, events_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
-        """Shape (B, T, D)."""
-        summary: Tensor = self.compress(self.attention.pool(self.norm(self.seed_SD), events_BLD, mask_BL))
+    def forward(self, events_BLD: Tensor, mask_BL: Tensor | None = None, turn_BLP: Tensor | None = None) -> Tensor:
+        """Shape (B, T, D). `turn_BLP`: see `fullrank.layers.attention.turns`."""
+        seed_SD = self.norm(self.seed_SD)
+        if turn_BLP is None:
+            pooled_BSD = self.attention.pool(seed_SD, events_BLD, mask_BL)
+        else:
+            seed_BSD = seed_SD.expand(len(events_BLD), -1, -1)
+            pooled_BSD = self.attention(seed_BSD, events_BLD, mask_BL, key_turn_BKP=turn_BLP)
+        summary: Tensor = self.compress(pooled_BSD)
         return summary

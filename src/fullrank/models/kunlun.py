@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fullrank.batch import Batch
 from fullrank.layers.attention import merge_heads, require_heads, split_heads, turns
 from fullrank.layers.gdpa import ScaleMode, check_activations, gdpa
-from fullrank.layers.histories import FeaturesAndHistories, History
+from fullrank.layers.histories import FeaturesAndHistories, History, latest
 from fullrank.layers.mlp import MLP
 from fullrank.layers.rote import ROTE
 from fullrank.layers.seed_pooling import HierarchicalSeedPooling
@@ -33,6 +33,7 @@ class EventConfig(BaseModel):
     Attributes:
         width: E of its tokens; None for the width of the features.
         num_tokens: summary tokens that it contributes.
+        num_recent: latest events that join them as they are.
         num_layers: layers in which its own state moves on; later layers of the model keep its last one. None for all.
         window: events that see one another in attention are at most so many places apart.
     """
@@ -42,6 +43,7 @@ class EventConfig(BaseModel):
     width: int | None = Field(default=None, ge=1)
     num_heads: int = Field(default=2, ge=1)
     num_tokens: int = Field(default=4, ge=1)
+    num_recent: int = Field(default=2, ge=0)
     num_layers: int | None = Field(default=None, ge=1)
     window: int = Field(default=16, ge=0)
 
@@ -131,15 +133,23 @@ class PersonalGDPA(nn.Module):
 
 
 class SummaryTokens(nn.Module):
-    """Summary tokens of one event type at the width of the features."""
+    """Summary tokens of one event type and its latest events, at the width of the features.
+
+    Deviation: sources speak of HSP in the place of InterFormer's pooling and say nothing of the recent events that
+    InterFormer hands on beside it. We keep them.
+    """
 
     def __init__(self, event: EventConfig, width: int, out_width: int, num_seeds: int, kron_rank: int) -> None:
         super().__init__()
+        self.num_recent = event.num_recent
         self.pool = HierarchicalSeedPooling(width, event.num_heads, num_seeds, event.num_tokens, kron_rank)
         self.out = nn.Linear(width, out_width) if width != out_width else nn.Identity()
 
-    def forward(self, events_BLE: Tensor, mask_BL: Tensor) -> Tensor:
-        tokens_BHD: Tensor = self.out(self.pool(events_BLE, mask_BL))
+    def forward(self, events_BLE: Tensor, mask_BL: Tensor, turn_BLP: Tensor) -> Tensor:
+        parts = [self.pool(events_BLE, mask_BL, turn_BLP)]
+        if self.num_recent:
+            parts.append(latest(events_BLE, mask_BL, self.num_recent)[0])
+        tokens_BHD: Tensor = self.out(torch.cat(parts, 1))
         return tokens_BHD
 
 
@@ -293,7 +303,7 @@ class KunlunBackbone(nn.Module):
                 )
             pairs = widths[name] // event.num_heads // 2
             self.angles.append(ROTE(pairs, time_scale=time_scale, reference=rote_reference))
-        summaries = sum(event.num_tokens for event in events.values())
+        summaries = sum(event.num_tokens + event.num_recent for event in events.values())
         self.features, self.blocks, self.interactions = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for layer, plan in enumerate(plans):
             self.features.append(FeatureWeights(num_tokens, num_summary, width))
@@ -349,13 +359,16 @@ class KunlunBackbone(nn.Module):
             blocks = list(cast(nn.ModuleList, self.blocks[layer]))
             for index, block in enumerate(blocks):
                 if isinstance(block, EventBlock) and block.pool is not None:
-                    summaries[index : index + 1] = [block.pool(states[index], masks[index])]
+                    summaries[index : index + 1] = [block.pool(states[index], masks[index], turned[index])]
             tokens_BND = interaction(torch.cat([summary_BSD, *summaries], 1))
             states = [
                 block(state, mask, turn, summary_BSD) if isinstance(block, EventBlock) else state
                 for block, state, mask, turn in zip(blocks, states, masks, turned, strict=True)
             ]
-        last = [pool(state, mask) for pool, state, mask in zip(self.last_pools, states, masks, strict=True)]
+        last = [
+            pool(state, mask, turn)
+            for pool, state, mask, turn in zip(self.last_pools, states, masks, turned, strict=True)
+        ]
         return torch.cat([tokens_BND, *last], 1).flatten(1)
 
 
@@ -377,6 +390,7 @@ class Kunlun(Ranker):
             num_seeds: learned questions to a history; more than its summary tokens.
             gdpa_hidden: hidden width of the personalised network.
             kron_rank: terms of the map that compresses seeds to summary tokens.
+            num_experts: Wukong layers side by side, each of a part of the tokens; one lets all tokens meet.
             num_out_tokens: feature tokens between layers.
             mix: mix the experts' outputs.
             activation: of GDPA; one for all heads, or one per head.
@@ -393,10 +407,10 @@ class Kunlun(Ranker):
         num_seeds: int = Field(default=16, ge=2)
         gdpa_hidden: int = Field(default=32, ge=1)
         kron_rank: int = Field(default=4, ge=1)
-        num_experts: int = Field(default=2, ge=1)
-        num_out_tokens: int = Field(default=8, ge=2)
+        num_experts: int = Field(default=1, ge=1)
+        num_out_tokens: int = Field(default=16, ge=2)
         fm_rank: int = Field(default=8, ge=1)
-        fm_hidden: tuple[int, ...] = (64,)
+        fm_hidden: tuple[int, ...] = (128,)
         mix: bool = True
         activation: str | tuple[str, ...] = "gelu_tanh"
         scale_mode: ScaleMode = "post"
