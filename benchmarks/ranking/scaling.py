@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import compare
-from machine import RESULTS, table, write
+from machine import table, write
 
 # width, layers
 SIZES = ((4, 1), (8, 1), (16, 2), (32, 3))
@@ -127,7 +127,7 @@ def main() -> None:
         print(model, json.dumps(law))
     write(f"scaling_{args.name}", {"settings": {"seeds": args.seeds, "threads": args.threads, "sizes": SIZES},
                                    "rows": rows, "laws": laws, "runs": records})  # fmt: skip
-    plot(rows, RESULTS / f"scaling_{args.name}.svg")
+    plot(rows, Path(__file__).parents[2] / "docs" / "papers" / f"scaling_{args.name}.svg")
 
 
 if __name__ == "__main__":
