@@ -1,0 +1,147 @@
+"""Names that recipes, bundles and commands use, and the things that they stand for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, model_serializer, model_validator
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Things by name: those of this library, those registered in this process, and those of installed packages.
+
+    A thing of this library or of an entry point is imported when it is asked for. Nothing else is ever imported: a name
+    that a file brings along is looked up here, and here only.
+
+    Args:
+        what: what is listed, in the singular, for messages: "ranker".
+        group: of the entry points of other packages, such as `fullrank.rankers`.
+        builtin: name -> `module:attribute`.
+    """
+
+    def __init__(self, what: str, group: str, builtin: Mapping[str, str]) -> None:
+        self.what, self.group = what, group
+        self._places = dict(builtin)
+        self._things: dict[str, T] = {}
+        self._installed: dict[str, EntryPoint] | None = None
+
+    def register(self, name: str, thing: T) -> T:
+        """List a thing under a name.
+
+        Raises:
+            ValueError: if the name is taken by another thing; the same one may be registered again.
+        """
+        if name in self and self[name] is not thing:
+            raise ValueError(f'the {self.what} "{name}" exists already: choose another name')
+        self._things[name] = thing
+        return thing
+
+    def find(self, name: object, defined_in: str | None = None) -> T:
+        """The thing called `name`.
+
+        Args:
+            defined_in: the module that is said to define it; named in the message, never imported.
+
+        Raises:
+            ValueError: if there is none; says what there is and how to make it known.
+        """
+        if isinstance(name, str) and name in self:
+            return self[name]
+        close = difflib.get_close_matches(str(name), list(self), n=1)
+        hint = f'; did you mean "{close[0]}"?' if close else ""
+        if not defined_in or defined_in.split(".")[0] == "fullrank":
+            cure = "one of your own has to be registered first, by importing the module that does"
+        elif defined_in == "__main__":
+            cure = "it was defined in a script: register it before, in the same way"
+        else:
+            cure = f"import the package that registers it, {defined_in}, before"
+        raise ValueError(f"expected the name of a {self.what} among {', '.join(self)}, got {name!r}{hint} ({cure})")
+
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        if self._installed is None:
+            self._installed = {point.name: point for point in entry_points(group=self.group)}
+        return self._installed
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._things:
+            if name in self._places:
+                module, attribute = self._places[name].split(":")
+                self._things[name] = getattr(import_module(module), attribute)
+            else:
+                self._things[name] = self._entry_points()[name].load()
+        return self._things[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places or name in self._things or name in self._entry_points()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*self._places, *self._things, *self._entry_points())))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+class Spec(BaseModel):
+    """A registered class with its Config, validated once; in recipes one mapping: the name, then the Config's fields.
+
+    A subclass sets `registry`, whose classes have a `Config`. It is made from that mapping, from a name alone, or from
+    another spec.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    registry: ClassVar[Registry[Any]]
+
+    name: str
+    config: SerializeAsAny[BaseModel]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_mapping(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or isinstance(value.get("config"), BaseModel):
+            return value
+        if "name" not in value:
+            raise ValueError(f"expected the name of a {cls.registry.what} among {', '.join(cls.registry)}")
+        kind = cls.registry.find(value["name"])
+        # Errors of a validator inside a validator keep their places: model.hidden.0, not a text about a model.
+        config = kind.Config.model_validate({key: item for key, item in value.items() if key != "name"})
+        return {"name": value["name"], "config": config}
+
+    @model_serializer
+    def _as_mapping(self) -> dict[str, Any]:
+        return {"name": self.name, **self.config.model_dump(mode="json")}
+
+    @classmethod
+    def of(cls, value: Self | str | Mapping[str, Any]) -> Self:
+        """The spec that a name, a mapping or a spec stands for.
+
+        Raises:
+            ValueError: if the name is unknown or a field is wrong (pydantic's message names it).
+        """
+        return cls.model_validate(value)
+
+    @property
+    def kind(self) -> Any:
+        """The class."""
+        return self.registry[self.name]
+
+
+def import_modules(names: Iterable[str], place: str) -> None:
+    """Import modules that a user named, so that they register what they define.
+
+    Raises:
+        ValueError: if one cannot be imported; names `place` and the module.
+    """
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ValueError(f"{place}: cannot import {name}: {error}") from None
