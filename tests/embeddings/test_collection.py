@@ -196,3 +196,45 @@ def test_demanding_fbgemm_where_it_cannot_serve_says_why() -> None:
     pytest.importorskip("fbgemm_gpu")
     with pytest.raises(ValueError, match="multiple of 4, got 6"):
         EmbeddingCollection(SCHEMA, embedding_dim=6, backend="fbgemm", optimizer=EmbeddingOptimizer(kind="sgd"))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        EmbeddingOptimizer(l2=0.3),
+        EmbeddingOptimizer(kind="sgd", learning_rate=0.05, l2=0.3, l2_mode="lazy"),
+        EmbeddingOptimizer(kind="row_wise_adagrad", learning_rate=0.05),
+    ],
+    ids=["dense", "sgd", "row_wise_adagrad"],
+)
+def test_frozen_tables_stand_still_and_learn_again_from_where_they_were(optimizer: EmbeddingOptimizer) -> None:
+    collection = EmbeddingCollection(SCHEMA, embedding_dim=8, init_std=0.1, optimizer=optimizer).train()
+    parameters = list(collection.parameters())
+
+    def moved(steps: range) -> float:
+        before = {name: value.clone() for name, value in collection.state_dict().items()}
+        for step in steps:
+            descent = torch.optim.SGD(parameters, lr=0.05)
+            # A frozen collection is part of a model that learns.
+            (loss_of(collection, make_batch(step)) + torch.zeros((), requires_grad=True)).backward()
+            collection.before_step()
+            descent.step()
+            descent.zero_grad()
+            collection.after_step()
+        return max(float((before[name] - value).abs().max()) for name, value in collection.state_dict().items())
+
+    assert moved(range(3)) > 0
+    torch.nn.ModuleList([collection]).requires_grad_(False)
+    assert moved(range(3, 6)) == 0
+    collection.requires_grad_(True)
+    assert moved(range(6, 9)) > 0
+
+
+def test_decay_that_is_due_when_tables_are_frozen_is_still_applied_to_lookups() -> None:
+    optimizer = EmbeddingOptimizer(kind="sgd", learning_rate=0.1, l2=0.5, l2_mode="lazy")
+    collection = EmbeddingCollection(SCHEMA, embedding_dim=8, init_std=1.0, optimizer=optimizer).train()
+    batch = make_batch(0)
+    fresh = collection(batch).flat.detach()
+    collection.after_step()
+    collection.requires_grad_(False)
+    torch.testing.assert_close(collection(batch).flat, fresh * (1 - 0.1 * 0.5))

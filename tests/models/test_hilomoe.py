@@ -175,8 +175,16 @@ def test_conversion_leaves_the_logits_as_they_were() -> None:
     assert torch.equal(untouched.backbone(batch).logits_BT, logits)
 
 
-@pytest.mark.parametrize("kind", ["dense", "row_wise_adagrad"])
-def test_each_stage_trains_what_it_says(kind: Any) -> None:
+@pytest.mark.parametrize(
+    "tables",
+    [
+        EmbeddingOptimizer(),
+        EmbeddingOptimizer(kind="row_wise_adagrad"),
+        EmbeddingOptimizer(kind="sgd", l2=0.5, l2_mode="lazy"),
+    ],
+    ids=["dense", "row_wise_adagrad", "sgd with decay"],
+)
+def test_each_stage_trains_what_it_says(tables: EmbeddingOptimizer) -> None:
     model = plain(warm_up=0.4, growth=0.4, num_layers=2)
     seen: list[dict[str, Tensor]] = []
 
@@ -185,7 +193,7 @@ def test_each_stage_trains_what_it_says(kind: Any) -> None:
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
 
     model.set_progress = watch  # type: ignore[method-assign]
-    Trainer(TrainerConfig(learning_rate=0.01), EmbeddingOptimizer(kind=kind)).fit(model, [rows()] * 10)
+    Trainer(TrainerConfig(learning_rate=0.01), tables).fit(model, [rows()] * 10)
     seen.append(dict(model.state_dict()))
 
     def changed(begin: int, end: int) -> set[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
-from fullrank.embeddings.table import RowBuffer
+from fullrank.embeddings.row_buffer import RowBuffer
 from fullrank.layers.factorization import pairwise_term
 from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.models import MODELS, Ranker

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fullrank.batch import Batch
 from fullrank.embeddings.optimizer import EmbeddingOptimizer
+from fullrank.embeddings.row_buffer import STATES, Backend, RowBuffer
 from fullrank.embeddings.segments import segment_sum
-from fullrank.embeddings.table import STATES, Backend, RowBuffer
 from fullrank.schema import MultiCategorical, Schema
 
 
@@ -79,6 +79,9 @@ class EmbeddingCollection(nn.Module):
 
     Tables of equal width lie behind one another in one buffer, so that a batch costs one gather and one update
     however many features there are. Rows start from N(0, `init_std`²).
+
+    `requires_grad_(False)`, on the collection or on any module around it, makes the tables stand still whatever their
+    optimiser: no update, no decay, no penalty.
 
     Args:
         embedding_dim: width of tables that the schema does not size.
@@ -363,8 +366,7 @@ class EmbeddingCollection(nn.Module):
         for index, buffer in enumerate(self._row_buffers()):
             buffer.step = int(_entry(state, f"groups.{index}.step"))
             buffer.log_decay = float(_entry(state, f"groups.{index}.log_decay"))
-            if buffer.row_log_decay_R is not None:
-                buffer.row_log_decay_R.fill_(buffer.log_decay)
+            buffer.decay_is_applied()
         for table, buffer, rows in self._tables():
             for name in STATES[self.optimizer.kind]:
                 value = _entry(state, f"tables.{table}.{name}")

@@ -14,7 +14,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
-from fullrank.embeddings import EmbeddingCollection
 from fullrank.layers.hilomoe import HiLoMoELinear, Stage
 from fullrank.models.base import Ranker, RankerOutput
 from fullrank.models.members import inherited, member
@@ -151,16 +150,6 @@ class HiLoMoE(Ranker):
                 parameter.grad = None
         for layer in layers:
             layer.stage = stage
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> HiLoMoE:
-        super().train(mode)
-        if mode and self.stage == "experts":
-            # Tables with a fused update learn in every training lookup: they look up as in evaluation.
-            for module in self.modules():
-                if isinstance(module, EmbeddingCollection):
-                    module.train(False)
-        return self
 
     def forward(self, batch: Batch) -> RankerOutput:
         output: RankerOutput = self.backbone(batch)

@@ -35,7 +35,7 @@ class RowBuffer(nn.Module):
     """R rows of width D with the optimiser state that belongs to them.
 
     `weight_RD` is a parameter in every kind; in the fused kinds it never receives a gradient, so no dense optimiser
-    moves it.
+    moves it. Its `requires_grad` says in every kind whether the rows learn: without it they stand still, decay included.
     """
 
     def __init__(self, weight_RD: Tensor, backend: Backend) -> None:
@@ -49,6 +49,7 @@ class RowBuffer(nn.Module):
         # Lazy decay: log of the decay since the start, now and when each row was last brought up to date.
         self.log_decay = 0.0
         self.row_log_decay_R: Tensor | None = None
+        self._owes_decay = False
         # In a list so that the kernel, itself a module, is not registered: its tensors are ours.
         self._fbgemm: list[SplitTableBatchedEmbeddingBagsCodegen] = []
 
@@ -67,8 +68,7 @@ class RowBuffer(nn.Module):
             name: self.weight_RD.new_zeros((rows,) if size == "row" else (rows, width))
             for name, size in STATES[optimizer.kind].items()
         }
-        self.weight_RD.requires_grad_(optimizer.kind == "dense")
-        self.log_decay = 0.0
+        self.log_decay, self._owes_decay = 0.0, False
         lazy = optimizer.l2 > 0 and optimizer.l2_mode == "lazy"
         self.row_log_decay_R = self.weight_RD.new_zeros(rows, dtype=torch.float64) if lazy else None
         fused = optimizer.kind != "dense" and self.backend == "fbgemm"
@@ -85,10 +85,10 @@ class RowBuffer(nn.Module):
             # The same numbers; on a CPU the gradient of a selection is four times cheaper than that of an embedding.
             on_cpu = self.weight_RD.device.type == "cpu"
             return self.weight_RD.index_select(0, ids_N) if on_cpu else F.embedding(ids_N, self.weight_RD)
-        if not (self.training and torch.is_grad_enabled()):
-            return self.weight_RD.detach().index_select(0, ids_N)
-        if self.row_log_decay_R is not None:
+        if self._owes_decay:
             self._catch_up(ids_N)
+        if not (self.training and self.weight_RD.requires_grad and torch.is_grad_enabled()):
+            return self.weight_RD.detach().index_select(0, ids_N)
         if self._fbgemm:
             # Every id is a bag of its own: measured 50 times faster on CPU than FBGEMM's unpooled mode.
             offsets = torch.arange(ids_N.numel() + 1, device=ids_N.device)
@@ -108,8 +108,9 @@ class RowBuffer(nn.Module):
     @torch.no_grad()
     def after_step(self) -> None:
         """Count the decay of one step; called once per training step."""
-        if self.row_log_decay_R is not None:
+        if self.row_log_decay_R is not None and self.weight_RD.requires_grad:
             self.log_decay += self._step_decay()
+            self._owes_decay = True
 
     def _step_decay(self) -> float:
         return math.log1p(-self.learning_rate * self.optimizer.l2)
@@ -117,9 +118,15 @@ class RowBuffer(nn.Module):
     @torch.no_grad()
     def flush(self) -> None:
         """Apply all decay that is still due, so that the weights are what the optimiser means them to be."""
-        if self.row_log_decay_R is not None:
+        if self.row_log_decay_R is not None and self._owes_decay:
             self.weight_RD.mul_((self.log_decay - self.row_log_decay_R).exp().to(self.weight_RD.dtype)[:, None])
+            self.decay_is_applied()
+
+    def decay_is_applied(self) -> None:
+        """Take note that all decay so far is in the weights."""
+        if self.row_log_decay_R is not None:
             self.row_log_decay_R.fill_(self.log_decay)
+        self._owes_decay = False
 
     @torch.no_grad()
     def _catch_up(self, ids_N: Tensor) -> None:
