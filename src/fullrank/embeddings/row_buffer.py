@@ -35,7 +35,7 @@ class RowBuffer(nn.Module):
     """R rows of width D with the optimiser state that belongs to them.
 
     `weight_RD` is a parameter in every kind; in the fused kinds it never receives a gradient, so no dense optimiser
-    moves it. Its `requires_grad` says in every kind whether the rows learn: without it they stand still, decay included.
+    moves it. Its `requires_grad` says in every kind whether rows learn: without it they stand still, decay included.
     """
 
     def __init__(self, weight_RD: Tensor, backend: Backend) -> None:
