@@ -43,6 +43,15 @@ def test_columns_of_a_batch_follow_the_order_of_features_within_each_kind() -> N
     assert FULL.event_number_keys == ("history.age",)
 
 
+def test_every_column_of_a_batch_has_the_role_of_its_feature() -> None:
+    assert FULL.roles() == {
+        "price": "item", "price__missing": "item", "genres": "item", "item": "item",
+        "user": "user", "history.item": "user", "history.age": "user", "history.genre": "user",
+        "hour": "context",
+    }  # fmt: skip
+    assert set(FULL.roles()) == {*FULL.numeric_columns, *FULL.embedded(), *FULL.event_number_keys}
+
+
 def test_shared_tables_are_counted_once_and_sized_together() -> None:
     fitted = FULL.with_table_sizes({"user": 10, "item": 20, "genre": 5})
     assert fitted.tables() == {"user": 10, "item": 20, "genre": 5}

@@ -43,6 +43,16 @@ class Numeric(Part):
     transform: Literal["none", "log1p", "standard", "quantile"] = "none"
     missing_indicator: bool = False
 
+    @property
+    def missing_column(self) -> str | None:
+        """The column that is 1 where the number is missing, if there is one."""
+        return f"{self.name}__missing" if self.missing_indicator else None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The number's columns of `Batch.numeric_BN`, side by side."""
+        return (self.name,) if self.missing_column is None else (self.name, self.missing_column)
+
 
 class _Embedded(Part):
     """What the three kinds of id features share.
@@ -216,12 +226,7 @@ class Schema(Part):
     @property
     def numeric_columns(self) -> tuple[str, ...]:
         """Columns of `Batch.numeric_BN`: each numeric feature, followed by its missing indicator if it has one."""
-        columns: list[str] = []
-        for feature in self.numeric:
-            columns.append(feature.name)
-            if feature.missing_indicator:
-                columns.append(f"{feature.name}__missing")
-        return tuple(columns)
+        return tuple(column for feature in self.numeric for column in feature.columns)
 
     @property
     def jagged_keys(self) -> tuple[str, ...]:
@@ -233,6 +238,17 @@ class Schema(Part):
     def event_number_keys(self) -> tuple[str, ...]:
         """Keys of `Batch.event_values`: the number fields of each sequence as `<sequence>.<field>`."""
         return tuple(sequence.column(field) for sequence in self.sequences for field in sequence.number_fields)
+
+    def roles(self) -> dict[str, Role]:
+        """Whom each column of a batch describes: numbers, their missing markers, ids, bags and fields of sequences."""
+        roles: dict[str, Role] = {}
+        for feature in self.features:
+            if isinstance(feature, Sequence):
+                roles.update((feature.column(field), feature.role) for field in feature.fields)
+            else:
+                columns = feature.columns if isinstance(feature, Numeric) else (feature.name,)
+                roles.update(dict.fromkeys(columns, feature.role))
+        return roles
 
     def embedded(self) -> dict[str, Categorical | MultiCategorical | EventId]:
         """Every id column of a batch and its feature, in lookup order: categorical, then `jagged_keys`."""

@@ -131,8 +131,8 @@ class Encoders:
         for numeric in self.schema.numeric:
             raw = chunk.numbers[numeric.name]
             columns.append(_series(numeric.name, transformed(numeric, self.numbers[numeric.name], raw)))
-            if numeric.missing_indicator:
-                columns.append(_series(f"{numeric.name}__missing", np.isnan(raw).astype(np.float32)))
+            if numeric.missing_column is not None:
+                columns.append(_series(numeric.missing_column, np.isnan(raw).astype(np.float32)))
         for name, column in chunk.ids.items():
             columns.append(_series(name, self._ids(self._features[name], column)))
         for name in self.schema.jagged_keys:

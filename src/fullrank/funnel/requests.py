@@ -116,8 +116,8 @@ class RequestEncoder:
         feature = self.scalars[name]
         encoded = self._encoded([scalar_column(name, [value], numeric=isinstance(feature, Numeric))])
         if isinstance(feature, Numeric):
-            columns = [name, f"{name}__missing"] if feature.missing_indicator else [name]
-            return tuple(float(encoded[column][0]) for column in columns), self.schema.numeric_columns.index(name)
+            numbers = tuple(float(encoded[column][0]) for column in feature.columns)
+            return numbers, self.schema.numeric_columns.index(name)
         return (float(encoded[name][0]),), [f.name for f in self.schema.categorical].index(name)
 
     def _with_lists(self, row: Batch, values: Mapping[str, Any]) -> Batch:

@@ -67,15 +67,11 @@ SIDES: dict[str, set[Role]] = {"user": {"user", "context"}, "item": {"item"}}
 
 def _columns(schema: Schema, widths: tuple[int, ...], roles: set[Role]) -> tuple[list[int], list[int]]:
     """Places in `Embedded.flat` and columns of `numeric_BN` of the features that have one of `roles`."""
-    token_roles = [feature.role for feature in (*schema.categorical, *schema.bags)]
-    token_roles += [sequence.role for sequence in schema.sequences for _ in sequence.id_fields]
+    role_of = schema.roles()
     places: list[int] = []
     begin = 0
-    for role, width in zip(token_roles, widths, strict=True):
-        if role in roles:
+    for column, width in zip(schema.embedded(), widths, strict=True):
+        if role_of[column] in roles:
             places.extend(range(begin, begin + width))
         begin += width
-    number_roles = {
-        name: feature.role for feature in schema.numeric for name in (feature.name, f"{feature.name}__missing")
-    }
-    return places, [i for i, name in enumerate(schema.numeric_columns) if number_roles[name] in roles]
+    return places, [i for i, name in enumerate(schema.numeric_columns) if role_of[name] in roles]

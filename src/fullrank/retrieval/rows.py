@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import polars as pl
@@ -135,19 +136,17 @@ class Pairing:
 
     @classmethod
     def of(cls, schema: Schema) -> Pairing:
-        numbers = {f.name: f.role == "item" for f in schema.numeric}
-        numbers.update({f"{f.name}__missing": f.role == "item" for f in schema.numeric})
-        jagged = {bag.name: bag.role == "item" for bag in schema.bags}
-        events = {}
-        for sequence in schema.sequences:
-            jagged.update({sequence.column(field): sequence.role == "item" for field in sequence.id_fields})
-            events.update({sequence.column(field): sequence.role == "item" for field in sequence.number_fields})
+        role_of = schema.roles()
+
+        def from_item(columns: Iterable[str]) -> tuple[bool, ...]:
+            return tuple(role_of[column] == "item" for column in columns)
+
         return cls(
             schema,
-            torch.tensor([numbers[name] for name in schema.numeric_columns], dtype=torch.bool),
-            torch.tensor([f.role == "item" for f in schema.categorical], dtype=torch.bool),
-            tuple(jagged[key] for key in schema.jagged_keys),
-            tuple(events[key] for key in schema.event_number_keys),
+            torch.tensor(from_item(schema.numeric_columns), dtype=torch.bool),
+            torch.tensor(from_item(feature.name for feature in schema.categorical), dtype=torch.bool),
+            from_item(schema.jagged_keys),
+            from_item(schema.event_number_keys),
         )
 
     def __call__(self, users: Rows, user_rows_P: Tensor, items: Rows, item_rows_P: Tensor) -> Batch:
