@@ -52,7 +52,7 @@ class Jagged(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rows:
+class DecodedRows:
     """Decoded rows in a compact form: 4 bytes a number or id, row after row."""
 
     numeric_RN: Floats
@@ -192,7 +192,7 @@ class Decoder:
         if self._user_R is not None:
             self._user_R[begin:end] = _user_keys(self._column(table, KEY_COLUMNS["user_id"]))
 
-    def finish(self) -> Rows:
+    def finish(self) -> DecodedRows:
         for sequence in self.schema.sequences:
             first, *others = (sequence.column(field) for field in sequence.fields)
             for other in others:
@@ -200,7 +200,7 @@ class Decoder:
                     raise ValueError(
                         f'{self.place}: columns "{first}" and "{other}" of one sequence have lists of unequal length'
                     )
-        return Rows(
+        return DecodedRows(
             self._numeric_RN,
             self._ids_RF,
             self._labels_RT,

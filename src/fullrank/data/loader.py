@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from fullrank.batch import Batch
 from fullrank.data.dataset import Dataset
-from fullrank.data.decoding import Decoder, Ints, Rows, bytes_of, columns_of, concatenated
+from fullrank.data.decoding import DecodedRows, Decoder, Ints, bytes_of, columns_of, concatenated
 from fullrank.schema import Schema
 
 MEMORY_LIMIT = 1 << 30
@@ -101,7 +101,7 @@ class Loader:
                 size += 4 * group.num_rows * len((*self.schema.jagged_keys, *self.schema.event_number_keys))
         self.rows = sum(group.rows for group in self._groups)
         self.in_memory = size <= memory_limit
-        self._held: Rows | None = None
+        self._held: DecodedRows | None = None
         average = max(1, size // max(1, len(self._groups)))
         # Up to three windows live at a time: the one in use, the one being decoded, and the tail of the one before.
         self._groups_per_window = max(1, memory_limit // 3 // average) if shuffle else 1
@@ -164,7 +164,7 @@ class Loader:
             begin += windows[-1].rows
         return windows
 
-    def _load(self, window: _Window, epoch: int) -> tuple[Rows, Ints | None]:
+    def _load(self, window: _Window, epoch: int) -> tuple[DecodedRows, Ints | None]:
         """Decoded rows of a window and the order to take them in."""
         rows = self._held
         if rows is None:
@@ -177,7 +177,7 @@ class Loader:
         np.random.default_rng([self.seed, epoch, window.index]).shuffle(order)
         return rows, order
 
-    def _decode(self, groups: Sequence[_RowGroup]) -> Rows:
+    def _decode(self, groups: Sequence[_RowGroup]) -> DecodedRows:
         decoder = Decoder(self.schema, sum(group.rows for group in groups), self._columns, "")
         path, file = None, None
         for group in groups:
@@ -203,7 +203,7 @@ class Loader:
             return
         decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")
         assembling = ThreadPoolExecutor(self.workers, thread_name_prefix="batch")
-        loaded: dict[int, Future[tuple[Rows, Ints | None]]] = {}
+        loaded: dict[int, Future[tuple[DecodedRows, Ints | None]]] = {}
         pending: deque[Future[Batch]] = deque()
 
         def submit() -> None:
@@ -231,7 +231,7 @@ class Loader:
             assembling.shutdown(wait=False, cancel_futures=True)
 
     def _in_line(self, jobs: Iterator[list[_Part]], epoch: int) -> Iterator[Batch]:
-        loaded: dict[int, tuple[Rows, Ints | None]] = {}
+        loaded: dict[int, tuple[DecodedRows, Ints | None]] = {}
         for job in jobs:
             for index in [old for old in loaded if old < job[0].window.index]:
                 del loaded[index]
@@ -258,10 +258,10 @@ class Loader:
                     current += 1
             yield parts
 
-    def _assemble(self, job: list[_Part], sources: list[Future[tuple[Rows, Ints | None]]]) -> Batch:
+    def _assemble(self, job: list[_Part], sources: list[Future[tuple[DecodedRows, Ints | None]]]) -> Batch:
         return concatenated([self._piece(part, *source.result()) for part, source in zip(job, sources, strict=True)])
 
-    def _piece(self, part: _Part, rows: Rows, order: Ints | None) -> Batch:
+    def _piece(self, part: _Part, rows: DecodedRows, order: Ints | None) -> Batch:
         if order is None:
             return rows.batch(slice(part.begin, part.end), self.schema)
         return rows.batch(order[part.begin : part.end].astype(np.int64), self.schema)
