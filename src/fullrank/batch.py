@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fullrank.extras import needs
+
 if TYPE_CHECKING:
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -113,7 +115,8 @@ class Batch:
 
     def keyed_jagged_tensor(self) -> KeyedJaggedTensor:
         """The jagged part as TorchRec's container, sharing memory with this batch (needs torchrec)."""
-        from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+        with needs("distributed", "a KeyedJaggedTensor"):
+            from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
         return KeyedJaggedTensor(
             keys=list(self.jagged_keys), values=self.jagged_values, lengths=self.jagged_lengths_KB.reshape(-1)

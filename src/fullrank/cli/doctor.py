@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 
-EXTRAS = {
-    "fbgemm": ("fbgemm-gpu-cpu",),
-    "serve": ("fastapi", "uvicorn", "prometheus-client"),
-    "retrieval": ("faiss-cpu",),
-    "report": ("matplotlib", "tensorboard"),
-}
+from fullrank.extras import EXTRAS, install, installed
 
 
 def doctor(
@@ -33,7 +27,13 @@ def doctor(
         return
     table = Table(show_header=False)
     for key, value in report.items():
-        table.add_row(key.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
+        if key == "extras":
+            for name, extra in value.items():
+                missing = ", ".join(extra["missing"])
+                state = f"missing {missing}: {extra['install']}" if missing else "installed"
+                table.add_row(f"extra {name}", f"{extra['use']}; {state}")
+        else:
+            table.add_row(key.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
     Console(markup=False).print(table)
 
 
@@ -43,17 +43,10 @@ def examine() -> dict[str, Any]:
 
     from fullrank.training.precision import gemm_gflops
 
-    def installed(name: str) -> str | None:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
+    extras = {
+        name: {"use": extra.use, "missing": extra.missing(), "install": install(name)} for name, extra in EXTRAS.items()
+    }
     problems = []
-    for extra, packages in EXTRAS.items():
-        missing = [name for name in packages if installed(name) is None]
-        if missing:
-            problems.append(f"missing {', '.join(missing)}: pip install fullrank[{extra}]")
     if installed("fbgemm-gpu") and installed("fbgemm-gpu-cpu"):
         problems.append(
             "both fbgemm-gpu and fbgemm-gpu-cpu are installed and share one folder: pip uninstall -y fbgemm-gpu && pip "
@@ -75,6 +68,7 @@ def examine() -> dict[str, Any]:
         "float32_gflops": round(gemm_gflops(torch.float32)),
         "bfloat16_gflops": round(gemm_gflops(torch.bfloat16)),
         "memory_gb_per_s": round(memory_bandwidth(), 1),
+        "extras": extras,
         "problems": problems,
     }
 

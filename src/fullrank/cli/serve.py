@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from fullrank.extras import needs
+
 
 def serve(
     bundle: Annotated[
@@ -32,12 +34,10 @@ def serve(
     """
     # Before PyTorch is loaded and the bundle read, which may take long: a port in use is known at once.
     listening = _listen(host, port)
-    try:
+    with needs("serve", "serving"):
         import uvicorn
 
         from fullrank.serving import ServingConfig, create_app
-    except ImportError as error:
-        raise ValueError(f"serving needs {error.name}: pip install 'fullrank[serve]'") from None
     shown = f"[{host}]" if ":" in host else host
     place = f"http://{shown}:{listening.getsockname()[1]}"
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fullrank.embeddings.optimizer import EmbeddingOptimizer, Kind
+from fullrank.extras import install
 
 if TYPE_CHECKING:
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
@@ -212,7 +213,7 @@ def _fbgemm_kernel(
                 SplitTableBatchedEmbeddingBagsCodegen,
             )
         except (ImportError, OSError) as error:  # a CUDA build of FBGEMM on a CPU machine raises OSError
-            obstacle = f"fbgemm_gpu cannot be imported ({error}); `pip install fullrank[fbgemm]` adds it"
+            obstacle = f"fbgemm_gpu cannot be imported ({error}); {install('fbgemm')}"
     if obstacle is not None:
         raise ValueError(f'backend "fbgemm": {obstacle}')
     logging.getLogger("fbgemm_gpu").setLevel(logging.ERROR)

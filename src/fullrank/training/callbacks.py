@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fullrank.extras import needs
 from fullrank.models import Ranker
 
 
@@ -34,10 +35,8 @@ class TensorBoard(Callback):
     """
 
     def __init__(self, directory: Path, every: int = 20) -> None:
-        try:
+        with needs("report", "training.tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("training.tensorboard needs tensorboard: pip install fullrank[report]") from None
         self.every = every
         self.writer: Any = SummaryWriter(str(directory))
 
