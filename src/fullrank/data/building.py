@@ -18,9 +18,9 @@ import polars as pl
 from fullrank.data import atomic
 from fullrank.data.chunk import Chunk
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
-from fullrank.data.formats.base import REJECTED_SCHEMA
 from fullrank.data.hashing import stable_hash
 from fullrank.data.lookahead import prefetched
+from fullrank.data.raw import REJECTED_SCHEMA
 from fullrank.data.splits import PARTS, TRAIN, Parts, TimestampCounts, by_time
 from fullrank.data.spool import Spool
 from fullrank.schema import Schema

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from fullrank.data.arrow import as_series
 from fullrank.data.chunk import Chunk, Coded, Floats, Integers, Jagged, JaggedNumbers, Mask
-from fullrank.data.formats.base import LINE_COLUMN, REJECTED_SCHEMA, RawChunk, as_series
+from fullrank.data.raw import LINE_COLUMN, REJECTED_SCHEMA, RawChunk, raw_columns
 from fullrank.data.splits import by_name
 from fullrank.data.values import Lists, as_numbers, as_text, dictionary_codes, factorise, lists_of, parsed_times
 from fullrank.schema import Categorical, EventId, MultiCategorical, Schema, Sequence
@@ -24,23 +25,6 @@ from fullrank.schema import Categorical, EventId, MultiCategorical, Schema, Sequ
 TRUE_PREFIX = "__true_"
 # Seconds since 1970 beyond this are the year 5138: surely milliseconds.
 LATEST_TIMESTAMP = 100_000_000_000
-
-
-def raw_columns(schema: Schema, available: list[str] | None = None) -> dict[str, str]:
-    """Names of the columns that a schema reads, each with the name under which the source has it.
-
-    They differ in one case: a sequence of a single field may be stored under the sequence's name alone.
-    """
-    names = [feature.name for feature in schema.features if not isinstance(feature, Sequence)]
-    columns = {name: name for name in names}
-    for sequence in schema.sequences:
-        for part in sequence.fields:
-            name = sequence.column(part)
-            alone = len(sequence.fields) == 1 and available is not None
-            columns[name] = sequence.name if alone and name not in (available or ()) else name
-    columns.update({label.name: label.name for label in schema.labels})
-    columns.update({name: name for name in schema.keys.model_dump().values() if name is not None})
-    return columns
 
 
 class _Source:

@@ -15,7 +15,7 @@ from fullrank.data import atomic
 from fullrank.data.building import FORMAT_VERSION, DatasetBuilder, ShardWriter, write_manifest
 from fullrank.data.checks import check
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
-from fullrank.data.formats.base import RawChunk
+from fullrank.data.raw import RawChunk
 from fullrank.data.splits import PARTS
 from fullrank.schema import Role, Schema
 

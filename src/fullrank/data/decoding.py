@@ -17,8 +17,8 @@ import pyarrow as pa
 import torch
 
 from fullrank.batch import Batch
+from fullrank.data.arrow import as_numpy, as_one_array
 from fullrank.data.encoders import KEY_COLUMNS
-from fullrank.data.formats.base import as_numpy
 from fullrank.data.hashing import stable_hash
 from fullrank.schema import Schema
 
@@ -230,8 +230,7 @@ class Decoder:
     def _column(self, table: pa.Table, name: str) -> Any:
         if name not in self._present:
             raise ValueError(f'{self.place}: column "{name}" is missing')
-        column = table.column(name)
-        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        return as_one_array(table.column(name))
 
     def _flat(self, table: pa.Table, name: str, dtype: type[Number], *, nulls: bool = False) -> npt.NDArray[Number]:
         column = self._column(table, name)

@@ -21,11 +21,12 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from fullrank.data import atomic
+from fullrank.data.arrow import as_series, list_array
 from fullrank.data.checks import check
 from fullrank.data.chunk import Chunk, Coded, Integers
 from fullrank.data.fitting import Embedded, Fitting
-from fullrank.data.formats.base import RawChunk, as_series
 from fullrank.data.hashing import hash_series, hash_text
+from fullrank.data.raw import RawChunk
 from fullrank.data.transforms import BucketState, NumberState, State, bucket_ids, transformed, transformed_events
 from fullrank.data.vocabulary import Vocabulary
 from fullrank.schema import FIRST_VOCABULARY_ID, MISSING_ID, Schema, describe_errors
@@ -255,7 +256,7 @@ def _series(name: str, values: npt.NDArray[Any]) -> pl.Series:
 
 
 def _lists(name: str, rows: Integers, offsets: Integers, elements: npt.NDArray[Any]) -> pl.Series:
-    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(elements))
+    lists = list_array(offsets, elements)
     if len(rows) != len(lists) or not np.array_equal(rows, np.arange(len(rows))):
         lists = lists.take(pa.array(rows))
     return as_series(lists, name)

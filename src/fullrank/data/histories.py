@@ -7,11 +7,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
 
-from fullrank.data.formats.base import as_series
+from fullrank.data.arrow import as_series, list_array
 
 
 def point_in_time(
@@ -76,14 +74,8 @@ def point_in_time(
     places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
     columns = []
     for column, name in fields.items():
-        columns.append(_lists(name, offsets, known[column].gather(places)))
+        columns.append(as_series(list_array(offsets, known[column].gather(places)), name))
     if age is not None:
         ages = np.repeat(row_times, lengths) - (event_times - delay_seconds)[places]
-        columns.append(_lists(age, offsets, pl.Series(ages)))
+        columns.append(as_series(list_array(offsets, ages), age))
     return rows.with_columns(columns)
-
-
-def _lists(name: str, offsets: npt.NDArray[np.int64], elements: pl.Series) -> pl.Series:
-    # 32-bit offsets: releases of polars before 2 crash on lists of text with 64-bit ones.
-    array = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), elements.rechunk().to_arrow())
-    return as_series(array, name)

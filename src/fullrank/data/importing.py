@@ -14,12 +14,13 @@ from fullrank.data.checks import check
 from fullrank.data.chunk import Chunk
 from fullrank.data.dataset import Dataset
 from fullrank.data.formats import open_format
-from fullrank.data.formats.base import RawChunk, SplitsRows
+from fullrank.data.formats.base import SplitsRows
 from fullrank.data.formats.delimited import Csv, ParquetLog
 from fullrank.data.formats.published import fingerprints
 from fullrank.data.hashing import stable_hash
 from fullrank.data.held_out import validation
 from fullrank.data.lookahead import prefetched
+from fullrank.data.raw import RawChunk
 from fullrank.data.splits import TRAIN, Parts, SplitSpec, by_hash
 from fullrank.schema import Schema
 

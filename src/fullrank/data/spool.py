@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
+from fullrank.data.arrow import as_array, as_numpy, as_one_array, as_series
 from fullrank.data.chunk import Chunk, Coded, Jagged, JaggedNumbers
-from fullrank.data.formats.base import as_numpy, as_series
 
 # Checked rows stay in memory up to this size.
 MEMORY_BYTES = 192 << 20
@@ -80,10 +79,7 @@ def _arrays(chunk: Chunk) -> dict[str, pa.Array]:
     for kind, columns in (("labels", chunk.labels), ("keys", chunk.keys), ("extra", chunk.extra)):
         for name, values in columns.items():
             arrays[f"{kind}//{name}"] = values
-    return {
-        name: values.rechunk().to_arrow() if isinstance(values, pl.Series) else pa.array(values)
-        for name, values in arrays.items()
-    }
+    return {name: as_array(values) for name, values in arrays.items()}
 
 
 def _read(path: Path) -> Chunk:
@@ -93,9 +89,7 @@ def _read(path: Path) -> Chunk:
         while file.tell() < size:
             table = pa.ipc.open_stream(file).read_all()
             kind, piece, name = table.column_names[0].split("/", 2)
-            column = table.column(0)
-            array = column.chunk(0) if column.num_chunks else pa.array([], type=column.type)
-            found.setdefault(kind, {}).setdefault(name, {})[piece] = array
+            found.setdefault(kind, {}).setdefault(name, {})[piece] = as_one_array(table.column(0))
 
     def numpy(kind: str, name: str, piece: str = "") -> Any:
         return as_numpy(found[kind][name][piece])

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
+from fullrank.data.arrow import as_array, as_numpy, as_series
 from fullrank.data.chunk import Floats, Integers, Mask
-from fullrank.data.formats.base import as_numpy, as_series
 
 # Looking for distinct values among fewer rows than this costs more than it saves.
 _FEW_ROWS = 64
@@ -20,7 +20,7 @@ _FEW_ROWS = 64
 
 def text_bytes(values: pl.Series) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """The bytes of a String column one after the other, and where each text begins, shape (n + 1,)."""
-    array = values.rechunk().to_arrow()
+    array = as_array(values)
     _, starts, data = array.buffers()
     offsets = np.frombuffer(starts, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
     if len(array) == 0 or data is None:
@@ -40,7 +40,7 @@ def factorise(column: pl.Series) -> tuple[Integers, pl.Series]:
         return np.arange(len(column), dtype=np.int32), column
     if column.dtype == pl.Boolean:
         column = column.cast(pl.String)
-    return dictionary_codes(column.rechunk().to_arrow(), column.name)
+    return dictionary_codes(as_array(column), column.name)
 
 
 def dictionary_codes(array: pa.Array, name: str) -> tuple[Integers, pl.Series]:
@@ -138,13 +138,13 @@ class Lists:
 def lists_of(column: pl.Series, separator: str) -> Lists:
     """Lists of a column of lists, or of text joined with a separator; null and the empty text are empty lists."""
     if isinstance(column.dtype, (pl.List, pl.Array)):
-        array = column.cast(pl.List(column.dtype.inner)).rechunk().to_arrow()
+        array = as_array(column.cast(pl.List(column.dtype.inner)))
         return Lists(_offsets(as_numpy(array.value_lengths().fill_null(0))), array.flatten())
     text = column if column.dtype == pl.String else as_text(column)
     text = text.fill_null("") if text.null_count() else text
     if len(separator) == 1 and separator.isascii():
         return _split(text, ord(separator))
-    array = text.str.split(separator).rechunk().to_arrow()
+    array = as_array(text.str.split(separator))
     filled = (text != "").to_numpy()
     return Lists(_offsets(as_numpy(array.value_lengths()) * filled), array.filter(pa.array(filled)).flatten())
 

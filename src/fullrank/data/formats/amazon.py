@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from fullrank.data.checks import raw_columns
+from fullrank.data.arrow import as_array, as_series, list_array
 from fullrank.data.formats.amazon_files import ITEM, TIME, USER, AmazonFiles, Known, amazon_files
-from fullrank.data.formats.base import LINE_COLUMN, RawChunk, as_series, only_rejected
 from fullrank.data.formats.by_user import ByUser
 from fullrank.data.formats.delimited import named_chunks, read_header, split_files
-from fullrank.data.formats.next_item import NextItems, as_lists, next_items
+from fullrank.data.formats.next_item import NextItems, next_items
+from fullrank.data.raw import LINE_COLUMN, RawChunk, only_rejected, raw_columns
 from fullrank.schema import Categorical, EventId, Feature, Keys, Label, MultiCategorical, Schema, Sequence
 
 HISTORY = 100
@@ -143,11 +143,11 @@ def _chunk(
     lists: dict[str, pl.Series] = {}
     taken = group[ITEM].gather(rows.places)
     if "history" in lengths:
-        lists["history.item"] = as_lists(rows.offsets, catalogue.gather(taken))
+        lists["history.item"] = _lists(rows.offsets, catalogue.gather(taken))
     if about is not None:
         columns[about.name] = about.gather(item)
         if "history" in lengths and about.name == "category_id":
-            lists["history.category"] = as_lists(rows.offsets, about.gather(taken))
+            lists["history.category"] = _lists(rows.offsets, about.gather(taken))
         if "history_attributes" in lengths and about.name == "attributes":
             lists["history_attributes.attribute"] = _flattened(rows.offsets, about.gather(taken))
     # The rows of a candidate share its lists.
@@ -159,5 +159,8 @@ def _flattened(offsets: npt.NDArray[np.int32], attributes: pl.Series) -> pl.Seri
     """Lists of the attributes of the items of each list."""
     before = np.zeros(len(attributes) + 1, dtype=np.int32)
     np.cumsum(attributes.list.len().fill_null(0).to_numpy(), out=before[1:])
-    elements = attributes.rechunk().to_arrow().flatten()
-    return as_lists(before[offsets], as_series(elements, attributes.name))
+    return _lists(before[offsets], as_series(as_array(attributes).flatten(), attributes.name))
+
+
+def _lists(offsets: npt.NDArray[np.int32], elements: pl.Series) -> pl.Series:
+    return as_series(list_array(offsets, elements), elements.name)

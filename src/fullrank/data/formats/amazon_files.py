@@ -12,10 +12,10 @@ from typing import Any, Literal, Protocol
 import polars as pl
 import pyarrow as pa
 
-from fullrank.data.formats.base import LINE_COLUMN, RawChunk, no_rejected
 from fullrank.data.formats.by_user import groups_for
-from fullrank.data.formats.delimited import ParquetLog, first_line, read_blocks, rejected_table
+from fullrank.data.formats.delimited import ParquetLog, first_line, read_blocks
 from fullrank.data.formats.json_lines import json_chunks, json_integer, json_text
+from fullrank.data.raw import LINE_COLUMN, RawChunk, no_rejected, rejected_table
 from fullrank.schema import Categorical, Label, Schema
 
 USER, ITEM, TIME = "user_id", "item_id", "timestamp"

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet
 
+from fullrank.data.arrow import as_frame
 from fullrank.data.hashing import hash_series, splitmix
 
 # About so many bytes of text come to one group.
@@ -66,8 +67,8 @@ class ByUser:
         """The rows of a group, from 0 to `groups` - 1; None if it has none. Ask after the last `add`."""
         if self.groups > 1 and self._pending:
             self._write()
-        pieces: list[Any] = self._pending or [
-            pl.from_arrow(pyarrow.parquet.ParquetFile(path, metadata=footer).read_row_group(places[group]))
+        pieces = self._pending or [
+            as_frame(pyarrow.parquet.ParquetFile(path, metadata=footer).read_row_group(places[group]))
             for path, footer, places in self._files
             if group in places
         ]

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from fullrank.data.formats.base import RawChunk
 from fullrank.data.formats.delimited import delimited_chunks, first_line, read_blocks, read_header, split_files
+from fullrank.data.raw import RawChunk
 from fullrank.schema import Categorical, Feature, Label, Numeric, Schema
 
 COUNTS = tuple(f"I{place}" for place in range(1, 14))

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from fullrank.data.checks import raw_columns
-from fullrank.data.formats.base import LINE_COLUMN, REJECTED_SCHEMA, RawChunk, as_series
+from fullrank.data.arrow import as_frame, as_one_array, as_series
 from fullrank.data.lookahead import mapped
+from fullrank.data.raw import LINE_COLUMN, RawChunk, raw_columns, rejected_table
 from fullrank.schema import Schema
 
 # Text is cut into blocks of about this many bytes: large enough for the parser to be at full speed, small enough
@@ -229,9 +229,7 @@ def _frame(table: pa.Table) -> tuple[pl.DataFrame, dict[str, pl.Series]]:
     columns: list[pl.Series] = []
     dictionaries: dict[str, pl.Series] = {}
     for name, column in zip(table.column_names, table.columns, strict=True):
-        array = column.combine_chunks()
-        if isinstance(array, pa.ChunkedArray):
-            array = array.chunk(0) if array.num_chunks else pa.array([], type=column.type)
+        array = as_one_array(column)
         if pa.types.is_dictionary(array.type):
             array.dictionary.validate(full=True)
             dictionaries[name] = as_series(array.dictionary, name)
@@ -293,11 +291,6 @@ def _records(texts: list[str], separator: str) -> Iterator[tuple[int, int, list[
             pass
         yield start, 0, [texts[start]]
         start += 1
-
-
-def rejected_table(rows: list[tuple[int, str, str, str]]) -> pl.DataFrame:
-    """A table of rejected rows (line, column, reason, value), in order of lines."""
-    return pl.DataFrame(sorted(rows), schema=REJECTED_SCHEMA, orient="row")
 
 
 def _undecodable_column(line: bytes, names: Sequence[str], separator: str) -> str:
@@ -418,9 +411,7 @@ class ParquetLog:
     def sample(self, path: Path) -> pl.DataFrame:
         """The first rows."""
         for batch in _open_parquet(path).iter_batches(batch_size=50_000):
-            frame = pl.from_arrow(batch)
-            assert isinstance(frame, pl.DataFrame)
-            return frame
+            return as_frame(batch)
         raise ValueError(f"{path} has no rows")
 
     def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
@@ -434,8 +425,7 @@ class ParquetLog:
     def _batches(self, file: pyarrow.parquet.ParquetFile, wanted: list[str]) -> Iterator[RawChunk]:
         row = 1
         for batch in file.iter_batches(batch_size=131_072, columns=wanted):
-            frame = pl.from_arrow(batch)
-            assert isinstance(frame, pl.DataFrame)
+            frame = as_frame(batch)
             yield RawChunk(frame, first_line=row)
             row += frame.height
 
@@ -452,4 +442,4 @@ def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
         raise ValueError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
-__all__ = ["Csv", "ParquetLog", "delimited_chunks", "read_blocks", "rejected_table", "split_files"]
+__all__ = ["Csv", "ParquetLog", "delimited_chunks", "read_blocks", "split_files"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import polars as pl
 
-from fullrank.data.formats.base import RawChunk
 from fullrank.data.formats.delimited import delimited_chunks
+from fullrank.data.raw import RawChunk
 from fullrank.schema import Categorical, Keys, Label, MultiCategorical, Numeric, Role, Schema
 
 COLUMNS = (

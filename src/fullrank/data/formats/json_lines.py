@@ -11,8 +11,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.json
 
-from fullrank.data.formats.base import LINE_COLUMN, RawChunk, no_rejected
-from fullrank.data.formats.delimited import read_blocks, rejected_table
+from fullrank.data.arrow import as_frame
+from fullrank.data.formats.delimited import read_blocks
+from fullrank.data.raw import LINE_COLUMN, RawChunk, no_rejected, rejected_table
 
 # Takes a field's value as JSON has it, gives the column's value, or raises ValueError with the reason.
 Convert = Callable[[Any], Any]
@@ -81,8 +82,7 @@ def _parse_block(data: bytes, fields: Mapping[str, tuple[pa.DataType, Convert]])
         )
     except (UnicodeDecodeError, pa.ArrowInvalid):
         return None
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
+    frame = as_frame(table)
     lines = data.count(b"\n") + (not data.endswith(b"\n"))
     texts = [name for name, dtype in frame.schema.items() if dtype == pl.String]
     whole = frame.height == lines and not any(frame[name].null_count() for name in fields)
@@ -121,9 +121,7 @@ def _parse_exactly(
             columns[name].append(value)
         lines.append(number)
     table = pa.table({name: pa.array(columns[name], type=kind) for name, (kind, _) in fields.items()})
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    frame = frame.with_columns(pl.Series(LINE_COLUMN, lines, dtype=pl.Int64))
+    frame = as_frame(table).with_columns(pl.Series(LINE_COLUMN, lines, dtype=pl.Int64))
     return RawChunk(frame, rejected_table(rejected) if rejected else no_rejected())
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from fullrank.data.formats.base import RawChunk
 from fullrank.data.formats.delimited import named_chunks, read_header, split_files
+from fullrank.data.raw import RawChunk
 from fullrank.schema import Categorical, EventId, Keys, Label, Schema, Sequence
 
 COLUMNS = ("timestamp", "user_id", "item_id", "is_click", "is_like", "is_follow", "pos_items", "neg_items")

@@ -14,15 +14,14 @@ from pathlib import Path
 
 import polars as pl
 
-from fullrank.data.formats.base import LINE_COLUMN, RawChunk
 from fullrank.data.formats.delimited import (
     PARTS,
     delimited_chunks,
     first_line,
     read_blocks,
     read_header,
-    rejected_table,
 )
+from fullrank.data.raw import LINE_COLUMN, RawChunk, rejected_table
 from fullrank.schema import Categorical, Keys, Label, MultiCategorical, Schema
 
 _SAMPLE_BYTES = 1 << 20

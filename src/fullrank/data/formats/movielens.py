@@ -7,8 +7,8 @@ from pathlib import Path
 
 import polars as pl
 
-from fullrank.data.formats.base import RawChunk
 from fullrank.data.histories import point_in_time
+from fullrank.data.raw import RawChunk
 from fullrank.schema import Categorical, EventId, EventNumber, Feature, Keys, Label, MultiCategorical, Schema, Sequence
 
 LIKED, DISLIKED = 4.0, 2.0

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
 
-from fullrank.data.formats.base import as_series
 from fullrank.data.hashing import Hashes, hash_series, splitmix
 from fullrank.data.splits import PARTS, TEST, TRAIN, VALID
 
@@ -48,11 +46,6 @@ class NextItems:
     history: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int32]
     places: Integers
-
-
-def as_lists(offsets: npt.NDArray[np.int32], elements: pl.Series) -> pl.Series:
-    """List i holds elements[offsets[i]:offsets[i + 1]]."""
-    return as_series(pa.ListArray.from_arrays(pa.array(offsets), elements.rechunk().to_arrow()), elements.name)
 
 
 def next_items(

@@ -10,18 +10,16 @@ from typing import Literal
 
 import polars as pl
 
-from fullrank.data.checks import raw_columns
-from fullrank.data.formats.base import LINE_COLUMN, RawChunk, only_rejected
 from fullrank.data.formats.by_user import ByUser, groups_for
 from fullrank.data.formats.delimited import (
     delimited_chunks,
     first_line,
     named_chunks,
     read_header,
-    rejected_table,
     split_files,
 )
 from fullrank.data.histories import point_in_time
+from fullrank.data.raw import LINE_COLUMN, RawChunk, only_rejected, raw_columns, rejected_table
 from fullrank.schema import Categorical, EventId, Feature, Keys, Label, Numeric, Role, Schema, Sequence
 
 SAMPLE, ADS, USERS, BEHAVIOR = "raw_sample.csv", "ad_feature.csv", "user_profile.csv", "behavior_log.csv"

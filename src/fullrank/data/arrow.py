@@ -1,0 +1,60 @@
+"""Between Arrow, polars and NumPy, without a copy where the types allow it."""
+
+# Shapes: n lists, m elements of all of them.
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+
+
+def as_series(array: pa.Array, name: str) -> pl.Series:
+    """An Arrow array as a polars column."""
+    series = pl.from_arrow(array)
+    assert isinstance(series, pl.Series)
+    return series.alias(name)
+
+
+def as_frame(table: pa.Table | pa.RecordBatch) -> pl.DataFrame:
+    """An Arrow table as a polars frame."""
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def as_numpy(array: pa.Array) -> npt.NDArray[Any]:
+    """An Arrow array of numbers or truth values; nulls among floats are NaN.
+
+    Through polars, because Arrow's own way imports pandas wherever it is installed (50 MB).
+    """
+    return as_series(array, "").to_numpy()
+
+
+def as_array(values: pl.Series | npt.NDArray[Any]) -> pa.Array:
+    """A column in one piece, as Arrow has it."""
+    return values.rechunk().to_arrow() if isinstance(values, pl.Series) else pa.array(values)
+
+
+def as_one_array(column: pa.ChunkedArray) -> pa.Array:
+    """A column of a table in one piece."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # of dictionary codes, Arrow gives chunks again
+        array = array.chunk(0) if array.num_chunks else pa.array([], type=column.type)
+    return array
+
+
+def list_array(offsets: npt.NDArray[np.integer[Any]], elements: pl.Series | npt.NDArray[Any]) -> pa.ListArray:
+    """Lists: the i-th holds elements[offsets[i]:offsets[i + 1]].
+
+    Args:
+        offsets: shape (n + 1,), below 2^31.
+        elements: shape (m,).
+    """
+    # 32-bit offsets: releases of polars before 2 crash on lists of text with 64-bit ones.
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32, copy=False)), as_array(elements))

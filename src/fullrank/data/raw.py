@@ -1,0 +1,69 @@
+"""A log as its source has it: raw columns, rows at a time, and the rows that could not be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import polars as pl
+
+from fullrank.schema import Schema, Sequence
+
+LINE_COLUMN = "__line"
+
+REJECTED_SCHEMA = {"line": pl.Int64, "column": pl.String, "reason": pl.String, "value": pl.String}
+
+
+def no_rejected() -> pl.DataFrame:
+    """An empty table of rejected rows."""
+    return pl.DataFrame(schema=REJECTED_SCHEMA)
+
+
+def rejected_table(rows: list[tuple[int, str, str, str]]) -> pl.DataFrame:
+    """A table of rejected rows (line, column, reason, value), in order of lines."""
+    return pl.DataFrame(sorted(rows), schema=REJECTED_SCHEMA, orient="row")
+
+
+@dataclass(frozen=True)
+class RawChunk:
+    """Some consecutive rows of a log as the source has them, not yet encoded.
+
+    Attributes:
+        frame: one column per feature, label and key of the schema, under the schema's names; the fields of a sequence
+            are named `<sequence>.<field>`. Text is allowed everywhere: the importer parses and checks numbers, labels
+            and timestamps and reports the rows that do not parse. Null and "" mean missing. Bags and sequences are
+            lists, or text joined with the feature's separator. Timestamps are integer seconds since 1970 UTC,
+            datetimes, or text of either (`2014-10-21 05:00:00`). Further columns are ignored.
+            Optional column `__line` (int64): where each row stands in the source, for reports.
+        rejected: rows that could not even be cut into fields: columns line (int64), column, reason, value (text).
+        first_line: line (or row) number of the frame's first row, when there is no `__line`; the others follow it.
+        dictionaries: for columns that the frame holds as int32 codes, the text behind each code. A reader that has
+            dictionary codes anyway saves the importer from finding the distinct values again.
+    """
+
+    frame: pl.DataFrame
+    rejected: pl.DataFrame = field(default_factory=no_rejected)
+    first_line: int = 1
+    dictionaries: Mapping[str, pl.Series] = field(default_factory=dict)
+
+
+def only_rejected(columns: Iterable[str], rejected: pl.DataFrame) -> RawChunk:
+    """A chunk of no rows but bad ones, with the columns that the importer looks for."""
+    return RawChunk(pl.DataFrame(schema={**dict.fromkeys(columns, pl.String), LINE_COLUMN: pl.Int64}), rejected)
+
+
+def raw_columns(schema: Schema, available: list[str] | None = None) -> dict[str, str]:
+    """Names of the columns that a schema reads, each with the name under which the source has it.
+
+    They differ in one case: a sequence of a single field may be stored under the sequence's name alone.
+    """
+    names = [feature.name for feature in schema.features if not isinstance(feature, Sequence)]
+    columns = {name: name for name in names}
+    for sequence in schema.sequences:
+        for part in sequence.fields:
+            name = sequence.column(part)
+            alone = len(sequence.fields) == 1 and available is not None
+            columns[name] = sequence.name if alone and name not in (available or ()) else name
+    columns.update({label.name: label.name for label in schema.labels})
+    columns.update({name: name for name in schema.keys.model_dump().values() if name is not None})
+    return columns
