@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML file, or the name of a recipe of fullrank.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override: training.learning_rate=0.002")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<name of the recipe>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")] = False,

@@ -7,15 +7,16 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fullrank.data.splits import SplitSpec
 from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.models import MODELS
 from fullrank.schema import describe_errors
+from fullrank.training.shipped import find_recipe, here_or_shipped
 from fullrank.training.trainer import TrainerConfig
 
 
@@ -30,7 +31,7 @@ class ImportSpec(Section):
 
     format: str
     path: Path
-    schema_file: Path | None = None
+    schema_file: Annotated[Path, AfterValidator(here_or_shipped)] | None = None
     split: SplitSpec | None = None
     max_bad: float = Field(default=0.001, ge=0, le=1)
 
@@ -87,13 +88,14 @@ class Recipe(Section):
 def read_recipe(path: Path, overrides: Sequence[str] | None = None) -> Recipe:
     """Read a recipe; each override is `dotted.key=value` with the value as YAML.
 
-    Relative paths in the recipe are relative to the current directory.
+    Relative paths in the recipe are relative to the current directory. A recipe that is not there may be one that comes
+    with the package, by its name: `movielens-1m-dcn_v2`; so may the schema file that it names.
 
     Raises:
         ValueError: one line per wrong field, with the file and the path of the field.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        values = yaml.load(find_recipe(path).read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
