@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fullrank.batch import Batch
-from fullrank.embeddings import EmbeddingCollection, EmbeddingOptimizer
+from fullrank.embeddings import EmbeddingCollection, EmbeddingOptimizer, Tables
 from fullrank.schema import Categorical, EventId, Label, MultiCategorical, Schema, Sequence
 
 SCHEMA = Schema(
@@ -49,7 +49,9 @@ def loss_of(collection: EmbeddingCollection, batch: Batch) -> torch.Tensor:
 def train(steps: int = 100, **options: Any) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     optimizer = EmbeddingOptimizer(**{"learning_rate": 0.05, **options.pop("optimizer")})
-    collection = EmbeddingCollection(SCHEMA, embedding_dim=8, init_std=0.1, optimizer=optimizer, **options).train()
+    collection = EmbeddingCollection(
+        SCHEMA, Tables(embedding_dim=8, init_std=0.1), optimizer=optimizer, **options
+    ).train()
     for step in range(steps):
         loss_of(collection, make_batch(step)).backward()
     return dict(collection.state_dict())
@@ -66,7 +68,7 @@ def test_fbgemm_and_torch_backends_agree_after_100_steps(kind: str) -> None:
 def reference(kind: str, steps: int) -> dict[str, torch.Tensor]:
     """Dense autograd and textbook formulas, rows without any occurrence left alone."""
     torch.manual_seed(0)
-    collection = EmbeddingCollection(SCHEMA, embedding_dim=8, init_std=0.1).train()
+    collection = EmbeddingCollection(SCHEMA, Tables(embedding_dim=8, init_std=0.1)).train()
     weight = collection._buffer(0).weight_RD
     first, second = torch.zeros_like(weight), torch.zeros_like(weight)
     for step in range(1, steps + 1):
@@ -102,13 +104,12 @@ def test_fused_update_is_the_textbook_rule_on_merged_gradients(kind: str) -> Non
 def test_lazy_l2_equals_the_exact_penalty_for_sgd() -> None:
     torch.manual_seed(0)
     exact = EmbeddingCollection(
-        SCHEMA, embedding_dim=8, init_std=0.1, optimizer=EmbeddingOptimizer(kind="dense", l2=0.3)
+        SCHEMA, Tables(embedding_dim=8, init_std=0.1), optimizer=EmbeddingOptimizer(kind="dense", l2=0.3)
     ).train()
     torch.manual_seed(0)
     lazy = EmbeddingCollection(
         SCHEMA,
-        embedding_dim=8,
-        init_std=0.1,
+        Tables(embedding_dim=8, init_std=0.1),
         backend="torch",
         optimizer=EmbeddingOptimizer(kind="sgd", learning_rate=0.05, l2=0.3, l2_mode="lazy"),
     ).train()
@@ -130,7 +131,7 @@ def test_tables_of_different_widths_give_what_they_give_alone() -> None:
     wide = SCHEMA.model_copy(
         update={"features": (SCHEMA.features[0].model_copy(update={"embedding_dim": 4}), *SCHEMA.features[1:])}
     )
-    collection = EmbeddingCollection(wide, embedding_dim=8, init_std=1.0).eval()
+    collection = EmbeddingCollection(wide, Tables(embedding_dim=8, init_std=1.0)).eval()
     batch = make_batch(0)
     embedded = collection(batch)
     tables = collection.state_dict()
@@ -148,7 +149,7 @@ def test_tables_of_different_widths_give_what_they_give_alone() -> None:
 
 
 def test_padding_keeps_order_and_marks_the_end() -> None:
-    collection = EmbeddingCollection(SCHEMA, embedding_dim=8, init_std=1.0).eval()
+    collection = EmbeddingCollection(SCHEMA, Tables(embedding_dim=8, init_std=1.0)).eval()
     batch = make_batch(1)
     history, mask = collection(batch).padded("history.item")
     values, lengths = batch.jagged("history.item")
@@ -162,10 +163,10 @@ def test_padding_keeps_order_and_marks_the_end() -> None:
 def test_state_moves_between_backends_and_continues_exactly() -> None:
     torch.manual_seed(0)
     optimizer = EmbeddingOptimizer(kind="adam", learning_rate=0.05)
-    first = EmbeddingCollection(SCHEMA, embedding_dim=8, optimizer=optimizer).train()
+    first = EmbeddingCollection(SCHEMA, Tables(embedding_dim=8), optimizer=optimizer).train()
     for step in range(5):
         loss_of(first, make_batch(step)).backward()
-    second = EmbeddingCollection(SCHEMA, embedding_dim=8, optimizer=optimizer, backend="torch").train()
+    second = EmbeddingCollection(SCHEMA, Tables(embedding_dim=8), optimizer=optimizer, backend="torch").train()
     second.load_state_dict(first.state_dict())
     second.load_optimizer_state({key: value.clone() for key, value in first.optimizer_state().items()})
     for step in range(5, 9):
@@ -176,7 +177,7 @@ def test_state_moves_between_backends_and_continues_exactly() -> None:
 
 
 def test_an_id_outside_its_table_is_named() -> None:
-    collection = EmbeddingCollection(SCHEMA, embedding_dim=8)
+    collection = EmbeddingCollection(SCHEMA, Tables(embedding_dim=8))
     batch = make_batch(0)
     batch.ids_BF[3, 1] = 30
     with pytest.raises(IndexError, match='feature "item": id 30 is outside its table of 30 rows'):
@@ -195,7 +196,7 @@ def test_exact_l2_needs_the_dense_kind() -> None:
 def test_demanding_fbgemm_where_it_cannot_serve_says_why() -> None:
     pytest.importorskip("fbgemm_gpu")
     with pytest.raises(ValueError, match="multiple of 4, got 6"):
-        EmbeddingCollection(SCHEMA, embedding_dim=6, backend="fbgemm", optimizer=EmbeddingOptimizer(kind="sgd"))
+        EmbeddingCollection(SCHEMA, Tables(embedding_dim=6), backend="fbgemm", optimizer=EmbeddingOptimizer(kind="sgd"))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_demanding_fbgemm_where_it_cannot_serve_says_why() -> None:
     ids=["dense", "sgd", "row_wise_adagrad"],
 )
 def test_frozen_tables_stand_still_and_learn_again_from_where_they_were(optimizer: EmbeddingOptimizer) -> None:
-    collection = EmbeddingCollection(SCHEMA, embedding_dim=8, init_std=0.1, optimizer=optimizer).train()
+    collection = EmbeddingCollection(SCHEMA, Tables(embedding_dim=8, init_std=0.1), optimizer=optimizer).train()
     parameters = list(collection.parameters())
 
     def moved(steps: range) -> float:
@@ -232,7 +233,7 @@ def test_frozen_tables_stand_still_and_learn_again_from_where_they_were(optimize
 
 def test_decay_that_is_due_when_tables_are_frozen_is_still_applied_to_lookups() -> None:
     optimizer = EmbeddingOptimizer(kind="sgd", learning_rate=0.1, l2=0.5, l2_mode="lazy")
-    collection = EmbeddingCollection(SCHEMA, embedding_dim=8, init_std=1.0, optimizer=optimizer).train()
+    collection = EmbeddingCollection(SCHEMA, Tables(embedding_dim=8, init_std=1.0), optimizer=optimizer).train()
     batch = make_batch(0)
     fresh = collection(batch).flat.detach()
     collection.after_step()

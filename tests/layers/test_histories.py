@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from fullrank.batch import Batch
+from fullrank.embeddings import Tables
 from fullrank.layers.histories import FeaturesAndHistories, latest
 from fullrank.schema import Categorical, EventId, EventNumber, Label, Numeric, Schema, Sequence
 
@@ -41,7 +42,7 @@ BATCH = Batch(
 
 def test_tokens_and_histories_hold_the_vectors_of_the_batch() -> None:
     torch.manual_seed(0)
-    module = FeaturesAndHistories(SCHEMA, 3, 1.0)
+    module = FeaturesAndHistories(SCHEMA, Tables(embedding_dim=3, init_std=1.0))
     tokens_BFD, (history,) = module(BATCH)
     tables = {name: module.state_dict()[f"ids.tables.{name}.weight"] for name in ("item", "brand")}
     assert tokens_BFD.shape == (2, module.num_tokens, 3)
@@ -65,7 +66,7 @@ def test_a_batch_without_events_has_one_column_of_padding() -> None:
         event_values=torch.zeros(0),
         event_lengths_EB=torch.zeros(1, 2, dtype=torch.int64),
     )
-    _, (history,) = FeaturesAndHistories(SCHEMA, 3, 1.0)(empty)
+    _, (history,) = FeaturesAndHistories(SCHEMA, Tables(embedding_dim=3, init_std=1.0))(empty)
     assert history.channels_BLC.shape == (2, 1, 9)
     assert not bool(history.mask_BL.any())
 

@@ -1,6 +1,20 @@
 """Ids to vectors."""
 
-from fullrank.embeddings.collection import Embedded, EmbeddingCollection
+from fullrank.embeddings.collection import EmbeddingCollection
+from fullrank.embeddings.embedded import Embedded
 from fullrank.embeddings.optimizer import EmbeddingOptimizer
+from fullrank.embeddings.table import TABLE_KINDS, AnyTable, Ask, Part, Table, TableConfig, Tables, register
 
-__all__ = ["Embedded", "EmbeddingCollection", "EmbeddingOptimizer"]
+__all__ = [
+    "TABLE_KINDS",
+    "AnyTable",
+    "Ask",
+    "Embedded",
+    "EmbeddingCollection",
+    "EmbeddingOptimizer",
+    "Part",
+    "Table",
+    "TableConfig",
+    "Tables",
+    "register",
+]

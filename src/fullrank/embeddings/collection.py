@@ -1,103 +1,72 @@
 """One module that looks up every id feature of a schema."""
 
-# Shapes: B rows, F single-id features, K jagged keys, L longest sequence, D width, N ids looked up in one buffer.
+# Shapes: B rows, F single-id features, K jagged keys, D width, N ids looked up in one buffer or of one table.
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
+from fullrank.embeddings.embedded import Embedded
+from fullrank.embeddings.full import FullTable
+from fullrank.embeddings.layout import Buffer, Layout, Place
 from fullrank.embeddings.optimizer import EmbeddingOptimizer
 from fullrank.embeddings.row_buffer import STATES, Backend, RowBuffer
 from fullrank.embeddings.segments import segment_sum
+from fullrank.embeddings.table import TABLE_KINDS, Ask, Table, Tables
 from fullrank.schema import MultiCategorical, Schema
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """Vectors of one batch.
+class _Composed(NamedTuple):
+    """Columns of a table that is not plain, as indices among the collection's single and jagged ones."""
 
-    Attributes:
-        flat: float32, shape (B, sum of widths): single-id features, pooled bags, then pooled sequences.
-        widths: width of each of those tokens.
-        events: vectors (sum of lengths, D) of each `<sequence>.<field>`, oldest first within a row.
-        lengths: int64 lengths_B of each `<sequence>.<field>`.
-    """
-
-    flat: Tensor
-    widths: tuple[int, ...]
-    events: dict[str, Tensor] = field(default_factory=dict)
-    lengths: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def tokens_BFD(self) -> Tensor:
-        """The tokens of `flat` as one tensor.
-
-        Raises:
-            ValueError: if their widths differ.
-        """
-        if len(set(self.widths)) != 1:
-            raise ValueError(f"this model needs one embedding width for all features, got {sorted(set(self.widths))}")
-        return self.flat.view(self.flat.shape[0], len(self.widths), self.widths[0])
-
-    def padded(self, key: str) -> tuple[Tensor, Tensor]:
-        """history_BLD and mask_BL of one sequence field; L is the longest history of the batch (at least 1)."""
-        return pad(self.events[key], self.lengths[key])
+    single: list[int]
+    jagged: list[int]
 
 
-def pad(values: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Jagged rows (sum of lengths, D) to (B, L, D), zero beyond each row's end, and the mask of real entries."""
-    longest = max(1, int(lengths_B.max())) if lengths_B.numel() else 1
-    mask_BL = torch.arange(longest, device=values.device) < lengths_B[:, None]
-    places = mask_BL.view(-1).nonzero().squeeze(1)
-    padded = values.new_zeros((mask_BL.numel(), values.shape[1])).index_copy(0, places, values)
-    return padded.view(*mask_BL.shape, values.shape[1]), mask_BL
+class _Lookup(NamedTuple):
+    """What one table that is not plain wants: its ids, column by column, the rows that they ask for, and where these
+    are found among the buffers' results."""
 
-
-class _Group:
-    """Which columns of a batch are looked up in one buffer, and where their rows begin in it."""
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self.first_row: dict[str, int] = {}
-        self.rows = 0
-        self.single: list[int] = []
-        self.jagged: list[int] = []
-
-    def add_table(self, table: str, rows: int) -> None:
-        self.first_row[table] = self.rows
-        self.rows += rows
+    ids_N: Tensor
+    sizes: list[int]
+    asks: list[Ask]
+    found_at: list[tuple[int, int]]
 
 
 class EmbeddingCollection(nn.Module):
     """Tables for all id features of a fitted schema, looked up together.
 
-    Tables of equal width lie behind one another in one buffer, so that a batch costs one gather and one update
-    however many features there are. Rows start from N(0, `init_std`²).
+    Parts of tables of equal width lie behind one another in one buffer, so that a batch costs one gather and one update
+    per width however many features there are.
 
     `requires_grad_(False)`, on the collection or on any module around it, makes the tables stand still whatever their
     optimiser: no update, no decay, no penalty.
 
     Args:
-        embedding_dim: width of tables that the schema does not size.
+        tables: widths, start and kinds; kinds of tables that the schema does not have are left aside.
         backend: what updates rows in the fused kinds: `torch`, or FBGEMM's CPU kernels, whose results agree to float32
             rounding and which were no faster on any machine measured (benchmarks/embedding_backends.py).
         sequences: look up the events of sequences too.
         pool_sequences: give each id field of each sequence as one mean-pooled token in `flat` instead of `events`.
         check_ids: raise on an id outside its table, which costs one pass over the ids.
+
+    Attributes:
+        kinds: of the tables that are not plain, by the table's name.
+
+    Raises:
+        ValueError: if a kind cannot be made at its table's size.
     """
 
     def __init__(
         self,
         schema: Schema,
+        tables: Tables,
         *,
-        embedding_dim: int,
-        init_std: float = 1e-4,
         optimizer: EmbeddingOptimizer | None = None,
         backend: Backend = "torch",
         sequences: bool = True,
@@ -114,36 +83,47 @@ class EmbeddingCollection(nn.Module):
         self.jagged = (*bags, *events)
         self.pooled = (*bags, *events) if pool_sequences else bags
         self.event_keys = () if pool_sequences else events
-        width_of = {name: feature.embedding_dim or embedding_dim for name, feature in self.columns.items()}
+        width_of = {name: feature.embedding_dim or tables.embedding_dim for name, feature in self.columns.items()}
         self.widths = tuple(width_of[name] for name in (*self.single, *self.pooled))
-        self.group_of: dict[str, int] = {}
-        self.groups: list[_Group] = []
-        buffers: list[RowBuffer] = []
-        for name in (*self.single, *self.jagged):
-            table, width = self.columns[name].table_name, width_of[name]
-            index = next((i for i, group in enumerate(self.groups) if group.width == width), None)
-            if index is None:
-                index = len(self.groups)
-                self.groups.append(_Group(width))
-            group = self.groups[index]
-            if table not in group.first_row:
-                group.add_table(table, rows_of[table])
-            self.group_of[name] = index
-            (group.single if name in self.single else group.jagged).append(
-                (self.single if name in self.single else self.jagged).index(name)
-            )
-        for group in self.groups:
-            buffers.append(RowBuffer(torch.randn(group.rows, group.width) * init_std, backend))
-        self.buffers_ = nn.ModuleList(buffers)
         self._rows_of = {name: rows_of[self.columns[name].table_name] for name in (*self.single, *self.jagged)}
-        for index, group in enumerate(self.groups):
-            single = [group.first_row[self.columns[self.single[i]].table_name] for i in group.single]
-            jagged = [group.first_row[self.columns[self.jagged[i]].table_name] for i in group.jagged]
-            self.register_buffer(f"_single_offset_{index}", torch.tensor(single, dtype=torch.int64), persistent=False)
-            self.register_buffer(f"_jagged_offset_{index}", torch.tensor(jagged, dtype=torch.int64), persistent=False)
+        self.layout = Layout()
+        self.kinds: dict[str, Table] = {}
+        self._composed: dict[str, _Composed] = {}
+        for name in (*self.single, *self.jagged):
+            table = self.columns[name].table_name
+            if table not in self.layout.places:
+                self._add_table(table, rows_of[table], width_of[name], tables)
+            index = (self.single if name in self.single else self.jagged).index(name)
+            looked_up: Buffer | _Composed = (
+                self._composed[table]
+                if table in self._composed
+                else self.layout.buffers[self.layout.places[table][0].buffer]
+            )
+            (looked_up.single if name in self.single else looked_up.jagged).append(index)
+        names = [name for name, _ in self._part_names()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two parts of tables share a name in the state: {max(names, key=names.count)}")
+        self.kind_modules = nn.ModuleList(self.kinds.values())
+        self.buffers_ = nn.ModuleList(RowBuffer(buffer.start(), backend) for buffer in self.layout.buffers)
+        for index, buffer in enumerate(self.layout.buffers):
+            for what, places, names in (("single", buffer.single, self.single), ("jagged", buffer.jagged, self.jagged)):
+                first = [self.layout.places[self.columns[names[i]].table_name][0].rows.start for i in places]
+                offset = torch.tensor(first, dtype=torch.int64)
+                self.register_buffer(f"_{what}_offset_{index}", offset, persistent=False)
         limits = torch.tensor([self._rows_of[name] for name in self.single], dtype=torch.int64)
         self.register_buffer("_single_rows", limits, persistent=False)
         self.set_optimizer(optimizer or EmbeddingOptimizer())
+
+    def _add_table(self, name: str, rows: int, width: int, tables: Tables) -> None:
+        config = tables.kinds.get(name, FullTable.Config())
+        try:
+            table = TABLE_KINDS.find(config.kind)(rows, width, tables.init_std, config)
+        except ValueError as error:
+            raise ValueError(f'table "{name}": {error}') from None
+        self.layout.place(name, table.parts)
+        if not isinstance(table, FullTable):
+            self.kinds[name] = table
+            self._composed[name] = _Composed([], [])
 
     @property
     def flat_dim(self) -> int:
@@ -151,7 +131,8 @@ class EmbeddingCollection(nn.Module):
         return sum(self.widths)
 
     def num_parameters(self) -> int:
-        return sum(group.rows * group.width for group in self.groups)
+        """Stored numbers, and what the kinds have beside them."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def _row_buffers(self) -> Iterator[RowBuffer]:
         for buffer in self.buffers_:
@@ -197,33 +178,35 @@ class EmbeddingCollection(nn.Module):
         """
         if self.check_ids:
             self._check(batch)
-        size = len(batch)
         counts, begins = self._jagged_places(batch)
-        if len(self.groups) == 1:
-            tokens, events = self._lookup(0, batch, counts, begins, size)
-            flat = tokens[0].flatten(1) if len(tokens) == 1 else torch.cat([t.flatten(1) for t in tokens], 1)
-        else:
-            by_name: dict[str, Tensor] = {}
-            events = {}
-            for index, group in enumerate(self.groups):
-                tokens, more = self._lookup(index, batch, counts, begins, size)
-                names = [self.single[i] for i in group.single]
-                names += [self.jagged[i] for i in group.jagged if self.jagged[i] in self.pooled]
-                vectors = [vector for block in tokens for vector in block.unbind(1)]
-                by_name.update(zip(names, vectors, strict=True))
-                events.update(more)
-            order = (*self.single, *self.pooled)
-            flat = torch.cat([by_name[name] for name in order], 1) if order else batch.numeric_BN.new_zeros((size, 0))
         lengths = {key: batch.jagged_lengths_KB[batch.jagged_keys.index(key)] for key in self.event_keys}
-        return Embedded(flat, self.widths, events, lengths)
-
-    def lookup_single(self, ids_BF: Tensor) -> Tensor:
-        """Vectors (B, sum of widths) of a collection that has single-id features of one width only."""
-        if self.jagged or len(self.groups) != 1:
-            raise ValueError("lookup_single is for collections of single-id features of one width")
-        ids = (ids_BF + self.get_buffer("_single_offset_0")).view(-1)
-        vectors: Tensor = self.buffers_[0](ids).view(ids_BF.shape[0], -1)
-        return vectors
+        if len(self.layout.buffers) == 1 and not self.kinds:
+            single, pieces, _ = self._gather(0, batch, counts, begins, [])
+            pooled, events = self._place_jagged(pieces, batch)
+            tokens = [*([] if single is None else [single.flatten(1)]), *pooled.values()]
+            return Embedded(_side_by_side(tokens, batch), self.widths, events, lengths)
+        wanted: list[list[Tensor]] = [[] for _ in self.layout.buffers]
+        lookups = {table: self._ask(table, batch, counts, begins, wanted) for table in self.kinds}
+        by_name: dict[str, Tensor] = {}
+        events, found = {}, []
+        for index, buffer in enumerate(self.layout.buffers):
+            single, pieces, asked = self._gather(index, batch, counts, begins, wanted[index])
+            if single is not None:
+                by_name.update(zip((self.single[i] for i in buffer.single), single.unbind(1), strict=True))
+            pooled, more = self._place_jagged(pieces, batch)
+            by_name.update(pooled)
+            events.update(more)
+            found.append(asked)
+        for table, lookup in lookups.items():
+            single, pieces = self._combine(table, lookup, found, len(batch))
+            if single is not None:
+                names = (self.single[i] for i in self._composed[table].single)
+                by_name.update(zip(names, single.unbind(1), strict=True))
+            pooled, more = self._place_jagged(pieces, batch)
+            by_name.update(pooled)
+            events.update(more)
+        tokens = [by_name[name] for name in (*self.single, *self.pooled)]
+        return Embedded(_side_by_side(tokens, batch), self.widths, events, lengths)
 
     def _jagged_places(self, batch: Batch) -> tuple[list[int], list[int]]:
         """Number of values and place of the first of each of our jagged keys."""
@@ -235,48 +218,78 @@ class EmbeddingCollection(nn.Module):
         begins = [sum(counts[:i]) for i in range(len(counts))]
         return counts, begins
 
-    def _lookup(
-        self, index: int, batch: Batch, counts: list[int], begins: list[int], size: int
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Tokens of one buffer as blocks (B, fields, D), singles first, and its event vectors."""
-        group = self.groups[index]
-        single_offset = self.get_buffer(f"_single_offset_{index}")
-        jagged_offset = self.get_buffer(f"_jagged_offset_{index}")
-        whole = len(group.single) == len(self.single)
-        ids = []
-        if group.single:
-            ids_BF = batch.ids_BF if whole else batch.ids_BF[:, group.single]
-            ids.append((ids_BF + single_offset).view(-1))
-        sizes = [counts[i] for i in group.jagged]
-        if group.jagged:
-            total = sum(sizes)
-            if len(group.jagged) == len(self.jagged):
+    def _gather(
+        self, index: int, batch: Batch, counts: list[int], begins: list[int], wanted: list[Tensor]
+    ) -> tuple[Tensor | None, dict[int, Tensor], list[Tensor]]:
+        """Vectors of one buffer: of its plain single columns, (B, columns, D), of each of its plain jagged columns, and
+        of the rows that other tables want."""
+        buffer = self.layout.buffers[index]
+        ids, sizes = [], []
+        if buffer.single:
+            whole = len(buffer.single) == len(self.single)
+            ids_BF = batch.ids_BF if whole else batch.ids_BF[:, buffer.single]
+            ids.append((ids_BF + self.get_buffer(f"_single_offset_{index}")).view(-1))
+            sizes.append(ids[0].numel())
+        jagged_sizes = [counts[i] for i in buffer.jagged]
+        if buffer.jagged:
+            total = sum(jagged_sizes)
+            if len(buffer.jagged) == len(self.jagged):
                 values = batch.jagged_values[:total]
             else:
-                values = torch.cat([batch.jagged_values[begins[i] : begins[i] + counts[i]] for i in group.jagged])
-            if len(sizes) == 1:
-                ids.append(values + jagged_offset)
-            else:
-                ids.append(values + jagged_offset.repeat_interleave(torch.tensor(sizes), output_size=total))
+                values = torch.cat([batch.jagged_values[begins[i] : begins[i] + counts[i]] for i in buffer.jagged])
+            offset = self.get_buffer(f"_jagged_offset_{index}")
+            if len(jagged_sizes) > 1:
+                offset = offset.repeat_interleave(torch.tensor(jagged_sizes), output_size=total)
+            ids.append(values + offset)
+        ids += wanted
+        sizes += [*jagged_sizes, *(rows.numel() for rows in wanted)]
         if not ids:
-            return [], {}
-        vectors = self.buffers_[index](ids[0] if len(ids) == 1 else torch.cat(ids))
-        pieces = vectors.split(([ids[0].numel()] if group.single else []) + sizes)
-        tokens: list[Tensor] = []
-        if group.single:
-            tokens.append(pieces[0].view(size, len(group.single), group.width))
-            pieces = pieces[1:]
+            return None, {}, []
+        pieces = list(self.buffers_[index](ids[0] if len(ids) == 1 else torch.cat(ids)).split(sizes))
+        single = pieces.pop(0).view(len(batch), len(buffer.single), buffer.width) if buffer.single else None
+        jagged = dict(zip(buffer.jagged, pieces, strict=False))
+        return single, jagged, pieces[len(jagged) :]
+
+    def _ask(
+        self, table: str, batch: Batch, counts: list[int], begins: list[int], wanted: list[list[Tensor]]
+    ) -> _Lookup:
+        """Add the rows that a table wants of each buffer to `wanted`."""
+        columns = self._composed[table]
+        ids = [batch.jagged_values[begins[i] : begins[i] + counts[i]] for i in columns.jagged]
+        if columns.single:
+            ids.insert(0, batch.ids_BF[:, columns.single].reshape(-1))
+        ids_N = ids[0] if len(ids) == 1 else torch.cat(ids)
+        asks = self.kinds[table].asks(ids_N)
+        found_at = []
+        for ask in asks:
+            place = self.layout.places[table][ask.part]
+            found_at.append((place.buffer, len(wanted[place.buffer])))
+            wanted[place.buffer].append(ask.rows + place.rows.start)
+        return _Lookup(ids_N, [part.numel() for part in ids], asks, found_at)
+
+    def _combine(
+        self, table: str, lookup: _Lookup, found: list[list[Tensor]], size: int
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """A table's vectors: of its single columns (B, columns, D), and of each of its jagged columns."""
+        columns = self._composed[table]
+        vectors = [found[buffer][place] for buffer, place in lookup.found_at]
+        pieces = list(self.kinds[table].combine(lookup.ids_N, lookup.asks, vectors).split(lookup.sizes))
+        single = pieces.pop(0).view(size, len(columns.single), -1) if columns.single else None
+        return single, dict(zip(columns.jagged, pieces, strict=True))
+
+    def _place_jagged(self, pieces: dict[int, Tensor], batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Pooled vectors (B, D) of the columns that are pooled, and the vectors of the events of the others."""
+        pooled: dict[str, Tensor] = {}
         events: dict[str, Tensor] = {}
-        for place, piece in zip(group.jagged, pieces, strict=True):
+        for place, piece in pieces.items():
             name = self.jagged[place]
             if name in self.pooled:
                 feature = self.columns[name]
                 mean = feature.pooling == "mean" if isinstance(feature, MultiCategorical) else True
-                lengths_B = batch.jagged_lengths_KB[place]
-                tokens.append(segment_sum(piece, lengths_B, mean=mean)[:, None, :])
+                pooled[name] = segment_sum(piece, batch.jagged_lengths_KB[place], mean=mean)
             else:
                 events[name] = piece
-        return tokens, events
+        return pooled, events
 
     def _check(self, batch: Batch) -> None:
         if self.single:
@@ -295,18 +308,23 @@ class EmbeddingCollection(nn.Module):
                 if int(low) < 0 or int(high) >= self._rows_of[name]:
                     _refuse(name, int(low) if int(low) < 0 else int(high), self._rows_of[name])
 
-    # State: one entry per table, whatever the backend and the grouping.
+    # State: one entry per part of a table, whatever the backend and the layout.
 
-    def _tables(self) -> Iterator[tuple[str, RowBuffer, slice]]:
-        rows = {self.columns[name].table_name: self._rows_of[name] for name in self._rows_of}
-        for group, buffer in zip(self.groups, self._row_buffers(), strict=True):
-            for table, first in group.first_row.items():
-                yield table, buffer, slice(first, first + rows[table])
+    def _part_names(self) -> Iterator[tuple[str, Place]]:
+        for table, places in self.layout.places.items():
+            names = [f".{part.name}" for part in self.kinds[table].parts] if table in self.kinds else [""]
+            for name, place in zip(names, places, strict=True):
+                yield f"tables.{table}{name}", place
+
+    def _parts(self) -> Iterator[tuple[str, RowBuffer, slice]]:
+        """Each part's name in the state, its buffer and its rows there."""
+        for name, place in self._part_names():
+            yield name, self._buffer(place.buffer), place.rows
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.flush()
-        for table, buffer, rows in self._tables():
-            destination[f"{prefix}tables.{table}.weight"] = buffer.weight_RD.detach()[rows]
+        for name, buffer, rows in self._parts():
+            destination[f"{prefix}{name}.weight"] = buffer.weight_RD.detach()[rows]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         state = super().state_dict(*args, **kwargs)
@@ -325,18 +343,20 @@ class EmbeddingCollection(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for table, buffer, rows in self._tables():
-            key = f"{prefix}tables.{table}.weight"
+        for name, buffer, rows in self._parts():
+            key = f"{prefix}{name}.weight"
             if key not in state_dict:
                 missing_keys.append(key)
                 continue
             value = state_dict[key]
             target = buffer.weight_RD.data[rows]
             if value.shape != target.shape:
-                error_msgs.append(f'table "{table}" has shape {tuple(value.shape)}, expected {tuple(target.shape)}')
+                error_msgs.append(f'"{key}" has shape {tuple(value.shape)}, expected {tuple(target.shape)}')
                 continue
             target.copy_(value)
-        for index in range(len(self.groups)):  # the buffers' own names are ours to fill: nothing is missing there
+        for index in range(
+            len(self.layout.buffers)
+        ):  # the buffers' own names are ours to fill: nothing is missing there
             state_dict[f"{prefix}buffers_.{index}.weight_RD"] = self._buffer(index).weight_RD.detach()
 
     def _buffer(self, index: int) -> RowBuffer:
@@ -351,9 +371,9 @@ class EmbeddingCollection(nn.Module):
         for index, buffer in enumerate(self._row_buffers()):
             state[f"groups.{index}.step"] = torch.tensor(buffer.step)
             state[f"groups.{index}.log_decay"] = torch.tensor(buffer.log_decay, dtype=torch.float64)
-        for table, buffer, rows in self._tables():
+        for part, buffer, rows in self._parts():
             for name in STATES[self.optimizer.kind]:
-                state[f"tables.{table}.{name}"] = buffer.states[name][rows]
+                state[f"{part}.{name}"] = buffer.states[name][rows]
         return state
 
     @torch.no_grad()
@@ -367,16 +387,22 @@ class EmbeddingCollection(nn.Module):
             buffer.step = int(_entry(state, f"groups.{index}.step"))
             buffer.log_decay = float(_entry(state, f"groups.{index}.log_decay"))
             buffer.decay_is_applied()
-        for table, buffer, rows in self._tables():
+        for part, buffer, rows in self._parts():
             for name in STATES[self.optimizer.kind]:
-                value = _entry(state, f"tables.{table}.{name}")
+                value = _entry(state, f"{part}.{name}")
                 target = buffer.states[name][rows]
                 if value.shape != target.shape:
                     raise ValueError(
-                        f'state "{name}" of table "{table}" has shape {tuple(value.shape)}, expected '
+                        f'the embedding state "{part}.{name}" has shape {tuple(value.shape)}, expected '
                         f"{tuple(target.shape)}"
                     )
                 target.copy_(value)
+
+
+def _side_by_side(tokens: list[Tensor], batch: Batch) -> Tensor:
+    if not tokens:
+        return batch.numeric_BN.new_zeros((len(batch), 0))
+    return tokens[0] if len(tokens) == 1 else torch.cat(tokens, 1)
 
 
 def _entry(state: dict[str, Tensor], key: str) -> Tensor:

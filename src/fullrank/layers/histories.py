@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
-from fullrank.embeddings import EmbeddingCollection
-from fullrank.embeddings.collection import pad
+from fullrank.embeddings import EmbeddingCollection, Tables
+from fullrank.embeddings.embedded import pad
 from fullrank.schema import Schema, Sequence
 
 
@@ -50,8 +50,7 @@ class FeaturesAndHistories(nn.Module):
     """tokens_BFD of all features but sequences (all numbers together give one token), and a `History` per sequence.
 
     Args:
-        embedding_dim: D of every table.
-        init_std: standard deviation that tables and number vectors start from.
+        tables: their width is D, their start also that of number vectors.
         age_field: name of the number field of an event that holds its age in seconds at request time, raw or log1p.
 
     Attributes:
@@ -64,20 +63,20 @@ class FeaturesAndHistories(nn.Module):
         ValueError: if the schema has no features, or a sequence has no id field.
     """
 
-    def __init__(self, schema: Schema, embedding_dim: int, init_std: float, *, age_field: str = "age") -> None:
+    def __init__(self, schema: Schema, tables: Tables, *, age_field: str = "age") -> None:
         super().__init__()
-        self.width = embedding_dim
+        self.width = embedding_dim = tables.embedding_dim
         self.sequences = schema.sequences
         self.age_field = age_field
-        self.ids = EmbeddingCollection(schema, embedding_dim=embedding_dim, init_std=init_std)
+        self.ids = EmbeddingCollection(schema, tables)
         numbers = len(schema.numeric_columns)
         self.num_tokens = len(self.ids.widths) + (numbers > 0)
         if not self.num_tokens and not schema.sequences:
             raise ValueError("the schema has no features")
-        self.number_token_ND = nn.Parameter(torch.randn(numbers, embedding_dim) * init_std) if numbers else None
+        self.number_token_ND = nn.Parameter(torch.randn(numbers, embedding_dim) * tables.init_std) if numbers else None
         self.event_numbers = nn.ParameterDict(
             {
-                sequence.name: nn.Parameter(torch.randn(len(sequence.number_fields), embedding_dim) * init_std)
+                sequence.name: nn.Parameter(torch.randn(len(sequence.number_fields), embedding_dim) * tables.init_std)
                 for sequence in schema.sequences
                 if sequence.number_fields
             }

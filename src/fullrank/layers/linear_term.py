@@ -8,21 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
-from fullrank.embeddings import EmbeddingCollection
+from fullrank.embeddings import EmbeddingCollection, Tables
 from fullrank.schema import Schema, Sequence
 
 
 class LinearTerm(nn.Module):
     """One weight per id and per number: z = Σ w_i x_i, plus a bias if asked for.
 
-    Bags and sequences contribute the mean (or sum) of their ids' weights.
+    Bags and sequences contribute the mean (or sum) of their ids' weights. Tables are plain, whatever their kind in the
+    rest of the model.
     """
 
-    def __init__(self, schema: Schema, init_std: float, *, bias: bool) -> None:
+    def __init__(self, schema: Schema, tables: Tables, *, bias: bool) -> None:
         super().__init__()
-        self.weights = EmbeddingCollection(
-            _without_widths(schema), embedding_dim=1, init_std=init_std, pool_sequences=True
-        )
+        self.weights = EmbeddingCollection(_without_widths(schema), tables.of_width(1), pool_sequences=True)
         self.numeric_N = nn.Parameter(torch.zeros(len(schema.numeric_columns)))
         self.bias = nn.Parameter(torch.zeros(())) if bias else None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
-from fullrank.embeddings import EmbeddingCollection
+from fullrank.embeddings import EmbeddingCollection, Tables
 from fullrank.layers.mlp import MLP
 from fullrank.schema import Schema
 
@@ -16,9 +16,10 @@ from fullrank.schema import Schema
 class NumberVectors(nn.Module):
     """x·v for each number x, with a learned vector v that starts as small as an embedding row does."""
 
-    def __init__(self, schema: Schema, embedding_dim: int, init_std: float) -> None:
+    def __init__(self, schema: Schema, tables: Tables) -> None:
         super().__init__()
-        self.weight_ND = nn.Parameter(torch.randn(len(schema.numeric_columns), embedding_dim) * init_std)
+        shape = (len(schema.numeric_columns), tables.embedding_dim)
+        self.weight_ND = nn.Parameter(torch.randn(*shape) * tables.init_std)
 
     def forward(self, batch: Batch) -> Tensor:
         """Shape (B, N, D)."""
@@ -28,14 +29,12 @@ class NumberVectors(nn.Module):
 class NumberTokens(nn.Module):
     """All numbers together through an MLP to a few tokens, which start about as small as embedding rows do."""
 
-    def __init__(
-        self, schema: Schema, embedding_dim: int, init_std: float, num_tokens: int, hidden: tuple[int, ...]
-    ) -> None:
+    def __init__(self, schema: Schema, tables: Tables, num_tokens: int, hidden: tuple[int, ...]) -> None:
         super().__init__()
-        self.width = embedding_dim
+        self.width = tables.embedding_dim
         self.mlp = MLP(len(schema.numeric_columns), hidden)
-        self.out = nn.Linear(self.mlp.out_features, num_tokens * embedding_dim)
-        nn.init.normal_(self.out.weight, std=init_std)
+        self.out = nn.Linear(self.mlp.out_features, num_tokens * self.width)
+        nn.init.normal_(self.out.weight, std=tables.init_std)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -55,30 +54,27 @@ class FeatureTokens(nn.Module):
     def __init__(
         self,
         schema: Schema,
-        embedding_dim: int,
-        init_std: float,
+        tables: Tables,
         *,
         number_tokens: int = 0,
         number_hidden: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        self.ids = EmbeddingCollection(schema, embedding_dim=embedding_dim, init_std=init_std, pool_sequences=True)
+        self.ids = EmbeddingCollection(schema, tables, pool_sequences=True)
         numbers = len(schema.numeric_columns)
         together = number_tokens > 0 and numbers > 0
         self.numbers: NumberVectors | NumberTokens = (
-            NumberTokens(schema, embedding_dim, init_std, number_tokens, number_hidden)
-            if together
-            else NumberVectors(schema, embedding_dim, init_std)
+            NumberTokens(schema, tables, number_tokens, number_hidden) if together else NumberVectors(schema, tables)
         )
         self.num_tokens = len(self.ids.widths) + (number_tokens if together else numbers)
         if self.num_tokens == 0:
             raise ValueError("the schema has no features")
         names = (*self.ids.single, *self.ids.pooled)
         for name, width in zip(names, self.ids.widths, strict=True):
-            if width != embedding_dim:
+            if width != tables.embedding_dim:
                 raise ValueError(
                     f'this model needs one embedding width for all features: "{name}" has embedding_dim {width}, '
-                    f"expected {embedding_dim}"
+                    f"expected {tables.embedding_dim}"
                 )
 
     def forward(self, batch: Batch) -> Tensor:
@@ -92,11 +88,11 @@ class FeatureTokens(nn.Module):
 class FlatFeatures(nn.Module):
     """The vectors of all features side by side, in the order of `FeatureTokens`; widths of tables may differ."""
 
-    def __init__(self, schema: Schema, embedding_dim: int, init_std: float) -> None:
+    def __init__(self, schema: Schema, tables: Tables) -> None:
         super().__init__()
-        self.ids = EmbeddingCollection(schema, embedding_dim=embedding_dim, init_std=init_std, pool_sequences=True)
-        self.numbers = NumberVectors(schema, embedding_dim, init_std)
-        self.width = self.ids.flat_dim + len(schema.numeric_columns) * embedding_dim
+        self.ids = EmbeddingCollection(schema, tables, pool_sequences=True)
+        self.numbers = NumberVectors(schema, tables)
+        self.width = self.ids.flat_dim + len(schema.numeric_columns) * tables.embedding_dim
         if self.width == 0:
             raise ValueError("the schema has no features")
 

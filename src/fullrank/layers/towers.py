@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
-from fullrank.embeddings import EmbeddingCollection
+from fullrank.embeddings import EmbeddingCollection, Tables
 from fullrank.layers.mlp import MLP
 from fullrank.schema import Role, Schema
 
@@ -23,11 +23,9 @@ class Towers(nn.Module):
     items can be computed before any request comes.
     """
 
-    def __init__(
-        self, schema: Schema, *, embedding_dim: int, init_std: float, hidden: Sequence[int], output_dim: int
-    ) -> None:
+    def __init__(self, schema: Schema, tables: Tables, *, hidden: Sequence[int], output_dim: int) -> None:
         super().__init__()
-        self.ids = EmbeddingCollection(schema, embedding_dim=embedding_dim, init_std=init_std, pool_sequences=True)
+        self.ids = EmbeddingCollection(schema, tables, pool_sequences=True)
         self.sides: dict[str, tuple[list[int], list[int]]] = {}
         for side, roles in SIDES.items():
             places, numbers = _columns(schema, self.ids.widths, roles)

@@ -79,7 +79,7 @@ class AutoInt(Ranker):
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
         self.require_single_task()
-        self.tokens = FeatureTokens(schema, config.embedding_dim, config.embedding_init)
+        self.tokens = FeatureTokens(schema, config.embeddings)
         widths = [config.embedding_dim] + [config.attention_dim] * config.num_layers
         self.attention = nn.Sequential(
             *(
@@ -93,7 +93,7 @@ class AutoInt(Ranker):
         flat = self.tokens.num_tokens * config.embedding_dim
         options: dict[str, Any] = {"batch_norm": config.batch_norm, "dropout": config.dropout}
         self.mlp = MLP(flat, config.hidden, 1, **options) if config.hidden else None
-        self.linear = LinearTerm(schema, config.embedding_init, bias=False) if config.wide else None
+        self.linear = LinearTerm(schema, config.embeddings, bias=False) if config.wide else None
 
     def output_biases(self) -> list[Tensor]:
         return [self.head.bias]

@@ -5,18 +5,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fullrank.batch import Batch
-from fullrank.embeddings import EmbeddingCollection
+from fullrank.embeddings import AnyTable, EmbeddingCollection, Tables
 from fullrank.schema import Schema
+
+# Types of configuration fields: sizes that cannot be are refused where they are given.
+Hidden = tuple[PositiveInt, ...]
+NonEmptyHidden = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+InitStd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,19 @@ class Ranker(nn.Module):
         Attributes:
             embedding_dim: width of every table that the schema does not size itself.
             embedding_init: standard deviation of the normal distribution that tables start from.
+            tables: how tables are stored, by the table's name; those not named have a row per id.
         """
 
         model_config = ConfigDict(extra="forbid", frozen=True)
 
-        embedding_dim: int = 16
-        embedding_init: float = 1e-4
+        embedding_dim: int = Field(default=16, ge=1)
+        embedding_init: InitStd = 1e-4
+        tables: dict[str, AnyTable] = {}
+
+        @property
+        def embeddings(self) -> Tables:
+            """What layers with tables are made from."""
+            return Tables(embedding_dim=self.embedding_dim, init_std=self.embedding_init, kinds=self.tables)
 
     name: ClassVar[str]
     source: ClassVar[str]
@@ -69,6 +82,10 @@ class Ranker(nn.Module):
         super().__init__()
         if not schema.labels:
             raise ValueError(f"{type(self).__name__} needs a schema with at least one label")
+        known = schema.tables()
+        for table in config.tables:
+            if table not in known:
+                raise ValueError(f'tables: there is no table "{table}"; the schema has {", ".join(known) or "none"}')
         self.schema = schema
         self.config = config
 

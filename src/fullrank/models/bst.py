@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.layers.encoder import EncoderLayer, LengthGroups, Padding
 from fullrank.layers.histories import Events, FeaturesAndHistories
 from fullrank.layers.mlp import MLP
-from fullrank.models.base import Ranker, RankerOutput
+from fullrank.models.base import InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 Pooling = Literal["mean", "candidate", "concat"]
@@ -125,7 +125,7 @@ class BST(Ranker):
             pooling: mean of the outputs, that of the candidate, or all of them side by side.
         """
 
-        embedding_init: float = 0.05
+        embedding_init: InitStd = 0.05
         num_layers: int = Field(default=1, ge=0)
         num_heads: int = Field(default=2, ge=1)
         feed_forward: int = Field(default=4, ge=1)
@@ -139,7 +139,7 @@ class BST(Ranker):
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        self.features = FeaturesAndHistories(schema, config.embedding_dim, config.embedding_init)
+        self.features = FeaturesAndHistories(schema, config.embeddings)
         self.transformers = nn.ModuleList(
             BehaviourTransformer(
                 channels,

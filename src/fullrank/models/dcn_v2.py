@@ -74,7 +74,7 @@ class DCNv2(Ranker):
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        self.features = FlatFeatures(schema, config.embedding_dim, config.embedding_init)
+        self.features = FlatFeatures(schema, config.embeddings)
         width = self.features.width
         self.cross: nn.Module = (
             LowRankCrossNetwork(width, config.num_cross_layers, config.low_rank, config.num_experts)

@@ -29,8 +29,8 @@ class DeepFM(Ranker):
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
         self.require_single_task()
-        self.linear = LinearTerm(schema, config.embedding_init, bias=False)
-        self.tokens = FeatureTokens(schema, config.embedding_dim, config.embedding_init)
+        self.linear = LinearTerm(schema, config.embeddings, bias=False)
+        self.tokens = FeatureTokens(schema, config.embeddings)
         width = self.tokens.num_tokens * config.embedding_dim
         self.mlp = MLP(width, config.hidden, 1, batch_norm=config.batch_norm, dropout=config.dropout)
 

@@ -19,7 +19,7 @@ from fullrank.layers.mlp import MLP
 from fullrank.layers.token_pairs import TokenPairs
 from fullrank.layers.token_projection import FlatToTokens, TokenProjection
 from fullrank.layers.tokens import FeatureTokens
-from fullrank.models.base import Ranker, RankerOutput
+from fullrank.models.base import InitStd, Ranker, RankerOutput
 from fullrank.models.wukong import FactorizationMachineBlock
 from fullrank.schema import Schema
 
@@ -293,7 +293,7 @@ class DHEN(Ranker):
             hidden: widths of the MLP above the stack.
         """
 
-        embedding_init: float = 0.001
+        embedding_init: InitStd = 0.001
         layers: tuple[tuple[str, ...], ...] = Field(default=(("dlrm", "linear"),) * 3, min_length=1)
         num_out_tokens: int = Field(default=16, ge=1)
         ensemble: Ensemble = "concat"
@@ -323,8 +323,7 @@ class DHEN(Ranker):
         super().__init__(schema, config)
         self.tokens = FeatureTokens(
             schema,
-            config.embedding_dim,
-            config.embedding_init,
+            config.embeddings,
             number_tokens=config.number_tokens,
             number_hidden=config.number_hidden,
         )

@@ -14,7 +14,7 @@ from fullrank.batch import Batch
 from fullrank.layers.histories import FeaturesAndHistories
 from fullrank.layers.mlp import MLP
 from fullrank.layers.recurrent import AttentionalGRU, Steps
-from fullrank.models.base import Ranker, RankerOutput
+from fullrank.models.base import InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -124,7 +124,7 @@ class DIEN(Ranker):
             auxiliary_hidden: widths of its MLP; empty for the inner product.
         """
 
-        embedding_init: float = 0.05
+        embedding_init: InitStd = 0.05
         state_dim: int | None = Field(default=None, ge=1)
         auxiliary_weight: float = Field(default=1.0, ge=0)
         auxiliary_hidden: tuple[int, ...] = ()
@@ -136,7 +136,7 @@ class DIEN(Ranker):
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        self.features = FeaturesAndHistories(schema, config.embedding_dim, config.embedding_init)
+        self.features = FeaturesAndHistories(schema, config.embeddings)
         channels = self.features.channels
         states = [config.state_dim or width for width in channels]
         self.interests = nn.ModuleList(

@@ -122,10 +122,8 @@ class DIN(Ranker):
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        self.embeddings = EmbeddingCollection(
-            schema, embedding_dim=config.embedding_dim, init_std=config.embedding_init
-        )
-        self.numbers = NumberVectors(schema, config.embedding_dim, config.embedding_init)
+        self.embeddings = EmbeddingCollection(schema, config.embeddings)
+        self.numbers = NumberVectors(schema, config.embeddings)
         self.plans = [_plan(schema, sequence) for sequence in schema.sequences]
         widths = [config.embedding_dim * len(keys) for keys, _ in self.plans]
         self.attentions = nn.ModuleList(

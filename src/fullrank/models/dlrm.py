@@ -38,9 +38,7 @@ class DLRM(Ranker):
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
         width = config.embedding_dim
-        self.embeddings = EmbeddingCollection(
-            schema, embedding_dim=width, init_std=config.embedding_init, pool_sequences=True
-        )
+        self.embeddings = EmbeddingCollection(schema, config.embeddings, pool_sequences=True)
         numbers = len(schema.numeric_columns)
         self.bottom = MLP(numbers, (*config.bottom_hidden, width)) if numbers else None
         tokens = len(self.embeddings.widths) + (1 if numbers else 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fullrank.batch import Batch
 from fullrank.layers.mlp import Float32Linear
 from fullrank.layers.towers import Towers
-from fullrank.models.base import Ranker, RankerOutput
+from fullrank.models.base import InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -29,7 +29,7 @@ class EarlyStageRanker(Ranker):
     source = "Early-stage ads ranking with multi-task learning, arXiv 2307.11096 (abstract)"
 
     class Config(Ranker.Config):
-        embedding_init: float = 0.01
+        embedding_init: InitStd = 0.01
         hidden: tuple[int, ...] = (64,)
         output_dim: int = Field(default=32, ge=1)
         interaction_hidden: int = Field(default=32, ge=1)
@@ -40,8 +40,7 @@ class EarlyStageRanker(Ranker):
         super().__init__(schema, config)
         self.towers = Towers(
             schema,
-            embedding_dim=config.embedding_dim,
-            init_std=config.embedding_init,
+            config.embeddings,
             hidden=config.hidden,
             output_dim=config.output_dim,
         )

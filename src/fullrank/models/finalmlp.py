@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -11,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
-from fullrank.embeddings import EmbeddingCollection
+from fullrank.embeddings import EmbeddingCollection, Tables
 from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.layers.tokens import FlatFeatures
 from fullrank.models.base import Ranker, RankerOutput, stacked
@@ -27,8 +28,7 @@ class FeatureGate(nn.Module):
         context: tuple[str, ...],
         width: int,
         hidden: tuple[int, ...],
-        embedding_dim: int,
-        init_std: float,
+        tables: Tables,
     ) -> None:
         super().__init__()
         names = {feature.name for feature in schema.features}
@@ -40,13 +40,14 @@ class FeatureGate(nn.Module):
             chosen = schema.model_copy(update={"features": tuple(f for f in schema.categorical if f.name in context)})
             if len(chosen.features) != len(context):
                 raise ValueError(f"gate contexts {context} must be single-id features")
-            self.context = EmbeddingCollection(chosen, embedding_dim=embedding_dim, init_std=init_std)
+            # The ids are those of the features, which are checked there.
+            self.context = EmbeddingCollection(chosen, tables, check_ids=False)
             columns = [[f.name for f in schema.categorical].index(f.name) for f in chosen.categorical]
             self.register_buffer("columns", torch.tensor(columns), persistent=False)
             size = self.context.flat_dim
         else:
-            self.bias_1D = nn.Parameter(torch.zeros(1, embedding_dim))
-            size = embedding_dim
+            size = tables.embedding_dim
+            self.bias_1D = nn.Parameter(torch.zeros(1, size))
         self.mlp = MLP(size, hidden, width)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -54,7 +55,7 @@ class FeatureGate(nn.Module):
             context: Tensor = self.bias_1D
         else:
             ids = batch.ids_BF.index_select(1, self.get_buffer("columns"))
-            context = self.context.lookup_single(ids)
+            context = self.context(replace(batch, ids_BF=ids)).flat
         return 2 * torch.sigmoid(self.mlp(context))
 
 
@@ -121,13 +122,13 @@ class FinalMLP(Ranker):
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
         self.require_single_task()
-        self.features = FlatFeatures(schema, config.embedding_dim, config.embedding_init)
+        self.features = FlatFeatures(schema, config.embeddings)
         width = self.features.width
 
         def gate(context: tuple[str, ...]) -> FeatureGate | None:
             if not config.gate_hidden:
                 return None
-            return FeatureGate(schema, context, width, config.gate_hidden, config.embedding_dim, config.embedding_init)
+            return FeatureGate(schema, context, width, config.gate_hidden, config.embeddings)
 
         self.gate1, self.gate2 = gate(config.context1), gate(config.context2)
         self.mlp1 = MLP(width, config.hidden1, batch_norm=config.batch_norm, dropout=config.dropout1)

@@ -21,8 +21,8 @@ class FM(Ranker):
     def __init__(self, schema: Schema, config: Ranker.Config) -> None:
         super().__init__(schema, config)
         self.require_single_task()
-        self.linear = LinearTerm(schema, config.embedding_init, bias=True)
-        self.tokens = FeatureTokens(schema, config.embedding_dim, config.embedding_init)
+        self.linear = LinearTerm(schema, config.embeddings, bias=True)
+        self.tokens = FeatureTokens(schema, config.embeddings)
 
     def output_biases(self) -> list[Tensor]:
         return [] if self.linear.bias is None else [self.linear.bias]

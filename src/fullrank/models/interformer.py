@@ -26,7 +26,7 @@ from fullrank.layers.histories import FeaturesAndHistories, latest
 from fullrank.layers.mlp import MLP
 from fullrank.layers.token_pairs import TokenPairs
 from fullrank.layers.token_projection import FlatToTokens, TokenProjection
-from fullrank.models.base import Ranker, RankerOutput
+from fullrank.models.base import InitStd, Ranker, RankerOutput
 from fullrank.models.dhen import DHENLayer, build_interaction
 from fullrank.schema import Schema
 from fullrank.schema import Sequence as HistoryFeature
@@ -369,7 +369,7 @@ class InterFormer(Ranker):
             hidden: widths of the head's MLP.
         """
 
-        embedding_init: float = 0.001
+        embedding_init: InitStd = 0.001
         num_layers: int = Field(default=2, ge=1)
         interaction: str = "dhen"
         num_heads: int = Field(default=2, ge=1)
@@ -397,7 +397,7 @@ class InterFormer(Ranker):
         if config.flow == "sole":
             features = tuple(feature for feature in schema.features if not isinstance(feature, HistoryFeature))
             schema = schema.model_copy(update={"features": features})
-        self.features = FeaturesAndHistories(schema, width, config.embedding_init)
+        self.features = FeaturesAndHistories(schema, config.embeddings)
         normalize = not config.strict_paper
         self.token_norm: nn.Module = nn.LayerNorm(width) if normalize else nn.Identity()
         self.event_norms = nn.ModuleList(

@@ -22,7 +22,7 @@ from fullrank.layers.rote import ROTE
 from fullrank.layers.seed_pooling import HierarchicalSeedPooling
 from fullrank.layers.sliding_window import SlidingWindowAttention
 from fullrank.layers.token_projection import TokenProjection
-from fullrank.models.base import Ranker, RankerOutput
+from fullrank.models.base import InitStd, Ranker, RankerOutput
 from fullrank.models.wukong import WukongLayer
 from fullrank.schema import Schema
 
@@ -400,7 +400,7 @@ class Kunlun(Ranker):
             hidden: widths of the head's MLP.
         """
 
-        embedding_init: float = 0.001
+        embedding_init: InitStd = 0.001
         events: dict[str, EventConfig] = Field(default={})
         num_layers: int = Field(default=2, ge=1)
         num_summary: int = Field(default=12, ge=1)
@@ -437,7 +437,7 @@ class Kunlun(Ranker):
                     f'num_seeds is {config.num_seeds}, expected more than the {event.num_tokens} tokens of "{name}"'
                 )
         width = config.embedding_dim
-        self.features = FeaturesAndHistories(schema, width, config.embedding_init)
+        self.features = FeaturesAndHistories(schema, config.embeddings)
         widths = [event.width or width for event in events.values()]
         self.events = nn.ModuleList(
             nn.Sequential(FieldNorm(channels, width), nn.Linear(channels, own), nn.SiLU(), nn.Linear(own, own))

@@ -21,7 +21,7 @@ class LR(Ranker):
 
     def __init__(self, schema: Schema, config: Ranker.Config) -> None:
         super().__init__(schema, config)
-        self.terms = nn.ModuleList(LinearTerm(schema, config.embedding_init, bias=True) for _ in range(self.num_tasks))
+        self.terms = nn.ModuleList(LinearTerm(schema, config.embeddings, bias=True) for _ in range(self.num_tasks))
 
     def output_biases(self) -> list[Tensor]:
         return [term.bias for term in cast(Iterable[LinearTerm], self.terms) if term.bias is not None]

@@ -11,9 +11,9 @@ from fullrank.schema import Schema, describe_errors
 
 
 def inherited(config: Ranker.Config) -> dict[str, Any]:
-    """What members take from the outer configuration: width of tables, and their start if it is set there."""
+    """What members take from the outer configuration: width and kinds of tables, and their start if it is set there."""
     start = {"embedding_init": config.embedding_init} if "embedding_init" in config.model_fields_set else {}
-    return {"embedding_dim": config.embedding_dim, **start}
+    return {"embedding_dim": config.embedding_dim, "tables": config.tables, **start}
 
 
 def member(schema: Schema, values: dict[str, Any], place: str) -> Ranker:

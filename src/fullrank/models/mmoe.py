@@ -36,7 +36,7 @@ class MMoE(Ranker):
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        self.features = FlatFeatures(schema, config.embedding_dim, config.embedding_init)
+        self.features = FlatFeatures(schema, config.embeddings)
         width = self.features.width
         options: dict[str, Any] = {"batch_norm": config.batch_norm, "dropout": config.dropout}
         self.experts = nn.ModuleList(MLP(width, config.expert_hidden, **options) for _ in range(config.num_experts))

@@ -77,7 +77,7 @@ class PLE(Ranker):
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        self.features = FlatFeatures(schema, config.embedding_dim, config.embedding_init)
+        self.features = FlatFeatures(schema, config.embeddings)
         widths = [self.features.width] + [config.expert_hidden[-1]] * (config.num_levels - 1)
         self.levels = nn.ModuleList(
             _Level(width, config, self.num_tasks, last=level == config.num_levels - 1)

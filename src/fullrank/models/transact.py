@@ -14,7 +14,7 @@ from fullrank.layers.crosses import CrossNetwork
 from fullrank.layers.encoder import EncoderLayer, LengthGroups, Padding
 from fullrank.layers.histories import Events, FeaturesAndHistories, latest
 from fullrank.layers.mlp import MLP
-from fullrank.models.base import Ranker, RankerOutput
+from fullrank.models.base import InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 HOUR = 3600.0
@@ -109,7 +109,7 @@ class TransAct(Ranker):
             num_cross_layers: of the crosses below the MLP.
         """
 
-        embedding_init: float = 0.05
+        embedding_init: InitStd = 0.05
         num_layers: int = Field(default=2, ge=0)
         num_heads: int = Field(default=2, ge=1)
         feed_forward: int = Field(default=64, ge=1)
@@ -124,7 +124,7 @@ class TransAct(Ranker):
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        self.features = FeaturesAndHistories(schema, config.embedding_dim, config.embedding_init)
+        self.features = FeaturesAndHistories(schema, config.embeddings)
         for sequence in schema.sequences:
             timed = any(field.name == self.features.age_field for field in sequence.number_fields)
             if config.window_hours and not timed:

@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.layers.mlp import MLP
 from fullrank.layers.token_projection import TokenProjection, project_tokens
 from fullrank.layers.tokens import FeatureTokens
-from fullrank.models.base import Ranker, RankerOutput
+from fullrank.models.base import InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -157,7 +157,7 @@ class Wukong(Ranker):
             hidden: widths of the MLP above the stack.
         """
 
-        embedding_init: float = 0.001
+        embedding_init: InitStd = 0.001
         num_layers: int = Field(default=3, ge=1)
         num_fm: int = Field(default=16, ge=1)
         num_linear: int = Field(default=16, ge=1)
@@ -176,8 +176,7 @@ class Wukong(Ranker):
         super().__init__(schema, config)
         self.tokens = FeatureTokens(
             schema,
-            config.embedding_dim,
-            config.embedding_init,
+            config.embeddings,
             number_tokens=config.number_tokens,
             number_hidden=config.number_hidden,
         )

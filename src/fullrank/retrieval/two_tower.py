@@ -20,6 +20,7 @@ from fullrank.data import atomic
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.data.loader import batch_from_frame
+from fullrank.embeddings import Tables
 from fullrank.layers.towers import Towers
 from fullrank.retrieval.base import Items, Retriever, SearchResult, item_keys
 from fullrank.retrieval.exact import ExactIndex
@@ -102,8 +103,7 @@ class TwoTower(Retriever):
             torch.manual_seed(self.config.seed)
             self.towers = Towers(
                 schema,
-                embedding_dim=self.config.embedding_dim,
-                init_std=self.config.embedding_init,
+                Tables(embedding_dim=self.config.embedding_dim, init_std=self.config.embedding_init),
                 hidden=self.config.hidden,
                 # The last output of the item tower is its bias; the user tower's is not used.
                 output_dim=self.config.output_dim + 1,

@@ -1,0 +1,147 @@
+"""What a table is: which parts it stores, which of their rows an id asks for, how those become one vector."""
+
+# Shapes: N ids looked up together, M rows asked of a part, D width of the table's vectors.
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
+from torch import Tensor, nn
+
+from fullrank.registry import Registry
+
+# How the numbers of a part lie in memory. One today; a buffer holds parts of one store.
+Store = Literal["float32"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that a table stores.
+
+    Attributes:
+        name: within its table; empty for the only part of a plain table.
+        init_std: standard deviation of the normal distribution around 0 that the rows start from.
+        store: parts of equal width and store lie in one buffer.
+    """
+
+    name: str
+    rows: int
+    width: int
+    init_std: float
+    store: Store = "float32"
+
+
+class Ask(NamedTuple):
+    """Rows that some ids want of one part.
+
+    Attributes:
+        part: index in `Table.parts`.
+        rows: int64, shape (M,).
+        of: int64, shape (M,): which of the N ids each row is for; None when it is one row for each id, in order.
+    """
+
+    part: int
+    rows: Tensor
+    of: Tensor | None = None
+
+
+class TableConfig(BaseModel):
+    """Settings of one kind of table; a subclass sets `kind` to a literal, the name under which it is registered."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+
+
+class Table(nn.Module):
+    """Base of the table kinds.
+
+    A kind stores parts and says what of them makes the vector of an id. The collection around it keeps the parts, all
+    those of one width in one buffer, looks rows up, pools bags and updates rows. A kind may have parameters of its own,
+    which the model's optimiser moves.
+
+    Args:
+        rows: ids are 0 to rows - 1.
+        width: D.
+        init_std: standard deviation that an entry of an id's vector should start with.
+
+    Attributes:
+        parts: what is stored. Set by the subclass.
+    """
+
+    Config: ClassVar[type[TableConfig]]
+    parts: tuple[Part, ...]
+
+    def __init__(self, rows: int, width: int, init_std: float, config: TableConfig) -> None:
+        super().__init__()
+        self.rows, self.width, self.init_std, self.config = rows, width, init_std, config
+
+    def asks(self, ids_N: Tensor) -> list[Ask]:
+        """The stored rows that make the vectors of int64 ids, each in 0 to rows - 1."""
+        raise NotImplementedError
+
+    def combine(self, ids_N: Tensor, asks: Sequence[Ask], vectors: Sequence[Tensor]) -> Tensor:
+        """Vectors (N, D) of the ids that `asks` was called with, from the rows that it named, (M, width of the part)
+        each."""
+        raise NotImplementedError
+
+
+TABLE_KINDS: Registry[type[Table]] = Registry(
+    "table kind",
+    "fullrank.table_kinds",
+    {
+        "full": "fullrank.embeddings.full:FullTable",
+        "quotient_remainder": "fullrank.embeddings.quotient_remainder:QuotientRemainderTable",
+        "mixed_dimension": "fullrank.embeddings.mixed_dimension:MixedDimensionTable",
+        "prefix": "fullrank.embeddings.prefix:PrefixTable",
+    },
+)
+
+
+def register(kind: type[Table]) -> type[Table]:
+    """List a kind of table under the `kind` of its Config; usable as a decorator.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    name = kind.Config.model_fields["kind"].default
+    if not isinstance(name, str):
+        raise ValueError(f'{kind.__name__}.Config needs a default for "kind", such as: kind: Literal["mine"] = "mine"')
+    return TABLE_KINDS.register(name, kind)
+
+
+def _config(value: Any) -> Any:
+    if isinstance(value, TableConfig):
+        return value
+    if isinstance(value, str):
+        value = {"kind": value}
+    if not isinstance(value, Mapping) or "kind" not in value:
+        raise ValueError(f"expected a mapping with kind: {', '.join(TABLE_KINDS)}")
+    return TABLE_KINDS.find(value["kind"]).Config.model_validate(dict(value))
+
+
+# In a recipe: {kind: quotient_remainder, collisions: 8}, or the name of a kind alone.
+AnyTable = Annotated[SerializeAsAny[TableConfig], BeforeValidator(_config)]
+
+
+class Tables(BaseModel):
+    """How a model stores its tables: handed as one object to every layer that has some.
+
+    Attributes:
+        embedding_dim: width of every table that the schema does not size itself.
+        init_std: standard deviation that the entries of an id's vector start with.
+        kinds: by the table's name; those not named are plain.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    embedding_dim: int = Field(default=16, ge=1)
+    init_std: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
+    kinds: dict[str, AnyTable] = {}
+
+    def of_width(self, embedding_dim: int) -> Tables:
+        """Plain tables of another width, started alike."""
+        return Tables(embedding_dim=embedding_dim, init_std=self.init_std)
