@@ -106,8 +106,8 @@ class EmbeddingCollection(nn.Module):
         self.kind_modules = nn.ModuleList(self.kinds.values())
         self.buffers_ = nn.ModuleList(RowBuffer(buffer.start(), backend) for buffer in self.layout.buffers)
         for index, buffer in enumerate(self.layout.buffers):
-            for what, places, names in (("single", buffer.single, self.single), ("jagged", buffer.jagged, self.jagged)):
-                first = [self.layout.places[self.columns[names[i]].table_name][0].rows.start for i in places]
+            for what, columns, own in (("single", buffer.single, self.single), ("jagged", buffer.jagged, self.jagged)):
+                first = [self.layout.places[self.columns[own[i]].table_name][0].rows.start for i in columns]
                 offset = torch.tensor(first, dtype=torch.int64)
                 self.register_buffer(f"_{what}_offset_{index}", offset, persistent=False)
         limits = torch.tensor([self._rows_of[name] for name in self.single], dtype=torch.int64)
@@ -245,7 +245,8 @@ class EmbeddingCollection(nn.Module):
         sizes += [*jagged_sizes, *(rows.numel() for rows in wanted)]
         if not ids:
             return None, {}, []
-        pieces = list(self.buffers_[index](ids[0] if len(ids) == 1 else torch.cat(ids)).split(sizes))
+        vectors = self.buffers_[index](ids[0] if len(ids) == 1 else torch.cat(ids))
+        pieces = list(torch.split(vectors, sizes))
         single = pieces.pop(0).view(len(batch), len(buffer.single), buffer.width) if buffer.single else None
         jagged = dict(zip(buffer.jagged, pieces, strict=False))
         return single, jagged, pieces[len(jagged) :]
@@ -273,7 +274,7 @@ class EmbeddingCollection(nn.Module):
         """A table's vectors: of its single columns (B, columns, D), and of each of its jagged columns."""
         columns = self._composed[table]
         vectors = [found[buffer][place] for buffer, place in lookup.found_at]
-        pieces = list(self.kinds[table].combine(lookup.ids_N, lookup.asks, vectors).split(lookup.sizes))
+        pieces = list(torch.split(self.kinds[table].combine(lookup.ids_N, lookup.asks, vectors), lookup.sizes))
         single = pieces.pop(0).view(size, len(columns.single), -1) if columns.single else None
         return single, dict(zip(columns.jagged, pieces, strict=True))
 

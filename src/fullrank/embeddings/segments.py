@@ -52,7 +52,7 @@ class _Spread(torch.autograd.Function):
         return rows_BD.index_select(0, row_of(lengths_B, count))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_ED: Tensor) -> tuple[Tensor | None, ...]:
         return _bag_sum(grad_ED.contiguous(), ctx.saved_tensors[0]), None, None
 
@@ -66,7 +66,7 @@ class _SegmentSum(torch.autograd.Function):
         return _bag_sum(values_ED, lengths_B, weights_E)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
         values_ED, weights_E, lengths_B = ctx.saved_tensors
         grad_ED = grad_BD.index_select(0, row_of(lengths_B, values_ED.shape[0]))

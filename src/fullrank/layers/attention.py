@@ -41,7 +41,7 @@ def rotate(x_BTD: Tensor, turn_BTP: Tensor) -> Tensor:
     """
     # There are no half-precision complex numbers to speak of.
     exact_BTD = x_BTD if x_BTD.dtype == turn_BTP.real.dtype else x_BTD.to(turn_BTP.real.dtype)
-    turned_BTP = torch.view_as_complex(exact_BTD.unflatten(2, (-1, 2))) * turn_BTP
+    turned_BTP = torch.view_as_complex(torch.unflatten(exact_BTD, 2, (-1, 2))) * turn_BTP
     return torch.view_as_real(turned_BTP).flatten(2).to(x_BTD.dtype)
 
 
@@ -104,7 +104,7 @@ class MultiHeadAttention(nn.Module):
         are made; what touches every token is one matrix product and one weighted sum.
         """
         width, heads = key_BKD.shape[2], self.num_heads
-        query_HQE = self.query(query_QD).unflatten(1, (heads, -1)).transpose(0, 1) * (width // heads) ** -0.5
+        query_HQE = torch.unflatten(self.query(query_QD), 1, (heads, -1)).transpose(0, 1) * (width // heads) ** -0.5
         key_HED, value_HED = self.key_value.weight.view(2, heads, -1, width)
         # M = H·Q, head after head.
         score_BKM = F.linear(key_BKD, torch.bmm(query_HQE, key_HED.to(query_HQE.dtype)).flatten(0, 1))
@@ -113,9 +113,9 @@ class MultiHeadAttention(nn.Module):
             known_B1 = mask_BK.any(1, keepdim=True)
             score_BKM = score_BKM.masked_fill((~mask_BK & known_B1)[:, :, None], -torch.inf)
         pooled_BMD = torch.bmm(torch.softmax(score_BKM, 1).transpose(1, 2).to(key_BKD.dtype), key_BKD)
-        pooled_HND = pooled_BMD.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
+        pooled_HND = torch.unflatten(pooled_BMD, 1, (heads, -1)).transpose(0, 1).flatten(1, 2)
         mixed_HNE = torch.bmm(pooled_HND, value_HED.transpose(1, 2).to(pooled_HND.dtype))
-        mixed_BQD = mixed_HNE.unflatten(1, (len(key_BKD), -1)).permute(1, 2, 0, 3).flatten(2)
+        mixed_BQD = torch.unflatten(mixed_HNE, 1, (len(key_BKD), -1)).permute(1, 2, 0, 3).flatten(2)
         if mask_BK is not None:
             mixed_BQD = mixed_BQD.masked_fill(~known_B1[:, :, None], 0.0)
         out: Tensor = self.out(mixed_BQD)
@@ -132,7 +132,7 @@ def require_heads(width: int, num_heads: int) -> None:
 
 def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
     """(B, T, D) to (B, H, T, D/H)."""
-    return x_BTD.unflatten(2, (num_heads, -1)).transpose(1, 2)
+    return torch.unflatten(x_BTD, 2, (num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x_BHTE: Tensor) -> Tensor:

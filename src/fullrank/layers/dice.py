@@ -67,7 +67,8 @@ def dice_scores(z_EI: Tensor, weight_AI: Tensor, bias_A: Tensor, dice: Dice, sco
             z_EI = z_EI.float()
         # A compiler fuses the plain formula by itself, and an accelerator has the memory bandwidth for it.
         if z_EI.device.type != "cpu" or torch.compiler.is_compiling():
-            return dice(nn.functional.linear(z_EI, weight_AI, bias_A)) @ score_A
+            gated_EA: Tensor = dice(nn.functional.linear(z_EI, weight_AI, bias_A))
+            return gated_EA @ score_A
         with torch.no_grad():
             norm = _Norm.of(z_EI, weight_AI, bias_A, dice)
         direct_A = score_A * dice.alpha_A
@@ -151,7 +152,7 @@ class _DiceScores(torch.autograd.Function):
         return scores_E
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_E: Tensor) -> tuple[Tensor | None, ...]:
         z_EI, weight_AI, bias_A, direct_A, gated_A = ctx.saved_tensors
         count, norm = grad_E.numel(), ctx.norm

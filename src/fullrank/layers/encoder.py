@@ -33,7 +33,7 @@ class Padding:
     def pad(self, tokens_EC: Tensor) -> Tensor:
         """Shape (B, L, C), zero in the padding."""
         padded = tokens_EC.new_zeros(self.mask_BL.numel(), tokens_EC.shape[1])
-        return padded.index_copy(0, self.place_E, tokens_EC).unflatten(0, self.mask_BL.shape)
+        return torch.unflatten(padded.index_copy(0, self.place_E, tokens_EC), 0, self.mask_BL.shape)
 
     def unpad(self, tokens_BLC: Tensor) -> Tensor:
         """Shape (E, C)."""
@@ -80,7 +80,7 @@ class LengthGroups:
         place_E[order_E] = torch.arange(len(order_E), device=order_E.device)
         counts = torch.bincount(group_E, minlength=groups).tolist()
         paddings = []
-        tokens = order_E.split(counts)
+        tokens = torch.split(order_E, counts)
         for group, members_E in enumerate(tokens):
             length_G = lengths_B.index_select(0, by_length_B[group * size : (group + 1) * size])
             longest = max(1, int(length_G.max())) if length_G.numel() else 1
@@ -128,7 +128,9 @@ class EncoderLayer(nn.Module):
     def forward(self, tokens_EC: Tensor, groups: LengthGroups) -> Tensor:
         """Shape (E, C); tokens in the order of `groups`."""
         mixed = []
-        for part, padding in zip(self.query_key_value(tokens_EC).split(groups.counts), groups.paddings, strict=True):
+        for part, padding in zip(
+            torch.split(self.query_key_value(tokens_EC), groups.counts), groups.paddings, strict=True
+        ):
             query, key, value = (split_heads(x, self.num_heads) for x in padding.pad(part).chunk(3, dim=2))
             mixed.append(padding.unpad(merge_heads(attend(query, key, value, padding.mask_BL))))
         mixed_EC = mixed[0] if len(mixed) == 1 else torch.cat(mixed)

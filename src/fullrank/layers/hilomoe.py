@@ -100,8 +100,9 @@ class HiLoMoELinear(nn.Module):
         precise = torch.promote_types(inner.dtype, torch.float32)
         if self.project is not None:
             inner = self.project(x_NI) @ torch.cat(list(self.down_KI)).T
-        query_NLK = inner.to(precise).unflatten(1, (self.num_layers, self.num_experts))
-        scores, logits = [], []
+        query_NLK = torch.unflatten(inner.to(precise), 1, (self.num_layers, self.num_experts))
+        scores: list[Tensor] = []
+        logits: list[Tensor] = []
         for layer in range(self.num_layers):
             a_NK = query_NLK[:, layer]
             for earlier in range(layer if self.hierarchical else 0):
@@ -129,7 +130,7 @@ class HiLoMoELinear(nn.Module):
 
     def diversity(self) -> Tensor:
         """Σ over layers and pairs of experts of cos²(v_k, v_k')."""
-        total = self.down_KI[0].new_zeros(())
+        total: Tensor = self.down_KI[0].new_zeros(())
         for down_KI in self.down_KI:
             unit_KI = F.normalize(down_KI, dim=1)
             cosine_KK = unit_KI @ unit_KI.T

@@ -110,10 +110,11 @@ class AttentionalGRU(nn.Module):
     def forward(self, events_EC: Tensor, steps: Steps, attention_E: Tensor | None = None) -> Tensor:
         """States after each event, shape (E, H); events, attention and states in the order of `steps`."""
         gates_E3H = self.input(events_EC).to(self.recurrent_3HH.dtype)
-        return _recur(gates_E3H, self.recurrent_3HH, self.candidate_bias_H, attention_E, steps)
+        states_EH: Tensor = _recur(gates_E3H, self.recurrent_3HH, self.candidate_bias_H, attention_E, steps)
+        return states_EH
 
 
-@torch.compiler.disable  # a loop whose number of steps is data
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop whose number of steps is data
 def _recur(
     gates_E3H: Tensor, recurrent_3HH: Tensor, bias_H: Tensor, attention_E: Tensor | None, steps: Steps
 ) -> Tensor:

@@ -25,7 +25,7 @@ class SumKronLinear(nn.Module):
         """Shape (B, T, D). Tokens are mixed first: there are fewer of them afterwards."""
         rank, tokens, _ = self.mix_RTS.shape
         mixed = self.mix_RTS.flatten(0, 1) @ x_BSD
-        flat = mixed.unflatten(1, (rank, tokens)).transpose(1, 2).flatten(2)
+        flat = torch.unflatten(mixed, 1, (rank, tokens)).transpose(1, 2).flatten(2)
         return flat @ self.weight_RDD.flatten(0, 1)
 
 
