@@ -128,6 +128,7 @@ def test_a_dataset_that_its_schema_does_not_fit_is_refused(
         (["demo", "--impressions", "ten"], "Invalid value for '--impressions'"),
         (["models", "--jsn"], "No such option: --jsn"),
         (["serve", "x", "--port", "99999"], "Invalid value for '--port'"),
+        (["serve", "x", "--port", "0", "--import", "no_such"], "--import: cannot import no_such: No module named"),
     ],
 )
 def test_a_mistyped_command_is_one_line(

@@ -69,6 +69,22 @@ def test_models_as_json() -> None:
     assert rows["dcn_v2"]["flops_per_example"] > rows["dlrm"]["flops_per_example"] > 0
 
 
+def test_the_fields_of_a_model_are_listed() -> None:
+    done = fullrank("models", "dcn_v2", "--json")
+    fields = {row["name"]: row for row in json.loads(done.stdout)["fields"]}
+    assert fields["low_rank"]["type"] == "int >= 0" and fields["low_rank"]["default"] == "0"
+    assert fields["low_rank"]["meaning"].startswith("rank R of the mixture")
+    assert fields["embedding_dim"]["meaning"].startswith("width of every table")
+    done = fullrank("models", "dcn_v2")
+    assert all(name in done.stdout for name in fields)
+
+
+def test_an_unknown_model_is_one_line() -> None:
+    done = fullrank("models", "dcn_v3")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "'dcn_v3'" in done.stderr and 'did you mean "dcn_v2"?' in done.stderr
+
+
 def test_doctor_measures_this_machine() -> None:
     done = fullrank("doctor", "--json")
     report = json.loads(done.stdout)

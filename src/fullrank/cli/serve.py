@@ -24,6 +24,14 @@ def serve(
     waiting: Annotated[
         int, typer.Option("--waiting", min=0, help="Requests that may wait; more are answered with 503.")
     ] = 256,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="Import this module first: it registers rankers, retrievers, formats or table kinds of your own.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout once requests are answered.")
     ] = False,
@@ -37,7 +45,9 @@ def serve(
     with needs("serve", "serving"):
         import uvicorn
 
+        from fullrank.registry import import_modules
         from fullrank.serving import ServingConfig, create_app
+    import_modules(imports or (), "--import")
     shown = f"[{host}]" if ":" in host else host
     place = f"http://{shown}:{listening.getsockname()[1]}"
 
