@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -90,3 +92,12 @@ def test_a_module_that_cannot_be_imported_is_named() -> None:
     import_modules(["json"], "recipe.yaml: imports")
     with pytest.raises(ValueError, match=r"recipe.yaml: imports: cannot import no_such_module"):
         import_modules(["no_such_module"], "recipe.yaml: imports")
+
+
+def test_a_named_module_may_be_in_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "things_of_mine.py").write_text("mine = 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    import_modules(["things_of_mine"], "--import")
+    assert sys.modules.pop("things_of_mine").mine == 3
+    assert sys.path[-1] == str(tmp_path)  # what is installed is found first

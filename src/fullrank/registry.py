@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -137,10 +139,15 @@ class Spec(BaseModel):
 def import_modules(names: Iterable[str], place: str) -> None:
     """Import modules that a user named, so that they register what they define.
 
+    The current directory is searched last. Python does that by itself for a script there, but not for an installed
+    command such as `fullrank`; and only where modules are named, so that nothing in it is ever imported by chance.
+
     Raises:
         ValueError: if one cannot be imported; names `place` and the module.
     """
     for name in names:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
         try:
             import_module(name)
         except ImportError as error:
