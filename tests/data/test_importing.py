@@ -17,7 +17,7 @@ import pytest
 
 from fullrank.data import building, spool
 from fullrank.data.dataset import Dataset
-from fullrank.data.formats import delimited
+from fullrank.data.formats import delimited, lines
 from fullrank.data.importing import import_dataset
 from fullrank.data.splits import SplitSpec
 from fullrank.schema import (
@@ -410,7 +410,7 @@ def test_a_quote_that_is_not_closed_spoils_its_own_line_alone(tmp_path: Path) ->
 def test_stray_quotes_do_not_hold_up_the_reading(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text(HEADER + '1,5" screen,i,1,a,5\n' + GOOD * 40_000)
-    blocks = list(delimited.read_blocks(path, 1 << 16))
+    blocks = list(lines.read_blocks(path, 1 << 16))
     assert b"".join(blocks) == path.read_bytes()
     # The odd quote makes the first cuts wait for its partner; the wait ends.
     assert max(len(block) for block in blocks) < 1 << 19

@@ -147,7 +147,8 @@ def inspect(
     """
     from fullrank.data import atomic
     from fullrank.data.formats import open_format
-    from fullrank.data.formats.delimited import Csv, ParquetLog
+    from fullrank.data.formats.delimited import Csv
+    from fullrank.data.formats.parquet import ParquetLog
     from fullrank.data.inference import ColumnProfile, profile
 
     source = open_format(format or ("parquet" if file.suffix == ".parquet" else "csv"))

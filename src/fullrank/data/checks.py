@@ -17,12 +17,11 @@ import polars as pl
 
 from fullrank.data.arrow import as_series
 from fullrank.data.chunk import Chunk, Coded, Floats, Integers, Jagged, JaggedNumbers, Mask
-from fullrank.data.raw import LINE_COLUMN, REJECTED_SCHEMA, RawChunk, raw_columns
+from fullrank.data.raw import LINE_COLUMN, REJECTED_SCHEMA, TRUE_PREFIX, RawChunk, raw_columns
 from fullrank.data.splits import by_name
 from fullrank.data.values import Lists, as_numbers, as_text, dictionary_codes, factorise, lists_of, parsed_times
 from fullrank.schema import Categorical, EventId, MultiCategorical, Schema, Sequence
 
-TRUE_PREFIX = "__true_"
 # Seconds since 1970 beyond this are the year 5138: surely milliseconds.
 LATEST_TIMESTAMP = 100_000_000_000
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fullrank.data.chunk import Chunk
 from fullrank.data.formats.base import Format, HoldsOut
-from fullrank.data.formats.delimited import read_blocks
+from fullrank.data.formats.lines import read_blocks
 from fullrank.data.hashing import stable_hash
 from fullrank.data.splits import PARTS, TRAIN, VALID, Parts, SplitSpec, by_hash
 from fullrank.schema import Schema

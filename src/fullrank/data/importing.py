@@ -15,7 +15,6 @@ from fullrank.data.chunk import Chunk
 from fullrank.data.dataset import Dataset
 from fullrank.data.formats import open_format
 from fullrank.data.formats.base import SplitsRows
-from fullrank.data.formats.delimited import Csv, ParquetLog
 from fullrank.data.formats.published import fingerprints
 from fullrank.data.hashing import stable_hash
 from fullrank.data.held_out import validation
@@ -75,18 +74,18 @@ def import_dataset(
     kind = split.kind or ("time" if schema.keys.timestamp is not None else "random")
     if files is None:
         _check_split(split, kind, schema)
-        if split.column is not None and isinstance(source, (Csv, ParquetLog)):
-            source.extra_columns = (split.column,)
     elif split.kind is not None:
         raise ValueError(f"{path} comes already split into {', '.join(files)}: leave out the split")
     if split.protocol == "bars" and (files is None or "test" not in files):
         raise ValueError(f'{path}: protocol "bars" is for a log that comes as a train and a test file')
     with atomic.new_directory(out, overwrite=overwrite) as partial:
         given = None if files is None else validation(source, files, split, schema)
+        split_column = split.column if given is None else None
         published = fingerprints([path] if files is None else files.values())
         builder = DatasetBuilder(partial, schema)
         for part, file in ({"": path} if given is None else given.files).items():
-            checked = _checked(source.chunks(file, schema), schema, split.column if given is None else None)
+            chunks = source.chunks(file, schema, () if split_column is None else (split_column,))
+            checked = _checked(chunks, schema, split_column)
             for raw, chunk, bad in prefetched(checked):
                 builder.rejected.add(raw.rejected)
                 builder.rejected.add(bad)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import polars as pl
 
 from fullrank.schema import Schema, Sequence
 
 LINE_COLUMN = "__line"
+# Columns with the true probability of a label, which a simulated log may have.
+TRUE_PREFIX = "__true_"
 
 REJECTED_SCHEMA = {"line": pl.Int64, "column": pl.String, "reason": pl.String, "value": pl.String}
 
@@ -46,10 +49,28 @@ class RawChunk:
     first_line: int = 1
     dictionaries: Mapping[str, pl.Series] = field(default_factory=dict)
 
+    def numbered(self) -> pl.DataFrame:
+        """The frame with the column `__line`."""
+        if LINE_COLUMN in self.frame.columns:
+            return self.frame
+        lines = pl.int_range(self.first_line, self.first_line + self.frame.height, dtype=pl.Int64, eager=True)
+        return self.frame.with_columns(lines.alias(LINE_COLUMN))
+
 
 def only_rejected(columns: Iterable[str], rejected: pl.DataFrame) -> RawChunk:
     """A chunk of no rows but bad ones, with the columns that the importer looks for."""
     return RawChunk(pl.DataFrame(schema={**dict.fromkeys(columns, pl.String), LINE_COLUMN: pl.Int64}), rejected)
+
+
+def check_columns(place: Path, wanted: Iterable[str], available: Collection[str], of: str = "") -> None:
+    """That a source has the wanted columns.
+
+    Raises:
+        ValueError: names the first column that it lacks; `of` says whose the column is.
+    """
+    for name in wanted:
+        if name not in available:
+            raise ValueError(f'{place}: column "{name}"{of} is missing; the file has {", ".join(available)}')
 
 
 def raw_columns(schema: Schema, available: list[str] | None = None) -> dict[str, str]:

@@ -16,7 +16,7 @@ _CLASSES = {
     "kuaivideo": "kuaivideo:KuaiVideo",
     "libfm": "libfm:LibFM",
     "movielens": "movielens:MovieLens",
-    "parquet": "delimited:ParquetLog",
+    "parquet": "parquet:ParquetLog",
     "taobao-ad": "taobao_ad:TaobaoAd",
 }
 

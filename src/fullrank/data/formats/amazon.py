@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +12,9 @@ import polars as pl
 
 from fullrank.data.arrow import as_array, as_series, list_array
 from fullrank.data.formats.amazon_files import ITEM, TIME, USER, AmazonFiles, Known, amazon_files
+from fullrank.data.formats.base import split_files
 from fullrank.data.formats.by_user import ByUser
-from fullrank.data.formats.delimited import named_chunks, read_header, split_files
+from fullrank.data.formats.delimited import named_chunks, read_header
 from fullrank.data.formats.next_item import NextItems, next_items
 from fullrank.data.raw import LINE_COLUMN, RawChunk, only_rejected, raw_columns
 from fullrank.schema import Categorical, EventId, Feature, Keys, Label, MultiCategorical, Schema, Sequence
@@ -50,9 +51,9 @@ class Amazon:
         layout = amazon_files(path)
         return _schema(layout.known, timed=layout.timed)
 
-    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
+    def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
         if _is_csv(path):
-            return named_chunks(path, schema, _STORED)
+            return named_chunks(path, schema, _STORED, extra)
         return _rows(amazon_files(path), schema)
 
     def parts(self, path: Path) -> dict[str, Path] | None:

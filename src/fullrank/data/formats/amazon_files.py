@@ -13,8 +13,9 @@ import polars as pl
 import pyarrow as pa
 
 from fullrank.data.formats.by_user import groups_for
-from fullrank.data.formats.delimited import ParquetLog, first_line, read_blocks
 from fullrank.data.formats.json_lines import json_chunks, json_integer, json_text
+from fullrank.data.formats.lines import first_line, read_blocks
+from fullrank.data.formats.parquet import ParquetLog
 from fullrank.data.raw import LINE_COLUMN, RawChunk, no_rejected, rejected_table
 from fullrank.schema import Categorical, Label, Schema
 
@@ -303,8 +304,7 @@ def _parquet(file: Path, columns: list[str]) -> Iterator[RawChunk]:
     """Columns of a Parquet file with `__line`; rows with a null are rejected."""
     schema = Schema(features=tuple(Categorical(name=name) for name in columns[1:]), labels=(Label(name=columns[0]),))
     for chunk in ParquetLog().chunks(file, schema):
-        lines = pl.int_range(chunk.first_line, chunk.first_line + chunk.frame.height, dtype=pl.Int64, eager=True)
-        frame = chunk.frame.select(columns).with_columns(lines.alias(LINE_COLUMN))
+        frame = chunk.numbered().select(*columns, LINE_COLUMN)
         rejected: list[tuple[int, str, str, str]] = []
         for name in columns:
             missing = frame[name].is_null()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 
-from fullrank.data.formats.delimited import delimited_chunks, read_header, split_files
-from fullrank.data.raw import RawChunk
+from fullrank.data.formats.base import split_files
+from fullrank.data.formats.delimited import delimited_chunks, read_header
+from fullrank.data.raw import RawChunk, check_columns, raw_columns
 from fullrank.schema import Categorical, Keys, Label, Role, Schema
 
 CATEGORIES: dict[str, Role] = {
@@ -34,6 +35,7 @@ FROM_HOUR = ("timestamp", "hour_of_day", "weekday", "is_weekend")
 ANONYMOUS = ("label", *(f"feat_{place}" for place in range(1, 23)))
 # As in the public benchmark's first Avazu setting: a value seen once shares the out-of-vocabulary row.
 MIN_COUNT = 2
+_OF = " of Avazu's format"
 
 
 class Avazu:
@@ -45,24 +47,23 @@ class Avazu:
     def default_schema(self, path: Path) -> Schema:
         names, _ = read_header((self.parts(path) or {"train": path})["train"])
         if "feat_1" in names:
-            self._check(path, names, ANONYMOUS)
+            check_columns(path, ANONYMOUS, names, _OF)
             fields = [Categorical(name=name) for name in ANONYMOUS[1:]]
             return Schema(features=tuple(fields), labels=(Label(name="label"),))
-        self._check(path, names, COLUMNS)
+        check_columns(path, COLUMNS, names, _OF)
         times = [Categorical(name=name) for name in FROM_HOUR[1:]]
         others = [Categorical(name=name, role=role, min_count=MIN_COUNT) for name, role in CATEGORIES.items()]
         keys = Keys(request_id="id", timestamp="timestamp")
         return Schema(features=(*times, *others), labels=(Label(name="click"),), keys=keys)
 
-    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
+    def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
         names, separator = read_header(path)
-        named = [*(feature.name for feature in schema.features), *(label.name for label in schema.labels)]
-        named += [key for key in schema.keys.model_dump().values() if key is not None]
-        derived = [name for name in dict.fromkeys(named) if name in FROM_HOUR]
-        wanted = [name for name in dict.fromkeys(named) if name not in FROM_HOUR]
+        named = list(dict.fromkeys([*raw_columns(schema), *extra]))
+        derived = [name for name in named if name in FROM_HOUR]
+        wanted = [name for name in named if name not in FROM_HOUR]
         if derived:
             wanted.append("hour")
-        self._check(path, names, wanted)
+        check_columns(path, wanted, names, _OF)
         chunks = delimited_chunks(
             path, names, list(dict.fromkeys(wanted)), separator=separator, header=True, plain=frozenset({"id"})
         )
@@ -70,11 +71,6 @@ class Avazu:
 
     def parts(self, path: Path) -> dict[str, Path] | None:
         return split_files(path, (".csv", ".csv.gz"))
-
-    def _check(self, path: Path, names: list[str], wanted: list[str] | tuple[str, ...]) -> None:
-        for name in wanted:
-            if name not in names:
-                raise ValueError(f'{path}: column "{name}" of Avazu\'s format is missing; it has {", ".join(names)}')
 
 
 def _with_times(chunk: RawChunk, derived: list[str]) -> RawChunk:

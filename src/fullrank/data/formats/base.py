@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from fullrank.data.raw import RawChunk
+from fullrank.data.splits import PARTS
 from fullrank.schema import Schema
 
 
@@ -26,8 +27,13 @@ class Format(Protocol):
         """
         ...
 
-    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
+    def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
         """The rows of `path` in order, about 10^5 at a time, in bounded memory. Called once per import and part.
+
+        Args:
+            schema: the columns to read.
+            extra: further columns of the source to read, under their own names, such as the one that names each row's
+                part. One that the source lacks may be left out: the importer says so.
 
         Raises:
             ValueError: if `path` is not in this format at all; single bad rows are reported in the chunk.
@@ -59,3 +65,23 @@ class HoldsOut(Protocol):
     """
 
     held_out: Literal["users", "rows"]
+
+
+def split_files(path: Path, suffixes: Sequence[str]) -> dict[str, Path] | None:
+    """The files `train.*`, `valid.*` and `test.*` of a directory, or None when `path` is a file.
+
+    Raises:
+        ValueError: if the directory has no train file.
+    """
+    if not path.is_dir():
+        return None
+    found: dict[str, Path] = {}
+    for part in PARTS:
+        for name in (part, "validation" if part == "valid" else part):
+            for suffix in suffixes:
+                if part not in found and (path / f"{name}{suffix}").is_file():
+                    found[part] = path / f"{name}{suffix}"
+    if "train" not in found:
+        wanted = " or ".join(f"train{suffix}" for suffix in suffixes)
+        raise ValueError(f"{path} is a directory without {wanted}")
+    return found

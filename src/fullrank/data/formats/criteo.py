@@ -7,11 +7,13 @@ with a fraction; where the first rows have such, they are read as numbers, and e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from fullrank.data.formats.delimited import delimited_chunks, first_line, read_blocks, read_header, split_files
-from fullrank.data.raw import RawChunk
+from fullrank.data.formats.base import split_files
+from fullrank.data.formats.delimited import delimited_chunks, read_header
+from fullrank.data.formats.lines import first_line, read_blocks
+from fullrank.data.raw import RawChunk, check_columns, raw_columns
 from fullrank.schema import Categorical, Feature, Label, Numeric, Schema
 
 COUNTS = tuple(f"I{place}" for place in range(1, 14))
@@ -36,12 +38,10 @@ class Criteo:
         categories = [Categorical(name=name, min_count=1 if scaled else MIN_COUNT) for name in CATEGORIES]
         return Schema(features=(*counts, *categories), labels=(Label(name="label"),))
 
-    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
+    def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
         names, separator, header = self._layout(path)
-        wanted = [*(feature.name for feature in schema.features), *(label.name for label in schema.labels)]
-        for name in wanted:
-            if name not in names:
-                raise ValueError(f"{path}: the schema's column \"{name}\" is not one of Criteo's: {', '.join(COLUMNS)}")
+        wanted = list(dict.fromkeys([*raw_columns(schema), *extra]))
+        check_columns(path, wanted, names, " of Criteo's format")
         return delimited_chunks(path, names, wanted, separator=separator, header=header)
 
     def parts(self, path: Path) -> dict[str, Path] | None:

@@ -1,107 +1,27 @@
-"""Logs in text with separated fields (CSV, TSV) and in Parquet."""
+"""Logs in text with separated fields (CSV, TSV)."""
 
 from __future__ import annotations
 
 import csv
-import gzip
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet
 
-from fullrank.data.arrow import as_frame, as_one_array, as_series
+from fullrank.data.arrow import as_one_array, as_series
+from fullrank.data.formats.base import split_files
+from fullrank.data.formats.lines import BLOCK_BYTES, first_line, read_blocks
 from fullrank.data.lookahead import mapped
-from fullrank.data.raw import LINE_COLUMN, RawChunk, raw_columns, rejected_table
+from fullrank.data.raw import LINE_COLUMN, RawChunk, check_columns, raw_columns, rejected_table
 from fullrank.schema import Schema
 
-# Text is cut into blocks of about this many bytes: large enough for the parser to be at full speed, small enough
-# that a block with its parsed columns stays well below 100 MB.
-BLOCK_BYTES = 8 << 20
-# Longest text between quotes that may hold line ends; beyond it, a quote is taken for a mistake.
-_MOST_QUOTED_BYTES = 1 << 17
-# No line of a log is that long: the file is not text in lines.
-_LONGEST_LINE_BYTES = 64 << 20
 _OPEN_QUOTE = "quote is not closed, or field is too long"
-PARTS = ("train", "valid", "test")
 _SEPARATORS = (",", "\t", ";", "|")
 _SHOWN = 200
-
-
-def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES, *, quotes: bool = True) -> Iterator[bytes]:
-    """The bytes of a file, unpacked when it ends in `.gz`, cut after line ends (outside quotes, if these count).
-
-    Raises:
-        ValueError: if the file is empty, or its gzip stream is damaged or cut short, or it does not consist of lines.
-    """
-    rest = b""
-    empty = True
-    with _open(path) as file:
-        while True:
-            try:
-                data = file.read(block_bytes)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise ValueError(f"{path}: the gzip stream is damaged or cut short: {error}") from None
-            if not data:
-                break
-            empty = False
-            data = rest + data
-            end = _last_line_end(data) if quotes else data.rfind(b"\n") + 1
-            if len(data) - end > _MOST_QUOTED_BYTES:
-                # No text between quotes is that long: a quote is not closed, or stands for inches.
-                end = data.rfind(b"\n") + 1
-            if end:
-                yield data[:end]
-            rest = data[end:]
-            if len(rest) > _LONGEST_LINE_BYTES:
-                raise ValueError(f"{path}: a line is longer than {_LONGEST_LINE_BYTES >> 20} MiB: not text in lines")
-    if empty:
-        raise ValueError(f"{path} is empty")
-    if rest:
-        yield rest
-
-
-def _open(path: Path) -> IO[bytes]:
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _last_line_end(data: bytes) -> int:
-    """Where the last whole line ends; a line end between quotes does not count."""
-    end = data.rfind(b"\n") + 1
-    if b'"' not in data:
-        return end
-    quotes = data.count(b'"', 0, end)
-    while end and quotes % 2:
-        before = data.rfind(b"\n", 0, end - 1) + 1
-        quotes -= data.count(b'"', before, end)
-        end = before
-    return end
-
-
-def first_line(path: Path) -> str:
-    """The first line of a text file, without its line end.
-
-    Raises:
-        ValueError: if the file is empty or the line is not UTF-8.
-    """
-    with _open(path) as file:
-        try:
-            line = file.readline(1 << 20)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: the gzip stream is damaged or cut short: {error}") from None
-    if not line:
-        raise ValueError(f"{path} is empty")
-    try:
-        return line.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} line 1: not UTF-8 text") from None
 
 
 def read_header(path: Path) -> tuple[list[str], str]:
@@ -273,7 +193,8 @@ def _parse_exactly(data: bytes, line: int, names: Sequence[str], wanted: Sequenc
 
 def _records(texts: list[str], separator: str) -> Iterator[tuple[int, int, list[str]]]:
     """Records of some lines: index of the first line, number of lines, fields. A quote that is not closed within
-    `_MOST_QUOTED_BYTES` spoils its own line alone: it gives a record of no height, and reading goes on after it."""
+    the longest field that `csv` reads spoils its own line alone: it gives a record of no height, and reading goes on
+    after it."""
     start = 0
     while start < len(texts):
         reader = csv.reader((text + "\n" for text in texts[start:]), delimiter=separator)
@@ -302,38 +223,21 @@ def _undecodable_column(line: bytes, names: Sequence[str], separator: str) -> st
     return ""
 
 
-def split_files(path: Path, suffixes: Sequence[str]) -> dict[str, Path] | None:
-    """The files `train.*`, `valid.*` and `test.*` of a directory, or None when `path` is a file.
-
-    Raises:
-        ValueError: if the directory has no train file.
-    """
-    if not path.is_dir():
-        return None
-    found: dict[str, Path] = {}
-    for part in PARTS:
-        for name in (part, "validation" if part == "valid" else part):
-            for suffix in suffixes:
-                if part not in found and (path / f"{name}{suffix}").is_file():
-                    found[part] = path / f"{name}{suffix}"
-    if "train" not in found:
-        wanted = " or ".join(f"train{suffix}" for suffix in suffixes)
-        raise ValueError(f"{path} is a directory without {wanted}")
-    return found
-
-
-def named_chunks(path: Path, schema: Schema, stored: Mapping[str, str]) -> Iterator[RawChunk]:
+def named_chunks(
+    path: Path, schema: Schema, stored: Mapping[str, str], extra: Collection[str] = ()
+) -> Iterator[RawChunk]:
     """The columns that a schema reads from a text file with a header.
 
     Args:
         stored: the file's name for a column of the schema, where the two differ.
+        extra: further columns.
 
     Raises:
         ValueError: if the file lacks one of the columns.
     """
     names, separator = read_header(path)
-    wanted = {name: stored.get(name, name) for name in raw_columns(schema)}
-    _check_known(path, list(wanted.values()), names)
+    wanted = {name: stored.get(name, name) for name in (*raw_columns(schema), *extra)}
+    check_columns(path, wanted.values(), names)
     chunks = delimited_chunks(path, names, list(dict.fromkeys(wanted.values())), separator=separator, header=True)
     for chunk in chunks:
         lines = [LINE_COLUMN] if LINE_COLUMN in chunk.frame.columns else []
@@ -353,20 +257,11 @@ def mostly_distinct(schema: Schema) -> frozenset[str]:
     return frozenset(names - set(schema.embedded()) | ({keys.request_id} if keys.request_id else set()))
 
 
-def _check_known(path: Path, stored: Sequence[str], available: Sequence[str]) -> None:
-    for name in stored:
-        if name not in available:
-            raise ValueError(f'{path}: the schema\'s column "{name}" is missing; the file has {", ".join(available)}')
-
-
 class Csv:
     """Text with a header line; the separator (comma, tab, semicolon, bar) is read off the header; `.gz` is unpacked."""
 
     name = "csv"
     suffixes = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")
-
-    def __init__(self) -> None:
-        self.extra_columns: tuple[str, ...] = ()
 
     def default_schema(self, path: Path) -> Schema:
         from fullrank.data.inference import infer_schema
@@ -383,63 +278,11 @@ class Csv:
             return raw.frame.drop(LINE_COLUMN, strict=False)
         raise ValueError(f"{path} has a header and no rows")
 
-    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
+    def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
         names, separator = read_header(path)
-        columns = raw_columns(schema, names)
-        wanted = list(dict.fromkeys([*columns.values(), *self.extra_columns]))
-        _check_known(path, wanted, names)
+        wanted = list(dict.fromkeys([*raw_columns(schema, names).values(), *extra]))
+        check_columns(path, wanted, names)
         return delimited_chunks(path, names, wanted, separator=separator, header=True, plain=mostly_distinct(schema))
 
     def parts(self, path: Path) -> dict[str, Path] | None:
         return split_files(path, self.suffixes)
-
-
-class ParquetLog:
-    """One Parquet file, or a directory with `train.parquet` and so on."""
-
-    name = "parquet"
-
-    def __init__(self) -> None:
-        self.extra_columns: tuple[str, ...] = ()
-
-    def default_schema(self, path: Path) -> Schema:
-        from fullrank.data.inference import infer_schema
-
-        parts = self.parts(path)
-        return infer_schema(self.sample((parts or {"train": path})["train"]))
-
-    def sample(self, path: Path) -> pl.DataFrame:
-        """The first rows."""
-        for batch in _open_parquet(path).iter_batches(batch_size=50_000):
-            return as_frame(batch)
-        raise ValueError(f"{path} has no rows")
-
-    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
-        file = _open_parquet(path)
-        names = file.schema_arrow.names
-        wanted = list(dict.fromkeys([*raw_columns(schema, names).values(), *self.extra_columns]))
-        _check_known(path, wanted, names)
-        wanted += [name for name in names if name.startswith("__true_")]
-        return self._batches(file, wanted)
-
-    def _batches(self, file: pyarrow.parquet.ParquetFile, wanted: list[str]) -> Iterator[RawChunk]:
-        row = 1
-        for batch in file.iter_batches(batch_size=131_072, columns=wanted):
-            frame = as_frame(batch)
-            yield RawChunk(frame, first_line=row)
-            row += frame.height
-
-    def parts(self, path: Path) -> dict[str, Path] | None:
-        return split_files(path, (".parquet",))
-
-
-def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
-
-
-__all__ = ["Csv", "ParquetLog", "delimited_chunks", "read_blocks", "split_files"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +65,7 @@ class IPinYou:
             ),
         )
 
-    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
+    def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
         impressions, clicks = _files(path)
         clicked = pl.concat(
             [chunk.frame.select("bid_id") for file in clicks for chunk in _rows(file)] or [pl.DataFrame({"bid_id": []})]

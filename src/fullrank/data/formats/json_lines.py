@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.json
 
 from fullrank.data.arrow import as_frame
-from fullrank.data.formats.delimited import read_blocks
+from fullrank.data.formats.lines import read_blocks
 from fullrank.data.raw import LINE_COLUMN, RawChunk, no_rejected, rejected_table
 
 # Takes a field's value as JSON has it, gives the column's value, or raises ValueError with the reason.
@@ -63,8 +63,7 @@ def json_chunks(
         if chunk is None:
             yield _parse_exactly(data, line, fields, parse, wanted)
         else:
-            lines = pl.int_range(line, line + chunk.height, dtype=pl.Int64, eager=True)
-            yield RawChunk(chunk.with_columns(lines.alias(LINE_COLUMN)))
+            yield RawChunk(RawChunk(chunk, first_line=line).numbered())
         line += block.count(b"\n")
 
 

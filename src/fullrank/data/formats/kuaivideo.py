@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
-from fullrank.data.formats.delimited import named_chunks, read_header, split_files
-from fullrank.data.raw import RawChunk
+from fullrank.data.formats.base import split_files
+from fullrank.data.formats.delimited import named_chunks, read_header
+from fullrank.data.raw import RawChunk, check_columns
 from fullrank.schema import Categorical, EventId, Keys, Label, Schema, Sequence
 
 COLUMNS = ("timestamp", "user_id", "item_id", "is_click", "is_like", "is_follow", "pos_items", "neg_items")
@@ -30,11 +31,7 @@ class KuaiVideo:
 
     def default_schema(self, path: Path) -> Schema:
         names = read_header((self.parts(path) or {"train": path})["train"])[0]
-        for name in COLUMNS:
-            if name not in names:
-                raise ValueError(
-                    f'{path}: column "{name}" of KuaiVideo\'s format is missing; it has {", ".join(names)}'
-                )
+        check_columns(path, COLUMNS, names, " of KuaiVideo's format")
         event = EventId(name="item", table="item_id", min_count=MIN_COUNT)
         return Schema(
             features=(
@@ -47,8 +44,8 @@ class KuaiVideo:
             keys=Keys(user_id="user_id", item_id="item_id"),
         )
 
-    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
-        return named_chunks(path, schema, _STORED)
+    def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
+        return named_chunks(path, schema, _STORED, extra)
 
     def parts(self, path: Path) -> dict[str, Path] | None:
         return split_files(path, (".csv", ".csv.gz"))

@@ -8,20 +8,16 @@ varying length become a single bag. Only entries of value 1 are ids; a log with 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 
-from fullrank.data.formats.delimited import (
-    PARTS,
-    delimited_chunks,
-    first_line,
-    read_blocks,
-    read_header,
-)
-from fullrank.data.raw import LINE_COLUMN, RawChunk, rejected_table
+from fullrank.data.formats.delimited import delimited_chunks, read_header
+from fullrank.data.formats.lines import first_line, read_blocks
+from fullrank.data.raw import LINE_COLUMN, RawChunk, check_columns, raw_columns, rejected_table
+from fullrank.data.splits import PARTS
 from fullrank.schema import Categorical, Keys, Label, MultiCategorical, Schema
 
 _SAMPLE_BYTES = 1 << 20
@@ -55,22 +51,23 @@ class LibFM:
             return Schema(features=(bag,), labels=labels)
         return Schema(features=tuple(Categorical(name=f"field_{n}") for n in range(1, fields + 1)), labels=labels)
 
-    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
-        named = [*(feature.name for feature in schema.features), *(label.name for label in schema.labels)]
+    def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
+        named = list(dict.fromkeys([*raw_columns(schema), *extra]))
         if _is_csv(path):
             names, separator = read_header(path)
-            _check(path, named, names)
-            return map(_labels_from_zero, delimited_chunks(path, names, named, separator=separator, header=True))
+            check_columns(path, named, names)
+            rows = delimited_chunks(path, names, named, separator=separator, header=True)
+            return (_labels_from_zero(chunk, schema) for chunk in rows)
         if "features" in named:
-            _check(path, named, ["label", "features"])
+            check_columns(path, named, ["label", "features"])
             lines = delimited_chunks(
                 path, ["line"], ["line"], separator=_NEVER, header=False, plain=frozenset({"line"})
             )
-            return map(_bag_rows, lines)
-        names = ["label", *(f"field_{n}" for n in range(1, (_fields(path) or len(named) - 1) + 1))]
-        _check(path, named, names)
+            return (_labels_from_zero(_bag_rows(chunk), schema) for chunk in lines)
+        names = ["label", *(f"field_{n}" for n in range(1, (_fields(path) or len(schema.features)) + 1))]
+        check_columns(path, named, names)
         rows = delimited_chunks(path, names, named, separator=_separator(path), header=False)
-        return (_field_rows(chunk) for chunk in rows)
+        return (_labels_from_zero(_field_rows(chunk), schema) for chunk in rows)
 
     def parts(self, path: Path) -> dict[str, Path] | None:
         """Files of a directory whose names hold train, valid and test, such as `frappe.train.libfm`."""
@@ -111,12 +108,6 @@ def _fields(path: Path) -> int | None:
     return fields if rows >= _MOST_ROWS * counts.total() and not trailing else None
 
 
-def _check(path: Path, named: list[str], names: list[str]) -> None:
-    for name in named:
-        if name not in names:
-            raise ValueError(f'{path}: the schema\'s column "{name}" is missing; the file has {", ".join(names)}')
-
-
 def _over_values(chunk: RawChunk, column: str, change: pl.Expr) -> RawChunk:
     """Change a column once per distinct value; `change` reads the column `value`."""
     if column in chunk.dictionaries:
@@ -126,12 +117,13 @@ def _over_values(chunk: RawChunk, column: str, change: pl.Expr) -> RawChunk:
     return replace(chunk, frame=chunk.frame.with_columns(changed))
 
 
-def _labels_from_zero(chunk: RawChunk) -> RawChunk:
+def _labels_from_zero(chunk: RawChunk, schema: Schema) -> RawChunk:
     """Labels -1 and +1 are 0 and 1."""
-    column = chunk.frame.columns[-1] if LINE_COLUMN not in chunk.frame.columns else chunk.frame.columns[-2]
     value = pl.col("value")
     change = pl.when(value.cast(pl.Float64, strict=False) == -1).then(pl.lit("0")).otherwise(value)
-    return _over_values(chunk, column, change)
+    for label in schema.labels:
+        chunk = _over_values(chunk, label.name, change)
+    return chunk
 
 
 def _field_rows(chunk: RawChunk) -> RawChunk:
@@ -151,7 +143,7 @@ def _field_rows(chunk: RawChunk) -> RawChunk:
                 rejected.append((_line(chunk, row), column, "not an entry index:1", text))
             bad = bad | rows
         chunk = _over_values(chunk, column, pl.col("value").str.extract(r"^(\d+):"))
-    return _labels_from_zero(_without(chunk, bad, rejected))
+    return _without(chunk, bad, rejected)
 
 
 def _bag_rows(chunk: RawChunk) -> RawChunk:
@@ -168,7 +160,7 @@ def _bag_rows(chunk: RawChunk) -> RawChunk:
     columns = {"features": ids, "label": cut.field("field_0")}
     if LINE_COLUMN in chunk.frame.columns:
         columns[LINE_COLUMN] = chunk.frame[LINE_COLUMN]
-    return _labels_from_zero(_without(replace(chunk, frame=pl.DataFrame(columns)), wrong, rejected))
+    return _without(replace(chunk, frame=pl.DataFrame(columns)), wrong, rejected)
 
 
 def _line(chunk: RawChunk, row: int) -> int:
@@ -178,10 +170,5 @@ def _line(chunk: RawChunk, row: int) -> int:
 def _without(chunk: RawChunk, bad: pl.Series, rejected: list[tuple[int, str, str, str]]) -> RawChunk:
     if not rejected:
         return chunk
-    frame = chunk.frame
-    if LINE_COLUMN not in frame.columns:
-        frame = frame.with_columns(
-            pl.Series(LINE_COLUMN, range(chunk.first_line, chunk.first_line + frame.height), dtype=pl.Int64)
-        )
     table = pl.concat([chunk.rejected, rejected_table(rejected)])
-    return replace(chunk, frame=frame.filter(~bad), rejected=table)
+    return replace(chunk, frame=chunk.numbered().filter(~bad), rejected=table)

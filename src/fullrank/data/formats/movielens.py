@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import polars as pl
@@ -46,7 +46,7 @@ class MovieLens:
         keys = Keys(user_id="user_id", item_id="item_id", timestamp="timestamp" if timed else None)
         return Schema(features=tuple(features), labels=(Label(name="label"),), keys=keys)
 
-    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
+    def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
         ratings, users, items = _tables(path)
         wanted = {sequence.name: sequence.max_length for sequence in schema.sequences}
         if wanted and "timestamp" not in ratings.columns:

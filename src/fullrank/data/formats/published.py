@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fullrank.data.formats.delimited import first_line, read_blocks
+from fullrank.data.formats.lines import first_line, read_blocks
 
 _TEXT_ENDINGS = (".csv", ".txt", ".tsv", ".libfm", ".libsvm", ".svm")
 # `index:1` of libFM's text, the label before it, and nothing else on the line.

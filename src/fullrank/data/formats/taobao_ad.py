@@ -4,22 +4,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
 import polars as pl
 
+from fullrank.data.formats.base import split_files
 from fullrank.data.formats.by_user import ByUser, groups_for
-from fullrank.data.formats.delimited import (
-    delimited_chunks,
-    first_line,
-    named_chunks,
-    read_header,
-    split_files,
-)
+from fullrank.data.formats.delimited import delimited_chunks, named_chunks, read_header
+from fullrank.data.formats.lines import first_line
 from fullrank.data.histories import point_in_time
-from fullrank.data.raw import LINE_COLUMN, RawChunk, only_rejected, raw_columns, rejected_table
+from fullrank.data.raw import LINE_COLUMN, RawChunk, check_columns, only_rejected, raw_columns, rejected_table
 from fullrank.schema import Categorical, EventId, Feature, Keys, Label, Numeric, Role, Schema, Sequence
 
 SAMPLE, ADS, USERS, BEHAVIOR = "raw_sample.csv", "ad_feature.csv", "user_profile.csv", "behavior_log.csv"
@@ -67,14 +63,12 @@ class TaobaoAd:
         if directory is not None:
             return _schema(history=(directory / BEHAVIOR).is_file(), timed=True)
         names = read_header((self.parts(path) or {"train": path})["train"])[0]
-        for name in ("clk", *ROLES, "price", *_STORED.values()):
-            if name not in names:
-                raise ValueError(f'{path}: column "{name}" of TaobaoAd_x1 is missing; it has {", ".join(names)}')
+        check_columns(path, ("clk", *ROLES, "price", *_STORED.values()), names, " of TaobaoAd_x1")
         return _schema(history=True, timed=False)
 
-    def chunks(self, path: Path, schema: Schema) -> Iterator[RawChunk]:
+    def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
         directory = _original(path)
-        return named_chunks(path, schema, _STORED) if directory is None else _rows(directory, schema)
+        return named_chunks(path, schema, _STORED, extra) if directory is None else _rows(directory, schema)
 
     def parts(self, path: Path) -> dict[str, Path] | None:
         return None if _original(path) is not None else split_files(path, (".csv", ".csv.gz"))
@@ -173,19 +167,13 @@ def _texts(file: Path, columns: list[str]) -> Iterator[RawChunk]:
     """Columns of one of the original files as text, with `__line`; "NULL" is missing."""
     names, separator = read_header(file)
     names = [name.strip() for name in names]
-    for name in columns:
-        if name not in names:
-            raise ValueError(f'{file}: column "{name}" is missing; it has {", ".join(names)}')
+    check_columns(file, columns, names)
     for chunk in delimited_chunks(file, names, columns, separator=separator, header=True, plain=frozenset(columns)):
-        frame = chunk.frame
-        if LINE_COLUMN not in frame.columns:
-            lines = pl.int_range(chunk.first_line, chunk.first_line + frame.height, dtype=pl.Int64, eager=True)
-            frame = frame.with_columns(lines.alias(LINE_COLUMN))
         rejected = chunk.rejected
         if file.name != SAMPLE:
             rejected = rejected.with_columns((pl.col("column") + f" ({file.name})").str.strip_chars())
         values = pl.col(columns).replace(["NULL", ""], None)
-        yield RawChunk(frame.with_columns(values), rejected)
+        yield RawChunk(chunk.numbered().with_columns(values), rejected)
 
 
 def _integers(chunk: RawChunk, keys: list[str], ids: list[str], where: str) -> tuple[pl.DataFrame, pl.DataFrame]:

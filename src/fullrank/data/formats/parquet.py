@@ -1,0 +1,60 @@
+"""Logs in Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet
+
+from fullrank.data.arrow import as_frame
+from fullrank.data.formats.base import split_files
+from fullrank.data.raw import TRUE_PREFIX, RawChunk, check_columns, raw_columns
+from fullrank.schema import Schema
+
+
+class ParquetLog:
+    """One Parquet file, or a directory with `train.parquet` and so on."""
+
+    name = "parquet"
+
+    def default_schema(self, path: Path) -> Schema:
+        from fullrank.data.inference import infer_schema
+
+        parts = self.parts(path)
+        return infer_schema(self.sample((parts or {"train": path})["train"]))
+
+    def sample(self, path: Path) -> pl.DataFrame:
+        """The first rows."""
+        for batch in _open_parquet(path).iter_batches(batch_size=50_000):
+            return as_frame(batch)
+        raise ValueError(f"{path} has no rows")
+
+    def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
+        file = _open_parquet(path)
+        names = file.schema_arrow.names
+        wanted = list(dict.fromkeys([*raw_columns(schema, names).values(), *extra]))
+        check_columns(path, wanted, names)
+        wanted += [name for name in names if name.startswith(TRUE_PREFIX)]
+        return self._batches(file, wanted)
+
+    def _batches(self, file: pyarrow.parquet.ParquetFile, wanted: list[str]) -> Iterator[RawChunk]:
+        row = 1
+        for batch in file.iter_batches(batch_size=131_072, columns=wanted):
+            frame = as_frame(batch)
+            yield RawChunk(frame, first_line=row)
+            row += frame.height
+
+    def parts(self, path: Path) -> dict[str, Path] | None:
+        return split_files(path, (".parquet",))
+
+
+def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
