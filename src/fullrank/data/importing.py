@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -95,10 +96,16 @@ def import_dataset(
                     progress(builder.rows, builder.rejected.count)
         builder.reject_duplicates()
         _check_rejected(path, out, builder, max_bad)
-        about = {"source": str(path.name), "format": format, "split": kind if given is None else "given"}
-        more = {} if given is None else {"validation": given.source}
-        more |= {"published": {name: vars(found) for name, found in published.items()}} if published else {}
-        builder.write(valid=split.valid, test=split.test, about={**about, **more})
+        about: dict[str, Any] = {
+            "source": str(path.name),
+            "format": format,
+            "split": kind if given is None else "given",
+        }
+        if given is not None:
+            about["validation"] = given.source
+        if published:
+            about["published"] = {name: vars(found) for name, found in published.items()}
+        builder.write(valid=split.valid, test=split.test, about=about)
     _report_of(out).unlink(missing_ok=True)
     return Dataset.open(out)
 

@@ -161,7 +161,8 @@ class World:
             + a["hour_effect"][timestamp % DAY // 3600][:, None]
             + a["device_category"][device[:, None], category]
         )
-        return 1 / (1 + np.exp(-logit.astype(np.float64)))
+        probability: npt.NDArray[np.float64] = 1 / (1 + np.exp(-logit.astype(np.float64)))
+        return probability
 
     def conversion_probability(self, items: Ints) -> npt.NDArray[np.float64]:
         """Of a click, by item."""
@@ -177,7 +178,7 @@ class World:
 
         content = io.BytesIO()
         config = np.frombuffer(self.config.model_dump_json().encode(), dtype=np.uint8)
-        np.savez_compressed(content, config=config, **self.arrays)
+        np.savez_compressed(content, allow_pickle=False, config=config, **self.arrays)
         atomic.write_bytes(path, content.getvalue())
 
     @classmethod

@@ -84,7 +84,7 @@ def _tables(path: Path) -> tuple[pl.DataFrame, pl.DataFrame | None, pl.DataFrame
         raise ValueError(f"{path}: expected the directory of a MovieLens release, with ratings.dat, .csv or .parquet")
     if (path / "ratings.dat").is_file():
         ratings = _dat(path / "ratings.dat", ["user_id", "item_id", "rating", "timestamp"])
-        users = _dat(path / "users.dat", ["user_id", "gender", "age", "occupation", "zip_code"])
+        users: pl.DataFrame | None = _dat(path / "users.dat", ["user_id", "gender", "age", "occupation", "zip_code"])
         items = _dat(path / "movies.dat", ["item_id", "title", "genres"])
     else:
         found = _read(path, "ratings")

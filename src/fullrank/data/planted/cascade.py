@@ -80,7 +80,8 @@ class Cascade(PlantedTask):
     def value_UI(self) -> Floats:
         """Expected value of showing each user each ad: what a final stage that knows everything ranks by."""
         click_UI, hide_UI = self.probabilities_2UI
-        return self.bid_I * click_UI - HIDE_COST * hide_UI
+        value_UI: Floats = self.bid_I * click_UI - HIDE_COST * hide_UI
+        return value_UI
 
     def part_rows(self) -> dict[str, int]:
         valid = IMPRESSIONS // 10

@@ -114,12 +114,13 @@ class Heterogeneous(IndependentRows):
         intent = self.category_of(events_nL[np.arange(len(item)), lengths - 1])
         parity = 1 - 2 * (intent % 2)
         even = surface % 2 == 0
-        return (
+        logit: Floats = (
             self.base
             + self.short * even * ((category == intent) - 0.5)
             + self.long * ~even * (2 * np.minimum(2 * share, 1) - 1)
             + self.profile * parity * self.profile_effect[group, self.brand_I[item]]
         )
+        return logit
 
     def block(self, rng: np.random.Generator, rows: int, first: int) -> pl.DataFrame:
         users = -(-rows // self.sessions)

@@ -78,7 +78,8 @@ class Interactions(IndependentRows):
         """True log-odds of rows, shape (n,)."""
         vectors_nFK = self.embeddings_FVK[np.arange(self.fields), values_nF]
         products_nGK = vectors_nFK[:, self.groups_GR].prod(2)
-        return self.strength / np.sqrt(len(self.groups_GR)) * products_nGK.sum((1, 2))
+        logit: Floats = self.strength / np.sqrt(len(self.groups_GR)) * products_nGK.sum((1, 2))
+        return logit
 
     def block(self, rng: np.random.Generator, rows: int, first: int) -> pl.DataFrame:
         values_nF = rng.integers(0, self.values, (rows, self.fields))

@@ -67,7 +67,8 @@ class Segments(IndependentRows):
         mixed -= mixed.mean(0)  # what all segments agree on
         mixed -= mixed.mean(2, keepdims=True)
         scale = np.sqrt(np.square(mixed).mean((1, 2), keepdims=True))
-        return self.strength / np.sqrt(self.fields) * mixed / scale
+        weights_SFV: Floats = self.strength / np.sqrt(self.fields) * mixed / scale
+        return weights_SFV
 
     @cached_property
     def base_S(self) -> Floats:
@@ -78,13 +79,15 @@ class Segments(IndependentRows):
         x = routing_n4
         upper = (self._signs[0, x[:, 0], x[:, 1]] > 0).astype(np.int64)
         lower = (self._signs[1 + upper, x[:, 2], x[:, 3]] > 0).astype(np.int64)
-        return 2 * upper + lower
+        segment: Ints = 2 * upper + lower
+        return segment
 
     def logit(self, routing_n4: Ints, content_nF: Ints) -> Floats:
         """True log-odds of rows, shape (n,)."""
         segment = self.segment(routing_n4)
         weights = self.weights_SFV[segment[:, None], np.arange(self.fields), content_nF]
-        return self.base_S[segment] + weights.sum(1)
+        logit: Floats = self.base_S[segment] + weights.sum(1)
+        return logit
 
     def block(self, rng: np.random.Generator, rows: int, first: int) -> pl.DataFrame:
         x = rng.integers(0, self.values, (rows, ROUTING_FIELDS + self.fields))

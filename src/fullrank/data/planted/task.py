@@ -127,4 +127,5 @@ def event_columns(sequence: str, fields: Columns, lengths: Ints) -> list[pl.Seri
 def unit_variance(values: Floats) -> Floats:
     """A table of effects with mean 0 and variance 1."""
     centred = values - values.mean()
-    return centred / math.sqrt(float(np.square(centred).mean()))
+    scaled: Floats = centred / math.sqrt(float(np.square(centred).mean()))
+    return scaled

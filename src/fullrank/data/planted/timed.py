@@ -67,7 +67,8 @@ class Timed(IndependentRows):
         age_nL = np.maximum(now[:, None] - times_nL, 0) / HOUR
         counts_nL = (events_nL == category[:, None]) & (np.arange(events_nL.shape[1]) < lengths[:, None])
         interest = (counts_nL * np.exp2(-age_nL / self.half_life_hours)).sum(1)
-        return self.base + self.strength * np.minimum(interest, 1)
+        logit: Floats = self.base + self.strength * np.minimum(interest, 1)
+        return logit
 
     def block(self, rng: np.random.Generator, rows: int, first: int) -> pl.DataFrame:
         shape = (rows, self.events)
