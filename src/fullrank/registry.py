@@ -25,11 +25,14 @@ class Registry(Mapping[str, T], Generic[T]):
         what: what is listed, in the singular, for messages: "ranker".
         group: of the entry points of other packages, such as `fullrank.rankers`.
         builtin: name -> `module:attribute`.
+
+    Attributes:
+        places: `builtin`.
     """
 
     def __init__(self, what: str, group: str, builtin: Mapping[str, str]) -> None:
         self.what, self.group = what, group
-        self._places = dict(builtin)
+        self.places = dict(builtin)
         self._things: dict[str, T] = {}
         self._installed: dict[str, EntryPoint] | None = None
 
@@ -72,18 +75,18 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._things:
-            if name in self._places:
-                module, attribute = self._places[name].split(":")
+            if name in self.places:
+                module, attribute = self.places[name].split(":")
                 self._things[name] = getattr(import_module(module), attribute)
             else:
                 self._things[name] = self._entry_points()[name].load()
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places or name in self._things or name in self._entry_points()
+        return name in self.places or name in self._things or name in self._entry_points()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self._places, *self._things, *self._entry_points())))
+        return iter(dict.fromkeys((*self.places, *self._things, *self._entry_points())))
 
     def __len__(self) -> int:
         return len(list(iter(self)))

@@ -32,7 +32,8 @@ def _all(as_json: bool) -> None:
 
     schema = Schema(
         features=(
-            *(Categorical(name=f"field{i}", num_embeddings=1000) for i in range(39)),
+            Categorical(name="field0", role="item", num_embeddings=1000),
+            *(Categorical(name=f"field{i}", num_embeddings=1000) for i in range(1, 39)),
             Sequence(name="history", fields=(EventId(name="id", table="field0", num_embeddings=1000),), max_length=50),
         ),
         labels=(Label(name="click"),),

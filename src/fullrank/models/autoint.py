@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.layers.linear_term import LinearTerm
 from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.layers.tokens import FeatureTokens
-from fullrank.models.base import Ranker, RankerOutput, stacked
+from fullrank.models.base import Dropout, Hidden, Ranker, RankerOutput, stacked
 from fullrank.schema import Schema
 
 
@@ -64,9 +64,9 @@ class AutoInt(Ranker):
         layer_norm: bool = False
         scale: bool = False
         wide: bool = False
-        hidden: tuple[int, ...] = (256, 128, 64)
+        hidden: Hidden = (256, 128, 64)
         batch_norm: bool = False
-        dropout: float = 0.0
+        dropout: Dropout = 0.0
 
         @model_validator(mode="after")
         def _heads_divide(self) -> Self:

@@ -96,6 +96,8 @@ class Ranker(nn.Module):
         Raises:
             ValueError: if the configuration has an unknown key or a wrong value (pydantic's message names it).
         """
+        if isinstance(config, cls.Config):
+            return cls(schema, config)
         values = config.model_dump() if isinstance(config, BaseModel) else (config or {})
         return cls(schema, cls.Config.model_validate(values))
 

@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.layers.encoder import EncoderLayer, LengthGroups, Padding
 from fullrank.layers.histories import Events, FeaturesAndHistories
 from fullrank.layers.mlp import MLP
-from fullrank.models.base import InitStd, Ranker, RankerOutput
+from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 Pooling = Literal["mean", "candidate", "concat"]
@@ -131,9 +131,9 @@ class BST(Ranker):
         feed_forward: int = Field(default=4, ge=1)
         position: bool = True
         pooling: Pooling = "mean"
-        hidden: tuple[int, ...] = (256, 128, 64)
+        hidden: Hidden = (256, 128, 64)
         batch_norm: bool = False
-        dropout: float = 0.0
+        dropout: Dropout = 0.0
 
     config: Config
 

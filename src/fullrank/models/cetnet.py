@@ -10,15 +10,16 @@ from itertools import combinations
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fullrank.batch import Batch
 from fullrank.models.base import Ranker, RankerOutput, task_loss
-from fullrank.models.members import inherited, member
+from fullrank.models.registry import RankerSpec, pass_on
 from fullrank.schema import Schema
 
+DCN_AND_DLRM: Any = ("dcn_v2", "dlrm")
 Fusion = Literal["confidence", "mean", "logit_mean", "learned"]
 
 
@@ -116,7 +117,7 @@ class CETNet(Ranker):
                 too few clicks where clicks are rare; this removes it.
         """
 
-        members: tuple[dict[str, Any], ...] = ({"name": "dcn_v2"}, {"name": "dlrm"})
+        members: tuple[RankerSpec, ...] = Field(default=DCN_AND_DLRM, validate_default=True)
         fusion: Fusion = "confidence"
         temperature: float = Field(default=1.0, gt=0)
         detach_confidence: bool = True
@@ -127,10 +128,15 @@ class CETNet(Ranker):
 
         @field_validator("members")
         @classmethod
-        def _known(cls, members: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        def _some(cls, members: tuple[RankerSpec, ...]) -> tuple[RankerSpec, ...]:
             if not members:
                 raise ValueError("expected at least one member")
             return members
+
+        @model_validator(mode="before")
+        @classmethod
+        def _members_inherit(cls, values: Any) -> Any:
+            return pass_on({"members": DCN_AND_DLRM, **values} if isinstance(values, dict) else values, "members")
 
     config: Config
 
@@ -139,10 +145,7 @@ class CETNet(Ranker):
         regressions = [label.name for label in schema.labels if label.kind != "binary"]
         if regressions:
             raise ValueError(f"CETNet fuses probabilities: its labels must be binary, {regressions[0]} is not")
-        self.members = nn.ModuleList(
-            member(schema, {**inherited(config), **values}, f"member {index + 1}")
-            for index, values in enumerate(config.members)
-        )
+        self.members = nn.ModuleList(spec.build(schema) for spec in config.members)
         self.fusion = ConfidenceFusion(
             config.fusion,
             len(self.members),
@@ -206,15 +209,19 @@ class MultiEmbedding(Ranker):
     class Config(Ranker.Config):
         """Hyper-parameters: `backbone` is the `name` and the Config fields of the model that is copied."""
 
-        backbone: dict[str, Any] = Field(default={"name": "dcn_v2"})
+        backbone: RankerSpec = Field(default="dcn_v2", validate_default=True)
         num_tables: int = Field(default=2, ge=1)
+
+        @model_validator(mode="before")
+        @classmethod
+        def _backbone_inherits(cls, values: Any) -> Any:
+            return pass_on({"backbone": "dcn_v2", **values} if isinstance(values, dict) else values, "backbone")
 
     config: Config
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        values = {**inherited(config), **config.backbone}
-        self.members = nn.ModuleList(member(schema, values, "backbone") for _ in range(config.num_tables))
+        self.members = nn.ModuleList(config.backbone.build(schema) for _ in range(config.num_tables))
 
     def forward(self, batch: Batch) -> RankerOutput:
         outputs = [cast(RankerOutput, ranker(batch)) for ranker in self.members]

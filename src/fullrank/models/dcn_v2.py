@@ -14,7 +14,7 @@ from fullrank.batch import Batch
 from fullrank.layers.crosses import CrossNetwork
 from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.layers.tokens import FlatFeatures
-from fullrank.models.base import Ranker, RankerOutput
+from fullrank.models.base import Dropout, Hidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -65,10 +65,10 @@ class DCNv2(Ranker):
         num_cross_layers: int = Field(default=3, ge=1)
         low_rank: int = Field(default=0, ge=0)
         num_experts: int = Field(default=4, ge=1)
-        hidden: tuple[int, ...] = (256, 128, 64)
-        stacked_hidden: tuple[int, ...] | None = None
+        hidden: Hidden = (256, 128, 64)
+        stacked_hidden: Hidden | None = None
         batch_norm: bool = False
-        dropout: float = 0.0
+        dropout: Dropout = 0.0
 
     config: Config
 

@@ -9,7 +9,7 @@ from fullrank.layers.factorization import pairwise_term
 from fullrank.layers.linear_term import LinearTerm
 from fullrank.layers.mlp import MLP
 from fullrank.layers.tokens import FeatureTokens
-from fullrank.models.base import Ranker, RankerOutput, stacked
+from fullrank.models.base import Dropout, Hidden, Ranker, RankerOutput, stacked
 from fullrank.schema import Schema
 
 
@@ -20,9 +20,9 @@ class DeepFM(Ranker):
     source = "Guo et al., DeepFM: A Factorization-Machine based Neural Network for CTR Prediction, IJCAI 2017"
 
     class Config(Ranker.Config):
-        hidden: tuple[int, ...] = (256, 128, 64)
+        hidden: Hidden = (256, 128, 64)
         batch_norm: bool = False
-        dropout: float = 0.0
+        dropout: Dropout = 0.0
 
     config: Config
 

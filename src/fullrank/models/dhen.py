@@ -19,7 +19,7 @@ from fullrank.layers.mlp import MLP
 from fullrank.layers.token_pairs import TokenPairs
 from fullrank.layers.token_projection import FlatToTokens, TokenProjection
 from fullrank.layers.tokens import FeatureTokens
-from fullrank.models.base import InitStd, Ranker, RankerOutput
+from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.models.wukong import FactorizationMachineBlock
 from fullrank.schema import Schema
 
@@ -300,10 +300,10 @@ class DHEN(Ranker):
         norm: Norm | None = "layernorm"
         options: dict[str, dict[str, Any]] = Field(default_factory=dict)
         number_tokens: int = Field(default=1, ge=0)
-        number_hidden: tuple[int, ...] = (128,)
-        hidden: tuple[int, ...] = (256, 128, 64)
+        number_hidden: Hidden = (128,)
+        hidden: Hidden = (256, 128, 64)
         batch_norm: bool = False
-        dropout: float = 0.0
+        dropout: Dropout = 0.0
 
         @model_validator(mode="after")
         def _modules_are_known(self) -> Self:

@@ -14,7 +14,7 @@ from fullrank.batch import Batch
 from fullrank.layers.histories import FeaturesAndHistories
 from fullrank.layers.mlp import MLP
 from fullrank.layers.recurrent import AttentionalGRU, Steps
-from fullrank.models.base import InitStd, Ranker, RankerOutput
+from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -127,10 +127,10 @@ class DIEN(Ranker):
         embedding_init: InitStd = 0.05
         state_dim: int | None = Field(default=None, ge=1)
         auxiliary_weight: float = Field(default=1.0, ge=0)
-        auxiliary_hidden: tuple[int, ...] = ()
-        hidden: tuple[int, ...] = (256, 128, 64)
+        auxiliary_hidden: Hidden = ()
+        hidden: Hidden = (256, 128, 64)
         batch_norm: bool = False
-        dropout: float = 0.0
+        dropout: Dropout = 0.0
 
     config: Config
 

@@ -20,7 +20,7 @@ from fullrank.embeddings.segments import row_of, segment_sum, spread
 from fullrank.layers.dice import Dice, dice_scores
 from fullrank.layers.mlp import ACTIVATIONS, MLP
 from fullrank.layers.tokens import NumberVectors
-from fullrank.models.base import Ranker, RankerOutput
+from fullrank.models.base import Dropout, Hidden, Ranker, RankerOutput
 from fullrank.schema import EventId, Schema, Sequence
 
 
@@ -109,14 +109,14 @@ class DIN(Ranker):
             activation: of the output MLP; the paper's is `dice`.
         """
 
-        hidden: tuple[int, ...] = (256, 128, 64)
+        hidden: Hidden = (256, 128, 64)
         attention_hidden: Annotated[tuple[PositiveInt, ...], BeforeValidator(_several), Field(min_length=1)] = (64,)
         attention_activation: Literal["dice", "relu"] = "dice"
-        attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+        attention_dropout: Dropout = 0.0
         softmax: bool = False
         activation: Literal["relu", "dice"] = "relu"
         batch_norm: bool = False
-        dropout: float = 0.0
+        dropout: Dropout = 0.0
 
     config: Config
 

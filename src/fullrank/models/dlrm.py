@@ -12,7 +12,7 @@ from torch import Tensor
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection
 from fullrank.layers.mlp import MLP
-from fullrank.models.base import Ranker, RankerOutput
+from fullrank.models.base import Dropout, Hidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -28,10 +28,10 @@ class DLRM(Ranker):
 
     class Config(Ranker.Config):
         interaction: Literal["dot", "cat"] = "dot"
-        bottom_hidden: tuple[int, ...] = (256, 128)
-        hidden: tuple[int, ...] = (256, 128, 64)
+        bottom_hidden: Hidden = (256, 128)
+        hidden: Hidden = (256, 128, 64)
         batch_norm: bool = False
-        dropout: float = 0.0
+        dropout: Dropout = 0.0
 
     config: Config
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fullrank.batch import Batch
 from fullrank.layers.mlp import Float32Linear
 from fullrank.layers.towers import Towers
-from fullrank.models.base import InitStd, Ranker, RankerOutput
+from fullrank.models.base import Hidden, InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -30,7 +30,7 @@ class EarlyStageRanker(Ranker):
 
     class Config(Ranker.Config):
         embedding_init: InitStd = 0.01
-        hidden: tuple[int, ...] = (64,)
+        hidden: Hidden = (64,)
         output_dim: int = Field(default=32, ge=1)
         interaction_hidden: int = Field(default=32, ge=1)
 

@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection, Tables
 from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.layers.tokens import FlatFeatures
-from fullrank.models.base import Ranker, RankerOutput, stacked
+from fullrank.models.base import Dropout, Hidden, NonEmptyHidden, Ranker, RankerOutput, stacked
 from fullrank.schema import Schema
 
 
@@ -98,12 +98,12 @@ class FinalMLP(Ranker):
             context1, context2: single-id features that steer the gate of either stream; with none it is a constant.
         """
 
-        hidden1: tuple[int, ...] = (256, 128, 64)
-        hidden2: tuple[int, ...] = (256, 128, 64)
-        dropout1: float = 0.0
-        dropout2: float = 0.0
+        hidden1: NonEmptyHidden = (256, 128, 64)
+        hidden2: NonEmptyHidden = (256, 128, 64)
+        dropout1: Dropout = 0.0
+        dropout2: Dropout = 0.0
         batch_norm: bool = False
-        gate_hidden: tuple[int, ...] = (64,)
+        gate_hidden: Hidden = (64,)
         context1: tuple[str, ...] = ()
         context2: tuple[str, ...] = ()
         num_heads: int = Field(default=1, ge=1)

@@ -7,16 +7,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
 from fullrank.layers.hilomoe import HiLoMoELinear, Stage
 from fullrank.models.base import Ranker, RankerOutput
-from fullrank.models.members import inherited, member
+from fullrank.models.registry import RankerSpec, pass_on
 from fullrank.schema import Schema
 
 
@@ -84,7 +84,7 @@ class HiLoMoE(Ranker):
             balance, z, diversity: weights of the auxiliary losses.
         """
 
-        backbone: dict[str, Any] = Field(default={"name": "dcn_v2"})
+        backbone: RankerSpec = Field(default="dcn_v2", validate_default=True)
         targets: tuple[str, ...] = Field(default=("*",), min_length=1)
         num_layers: int = Field(default=2, ge=1)
         num_experts: int = Field(default=8, ge=1)
@@ -97,13 +97,24 @@ class HiLoMoE(Ranker):
         z: float = Field(default=1e-3, ge=0)
         diversity: float = Field(default=1e-3, ge=0)
 
+        @model_validator(mode="before")
+        @classmethod
+        def _backbone_inherits(cls, values: Any) -> Any:
+            return pass_on({"backbone": "dcn_v2", **values} if isinstance(values, dict) else values, "backbone")
+
+        @model_validator(mode="after")
+        def _stages_fit(self) -> Self:
+            if self.warm_up + self.growth >= 1:
+                raise ValueError(f"expected warm_up + growth below 1, got {self.warm_up} + {self.growth}")
+            if self.top_k is not None and self.top_k > self.num_experts:
+                raise ValueError(f"expected top_k between 1 and num_experts = {self.num_experts}, got {self.top_k}")
+            return self
+
     config: Config
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        if config.warm_up + config.growth >= 1:
-            raise ValueError(f"expected warm_up + growth below 1, got {config.warm_up} + {config.growth}")
-        self.backbone = member(schema, {**inherited(config), **config.backbone}, "backbone")
+        self.backbone = config.backbone.build(schema)
         self.converted = convert_to_hilomoe(
             self.backbone,
             config.targets,

@@ -26,7 +26,7 @@ from fullrank.layers.histories import FeaturesAndHistories, latest
 from fullrank.layers.mlp import MLP
 from fullrank.layers.token_pairs import TokenPairs
 from fullrank.layers.token_projection import FlatToTokens, TokenProjection
-from fullrank.models.base import InitStd, Ranker, RankerOutput
+from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.models.dhen import DHENLayer, build_interaction
 from fullrank.schema import Schema
 from fullrank.schema import Sequence as HistoryFeature
@@ -381,9 +381,9 @@ class InterFormer(Ranker):
         flow: Flow = "int"
         rope: bool = True
         strict_paper: bool = False
-        hidden: tuple[int, ...] = (256, 128, 64)
+        hidden: Hidden = (256, 128, 64)
         batch_norm: bool = False
-        dropout: float = Field(default=0.0, ge=0, lt=1)
+        dropout: Dropout = 0.0
 
     config: Config
 

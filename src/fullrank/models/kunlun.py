@@ -22,7 +22,7 @@ from fullrank.layers.rote import ROTE
 from fullrank.layers.seed_pooling import HierarchicalSeedPooling
 from fullrank.layers.sliding_window import SlidingWindowAttention
 from fullrank.layers.token_projection import TokenProjection
-from fullrank.models.base import InitStd, Ranker, RankerOutput
+from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.models.wukong import WukongLayer
 from fullrank.schema import Schema
 
@@ -410,7 +410,7 @@ class Kunlun(Ranker):
         num_experts: int = Field(default=1, ge=1)
         num_out_tokens: int = Field(default=16, ge=2)
         fm_rank: int = Field(default=8, ge=1)
-        fm_hidden: tuple[int, ...] = (128,)
+        fm_hidden: Hidden = (128,)
         mix: bool = True
         activation: str | tuple[str, ...] = "gelu_tanh"
         scale_mode: ScaleMode = "post"
@@ -418,9 +418,9 @@ class Kunlun(Ranker):
         rote: bool = True
         time_scale: float = Field(default=86_400.0, gt=0)
         rote_reference: Literal["request", "previous"] = "request"
-        hidden: tuple[int, ...] = (256, 128, 64)
+        hidden: Hidden = (256, 128, 64)
         batch_norm: bool = False
-        dropout: float = Field(default=0.0, ge=0, lt=1)
+        dropout: Dropout = 0.0
 
     config: Config
 

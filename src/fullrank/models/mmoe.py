@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.layers.experts import ExpertMixture
 from fullrank.layers.mlp import MLP
 from fullrank.layers.tokens import FlatFeatures
-from fullrank.models.base import Ranker, RankerOutput
+from fullrank.models.base import Dropout, Hidden, NonEmptyHidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -27,10 +27,10 @@ class MMoE(Ranker):
 
     class Config(Ranker.Config):
         num_experts: int = Field(default=4, ge=1)
-        expert_hidden: tuple[int, ...] = (128, 64)
-        hidden: tuple[int, ...] = (32,)
+        expert_hidden: NonEmptyHidden = (128, 64)
+        hidden: Hidden = (32,)
         batch_norm: bool = False
-        dropout: float = 0.0
+        dropout: Dropout = 0.0
 
     config: Config
 

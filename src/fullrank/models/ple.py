@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.layers.experts import ExpertMixture
 from fullrank.layers.mlp import MLP
 from fullrank.layers.tokens import FlatFeatures
-from fullrank.models.base import Ranker, RankerOutput
+from fullrank.models.base import Dropout, Hidden, NonEmptyHidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -68,10 +68,10 @@ class PLE(Ranker):
         num_levels: int = Field(default=2, ge=1)
         num_shared_experts: int = Field(default=2, ge=1)
         num_task_experts: int = Field(default=2, ge=0)
-        expert_hidden: tuple[int, ...] = (128, 64)
-        hidden: tuple[int, ...] = (32,)
+        expert_hidden: NonEmptyHidden = (128, 64)
+        hidden: Hidden = (32,)
         batch_norm: bool = False
-        dropout: float = 0.0
+        dropout: Dropout = 0.0
 
     config: Config
 

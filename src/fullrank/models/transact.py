@@ -14,7 +14,7 @@ from fullrank.layers.crosses import CrossNetwork
 from fullrank.layers.encoder import EncoderLayer, LengthGroups, Padding
 from fullrank.layers.histories import Events, FeaturesAndHistories, latest
 from fullrank.layers.mlp import MLP
-from fullrank.models.base import InitStd, Ranker, RankerOutput
+from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 HOUR = 3600.0
@@ -116,9 +116,9 @@ class TransAct(Ranker):
         latest: int = Field(default=10, ge=0)
         window_hours: float = Field(default=0.0, ge=0)
         num_cross_layers: int = Field(default=2, ge=0)
-        hidden: tuple[int, ...] = (256, 128, 64)
+        hidden: Hidden = (256, 128, 64)
         batch_norm: bool = False
-        dropout: float = 0.0
+        dropout: Dropout = 0.0
 
     config: Config
 

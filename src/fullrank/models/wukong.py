@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.layers.mlp import MLP
 from fullrank.layers.token_projection import TokenProjection, project_tokens
 from fullrank.layers.tokens import FeatureTokens
-from fullrank.models.base import InitStd, Ranker, RankerOutput
+from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -162,13 +162,13 @@ class Wukong(Ranker):
         num_fm: int = Field(default=16, ge=1)
         num_linear: int = Field(default=16, ge=1)
         rank: int = Field(default=8, ge=1)
-        fm_hidden: tuple[int, ...] = (128,)
+        fm_hidden: Hidden = (128,)
         attentive: bool = False
         number_tokens: int = Field(default=1, ge=0)
-        number_hidden: tuple[int, ...] = (128,)
-        hidden: tuple[int, ...] = (256, 128, 64)
+        number_hidden: Hidden = (128,)
+        hidden: Hidden = (256, 128, 64)
         batch_norm: bool = False
-        dropout: float = 0.0
+        dropout: Dropout = 0.0
 
     config: Config
 
