@@ -1,0 +1,106 @@
+"""What is refused, each as a status and one line that says why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from fullrank.serving.bodies import answer, encoded
+from fullrank.serving.pool import Overloaded
+
+# Characters of an error; a request may quote a number of thousands of digits.
+LONGEST_DETAIL = 1000
+
+
+class NoCatalogue(Exception):
+    """The bundle is a single ranker."""
+
+
+def problem(status: int, detail: str) -> Response:
+    """The answer to what cannot be served."""
+    return answer(encoded({"detail": detail}), status)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Turn what is raised on the way of a request into its answer."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        kind = request.headers.get("content-type", "")
+        if request.method == "POST" and not kind.partition(";")[0].strip().lower().endswith("json"):
+            # What `curl -d` sends unless told otherwise; the body was not even parsed.
+            return problem(415, f"the content type is {kind[:80] or 'not given'}, expected application/json")
+        return problem(422, _first(error))
+
+    @app.exception_handler(UnicodeEncodeError)
+    async def unwritable(_: Request, error: UnicodeEncodeError) -> Response:
+        return problem(422, "a text holds half of a surrogate pair, expected valid Unicode")
+
+    @app.exception_handler(ValueError)
+    async def refused(_: Request, error: ValueError) -> Response:
+        line = (str(error).splitlines() or ["wrong value"])[0]
+        return problem(422, line if len(line) <= LONGEST_DETAIL else f"{line[:LONGEST_DETAIL]}...")
+
+    @app.exception_handler(HTTPException)
+    async def unparsed(_: Request, error: HTTPException) -> Response:
+        # FastAPI's answer to JSON that its parser gives up on.
+        vague = error.status_code == 400 and error.detail == "There was an error parsing the body"
+        detail = "the body is not JSON, is nested too deeply, or has too long a number" if vague else str(error.detail)
+        response = problem(error.status_code, detail)
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(NoCatalogue)
+    async def no_catalogue(_: Request, error: NoCatalogue) -> Response:
+        return problem(404, "this bundle has no catalogue of items to recommend; POST /v1/score scores rows")
+
+    @app.exception_handler(Overloaded)
+    async def overloaded(_: Request, error: Overloaded) -> Response:
+        response = problem(503, "too many requests are waiting; try again")
+        response.headers["Retry-After"] = "1"
+        return response
+
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "none_required": "null",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_attributes_type": "an object",
+    "missing": "a value",
+}
+
+
+def _first(error: RequestValidationError) -> str:
+    """One line: where in the body, what was expected, what was found if that is short."""
+    errors = error.errors()
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"
+    place = _place(first)
+    if first["type"] == "value_error":
+        return str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{place}: unknown key"
+    # Where several types would do, pydantic reports each that did not fit.
+    kinds = [_EXPECTED[e["type"]] for e in errors if _place(e) == place and e["type"] in _EXPECTED]
+    message = f"expected {' or '.join(dict.fromkeys(kinds))}" if kinds else first["msg"].replace("Input should", "must")
+    found = first.get("input")
+    short = isinstance(found, bool | int | float | str | None) and len(repr(found)) <= 40
+    return f"{place or 'body'}: {message}" + (f", got {found!r}" if short and first["type"] != "missing" else "")
+
+
+def _place(item: Any) -> str:
+    """Path of a wrong value, without pydantic's names for the branches of a union, which come last."""
+    steps = [str(step) for step in item["loc"]]
+    steps = steps[1:] if steps[:1] == ["body"] else steps
+    if steps and steps[-1] in {"int", "str", "float", "none", "constrained-float"}:
+        steps.pop()
+    return ".".join(step for step in steps if "[" not in step)
