@@ -56,6 +56,23 @@ def test_entry_points_of_installed_packages_are_listed(monkeypatch: pytest.Monke
     assert registry["theirs"].__name__ == "Thing"  # type: ignore[attr-defined]
 
 
+def test_a_package_may_both_declare_an_entry_point_and_register_in_its_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry: Registry[object] = Registry("thing", "fullrank.tests", {"decoder": "json:JSONDecoder"})
+    (tmp_path / "their_things.py").write_text(
+        "import sys\n\nclass Theirs: ...\n\nsys.modules['registry under test'].register('theirs', Theirs)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "registry under test", registry)  # type: ignore[arg-type]
+    point = EntryPoint("theirs", "their_things:Theirs", "fullrank.tests")
+    monkeypatch.setattr(registries, "entry_points", lambda group: [point])
+    assert registry["theirs"] is sys.modules.pop("their_things").Theirs
+    for name in ("theirs", "decoder"):
+        with pytest.raises(ValueError, match="exists already"):
+            registry.register(name, Thing)
+
+
 @pytest.mark.parametrize(
     ("name", "defined_in", "expected"),
     [

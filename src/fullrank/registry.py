@@ -42,10 +42,19 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
             ValueError: if the name is taken by another thing; the same one may be registered again.
         """
-        if name in self and self[name] is not thing:
+        if name in self._things:
+            taken = self._things[name] is not thing
+        else:
+            # What a place or an entry point names is not asked for here: its module may be the one that registers.
+            taken = name in self and self._package(name) != str(getattr(thing, "__module__", "")).split(".")[0]
+        if taken:
             raise ValueError(f'the {self.what} "{name}" exists already: choose another name')
         self._things[name] = thing
         return thing
+
+    def _package(self, name: str) -> str:
+        place = self.places[name] if name in self.places else self._entry_points()[name].value
+        return place.replace(":", ".").split(".")[0]
 
     def find(self, name: object, defined_in: str | None = None) -> T:
         """The thing called `name`.
