@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 import pytest
+from typer.testing import CliRunner
 
+from fullrank.cli import data
 from fullrank.data.dataset import Dataset
 from fullrank.data.formats import FORMATS, open_format
 from fullrank.data.formats.criteo import COLUMNS
 from fullrank.data.importing import import_dataset
 from fullrank.data.splits import SplitSpec
+from fullrank.registry import import_modules
 from fullrank.schema import Categorical, Label, MultiCategorical, Schema
 
 
@@ -24,9 +30,82 @@ def bring(format_: str, path: Path, out: Path, kind: str | None = "none", max_ba
 
 
 def test_an_unknown_format_is_refused_with_the_list_of_formats() -> None:
-    with pytest.raises(ValueError, match='unknown format "excel"; expected one of .*avazu, criteo'):
+    with pytest.raises(ValueError, match="expected the name of a format among .*avazu, criteo.*, got 'excel'"):
         open_format("excel")
     assert {"criteo", "avazu", "csv", "parquet", "libfm"} <= set(FORMATS)
+
+
+def test_every_format_opens_under_its_name() -> None:
+    for name in FORMATS:
+        assert open_format(name).name == name
+
+
+TWENTY_LINES = """
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import polars as pl
+
+from fullrank.data.formats import register
+from fullrank.data.raw import RawChunk
+from fullrank.schema import Categorical, Label, Schema
+
+
+@register
+class Lines:
+    name = "lines"
+
+    def default_schema(self, path: Path) -> Schema:
+        return Schema(features=(Categorical(name="user"), Categorical(name="item")), labels=(Label(name="click"),))
+
+    def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
+        rows = [line.split() for line in path.read_text().splitlines()]
+        yield RawChunk(pl.DataFrame(rows, ["click", "user", "item", "part"], orient="row"))
+
+    def parts(self, path: Path) -> dict[str, Path] | None:
+        return None
+"""
+
+
+@pytest.fixture
+def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A log in a format of one's own, beside a module that defines it; nothing is registered yet."""
+    (tmp_path / "my_formats.py").write_text(TWENTY_LINES)
+    (tmp_path / "log").write_text("1 u a train\n0 v a test\nmaybe u b train\n0 u b train\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(FORMATS, "_things", {})
+    monkeypatch.setattr(FORMATS, "_installed", None)
+    yield tmp_path / "log"
+    sys.modules.pop("my_formats", None)
+
+
+def test_a_format_of_ones_own_in_twenty_lines_imports_a_log(lines: Path, tmp_path: Path) -> None:
+    import_modules(["my_formats"], "--import")
+    spec = SplitSpec(kind="given", column="part")
+    dataset = import_dataset("lines", lines, tmp_path / "out", split=spec, max_bad=0.3)
+    assert dataset.scan("train").collect().rows() == [(2, 2, 1.0), (2, 3, 0.0)]  # ids in order of text, then the label
+    assert dataset.scan("test").collect().rows() == [(1, 2, 0.0)]
+    assert dataset.rejected == {"label is not a number": 1}
+    with pytest.raises(ValueError, match='the format "lines" exists already'):
+        FORMATS.register("lines", open_format)  # type: ignore[arg-type]
+
+
+def test_a_format_of_an_installed_package_is_known_to_the_command(lines: Path, tmp_path: Path) -> None:
+    about = tmp_path / "my_package-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[fullrank.formats]\nlines = my_formats:Lines\n")
+    arguments = ["import", "lines", str(lines), str(tmp_path / "out"), "--split", "none", "--max-bad", "0.3", "--json"]
+    result = CliRunner().invoke(data.app, arguments, catch_exceptions=False)
+    assert json.loads(result.stdout)["rows"] == {"train": 3}
+
+
+def test_a_format_of_a_module_that_the_command_is_told_to_import(lines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["inspect", str(lines), "--format", "lines"]
+    with pytest.raises(ValueError, match="got 'lines'"):
+        CliRunner().invoke(data.app, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(data.app, [*arguments, "--import", "my_formats"], catch_exceptions=False)
+    assert Schema.from_json(result.stdout) == open_format("lines").default_schema(lines)
 
 
 def test_criteo_sample(shared_data: Path, tmp_path: Path) -> None:

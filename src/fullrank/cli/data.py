@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fullrank.cli.options import ImportOption
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -52,6 +54,7 @@ def import_(
     max_bad: Annotated[
         float, typer.Option("--max-bad", help="Share of bad rows above which the import fails.")
     ] = 0.001,
+    imports: ImportOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -63,8 +66,10 @@ def import_(
 
     from fullrank.data.importing import import_dataset
     from fullrank.data.splits import SplitSpec
+    from fullrank.registry import import_modules
     from fullrank.schema import Schema, describe_errors
 
+    import_modules(imports or (), "--import")
     began = time.perf_counter()
     values: dict[str, Any] = {"kind": split, "valid": valid, "test": test, "seed": seed, "column": split_column}
     values["protocol"] = protocol
@@ -139,6 +144,7 @@ def inspect(
         str | None, typer.Option("--format", help="Default: parquet for .parquet, csv for anything else.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the schema to this file.")] = None,
+    imports: ImportOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Look at the first rows of a log and guess what its columns mean; the schema is yours to edit.
@@ -146,18 +152,19 @@ def inspect(
     Example: fullrank data inspect log.csv --out schema.json
     """
     from fullrank.data import atomic
-    from fullrank.data.formats import open_format
-    from fullrank.data.formats.delimited import Csv
-    from fullrank.data.formats.parquet import ParquetLog
+    from fullrank.data.formats import open_format, usual_format
+    from fullrank.data.formats.base import Sampled
     from fullrank.data.inference import ColumnProfile, profile
+    from fullrank.registry import import_modules
 
-    source = open_format(format or ("parquet" if file.suffix == ".parquet" else "csv"))
+    import_modules(imports or (), "--import")
+    source = open_format(format or usual_format(file))
     if not file.exists():
         raise ValueError(f"{file} does not exist")
     rows = 0
     columns: list[ColumnProfile] = []
-    if isinstance(source, (Csv, ParquetLog)):
-        sample = source.sample((source.parts(file) or {"train": file})["train"])
+    if isinstance(source, Sampled):
+        sample = source.sample(file)
         rows = sample.height
         schema, columns = profile(sample)
     else:

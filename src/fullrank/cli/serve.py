@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from fullrank.cli.options import ImportOption
 from fullrank.extras import needs
 
 
@@ -24,14 +25,7 @@ def serve(
     waiting: Annotated[
         int, typer.Option("--waiting", min=0, help="Requests that may wait; more are answered with 503.")
     ] = 256,
-    imports: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--import",
-            metavar="MODULE",
-            help="Import this module first: it registers rankers, retrievers, formats or table kinds of your own.",
-        ),
-    ] = None,
+    imports: ImportOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout once requests are answered.")
     ] = False,

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 from fullrank.data.formats.base import Format
+from fullrank.registry import Registry
 
-_CLASSES = {
-    "amazon": "amazon:Amazon",
-    "avazu": "avazu:Avazu",
-    "criteo": "criteo:Criteo",
-    "csv": "delimited:Csv",
-    "ipinyou": "ipinyou:IPinYou",
-    "kuaivideo": "kuaivideo:KuaiVideo",
-    "libfm": "libfm:LibFM",
-    "movielens": "movielens:MovieLens",
-    "parquet": "parquet:ParquetLog",
-    "taobao-ad": "taobao_ad:TaobaoAd",
-}
+FORMATS: Registry[Callable[[], Format]] = Registry(
+    "format",
+    "fullrank.formats",
+    {
+        "amazon": "fullrank.data.formats.amazon:Amazon",
+        "avazu": "fullrank.data.formats.avazu:Avazu",
+        "criteo": "fullrank.data.formats.criteo:Criteo",
+        "csv": "fullrank.data.formats.delimited:Csv",
+        "ipinyou": "fullrank.data.formats.ipinyou:IPinYou",
+        "kuaivideo": "fullrank.data.formats.kuaivideo:KuaiVideo",
+        "libfm": "fullrank.data.formats.libfm:LibFM",
+        "movielens": "fullrank.data.formats.movielens:MovieLens",
+        "parquet": "fullrank.data.formats.parquet:ParquetLog",
+        "taobao-ad": "fullrank.data.formats.taobao_ad:TaobaoAd",
+    },
+)
 
-
-def _opener(place: str) -> Callable[[], Format]:
-    def open_format() -> Format:
-        module, name = place.split(":")
-        format_: Format = getattr(importlib.import_module(f"fullrank.data.formats.{module}"), name)()
-        return format_
-
-    return open_format
+Opener = TypeVar("Opener", bound=Callable[[], Format])
 
 
-FORMATS: dict[str, Callable[[], Format]] = {name: _opener(place) for name, place in _CLASSES.items()}
+def register(opener: Opener) -> Opener:
+    """List a format of one's own under its `name`: a class, also as its decorator, or a function that gives a format.
+
+    Raises:
+        ValueError: if another format has the name.
+    """
+    FORMATS.register(getattr(opener, "name", None) or opener().name, opener)
+    return opener
 
 
 def open_format(name: str) -> Format:
@@ -39,6 +45,9 @@ def open_format(name: str) -> Format:
     Raises:
         ValueError: if there is none; the message lists the names.
     """
-    if name not in FORMATS:
-        raise ValueError(f'unknown format "{name}"; expected one of {", ".join(FORMATS)}')
-    return FORMATS[name]()
+    return FORMATS.find(name)()
+
+
+def usual_format(path: Path) -> str:
+    """Name of the format that a path is in when nobody says: Parquet by its ending, else CSV."""
+    return "parquet" if path.suffix == ".parquet" or (path / "train.parquet").is_file() else "csv"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import polars as pl
 
-from fullrank.data.formats.base import split_files
+from fullrank.data.formats.base import split_files, training_file
 from fullrank.data.formats.delimited import delimited_chunks, read_header
 from fullrank.data.raw import RawChunk, check_columns, raw_columns
 from fullrank.schema import Categorical, Keys, Label, Role, Schema
@@ -45,7 +45,7 @@ class Avazu:
     name = "avazu"
 
     def default_schema(self, path: Path) -> Schema:
-        names, _ = read_header((self.parts(path) or {"train": path})["train"])
+        names, _ = read_header(training_file(self, path))
         if "feat_1" in names:
             check_columns(path, ANONYMOUS, names, _OF)
             fields = [Categorical(name=name) for name in ANONYMOUS[1:]]

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
+import polars as pl
+
 from fullrank.data.raw import RawChunk
 from fullrank.data.splits import PARTS
 from fullrank.schema import Schema
@@ -14,7 +16,8 @@ from fullrank.schema import Schema
 class Format(Protocol):
     """A way in which logs are stored.
 
-    A format that comes as a directory of several files takes the directory as `path`.
+    A format that comes as a directory of several files takes the directory as `path`. What else one may have, such as
+    `Sampled`, are protocols of their own.
     """
 
     name: str
@@ -65,6 +68,24 @@ class HoldsOut(Protocol):
     """
 
     held_out: Literal["users", "rows"]
+
+
+@runtime_checkable
+class Sampled(Protocol):
+    """A format that says nothing of what its columns mean, so that a schema is guessed from the first rows."""
+
+    def sample(self, path: Path) -> pl.DataFrame:
+        """The first rows of the training part.
+
+        Raises:
+            ValueError: if `path` is not in this format or has no rows.
+        """
+        ...
+
+
+def training_file(source: Format, path: Path) -> Path:
+    """The file of the training part, or `path` itself where that is the whole log."""
+    return (source.parts(path) or {"train": path})["train"]
 
 
 def split_files(path: Path, suffixes: Sequence[str]) -> dict[str, Path] | None:

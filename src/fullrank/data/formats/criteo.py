@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from fullrank.data.formats.base import split_files
+from fullrank.data.formats.base import split_files, training_file
 from fullrank.data.formats.delimited import delimited_chunks, read_header
 from fullrank.data.formats.lines import first_line, read_blocks
 from fullrank.data.raw import RawChunk, check_columns, raw_columns
@@ -30,7 +30,7 @@ class Criteo:
     name = "criteo"
 
     def default_schema(self, path: Path) -> Schema:
-        file = (self.parts(path) or {"train": path})["train"]
+        file = training_file(self, path)
         scaled = self._scaled(file)
         counts: list[Feature] = [
             Numeric(name=name) if scaled else Categorical(name=name, encoding="log2_bucket") for name in COUNTS

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.csv
 
 from fullrank.data.arrow import as_one_array, as_series
-from fullrank.data.formats.base import split_files
+from fullrank.data.formats.base import split_files, training_file
 from fullrank.data.formats.lines import BLOCK_BYTES, first_line, read_blocks
+from fullrank.data.inference import infer_schema
 from fullrank.data.lookahead import mapped
 from fullrank.data.raw import LINE_COLUMN, RawChunk, check_columns, raw_columns, rejected_table
 from fullrank.schema import Schema
@@ -264,13 +265,11 @@ class Csv:
     suffixes = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")
 
     def default_schema(self, path: Path) -> Schema:
-        from fullrank.data.inference import infer_schema
-
-        parts = self.parts(path)
-        return infer_schema(self.sample((parts or {"train": path})["train"]))
+        return infer_schema(self.sample(path))
 
     def sample(self, path: Path) -> pl.DataFrame:
-        """The first rows, as text."""
+        """The first rows of the training part, as text."""
+        path = training_file(self, path)
         names, separator = read_header(path)
         for raw in delimited_chunks(
             path, names, names, separator=separator, header=True, plain=frozenset(names), block_bytes=4 << 20

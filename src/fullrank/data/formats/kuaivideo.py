@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
-from fullrank.data.formats.base import split_files
+from fullrank.data.formats.base import split_files, training_file
 from fullrank.data.formats.delimited import named_chunks, read_header
 from fullrank.data.raw import RawChunk, check_columns
 from fullrank.schema import Categorical, EventId, Keys, Label, Schema, Sequence
@@ -30,7 +30,7 @@ class KuaiVideo:
     held_out: Literal["users", "rows"] = "users"
 
     def default_schema(self, path: Path) -> Schema:
-        names = read_header((self.parts(path) or {"train": path})["train"])[0]
+        names = read_header(training_file(self, path))[0]
         check_columns(path, COLUMNS, names, " of KuaiVideo's format")
         event = EventId(name="item", table="item_id", min_count=MIN_COUNT)
         return Schema(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import polars as pl
 
+from fullrank.data.formats.base import training_file
 from fullrank.data.formats.delimited import delimited_chunks, read_header
 from fullrank.data.formats.lines import first_line, read_blocks
 from fullrank.data.raw import LINE_COLUMN, RawChunk, check_columns, raw_columns, rejected_table
@@ -34,7 +35,7 @@ class LibFM:
     name = "libfm"
 
     def default_schema(self, path: Path) -> Schema:
-        file = (self.parts(path) or {"train": path})["train"]
+        file = training_file(self, path)
         if _is_csv(file):
             names, _ = read_header(file)
             keys = Keys(

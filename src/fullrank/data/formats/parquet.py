@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from fullrank.data.arrow import as_frame
-from fullrank.data.formats.base import split_files
+from fullrank.data.formats.base import split_files, training_file
+from fullrank.data.inference import infer_schema
 from fullrank.data.raw import TRUE_PREFIX, RawChunk, check_columns, raw_columns
 from fullrank.schema import Schema
 
@@ -21,13 +22,11 @@ class ParquetLog:
     name = "parquet"
 
     def default_schema(self, path: Path) -> Schema:
-        from fullrank.data.inference import infer_schema
-
-        parts = self.parts(path)
-        return infer_schema(self.sample((parts or {"train": path})["train"]))
+        return infer_schema(self.sample(path))
 
     def sample(self, path: Path) -> pl.DataFrame:
-        """The first rows."""
+        """The first rows of the training part."""
+        path = training_file(self, path)
         for batch in _open_parquet(path).iter_batches(batch_size=50_000):
             return as_frame(batch)
         raise ValueError(f"{path} has no rows")

@@ -10,7 +10,7 @@ from typing import Literal
 
 import polars as pl
 
-from fullrank.data.formats.base import split_files
+from fullrank.data.formats.base import split_files, training_file
 from fullrank.data.formats.by_user import ByUser, groups_for
 from fullrank.data.formats.delimited import delimited_chunks, named_chunks, read_header
 from fullrank.data.formats.lines import first_line
@@ -62,7 +62,7 @@ class TaobaoAd:
         directory = _original(path)
         if directory is not None:
             return _schema(history=(directory / BEHAVIOR).is_file(), timed=True)
-        names = read_header((self.parts(path) or {"train": path})["train"])[0]
+        names = read_header(training_file(self, path))[0]
         check_columns(path, ("clk", *ROLES, "price", *_STORED.values()), names, " of TaobaoAd_x1")
         return _schema(history=True, timed=False)
 
