@@ -414,3 +414,71 @@ def test_stray_quotes_do_not_hold_up_the_reading(tmp_path: Path) -> None:
     assert b"".join(blocks) == path.read_bytes()
     # The odd quote makes the first cuts wait for its partner; the wait ends.
     assert max(len(block) for block in blocks) < 1 << 19
+
+
+def kept_log() -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "clicked": [1, 0, 0, 1],
+            "user": ["u", "v", "u", "w"],
+            "propensity": [0.25, None, 0.5, 1.0],
+            "position": [1, 2, 3, 4],
+            "vector": [[0.5, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]],
+            "codes": [[1, 2, 3], [4, 5, 6], [7, 8, 9], [2**40, 0, 0]],
+        }
+    )
+
+
+KEPT_SCHEMA = Schema(features=(Categorical(name="user"),), labels=(Label(name="clicked"),))
+KEPT = ("propensity", "position", "vector", "codes")
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
+def test_kept_columns_are_in_the_dataset_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_bytes: int
+) -> None:
+    monkeypatch.setattr(spool.Spool.__init__, "__defaults__", (memory_bytes,))
+    kept_log().write_parquet(tmp_path / "log.parquet")
+    none = SplitSpec(kind="none")
+    dataset = import_dataset(
+        "parquet", tmp_path / "log.parquet", tmp_path / "out", schema=KEPT_SCHEMA, split=none, keep=KEPT
+    )
+    assert dataset.extra == {
+        "propensity": pl.Float32(), "position": pl.Int64(),
+        "vector": pl.Array(pl.Float32, 2), "codes": pl.Array(pl.Int64, 3),
+    }  # fmt: skip
+    found = dataset.scan("train").select(KEPT).collect()
+    assert np.isnan(found["propensity"][1])
+    assert found.with_columns(pl.col("propensity").fill_nan(None)).to_dict(as_series=False) == kept_log().select(
+        KEPT
+    ).to_dict(as_series=False)
+
+
+def test_kept_numbers_of_a_text_file_are_judged_over_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delimited.delimited_chunks, "__kwdefaults__", {"plain": frozenset(), "block_bytes": 16})
+    path = write(tmp_path / "log.csv", "clicked,user,a,b\n1,u,1,7\n0,v,2,8\n1,v,2.5,9\n0,w,no,9\n1,w,4,10\n")
+    keep = ("a", "b")
+    dataset = import_dataset(
+        "csv", path, tmp_path / "out", schema=KEPT_SCHEMA, split=SplitSpec(kind="none"), keep=keep, max_bad=0.5
+    )
+    found = dataset.scan("train").collect()
+    assert found["a"].to_list() == [1.0, 2.0, 2.5, 4.0]
+    assert found["b"].to_list() == [7, 8, 9, 10]
+    assert (found["a"].dtype, found["b"].dtype) == (pl.Float32, pl.Int64)
+    assert rejected(dataset) == [(5, "a", "not a number", "no")]
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ("clicked", 'the column "clicked" to keep is a feature or a label'),
+        ("nothing", 'column "nothing" is missing; the file has clicked'),
+        ("__user_id", 'the column "__user_id" to keep has a name that begins with __'),
+        ("short", 'line 2: column "short" is "1": a list of 2 numbers expected'),
+    ],
+)
+def test_columns_that_cannot_be_kept_are_named(tmp_path: Path, keep: str, message: str) -> None:
+    short = pl.Series("short", [[1, 2], [3], [4, 5], [6, 7]])
+    kept_log().with_columns(short).write_parquet(tmp_path / "log.parquet")
+    with pytest.raises(ValueError, match=message):
+        import_dataset("parquet", tmp_path / "log.parquet", tmp_path / "out", schema=KEPT_SCHEMA, keep=(keep,))

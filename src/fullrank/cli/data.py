@@ -47,6 +47,12 @@ def import_(
     split_column: Annotated[
         str | None, typer.Option("--split-column", help='Column with train, valid or test, for "given".')
     ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep", metavar="COLUMN", help="Have this column in the dataset too, beside the features: numbers."
+        ),
+    ] = None,
     protocol: Annotated[
         str | None,
         typer.Option("--protocol", help='"bars": test rows validate too, as in the leaderboard\'s runs.'),
@@ -89,6 +95,7 @@ def import_(
             out,
             schema=None if schema is None else Schema.read(schema),
             split=spec,
+            keep=tuple(dict.fromkeys(keep or ())),
             max_bad=max_bad,
             overwrite=overwrite,
             progress=show,

@@ -27,7 +27,7 @@ def as_frame(table: pa.Table | pa.RecordBatch) -> pl.DataFrame:
 
 
 def as_numpy(array: pa.Array) -> npt.NDArray[Any]:
-    """An Arrow array of numbers or truth values; nulls among floats are NaN.
+    """An Arrow array of numbers or truth values, or of lists of them of fixed size; nulls among floats are NaN.
 
     Through polars, because Arrow's own way imports pandas wherever it is installed (50 MB).
     """
@@ -35,8 +35,12 @@ def as_numpy(array: pa.Array) -> npt.NDArray[Any]:
 
 
 def as_array(values: pl.Series | npt.NDArray[Any]) -> pa.Array:
-    """A column in one piece, as Arrow has it."""
-    return values.rechunk().to_arrow() if isinstance(values, pl.Series) else pa.array(values)
+    """A column in one piece, as Arrow has it; a matrix is lists of fixed size."""
+    if isinstance(values, pl.Series):
+        return values.rechunk().to_arrow()
+    if values.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    return pa.array(values)
 
 
 def as_one_array(column: pa.ChunkedArray) -> pa.Array:

@@ -31,6 +31,19 @@ SHARD_ROWS = 262_144
 GROUP_ROWS = 65_536
 
 
+def encoded_columns(schema: Schema) -> dict[str, pl.DataType]:
+    """Columns of an encoded shard and their types, in order; keys excepted `__user_id` and the like, whose type is
+    the source's."""
+    columns: dict[str, pl.DataType] = {name: pl.Float32() for name in schema.numeric_columns}
+    columns.update({feature.name: pl.Int32() for feature in schema.categorical})
+    columns.update({name: pl.List(pl.Int32()) for name in schema.jagged_keys})
+    columns.update({name: pl.List(pl.Float32()) for name in schema.event_number_keys})
+    columns.update({label.name: pl.Float32() for label in schema.labels})
+    fixed = {"timestamp": pl.Int64(), "weight": pl.Float32(), "bid": pl.Float32()}
+    columns.update({KEY_COLUMNS[key]: dtype for key, dtype in fixed.items() if getattr(schema.keys, key) is not None})
+    return columns
+
+
 class ShardWriter:
     """Encoded frames of one split into Parquet files of `SHARD_ROWS` rows."""
 
@@ -106,12 +119,18 @@ class DatasetBuilder:
         self._last_timestamp: int | None = None
         self._request_hashes: list[npt.NDArray[np.uint64]] = []
         self._key_types: dict[str, set[pl.DataType]] = {}
+        self._extra_types: dict[str, set[np.dtype[Any]]] = {}
+        self._widths: dict[str, tuple[int, ...]] = {}
         self.rejected = RejectedRows(directory / "rejected.tsv")
         self.rows = 0
         self.out_of_order = 0
 
     def add(self, chunk: Chunk, parts: Parts | None) -> None:
-        """Add rows, with the part of each (an index into `PARTS`), or None to split all by time in the end."""
+        """Add rows, with the part of each (an index into `PARTS`), or None to split all by time in the end.
+
+        Raises:
+            ValueError: if a further column has lists of another length than before.
+        """
         if not chunk.rows:
             return
         self.rows += chunk.rows
@@ -126,6 +145,13 @@ class DatasetBuilder:
             self._request_hashes.append(stable_hash(chunk.keys["request_id"]).to_numpy())
         for key, values in chunk.keys.items():
             self._key_types.setdefault(key, set()).add(values.dtype)
+        for name, column in chunk.extra.items():
+            self._extra_types.setdefault(name, set()).add(column.dtype)
+            width = self._widths.setdefault(name, column.shape[1:])
+            if width != column.shape[1:]:
+                line = int(chunk.line(np.zeros(1, dtype=np.int64))[0])
+                found = [f"lists of {shape[0]}" if shape else "numbers" for shape in (width, column.shape[1:])]
+                raise ValueError(f'column "{name}" holds {found[0]}, and {found[1]} from line {line} on')
         self._spool.add(chunk)
         self._parts.append(parts)
 
@@ -205,7 +231,7 @@ class DatasetBuilder:
 
     def _encoded(self, encoders: Encoders, cuts: tuple[int, int] | None) -> Iterator[tuple[pl.DataFrame, Parts]]:
         for chunk, parts in zip(self._spool.drain(), self._parts, strict=True):
-            yield self._unify_keys(encoders.encode(chunk)), self._parts_of(chunk, parts, cuts)
+            yield self._unified(encoders.encode(chunk)), self._parts_of(chunk, parts, cuts)
 
     def _parts_of(self, chunk: Chunk, parts: Parts | None, cuts: tuple[int, int] | None) -> Parts:
         if cuts is None:
@@ -214,10 +240,17 @@ class DatasetBuilder:
         timed = by_time(chunk.keys["timestamp"].to_numpy(), *cuts)
         return timed if parts is None else np.where(parts == _BY_TIME, timed, parts).astype(np.int8)
 
-    def _unify_keys(self, frame: pl.DataFrame) -> pl.DataFrame:
-        """A key that is an integer in one chunk and text in another is text in all."""
-        mixed = [KEY_COLUMNS[key] for key, types in self._key_types.items() if len(types) > 1]
-        return frame.cast(dict.fromkeys(mixed, pl.String)) if mixed else frame
+    def _unified(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """A key that is an integer in one chunk and text in another is text in all; a further column that is integers
+        in one and real numbers in another is real numbers in all."""
+        mixed: dict[str, pl.DataType] = {
+            KEY_COLUMNS[key]: pl.String() for key, types in self._key_types.items() if len(types) > 1
+        }
+        for name, found in self._extra_types.items():
+            if len(found) > 1:
+                width = self._widths[name]
+                mixed[name] = pl.Array(pl.Float32, width) if width else pl.Float32()
+        return frame.cast(mixed) if mixed else frame  # type: ignore[arg-type]
 
 
 _BY_TIME, _DROPPED = -1, -2

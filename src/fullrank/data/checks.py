@@ -8,8 +8,9 @@ parsed 10^3 times.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,13 +61,20 @@ class _Source:
 
 
 def check(
-    schema: Schema, raw: RawChunk, *, allow_missing: bool = False, split_column: str | None = None
+    schema: Schema,
+    raw: RawChunk,
+    *,
+    allow_missing: bool = False,
+    split_column: str | None = None,
+    keep: Iterable[str] = (),
 ) -> tuple[Chunk, pl.DataFrame]:
     """Checked columns of the good rows, and the bad rows as a table like `RawChunk.rejected` (one entry per row).
 
     Args:
         allow_missing: an absent feature column counts as missing in each row, and labels and keys may be absent.
         split_column: raw column that names the split of each row.
+        keep: further raw columns to carry through: numbers, or lists of equally many numbers. Whole numbers of which
+            none is missing become int64, all others float32, a missing one NaN.
 
     Raises:
         ValueError: if a column is absent, or has a type that cannot hold what the schema says.
@@ -103,8 +111,7 @@ def check(
         source.reject(unobserved, first_label, "no label", lambda: source.series(first_label))
     _keys(source, chunk, schema, absent)
     if split_column is not None:
-        if split_column not in raw.frame.columns:
-            raise ValueError(f'split column "{split_column}" is missing; the data has {", ".join(raw.frame.columns)}')
+        _check_there(split_column, "split column", raw)
         codes, values = source.coded(split_column)
         parts = by_name(values)
         source.reject_codes(codes, values, parts < 0, split_column, "split is not train, valid or test")
@@ -112,7 +119,16 @@ def check(
     for name in raw.frame.columns:
         if name.startswith(TRUE_PREFIX):
             chunk.extra[name] = raw.frame[name].cast(pl.Float32).to_numpy()
+    for name in keep:
+        _check_there(name, "column to keep", raw)
+        nested = isinstance(source.series(name).dtype, (pl.List, pl.Array))
+        chunk.extra[name] = _kept_lists(source, name) if nested else _kept_numbers(source, name)
     return _without_bad_rows(source, chunk)
+
+
+def _check_there(name: str, what: str, raw: RawChunk) -> None:
+    if name not in raw.frame.columns:
+        raise ValueError(f'{what} "{name}" is missing; the data has {", ".join(raw.frame.columns)}')
 
 
 def _without_bad_rows(source: _Source, chunk: Chunk) -> tuple[Chunk, pl.DataFrame]:
@@ -153,6 +169,45 @@ def _label(source: _Source, name: str, *, binary: bool) -> npt.NDArray[np.float3
         outside = ~(np.isnan(numbers) | (numbers == 0) | (numbers == 1))
         source.reject_codes(codes, values, outside, name, "label is not 0 or 1")
     return numbers.astype(np.float32)[codes]
+
+
+def _kept_numbers(source: _Source, name: str) -> npt.NDArray[Any]:
+    codes, values = source.coded(name)
+    integers = _integers(values)
+    if integers is not None:
+        return integers[codes]
+    numbers, wrong, infinite = as_numbers(values)
+    source.reject_codes(codes, values, wrong, name, "not a number")
+    source.reject_codes(codes, values, infinite, name, "not a finite number")
+    return numbers.astype(np.float32)[codes]
+
+
+def _kept_lists(source: _Source, name: str) -> npt.NDArray[Any]:
+    """Shape (n, width), where width is the length of most lists."""
+    lists = lists_of(source.series(name), "")
+    lengths = lists.lengths
+    width = int(np.bincount(lengths[lengths > 0], minlength=1).argmax())
+    whole = (lengths == width) & (width > 0)
+    source.reject(~whole, name, f"a list of {width} numbers expected", partial(pl.Series, values=lengths))
+    elements = as_series(lists.elements, name)
+    values = _integers(elements)
+    if values is None:
+        numbers, wrong, infinite = as_numbers(elements)
+        rows = np.arange(source.rows, dtype=np.int32)
+        for mask, reason in ((wrong, "not a number"), (infinite, "not a finite number")):
+            _reject_lists(source, name, rows, lists, mask, reason)
+        values = numbers.astype(np.float32)
+    matrix = np.zeros((source.rows, width), dtype=values.dtype)
+    matrix[whole] = values[np.repeat(whole, lengths)].reshape(-1, width)
+    return matrix
+
+
+def _integers(values: pl.Series) -> npt.NDArray[np.int64] | None:
+    """Numbers, or texts of them, as integers, if they all are."""
+    if not (values.dtype.is_integer() or values.dtype == pl.String):
+        return None
+    integers = values.cast(pl.Int64, strict=False)
+    return None if integers.null_count() else integers.to_numpy()
 
 
 def _checked_values(

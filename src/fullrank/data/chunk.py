@@ -81,7 +81,7 @@ class Chunk:
         event_numbers: of the number fields of sequences.
         labels: float32; NaN is unobserved.
         keys: by the key's name in `Keys`.
-        extra: further float columns that are carried through (`__true_<label>`).
+        extra: further columns that are carried through, float32 or int64, shape (n,) or (n, width).
         parts: int8, the split that the source names for each row, when it was asked for.
         first_line: line of the first row, when `lines` is None.
         lines: int64, line of each row.
@@ -94,7 +94,7 @@ class Chunk:
     event_numbers: dict[str, JaggedNumbers] = field(default_factory=dict)
     labels: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     keys: dict[str, pl.Series] = field(default_factory=dict)
-    extra: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    extra: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     parts: npt.NDArray[np.int8] | None = None
     first_line: int = 1
     lines: npt.NDArray[np.int64] | None = None

@@ -12,25 +12,12 @@ import numpy as np
 import polars as pl
 
 from fullrank.data import atomic
-from fullrank.data.building import FORMAT_VERSION, DatasetBuilder, ShardWriter, write_manifest
+from fullrank.data.building import FORMAT_VERSION, DatasetBuilder, ShardWriter, encoded_columns, write_manifest
 from fullrank.data.checks import check
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
 from fullrank.data.raw import RawChunk
 from fullrank.data.splits import PARTS
 from fullrank.schema import Role, Schema
-
-
-def encoded_columns(schema: Schema) -> dict[str, pl.DataType]:
-    """Columns of an encoded shard and their types, in order; keys excepted `__user_id` and the like, whose type is
-    the source's."""
-    columns: dict[str, pl.DataType] = {name: pl.Float32() for name in schema.numeric_columns}
-    columns.update({feature.name: pl.Int32() for feature in schema.categorical})
-    columns.update({name: pl.List(pl.Int32()) for name in schema.jagged_keys})
-    columns.update({name: pl.List(pl.Float32()) for name in schema.event_number_keys})
-    columns.update({label.name: pl.Float32() for label in schema.labels})
-    fixed = {"timestamp": pl.Int64(), "weight": pl.Float32(), "bid": pl.Float32()}
-    columns.update({KEY_COLUMNS[key]: dtype for key, dtype in fixed.items() if getattr(schema.keys, key) is not None})
-    return columns
 
 
 class Dataset:
@@ -97,6 +84,14 @@ class Dataset:
     @cached_property
     def encoders(self) -> Encoders:
         return Encoders.load(self.path / "encoders")
+
+    @cached_property
+    def extra(self) -> dict[str, pl.DataType]:
+        """Columns beside those of the schema, and their types: those that an import kept, and true probabilities."""
+        known = {*encoded_columns(self.schema), *KEY_COLUMNS.values()}
+        first = next((shard for split in self.splits for shard in self.shards(split)), None)
+        columns = {} if first is None else pl.read_parquet_schema(first)
+        return {name: dtype for name, dtype in columns.items() if name not in known}
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from fullrank.data import atomic
-from fullrank.data.building import DatasetBuilder
+from fullrank.data.building import DatasetBuilder, encoded_columns
 from fullrank.data.checks import check
 from fullrank.data.chunk import Chunk
 from fullrank.data.dataset import Dataset
@@ -32,6 +32,7 @@ def import_dataset(
     *,
     schema: Schema | None = None,
     split: SplitSpec | None = None,
+    keep: Collection[str] = (),
     max_bad: float = 0.001,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -48,6 +49,9 @@ def import_dataset(
         schema: what to read; the format's own when omitted.
         split: when the source comes already split into files, only the share of validation rows (where it has no file
             of them) and the protocol.
+        keep: further columns of the log to have in the dataset, beside the features: numbers (int64 if all are whole
+            and none is missing, else float32), or lists of equally many numbers. What is not such a number is a bad
+            row.
         max_bad: share of bad rows above which the import fails.
         overwrite: replace an existing dataset.
         progress: called with the number of good and bad rows read so far.
@@ -68,6 +72,7 @@ def import_dataset(
             f"{path}: no label found (a column of 0 and 1 called label, click or the like); "
             "write a schema with `fullrank data inspect FILE --out schema.json`, name the label in it, and pass it"
         )
+    _check_kept(keep, schema)
     split = split or SplitSpec()
     files = source.parts(path)
     if files is None and split.kind is None and isinstance(source, SplitsRows):
@@ -82,11 +87,11 @@ def import_dataset(
     with atomic.new_directory(out, overwrite=overwrite) as partial:
         given = None if files is None else validation(source, files, split, schema)
         split_column = split.column if given is None else None
+        extra = [*keep, split_column] if split_column is not None else list(keep)
         published = fingerprints([path] if files is None else files.values())
         builder = DatasetBuilder(partial, schema)
         for part, file in ({"": path} if given is None else given.files).items():
-            chunks = source.chunks(file, schema, () if split_column is None else (split_column,))
-            checked = _checked(chunks, schema, split_column)
+            checked = _checked(source.chunks(file, schema, extra), schema, split_column, keep)
             for raw, chunk, bad in prefetched(checked):
                 builder.rejected.add(raw.rejected)
                 builder.rejected.add(bad)
@@ -111,10 +116,18 @@ def import_dataset(
 
 
 def _checked(
-    chunks: Iterator[RawChunk], schema: Schema, split_column: str | None
+    chunks: Iterator[RawChunk], schema: Schema, split_column: str | None, keep: Collection[str]
 ) -> Iterator[tuple[RawChunk, Chunk, pl.DataFrame]]:
     for raw in chunks:
-        yield raw, *check(schema, raw, split_column=split_column)
+        yield raw, *check(schema, raw, split_column=split_column, keep=keep)
+
+
+def _check_kept(keep: Collection[str], schema: Schema) -> None:
+    for name in keep:
+        if name in encoded_columns(schema):
+            raise ValueError(f'the column "{name}" to keep is a feature or a label: it is in the dataset already')
+        if name.startswith("__"):
+            raise ValueError(f'the column "{name}" to keep has a name that begins with __, as those of a dataset do')
 
 
 def _check_split(split: SplitSpec, kind: str, schema: Schema) -> None:
