@@ -456,7 +456,8 @@ def test_kept_columns_are_in_the_dataset_as_they_were(
 
 def test_kept_numbers_of_a_text_file_are_judged_over_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delimited.delimited_chunks, "__kwdefaults__", {"plain": frozenset(), "block_bytes": 16})
-    path = write(tmp_path / "log.csv", "clicked,user,a,b\n1,u,1,7\n0,v,2,8\n1,v,2.5,9\n0,w,no,9\n1,w,4,10\n")
+    path = tmp_path / "log.csv"
+    path.write_text("clicked,user,a,b\n1,u,1,7\n0,v,2,8\n1,v,2.5,9\n0,w,no,9\n1,w,4,10\n")
     keep = ("a", "b")
     dataset = import_dataset(
         "csv", path, tmp_path / "out", schema=KEPT_SCHEMA, split=SplitSpec(kind="none"), keep=keep, max_bad=0.5
