@@ -42,10 +42,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def served(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def served(bundle: Path, *options: str, cwd: Path | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its address, once it answers."""
     command = [*COMMAND, "serve", str(bundle), "--port", "0", "--json", *options]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()
@@ -97,6 +99,39 @@ def test_requests_that_were_accepted_are_answered_after_a_signal_to_stop(bundle:
         for thread in threads:
             thread.join(60)
         assert set(answers) == {200}
+
+
+def test_a_ranker_of_ones_own_is_served_after_its_module_was_imported(tmp_path: Path) -> None:
+    (tmp_path / "rankers_of_mine.py").write_text(
+        "from fullrank.models import register\n"
+        "from fullrank.models.fm import FM\n"
+        "@register\n"
+        "class Mine(FM):\n"
+        "    name = 'mine'\n"
+    )
+    save = """
+from pathlib import Path
+from fullrank.data.importing import import_dataset
+from fullrank.funnel import Scorer, save_bundle
+from fullrank.schema import Categorical, Label, Schema
+from rankers_of_mine import Mine
+
+Path("log.csv").write_text("label,C1\\n" + "1,a\\n0,b\\n" * 100)
+schema = Schema(features=(Categorical(name="C1"),), labels=(Label(name="label"),))
+dataset = import_dataset("csv", Path("log.csv"), Path("data"), schema=schema)
+save_bundle(Scorer(dataset.encoders, Mine.from_config(dataset.schema)), Path("model"))
+"""
+    subprocess.run([sys.executable, "-c", save], env=ENVIRONMENT, cwd=tmp_path, check=True, timeout=120)
+    command = [*COMMAND, "serve", "model", "--port", "0"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=120)
+    assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1 and "mine" in ran.stderr
+    # The installed command does not have the current directory in its path; `python -c` has.
+    program = "import sys; sys.path.remove(''); from fullrank.cli.main import main; main()"
+    command = [sys.executable, "-c", program, "models", "mine", "--import", "rankers_of_mine", "--json"]
+    listed = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, check=True, timeout=120)
+    assert json.loads(listed.stdout)["name"] == "mine"
+    with served(tmp_path / "model", "--import", "rankers_of_mine", cwd=tmp_path) as (_, url):
+        assert score(url, 3) == 200
 
 
 def test_a_port_in_use_is_one_line_before_the_bundle_is_read(tmp_path: Path) -> None:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from fullrank.cli.options import ImportOption
+
+if TYPE_CHECKING:
+    from fullrank.models import Ranker
+    from fullrank.schema import Schema
 
 
 def models(
     name: Annotated[str | None, typer.Argument(help="Of a ranker: list the fields of its configuration.")] = None,
+    imports: ImportOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List the rankers, with parameters and FLOPs on a reference schema of 39 fields of 1,000 ids and a history of 50.
 
     Example: fullrank models dcn_v2
     """
+    from fullrank.registry import import_modules
+
+    import_modules(imports or (), "--import")
     if name is None:
         _all(as_json)
     else:
@@ -27,7 +36,7 @@ def _all(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fullrank.models import MODELS
+    from fullrank.models import RANKERS
     from fullrank.schema import Categorical, EventId, Label, Schema, Sequence
 
     schema = Schema(
@@ -38,19 +47,7 @@ def _all(as_json: bool) -> None:
         ),
         labels=(Label(name="click"),),
     )
-    rows = []
-    for name, kind in MODELS.items():
-        model = kind.from_config(schema)
-        count = model.num_parameters()
-        rows.append(
-            {
-                "name": name,
-                "dense_parameters": count.dense,
-                "embedding_parameters": count.embedding,
-                "flops_per_example": model.flops_per_example(),
-                "source": kind.source,
-            }
-        )
+    rows = [{"name": name, **_figures(kind, schema), "source": _source(kind)} for name, kind in RANKERS.items()]
     if as_json:
         print(json.dumps({"models": rows}))
         return
@@ -58,9 +55,25 @@ def _all(as_json: bool) -> None:
     for column in ("name", "dense", "embedding", "FLOPs/example", "source"):
         table.add_column(column, justify="left" if column in ("name", "source") else "right")
     for row in rows:
-        numbers = (row["dense_parameters"], row["embedding_parameters"], row["flops_per_example"])
-        table.add_row(str(row["name"]), *(f"{number:,}" for number in numbers), str(row["source"]))
+        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else cell for cell in row.values()))
     Console(markup=False).print(table)
+
+
+def _figures(kind: type[Ranker], schema: Schema) -> dict[str, int | None]:
+    try:
+        model = kind.from_config(schema)
+    except ValueError:  # a ranker of the user's, for logs of another shape
+        return dict.fromkeys(("dense_parameters", "embedding_parameters", "flops_per_example"))
+    count = model.num_parameters()
+    return {
+        "dense_parameters": count.dense,
+        "embedding_parameters": count.embedding,
+        "flops_per_example": model.flops_per_example(),
+    }
+
+
+def _source(kind: type[Ranker]) -> str:
+    return getattr(kind, "source", "")
 
 
 def _one(name: str, as_json: bool) -> None:
@@ -68,20 +81,16 @@ def _one(name: str, as_json: bool) -> None:
     from rich.table import Table
 
     from fullrank.fields import FieldRow, field_rows
-    from fullrank.models import MODELS
+    from fullrank.models import RANKERS
 
-    if name not in MODELS:
-        close = difflib.get_close_matches(name, list(MODELS), n=1)
-        hint = f'; did you mean "{close[0]}"?' if close else ""
-        raise ValueError(f"expected the name of a ranker among {', '.join(MODELS)}, got {name!r}{hint}")
-    kind = MODELS[name]
-    rows = field_rows(kind.Config)
+    kind = RANKERS.find(name)
+    rows, source = field_rows(kind.Config), _source(kind)
     if as_json:
-        print(json.dumps({"name": name, "source": kind.source, "fields": [row._asdict() for row in rows]}))
+        print(json.dumps({"name": name, "source": source, "fields": [row._asdict() for row in rows]}))
         return
     table = Table(*FieldRow._fields)
     for row in rows:
         table.add_row(*row)
     console = Console(markup=False)
-    console.print(f"{name}: {kind.source}" if kind.source else name, highlight=False)
+    console.print(f"{name}: {source}" if source else name, highlight=False)
     console.print(table)
