@@ -39,8 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "Python cannot make a virtual environment; on Debian install python3-venv" >&2; exit 1; }
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e '.[fbgemm,serve,retrieval,report,docs,dev,distributed,randomized]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,distributed,docs,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps torchrec==1.8.0
 	@touch $@
 
