@@ -7,18 +7,17 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fullrank.batch import Batch
 from fullrank.embeddings.row_buffer import RowBuffer
-from fullrank.layers.factorization import pairwise_term
+from fullrank.layers.factorization import PairwiseTerm, pairwise_term
 from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.models import MODELS, Ranker
 from fullrank.models.base import example_batch, task_loss
 from fullrank.models.dcn_v2 import CrossNetwork, LowRankCrossNetwork
 from fullrank.models.finalmlp import BilinearFusion
 from fullrank.schema import Categorical, EventId, EventNumber, Label, MultiCategorical, Numeric, Schema, Sequence
-
-SINGLE_TASK = ("fm", "deepfm", "autoint", "finalmlp")
 
 
 def leaderboard_schema(rows: list[int]) -> Schema:
@@ -214,16 +213,35 @@ def test_a_row_is_scored_alike_alone_and_in_a_batch(name: str) -> None:
     assert together.std() > 1e-3
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in SINGLE_TASK])
+@pytest.mark.parametrize("name", MODELS)
 def test_several_tasks(name: str) -> None:
     model = build(name, rich_schema(tasks=3))
     assert model(random_batch(model.schema, 5)).logits_BT.shape == (5, 3)
 
 
-@pytest.mark.parametrize("name", SINGLE_TASK)
-def test_single_task_models_say_so(name: str) -> None:
-    with pytest.raises(ValueError, match="has one output, the schema has 2 labels: task0, task1"):
-        build(name, rich_schema(tasks=2))
+@pytest.mark.parametrize("name", ["fm", "deepfm", "autoint", "finalmlp"])
+def test_a_task_learns_by_itself_beside_another_of_no_weight(name: str) -> None:
+    model = build(name, rich_schema(tasks=2), embedding_init=0.1).train()
+    batch = random_batch(model.schema, 64)
+    begin = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.binary_cross_entropy_with_logits(model(batch).logits_BT[:, 1], batch.labels_BT[:, 1].nan_to_num()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        after = model(batch).logits_BT
+        model.load_state_dict(begin)
+        before = model(batch).logits_BT
+    # What the tasks share moved, so the first task's logits moved a little; the second task's learnt.
+    assert float((after - before)[:, 1].abs().mean()) > 2 * float((after - before)[:, 0].abs().mean()) > 0
+
+
+def test_factorisation_of_one_task_is_the_plain_term_and_of_several_begins_there() -> None:
+    tokens = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0))
+    expected = pairwise_term(tokens)
+    torch.testing.assert_close(PairwiseTerm(3, 1)(tokens)[:, 0], expected)
+    torch.testing.assert_close(PairwiseTerm(3, 2)(tokens), torch.stack([expected, expected], 1))
 
 
 def test_flops_of_a_plain_network_are_twice_its_multiplications() -> None:
@@ -282,8 +300,8 @@ def test_bilinear_fusion_is_the_sum_over_heads() -> None:
     expected = (fusion.linear_x(x) + fusion.linear_y(y)).squeeze(1)
     for head in range(2):
         xh, yh = x[:, 3 * head : 3 * head + 3], y[:, 2 * head : 2 * head + 2]
-        expected = expected + torch.einsum("bx,xy,by->b", xh, fusion.bilinear_HXY[head], yh)
-    torch.testing.assert_close(fusion(x, y), expected)
+        expected = expected + torch.einsum("bx,xy,by->b", xh, fusion.bilinear_THXY[0, head], yh)
+    torch.testing.assert_close(fusion(x, y).squeeze(1), expected)
 
 
 def test_ple_without_task_experts_and_one_level_is_mmoe() -> None:

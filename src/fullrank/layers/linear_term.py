@@ -33,6 +33,22 @@ class LinearTerm(nn.Module):
         return logits_B if self.bias is None else logits_B + self.bias
 
 
+class LinearTerms(nn.ModuleList):
+    """One `LinearTerm` per task."""
+
+    def __init__(self, schema: Schema, tables: Tables, *, bias: bool) -> None:
+        super().__init__(LinearTerm(schema, tables, bias=bias) for _ in schema.labels)
+
+    @property
+    def biases(self) -> list[Tensor]:
+        """Of the tasks, in order."""
+        return [term.bias for term in self if isinstance(term, LinearTerm) and term.bias is not None]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """logits_BT."""
+        return torch.stack([term(batch) for term in self], 1)
+
+
 def _without_widths(schema: Schema) -> Schema:
     def plain(feature: object) -> object:
         if isinstance(feature, Sequence):

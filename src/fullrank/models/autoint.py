@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fullrank.batch import Batch
-from fullrank.layers.linear_term import LinearTerm
+from fullrank.layers.linear_term import LinearTerms
 from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.layers.tokens import FeatureTokens
-from fullrank.models.base import Dropout, Hidden, Ranker, RankerOutput, stacked
+from fullrank.models.base import Dropout, Hidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -45,7 +45,7 @@ class InteractingLayer(nn.Module):
 
 
 class AutoInt(Ranker):
-    """Automatic feature interaction learning; with an empty `hidden` the plain AutoInt. Single-task."""
+    """Automatic feature interaction learning; with an empty `hidden` the plain AutoInt."""
 
     name = "autoint"
     source = "Song et al., AutoInt: Automatic Feature Interaction Learning via Self-Attentive Networks, CIKM 2019"
@@ -78,7 +78,6 @@ class AutoInt(Ranker):
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        self.require_single_task()
         self.tokens = FeatureTokens(schema, config.embeddings)
         widths = [config.embedding_dim] + [config.attention_dim] * config.num_layers
         self.attention = nn.Sequential(
@@ -89,20 +88,22 @@ class AutoInt(Ranker):
                 for w in widths[:-1]
             )
         )
-        self.head = OutputLayer(self.tokens.num_tokens * config.attention_dim, 1, normalized=config.layer_norm)
+        self.head = OutputLayer(
+            self.tokens.num_tokens * config.attention_dim, self.num_tasks, normalized=config.layer_norm
+        )
         flat = self.tokens.num_tokens * config.embedding_dim
         options: dict[str, Any] = {"batch_norm": config.batch_norm, "dropout": config.dropout}
-        self.mlp = MLP(flat, config.hidden, 1, **options) if config.hidden else None
-        self.linear = LinearTerm(schema, config.embeddings, bias=False) if config.wide else None
+        self.mlp = MLP(flat, config.hidden, self.num_tasks, **options) if config.hidden else None
+        self.linear = LinearTerms(schema, config.embeddings, bias=False) if config.wide else None
 
     def output_biases(self) -> list[Tensor]:
         return [self.head.bias]
 
     def forward(self, batch: Batch) -> RankerOutput:
         tokens_BFD = self.tokens(batch)
-        logit_B = self.head(self.attention(tokens_BFD).flatten(1)).squeeze(1)
+        logits_BT: Tensor = self.head(self.attention(tokens_BFD).flatten(1))
         if self.mlp is not None:
-            logit_B = logit_B + self.mlp(tokens_BFD.flatten(1)).squeeze(1)
+            logits_BT = logits_BT + self.mlp(tokens_BFD.flatten(1))
         if self.linear is not None:
-            logit_B = logit_B + self.linear(batch)
-        return RankerOutput(stacked([logit_B]))
+            logits_BT = logits_BT + self.linear(batch)
+        return RankerOutput(logits_BT.float())

@@ -160,14 +160,6 @@ class Ranker(nn.Module):
         dense = sum(p.numel() for p in self.parameters() if p.requires_grad and id(p) not in owned)
         return ParameterCount(dense, embedding)
 
-    def require_single_task(self) -> None:
-        """Raises:
-        ValueError: if the schema has more than one label.
-        """
-        if self.num_tasks != 1:
-            names = ", ".join(label.name for label in self.schema.labels)
-            raise ValueError(f"{type(self).__name__} has one output, the schema has {self.num_tasks} labels: {names}")
-
     def flops_per_example(self, sequence_length: int | None = None) -> int:
         """Floating-point operations of one row's forward pass, counted by PyTorch: matrix products, a multiply-add
         as 2; lookups and element-wise work are not in it.
@@ -207,11 +199,6 @@ def example_batch(schema: Schema, rows: int, sequence_length: int | None = None)
         event_lengths_EB=torch.tensor(event_lengths, dtype=torch.int64)[:, None].expand(-1, rows).contiguous(),
         labels_BT=torch.zeros(rows, len(schema.labels)),
     )
-
-
-def stacked(logits: list[Tensor]) -> Tensor:
-    """One logit vector (B,) per task as logits_BT in float32."""
-    return torch.stack(logits, 1).float()
 
 
 def task_loss(logits_BT: Tensor, labels_BT: Tensor, schema: Schema, weights_B: Tensor | None) -> Tensor:

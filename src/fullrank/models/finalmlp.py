@@ -1,6 +1,6 @@
 """FinalMLP: two MLPs on differently gated copies of the input, fused by a multi-head bilinear form."""
 
-# Shapes: B rows, I width of the flat input, H heads, X and Y width of a head of either stream.
+# Shapes: B rows, I width of the flat input, T tasks, H heads, X and Y width of a head of either stream.
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection, Tables
 from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.layers.tokens import FlatFeatures
-from fullrank.models.base import Dropout, Hidden, NonEmptyHidden, Ranker, RankerOutput, stacked
+from fullrank.models.base import Dropout, Hidden, NonEmptyHidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -60,32 +60,34 @@ class FeatureGate(nn.Module):
 
 
 class BilinearFusion(nn.Module):
-    """z = b + w_xᵀ x + w_yᵀ y + Σ_h x_hᵀ W_h y_h."""
+    """z_t = b_t + w_xtᵀ x + w_ytᵀ y + Σ_h x_hᵀ W_th y_h for each of T tasks."""
 
-    def __init__(self, x_dim: int, y_dim: int, num_heads: int, *, normalized: bool = False) -> None:
+    def __init__(self, x_dim: int, y_dim: int, num_heads: int, num_tasks: int = 1, *, normalized: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.linear_x = OutputLayer(x_dim, 1, normalized=normalized)
-        self.linear_y = OutputLayer(y_dim, 1, normalized=normalized)
-        self.bilinear_HXY = nn.Parameter(torch.zeros(num_heads, x_dim // num_heads, y_dim // num_heads))
+        self.linear_x = OutputLayer(x_dim, num_tasks, normalized=normalized)
+        self.linear_y = OutputLayer(y_dim, num_tasks, normalized=normalized)
+        self.bilinear_THXY = nn.Parameter(torch.zeros(num_tasks, num_heads, x_dim // num_heads, y_dim // num_heads))
         if not normalized:
-            # As one layer from all products x_i y_j to one logit, like the authors' code.
-            nn.init.xavier_normal_(self.bilinear_HXY.data.view(1, -1))
+            for task in self.bilinear_THXY.data:
+                # As one layer from all products x_i y_j to one logit, like the authors' code.
+                nn.init.xavier_normal_(task.view(1, -1))
 
     def forward(self, x_BI: Tensor, y_BI: Tensor) -> Tensor:
-        """Logits of shape (B,)."""
-        logit_B: Tensor = (self.linear_x(x_BI) + self.linear_y(y_BI)).squeeze(1)
+        """logits_BT."""
+        pairs = [(self._mapped(x_BI, task_HXY).float() * y_BI.float()).sum(1) for task_HXY in self.bilinear_THXY]
+        logits_BT: Tensor = self.linear_x(x_BI) + self.linear_y(y_BI) + torch.stack(pairs, 1)
+        return logits_BT
+
+    def _mapped(self, x_BI: Tensor, weight_HXY: Tensor) -> Tensor:
         if self.num_heads == 1:
-            mapped_BI = x_BI @ self.bilinear_HXY[0]
-        else:
-            x_HBX = x_BI.view(x_BI.shape[0], self.num_heads, -1).transpose(0, 1)
-            mapped_BI = torch.bmm(x_HBX, self.bilinear_HXY.to(x_HBX.dtype)).transpose(0, 1).flatten(1)
-        pair_B: Tensor = (mapped_BI.float() * y_BI.float()).sum(1)
-        return logit_B + pair_B
+            return x_BI @ weight_HXY[0]
+        x_HBX = x_BI.view(x_BI.shape[0], self.num_heads, -1).transpose(0, 1)
+        return torch.bmm(x_HBX, weight_HXY.to(x_HBX.dtype)).transpose(0, 1).flatten(1)
 
 
 class FinalMLP(Ranker):
-    """Two-stream MLP; single-task."""
+    """Two-stream MLP; tasks share the streams and have a fusion each."""
 
     name = "finalmlp"
     source = "Mao et al., FinalMLP: An Enhanced Two-Stream MLP Model for CTR Prediction, AAAI 2023"
@@ -121,7 +123,6 @@ class FinalMLP(Ranker):
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        self.require_single_task()
         self.features = FlatFeatures(schema, config.embeddings)
         width = self.features.width
 
@@ -134,7 +135,7 @@ class FinalMLP(Ranker):
         self.mlp1 = MLP(width, config.hidden1, batch_norm=config.batch_norm, dropout=config.dropout1)
         self.mlp2 = MLP(width, config.hidden2, batch_norm=config.batch_norm, dropout=config.dropout2)
         self.fusion = BilinearFusion(
-            config.hidden1[-1], config.hidden2[-1], config.num_heads, normalized=config.batch_norm
+            config.hidden1[-1], config.hidden2[-1], config.num_heads, self.num_tasks, normalized=config.batch_norm
         )
 
     def output_biases(self) -> list[Tensor]:
@@ -144,4 +145,4 @@ class FinalMLP(Ranker):
         x_BI = self.features(batch)
         x1_BI = x_BI if self.gate1 is None else x_BI * self.gate1(batch)
         x2_BI = x_BI if self.gate2 is None else x_BI * self.gate2(batch)
-        return RankerOutput(stacked([self.fusion(self.mlp1(x1_BI), self.mlp2(x2_BI))]))
+        return RankerOutput(self.fusion(self.mlp1(x1_BI), self.mlp2(x2_BI)).float())

@@ -5,27 +5,27 @@ from __future__ import annotations
 from torch import Tensor
 
 from fullrank.batch import Batch
-from fullrank.layers.factorization import pairwise_term
-from fullrank.layers.linear_term import LinearTerm
+from fullrank.layers.factorization import PairwiseTerm
+from fullrank.layers.linear_term import LinearTerms
 from fullrank.layers.tokens import FeatureTokens
-from fullrank.models.base import Ranker, RankerOutput, stacked
+from fullrank.models.base import Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
 class FM(Ranker):
-    """Single-task."""
+    """Tasks share the vectors e_i and have their own w, b and weights of the dimensions (`PairwiseTerm`)."""
 
     name = "fm"
     source = "Rendle, Factorization Machines, ICDM 2010"
 
     def __init__(self, schema: Schema, config: Ranker.Config) -> None:
         super().__init__(schema, config)
-        self.require_single_task()
-        self.linear = LinearTerm(schema, config.embeddings, bias=True)
+        self.linear = LinearTerms(schema, config.embeddings, bias=True)
         self.tokens = FeatureTokens(schema, config.embeddings)
+        self.pairs = PairwiseTerm(config.embedding_dim, self.num_tasks)
 
     def output_biases(self) -> list[Tensor]:
-        return [] if self.linear.bias is None else [self.linear.bias]
+        return self.linear.biases
 
     def forward(self, batch: Batch) -> RankerOutput:
-        return RankerOutput(stacked([self.linear(batch) + pairwise_term(self.tokens(batch))]))
+        return RankerOutput((self.linear(batch) + self.pairs(self.tokens(batch))).float())

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from fullrank.batch import Batch
-from fullrank.layers.linear_term import LinearTerm
-from fullrank.models.base import Ranker, RankerOutput, stacked
+from fullrank.layers.linear_term import LinearTerms
+from fullrank.models.base import Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -21,10 +18,10 @@ class LR(Ranker):
 
     def __init__(self, schema: Schema, config: Ranker.Config) -> None:
         super().__init__(schema, config)
-        self.terms = nn.ModuleList(LinearTerm(schema, config.embeddings, bias=True) for _ in range(self.num_tasks))
+        self.terms = LinearTerms(schema, config.embeddings, bias=True)
 
     def output_biases(self) -> list[Tensor]:
-        return [term.bias for term in cast(Iterable[LinearTerm], self.terms) if term.bias is not None]
+        return self.terms.biases
 
     def forward(self, batch: Batch) -> RankerOutput:
-        return RankerOutput(stacked([term(batch) for term in self.terms]))
+        return RankerOutput(self.terms(batch).float())
