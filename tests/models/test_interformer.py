@@ -38,9 +38,8 @@ def backbone(**options: Any) -> InterFormerBackbone:
         "flow": "int",
         "rope": True,
         "dropout": 0.0,
-        "residual": True,
     }
-    return InterFormerBackbone(N, 1, WIDTH, **{**settings, **options})
+    return InterFormerBackbone(N, 1, WIDTH, InterFormerBackbone.Config(**{**settings, **options}))
 
 
 def inputs(rows: int = 7, lengths: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +66,7 @@ def test_shapes_stay_and_summaries_have_their_number_of_tokens() -> None:
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("residual", [True, False])
 def test_every_parameter_learns(flow: Any, residual: bool) -> None:
-    model = backbone(flow=flow, residual=residual)
+    model = backbone(flow=flow, strict_paper=not residual)
     tokens, events, mask = inputs()
     out = model(tokens, [(events, mask)])
     (out * torch.randn_like(out)).sum().backward()
@@ -192,9 +191,8 @@ def test_gates() -> None:
 def test_without_sequences_it_is_its_interaction_backbone(interaction: str) -> None:
     torch.manual_seed(0)
     model = InterFormerBackbone(
-        N, 0, WIDTH, num_layers=2, num_heads=2, num_summary=3, num_pma=2, num_recent=2, interaction=interaction,
-        pffn="token_mlp", gating="none", flow="int", rope=True, dropout=0.0, residual=True,
-    )  # fmt: skip
+        N, 0, WIDTH, InterFormerBackbone.Config(num_summary=3, interaction=interaction, gating="none")
+    )
     tokens, _, _ = inputs()
     x = tokens
     for arch in model.interactions:

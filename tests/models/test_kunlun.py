@@ -35,7 +35,8 @@ def backbone(events: dict[str, EventConfig] | None = None, **options: Any) -> Ku
         "scale_mode": "post", "comp_skip": "alternate", "rote": True, "time_scale": 3600.0,
         "rote_reference": "request",
     }  # fmt: skip
-    return KunlunBackbone(N, WIDTH, events, dict.fromkeys(events, LENGTH), **{**settings, **options})
+    config = KunlunBackbone.Config(events=events, **{**settings, **options})
+    return KunlunBackbone(N, WIDTH, dict.fromkeys(events, LENGTH), config)
 
 
 def inputs() -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor | None]]]:
@@ -237,7 +238,8 @@ def test_impossible_configurations_are_refused(config: dict[str, Any], message: 
 
 
 def test_recent_events_join_the_summary_as_they_are() -> None:
-    summary = SummaryTokens(EventConfig(num_tokens=3, num_recent=2), WIDTH, WIDTH, 7, 2)
+    config = KunlunBackbone.Config(num_seeds=7, kron_rank=2)
+    summary = SummaryTokens(EventConfig(num_tokens=3, num_recent=2), WIDTH, config)
     _, sequences = inputs()
     events, mask, _ = sequences[0]
     turn = torch.ones(*events.shape[:2], WIDTH // 2, dtype=torch.complex64)

@@ -242,19 +242,19 @@ def transformer(**options: Any) -> BehaviourTransformer:
     defaults: dict[str, Any] = {
         "num_layers": 1,
         "num_heads": 2,
-        "feed_forward": 8,
+        "feed_forward": 2,
         "dropout": 0.0,
-        "timed": False,
-        "position_init": 0.5,
         "pooling": "mean",
     }
-    return BehaviourTransformer(4, HISTORY, **{**defaults, **options}).eval()
+    timed = options.pop("timed", False)
+    config = BehaviourTransformer.Config(**{**defaults, **options})
+    return BehaviourTransformer(4, HISTORY, config, timed=timed, position_init=0.5).eval()
 
 
 def test_without_layers_and_positions_it_is_the_mean_of_candidate_and_events() -> None:
     events = Events(torch.randn(5, 4), torch.tensor([2, 0, 3]), None)
     candidate = torch.randn(3, 4)
-    pooled = transformer(num_layers=0, position_init=None)(events, candidate)
+    pooled = transformer(num_layers=0, position=False)(events, candidate)
     parts = events.channels_EC.split([2, 0, 3])
     expected = torch.stack([torch.cat([c[None], part]).mean(0) for c, part in zip(candidate, parts, strict=True)])
     torch.testing.assert_close(pooled, expected)
@@ -263,7 +263,7 @@ def test_without_layers_and_positions_it_is_the_mean_of_candidate_and_events() -
 def test_concatenated_outputs_begin_with_candidate_and_latest_event() -> None:
     events = Events(torch.randn(5, 4), torch.tensor([2, 0, 3]), None)
     candidate = torch.randn(3, 4)
-    slots = transformer(num_layers=0, position_init=None, pooling="concat")(events, candidate)
+    slots = transformer(num_layers=0, position=False, pooling="concat")(events, candidate)
     slots = slots.unflatten(1, (HISTORY + 1, 4))
     torch.testing.assert_close(slots[:, 0], candidate)
     torch.testing.assert_close(slots[2, 1:4], events.channels_EC[2:].flip(0))
@@ -271,7 +271,7 @@ def test_concatenated_outputs_begin_with_candidate_and_latest_event() -> None:
 
 
 def test_layers_see_candidate_and_events_as_one_sequence() -> None:
-    model = transformer(pooling="candidate", position_init=None)
+    model = transformer(pooling="candidate", position=False)
     events = Events(torch.randn(3, 4), torch.tensor([3]), None)
     candidate = torch.randn(1, 4)
     together = torch.cat([candidate, events.channels_EC])
@@ -310,7 +310,7 @@ def actions(**options: Any) -> RecentActions:
         "latest": 2,
         "window_hours": 0.0,
     }
-    return RecentActions(6, **{**defaults, **options})
+    return RecentActions(6, 10, RecentActions.Config(**{**defaults, **options}))
 
 
 def test_without_layers_it_is_the_latest_fused_tokens_and_their_maximum() -> None:

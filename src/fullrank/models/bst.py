@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,33 +33,41 @@ class BehaviourTransformer(nn.Module):
         channels: C, width of an event; a narrower candidate is filled up with zeros.
         max_length: longest history.
         timed: events have an age.
-        position_init: standard deviation that position vectors start from; None for no positions.
-        pooling: of the outputs: their mean, that of the candidate, or all side by side (candidate, latest event, ...,
-            then zeros).
+        position_init: standard deviation that position vectors start from.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        max_length: int,
-        *,
-        num_layers: int,
-        num_heads: int,
-        feed_forward: int,
-        dropout: float,
-        timed: bool,
-        position_init: float | None,
-        pooling: Pooling,
-    ) -> None:
+    class Config(BaseModel):
+        """Hyper-parameters.
+
+        Attributes:
+            num_layers: encoder layers; the paper found one best.
+            feed_forward: width of a layer's inner MLP, in widths of an event.
+            position: add position vectors.
+            pooling: of the outputs: their mean, that of the candidate, or all side by side (candidate, latest event,
+                ..., then zeros).
+        """
+
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+        num_layers: int = Field(default=1, ge=0)
+        num_heads: int = Field(default=2, ge=1)
+        feed_forward: int = Field(default=4, ge=1)
+        position: bool = True
+        pooling: Pooling = "mean"
+        dropout: Dropout = 0.0
+
+    def __init__(self, channels: int, max_length: int, config: Config, *, timed: bool, position_init: float) -> None:
         super().__init__()
-        self.max_length, self.timed, self.pooling = max_length, timed, pooling
-        self.width = channels * (max_length + 1) if pooling == "concat" else channels
+        self.max_length, self.timed, self.pooling = max_length, timed, config.pooling
+        self.width = channels * (max_length + 1) if config.pooling == "concat" else channels
         self.position_PC: nn.Parameter | None = None
-        if position_init is not None:
+        if config.position:
             rows = 1 + (AGE_BUCKETS if timed else max_length)
             self.position_PC = nn.Parameter(torch.randn(rows, channels) * position_init)
+        inner = config.feed_forward * channels
         self.layers = nn.ModuleList(
-            EncoderLayer(channels, num_heads, feed_forward, nn.LeakyReLU(), dropout=dropout) for _ in range(num_layers)
+            EncoderLayer(channels, config.num_heads, inner, nn.LeakyReLU(), dropout=config.dropout)
+            for _ in range(config.num_layers)
         )
 
     def forward(self, events: Events, candidate_BC: Tensor) -> Tensor:
@@ -115,25 +123,16 @@ class BST(Ranker):
         "arXiv 1905.06874"
     )
 
-    class Config(Ranker.Config):
-        """Hyper-parameters.
+    class Config(BehaviourTransformer.Config, Ranker.Config):
+        """Hyper-parameters, those of the transformer included.
 
         Attributes:
-            num_layers: encoder layers; the paper found one best.
-            feed_forward: width of a layer's inner MLP, in widths of an event.
-            position: add position vectors.
-            pooling: mean of the outputs, that of the candidate, or all of them side by side.
+            hidden: widths of the MLP above the transformers.
         """
 
         embedding_init: InitStd = 0.05
-        num_layers: int = Field(default=1, ge=0)
-        num_heads: int = Field(default=2, ge=1)
-        feed_forward: int = Field(default=4, ge=1)
-        position: bool = True
-        pooling: Pooling = "mean"
         hidden: Hidden = (256, 128, 64)
         batch_norm: bool = False
-        dropout: Dropout = 0.0
 
     config: Config
 
@@ -144,13 +143,9 @@ class BST(Ranker):
             BehaviourTransformer(
                 channels,
                 sequence.max_length,
-                num_layers=config.num_layers,
-                num_heads=config.num_heads,
-                feed_forward=config.feed_forward * channels,
-                dropout=config.dropout,
+                config,
                 timed=any(field.name == self.features.age_field for field in sequence.number_fields),
-                position_init=config.embedding_init if config.position else None,
-                pooling=config.pooling,
+                position_init=config.embedding_init,
             )
             for sequence, channels in zip(schema.sequences, self.features.channels, strict=True)
         )

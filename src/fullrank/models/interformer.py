@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -244,28 +244,40 @@ class InterFormerBackbone(nn.Module):
         out_features: width of the output.
     """
 
-    def __init__(
-        self,
-        num_tokens: int,
-        num_sequences: int,
-        width: int,
-        *,
-        num_layers: int,
-        num_heads: int,
-        num_summary: int,
-        num_pma: int,
-        num_recent: int,
-        interaction: str,
-        pffn: Weights,
-        gating: Gate,
-        flow: Flow,
-        rope: bool,
-        dropout: float,
-        residual: bool,
-    ) -> None:
+    class Config(BaseModel):
+        """Hyper-parameters.
+
+        Attributes:
+            interaction: `dhen` (pair products and crosses, as the authors), `dot`, or any name of
+                `fullrank.models.dhen.INTERACTIONS` such as `dcn` or `wukong`.
+            num_summary: tokens of the summary of the features, and CLS tokens of each sequence.
+            num_pma, num_recent: summary tokens by attention pooling, and most recent events.
+            pffn: how a row's matrix for its events is made, see `PersonalizedFFN`.
+            strict_paper: without the residuals and normalisations that make layers stackable.
+            dropout: of what each layer adds to the events, and of the head's MLP.
+        """
+
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+        num_layers: int = Field(default=2, ge=1)
+        interaction: str = "dhen"
+        num_heads: int = Field(default=2, ge=1)
+        num_summary: int = Field(default=4, ge=1)
+        num_pma: int = Field(default=2, ge=0)
+        num_recent: int = Field(default=2, ge=0)
+        pffn: Weights = "token_mlp"
+        gating: Gate = "self_gate"
+        flow: Flow = "int"
+        rope: bool = True
+        strict_paper: bool = False
+        dropout: Dropout = 0.0
+
+    def __init__(self, num_tokens: int, num_sequences: int, width: int, config: Config) -> None:
         super().__init__()
+        num_layers, num_heads, num_summary = config.num_layers, config.num_heads, config.num_summary
+        flow, gating, residual = config.flow, config.gating, not config.strict_paper
         require_heads(width, num_heads)
-        if rope and (width // num_heads) % 2:
+        if config.rope and (width // num_heads) % 2:
             raise ValueError(f"rotary positions need heads of even width, got {width} / {num_heads}")
         self.num_summary, self.num_heads = num_summary, num_heads
         self.num_sequences = num_sequences if flow != "sole" else 0
@@ -273,11 +285,11 @@ class InterFormerBackbone(nn.Module):
 
         def sequence_summaries() -> nn.ModuleList:
             return nn.ModuleList(
-                SequenceSummary(width, num_heads, num_summary, num_pma, num_recent, gating)
+                SequenceSummary(width, num_heads, num_summary, config.num_pma, config.num_recent, gating)
                 for _ in range(self.num_sequences)
             )
 
-        told = num_summary + num_pma + num_recent
+        told = num_summary + config.num_pma + config.num_recent
         exchanged = self.num_sequences * told if self.to_features else 0
         self.cls_CD = (
             nn.Parameter(torch.randn(self.num_sequences, num_summary, width) * width**-0.5)
@@ -292,11 +304,19 @@ class InterFormerBackbone(nn.Module):
             sequence_summaries() for _ in range(num_layers if self.to_features else 0)
         )
         self.interactions = nn.ModuleList(
-            InteractionArch(num_tokens, exchanged, width, interaction, residual=residual) for _ in range(num_layers)
+            InteractionArch(num_tokens, exchanged, width, config.interaction, residual=residual)
+            for _ in range(num_layers)
         )
         self.sequences = nn.ModuleList(
             nn.ModuleList(
-                SequenceArch(num_summary if tells else None, width, num_heads, pffn, dropout=dropout, residual=residual)
+                SequenceArch(
+                    num_summary if tells else None,
+                    width,
+                    num_heads,
+                    config.pffn,
+                    dropout=config.dropout,
+                    residual=residual,
+                )
                 for _ in range(self.num_sequences)
             )
             for _ in range(num_layers)
@@ -304,7 +324,7 @@ class InterFormerBackbone(nn.Module):
         self.last_feature_summary = FeatureSummary(num_tokens, num_summary, width, gating)
         self.last_sequence_summaries = sequence_summaries()
         pairs = width // num_heads // 2
-        self.register_buffer("frequency_R", rotary_frequencies(pairs) if rope else None, persistent=False)
+        self.register_buffer("frequency_R", rotary_frequencies(pairs) if config.rope else None, persistent=False)
         self.out_features = (num_summary + self.num_sequences * told) * width
 
     def forward(self, tokens_BND: Tensor, sequences: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -356,34 +376,16 @@ class InterFormer(Ranker):
     name = "interformer"
     source = "Zeng et al., InterFormer: Effective Heterogeneous Interaction Learning for CTR Prediction, CIKM 2025"
 
-    class Config(Ranker.Config):
-        """Hyper-parameters.
+    class Config(InterFormerBackbone.Config, Ranker.Config):
+        """Hyper-parameters, those of the backbone included.
 
         Attributes:
-            interaction: `dhen` (pair products and crosses, as the authors), `dot`, or any name of
-                `fullrank.models.dhen.INTERACTIONS` such as `dcn` or `wukong`.
-            num_summary: tokens of the summary of the features, and CLS tokens of each sequence.
-            num_pma, num_recent: summary tokens by attention pooling, and most recent events.
-            pffn: how a row's matrix for its events is made, see `PersonalizedFFN`.
-            strict_paper: without the residuals and normalisations that make layers stackable.
             hidden: widths of the head's MLP.
         """
 
         embedding_init: InitStd = 0.001
-        num_layers: int = Field(default=2, ge=1)
-        interaction: str = "dhen"
-        num_heads: int = Field(default=2, ge=1)
-        num_summary: int = Field(default=4, ge=1)
-        num_pma: int = Field(default=2, ge=0)
-        num_recent: int = Field(default=2, ge=0)
-        pffn: Weights = "token_mlp"
-        gating: Gate = "self_gate"
-        flow: Flow = "int"
-        rope: bool = True
-        strict_paper: bool = False
         hidden: Hidden = (256, 128, 64)
         batch_norm: bool = False
-        dropout: Dropout = 0.0
 
     config: Config
 
@@ -404,23 +406,7 @@ class InterFormer(Ranker):
             nn.LayerNorm(channels) if normalize else nn.Identity() for channels in self.features.channels
         )
         self.fusions = nn.ModuleList(MaskNetFusion(channels, width) for channels in self.features.channels)
-        self.backbone = InterFormerBackbone(
-            self.features.num_tokens,
-            len(schema.sequences),
-            width,
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            num_summary=config.num_summary,
-            num_pma=config.num_pma,
-            num_recent=config.num_recent,
-            interaction=config.interaction,
-            pffn=config.pffn,
-            gating=config.gating,
-            flow=config.flow,
-            rope=config.rope,
-            dropout=config.dropout,
-            residual=not config.strict_paper,
-        )
+        self.backbone = InterFormerBackbone(self.features.num_tokens, len(schema.sequences), width, config)
         self.mlp = MLP(
             self.backbone.out_features,
             config.hidden,

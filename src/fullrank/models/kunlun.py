@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
@@ -61,6 +61,11 @@ class LayerPlan:
     fresh: bool
     personal: bool
     attention: bool
+
+
+def _check_seeds(name: str, event: EventConfig, num_seeds: int) -> None:
+    if num_seeds <= event.num_tokens:
+        raise ValueError(f'num_seeds is {num_seeds}, expected more than the {event.num_tokens} tokens of "{name}"')
 
 
 def xavier_(module: nn.Module) -> None:
@@ -139,10 +144,11 @@ class SummaryTokens(nn.Module):
     InterFormer hands on beside it. We keep them.
     """
 
-    def __init__(self, event: EventConfig, width: int, out_width: int, num_seeds: int, kron_rank: int) -> None:
+    def __init__(self, event: EventConfig, out_width: int, config: KunlunBackbone.Config) -> None:
         super().__init__()
         self.num_recent = event.num_recent
-        self.pool = HierarchicalSeedPooling(width, event.num_heads, num_seeds, event.num_tokens, kron_rank)
+        width, seeds = event.width or out_width, max(config.num_seeds, event.num_tokens + 1)
+        self.pool = HierarchicalSeedPooling(width, event.num_heads, seeds, event.num_tokens, config.kron_rank)
         self.out = nn.Linear(width, out_width) if width != out_width else nn.Identity()
 
     def forward(self, events_BLE: Tensor, mask_BL: Tensor, turn_BLP: Tensor) -> Tensor:
@@ -160,31 +166,24 @@ class EventBlock(nn.Module):
         self,
         plan: LayerPlan,
         event: EventConfig,
-        width: int,
-        max_length: int,
-        *,
-        num_summary: int,
         summary_width: int,
-        num_seeds: int,
-        gdpa_hidden: int,
-        kron_rank: int,
-        activation: str | Sequence[str],
-        scale_mode: ScaleMode,
+        max_length: int,
+        config: KunlunBackbone.Config,
     ) -> None:
         super().__init__()
-        heads = event.num_heads
-        self.pool = SummaryTokens(event, width, summary_width, num_seeds, kron_rank) if plan.fresh else None
+        width, heads = event.width or summary_width, event.num_heads
+        self.pool = SummaryTokens(event, summary_width, config) if plan.fresh else None
         self.personal: PersonalGDPA | None = None
         if plan.personal:
             self.personal = PersonalGDPA(
-                num_summary,
+                config.num_summary,
                 summary_width,
                 width,
                 heads,
-                gdpa_hidden,
-                activation,
+                config.gdpa_hidden,
+                config.activation,
                 scale=1 / max_length,
-                scale_mode=scale_mode,
+                scale_mode=config.scale_mode,
             )
         self.attention = SlidingWindowAttention(width, heads, event.window) if plan.attention else None
         self.norm = nn.LayerNorm(width) if plan.attention else None
@@ -264,81 +263,100 @@ class KunlunBackbone(nn.Module):
     layers neither GDPA nor attention would), so the head also reads summaries of the last states.
     """
 
-    def __init__(
-        self,
-        num_tokens: int,
-        width: int,
-        events: Mapping[str, EventConfig],
-        max_lengths: Mapping[str, int],
-        *,
-        num_layers: int,
-        num_summary: int,
-        num_seeds: int,
-        gdpa_hidden: int,
-        kron_rank: int,
-        num_experts: int,
-        num_out_tokens: int,
-        fm_rank: int,
-        fm_hidden: Sequence[int],
-        mix: bool,
-        activation: str | Sequence[str],
-        scale_mode: ScaleMode,
-        comp_skip: Literal["alternate", "none"],
-        rote: bool,
-        time_scale: float,
-        rote_reference: Literal["request", "previous"],
-    ) -> None:
+    class Config(BaseModel):
+        """Hyper-parameters.
+
+        Attributes:
+            events: capacity of each sequence of the schema, by name; those not named have the defaults.
+            num_summary: tokens of the features' summary.
+            num_seeds: learned questions to a history; more than its summary tokens.
+            gdpa_hidden: hidden width of the personalised network.
+            kron_rank: terms of the map that compresses seeds to summary tokens.
+            num_experts: Wukong layers side by side, each of a part of the tokens; one lets all tokens meet.
+            num_out_tokens: feature tokens between layers.
+            mix: mix the experts' outputs.
+            activation: of GDPA; one for all heads, or one per head.
+            comp_skip: `alternate` does half of the sequence work in each layer, `none` all of it.
+            rote: let attention know times, where the events have ages.
+            time_scale: seconds that count as one in ln(1 + Δt / scale).
+        """
+
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+        events: dict[str, EventConfig] = Field(default={})
+        num_layers: int = Field(default=2, ge=1)
+        num_summary: int = Field(default=12, ge=1)
+        num_seeds: int = Field(default=16, ge=2)
+        gdpa_hidden: int = Field(default=32, ge=1)
+        kron_rank: int = Field(default=4, ge=1)
+        num_experts: int = Field(default=1, ge=1)
+        num_out_tokens: int = Field(default=16, ge=2)
+        fm_rank: int = Field(default=8, ge=1)
+        fm_hidden: Hidden = (128,)
+        mix: bool = True
+        activation: str | tuple[str, ...] = "gelu_tanh"
+        scale_mode: ScaleMode = "post"
+        comp_skip: Literal["alternate", "none"] = "alternate"
+        rote: bool = True
+        time_scale: float = Field(default=86_400.0, gt=0)
+        rote_reference: Literal["request", "previous"] = "request"
+
+        @model_validator(mode="after")
+        def _sizes_fit(self) -> Self:
+            for name, event in self.events.items():
+                _check_seeds(name, event, self.num_seeds)
+            if self.num_experts > self.num_out_tokens // 2:
+                most = self.num_out_tokens // 2
+                raise ValueError(f"num_out_tokens {self.num_out_tokens} are enough for {most} experts at most")
+            return self
+
+    def __init__(self, num_tokens: int, width: int, max_lengths: Mapping[str, int], config: Config) -> None:
         super().__init__()
-        self.names = list(events)
-        self.rote = rote
-        plans = layer_plans(comp_skip, num_layers)
-        widths = {name: event.width or width for name, event in events.items()}
+        self.names = list(max_lengths)
+        for name in config.events:
+            if name not in max_lengths:
+                known = ", ".join(max_lengths) or "none"
+                raise ValueError(f'events: there is no sequence "{name}"; the schema has {known}')
+        events = {name: config.events.get(name, EventConfig()) for name in max_lengths}
+        self.rote = config.rote
+        self.plans = layer_plans(config.comp_skip, config.num_layers)
         self.angles, self.heads = nn.ModuleList(), [event.num_heads for event in events.values()]
         for name, event in events.items():
-            require_heads(widths[name], event.num_heads)
-            if (widths[name] // event.num_heads) % 2:
+            _check_seeds(name, event, config.num_seeds)
+            own = event.width or width
+            require_heads(own, event.num_heads)
+            if (own // event.num_heads) % 2:
                 raise ValueError(
-                    f'events "{name}": rotary attention needs heads of even width, got {widths[name]} / '
-                    f"{event.num_heads}"
+                    f'events "{name}": rotary attention needs heads of even width, got {own} / {event.num_heads}'
                 )
-            pairs = widths[name] // event.num_heads // 2
-            self.angles.append(ROTE(pairs, time_scale=time_scale, reference=rote_reference))
+            pairs = own // event.num_heads // 2
+            self.angles.append(ROTE(pairs, time_scale=config.time_scale, reference=config.rote_reference))
         summaries = sum(event.num_tokens + event.num_recent for event in events.values())
         self.features, self.blocks, self.interactions = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for layer, plan in enumerate(plans):
-            self.features.append(FeatureWeights(num_tokens, num_summary, width))
+        for layer, plan in enumerate(self.plans):
+            self.features.append(FeatureWeights(num_tokens, config.num_summary, width))
             self.blocks.append(
                 nn.ModuleList(
-                    EventBlock(
-                        plan,
-                        event,
-                        widths[name],
-                        max_lengths[name],
-                        num_summary=num_summary,
-                        summary_width=width,
-                        num_seeds=max(num_seeds, event.num_tokens + 1),
-                        gdpa_hidden=gdpa_hidden,
-                        kron_rank=kron_rank,
-                        activation=activation,
-                        scale_mode=scale_mode,
-                    )
-                    if layer < (event.num_layers or num_layers)
+                    EventBlock(plan, event, width, max_lengths[name], config)
+                    if layer < (event.num_layers or config.num_layers)
                     else nn.Identity()
                     for name, event in events.items()
                 )
             )
             self.interactions.append(
                 MixtureOfWukongExperts(
-                    num_summary + summaries, num_out_tokens, width, num_experts, fm_rank, fm_hidden, mix=mix
+                    config.num_summary + summaries,
+                    config.num_out_tokens,
+                    width,
+                    config.num_experts,
+                    config.fm_rank,
+                    config.fm_hidden,
+                    mix=config.mix,
                 )
             )
-            num_tokens = num_out_tokens
-        self.plans = plans
-        self.last_pools = nn.ModuleList(
-            SummaryTokens(event, widths[name], width, max(num_seeds, event.num_tokens + 1), kron_rank)
-            for name, event in events.items()
-        )
-        self.out_features = (num_out_tokens + summaries) * width
+            num_tokens = config.num_out_tokens
+        self.last_pools = nn.ModuleList(SummaryTokens(event, width, config) for event in events.values())
+        self.out_features = (config.num_out_tokens + summaries) * width
         self.apply(xavier_)
 
     def forward(self, tokens_BND: Tensor, sequences: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
@@ -381,43 +399,14 @@ class Kunlun(Ranker):
     name = "kunlun"
     source = "Kunlun: Establishing Scaling Laws for Massive-Scale Recommendation Systems, arXiv 2602.10016, 2026"
 
-    class Config(Ranker.Config):
-        """Hyper-parameters.
+    class Config(KunlunBackbone.Config, Ranker.Config):
+        """Hyper-parameters, those of the backbone included.
 
         Attributes:
-            events: capacity of each sequence of the schema, by name; those not named have the defaults.
-            num_summary: tokens of the features' summary.
-            num_seeds: learned questions to a history; more than its summary tokens.
-            gdpa_hidden: hidden width of the personalised network.
-            kron_rank: terms of the map that compresses seeds to summary tokens.
-            num_experts: Wukong layers side by side, each of a part of the tokens; one lets all tokens meet.
-            num_out_tokens: feature tokens between layers.
-            mix: mix the experts' outputs.
-            activation: of GDPA; one for all heads, or one per head.
-            comp_skip: `alternate` does half of the sequence work in each layer, `none` all of it.
-            rote: let attention know times, where the events have ages.
-            time_scale: seconds that count as one in ln(1 + Δt / scale).
             hidden: widths of the head's MLP.
         """
 
         embedding_init: InitStd = 0.001
-        events: dict[str, EventConfig] = Field(default={})
-        num_layers: int = Field(default=2, ge=1)
-        num_summary: int = Field(default=12, ge=1)
-        num_seeds: int = Field(default=16, ge=2)
-        gdpa_hidden: int = Field(default=32, ge=1)
-        kron_rank: int = Field(default=4, ge=1)
-        num_experts: int = Field(default=1, ge=1)
-        num_out_tokens: int = Field(default=16, ge=2)
-        fm_rank: int = Field(default=8, ge=1)
-        fm_hidden: Hidden = (128,)
-        mix: bool = True
-        activation: str | tuple[str, ...] = "gelu_tanh"
-        scale_mode: ScaleMode = "post"
-        comp_skip: Literal["alternate", "none"] = "alternate"
-        rote: bool = True
-        time_scale: float = Field(default=86_400.0, gt=0)
-        rote_reference: Literal["request", "previous"] = "request"
         hidden: Hidden = (256, 128, 64)
         batch_norm: bool = False
         dropout: Dropout = 0.0
@@ -426,45 +415,15 @@ class Kunlun(Ranker):
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        names = [sequence.name for sequence in schema.sequences]
-        for name in config.events:
-            if name not in names:
-                raise ValueError(f'events: there is no sequence "{name}"; the schema has {", ".join(names) or "none"}')
-        events = {name: config.events.get(name, EventConfig()) for name in names}
-        for name, event in events.items():
-            if config.num_seeds <= event.num_tokens:
-                raise ValueError(
-                    f'num_seeds is {config.num_seeds}, expected more than the {event.num_tokens} tokens of "{name}"'
-                )
         width = config.embedding_dim
         self.features = FeaturesAndHistories(schema, config.embeddings)
-        widths = [event.width or width for event in events.values()]
+        widths = [config.events.get(sequence.name, EventConfig()).width or width for sequence in schema.sequences]
         self.events = nn.ModuleList(
             nn.Sequential(FieldNorm(channels, width), nn.Linear(channels, own), nn.SiLU(), nn.Linear(own, own))
             for channels, own in zip(self.features.channels, widths, strict=True)
         ).apply(xavier_)
-        self.backbone = KunlunBackbone(
-            self.features.num_tokens,
-            width,
-            events,
-            {sequence.name: sequence.max_length for sequence in schema.sequences},
-            num_layers=config.num_layers,
-            num_summary=config.num_summary,
-            num_seeds=config.num_seeds,
-            gdpa_hidden=config.gdpa_hidden,
-            kron_rank=config.kron_rank,
-            num_experts=config.num_experts,
-            num_out_tokens=config.num_out_tokens,
-            fm_rank=config.fm_rank,
-            fm_hidden=config.fm_hidden,
-            mix=config.mix,
-            activation=config.activation,
-            scale_mode=config.scale_mode,
-            comp_skip=config.comp_skip,
-            rote=config.rote,
-            time_scale=config.time_scale,
-            rote_reference=config.rote_reference,
-        )
+        lengths = {sequence.name: sequence.max_length for sequence in schema.sequences}
+        self.backbone = KunlunBackbone(self.features.num_tokens, width, lengths, config)
         self.mlp = MLP(
             self.backbone.out_features,
             config.hidden,

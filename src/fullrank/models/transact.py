@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
@@ -33,27 +33,34 @@ class RecentActions(nn.Module):
 
     Args:
         width: W of [event ‖ candidate].
-        latest: K.
-        window_hours: in training, each row forgets the events of its last T hours, T uniform in [0, window_hours]; the
-            paper does this against an echo of the user's latest actions.
     """
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        num_layers: int,
-        num_heads: int,
-        feed_forward: int,
-        dropout: float,
-        latest: int,
-        window_hours: float,
-    ) -> None:
+    class Config(BaseModel):
+        """Hyper-parameters.
+
+        Attributes:
+            feed_forward: width of a layer's inner MLP.
+            latest: K, how many of the latest outputs go on as they are.
+            window_hours: in training, each row forgets the events of its last T hours, T uniform in [0, window_hours];
+                the paper does this against an echo of the user's latest actions. 0 for none; needs events with an age.
+        """
+
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+        num_layers: int = Field(default=2, ge=0)
+        num_heads: int = Field(default=2, ge=1)
+        feed_forward: int = Field(default=64, ge=1)
+        latest: int = Field(default=10, ge=0)
+        window_hours: float = Field(default=0.0, ge=0)
+        dropout: Dropout = 0.0
+
+    def __init__(self, width: int, max_length: int, config: Config) -> None:
         super().__init__()
-        self.latest, self.window_hours = latest, window_hours
-        self.width = width * (latest + 1)
+        self.latest, self.window_hours = min(config.latest, max_length), config.window_hours
+        self.width = width * (self.latest + 1)
         self.layers = nn.ModuleList(
-            EncoderLayer(width, num_heads, feed_forward, nn.ReLU(), dropout=dropout) for _ in range(num_layers)
+            EncoderLayer(width, config.num_heads, config.feed_forward, nn.ReLU(), dropout=config.dropout)
+            for _ in range(config.num_layers)
         )
 
     def forward(self, events: Events, candidate_BD: Tensor) -> Tensor:
@@ -99,26 +106,17 @@ class TransAct(Ranker):
         "arXiv 2306.00248"
     )
 
-    class Config(Ranker.Config):
-        """Hyper-parameters.
+    class Config(RecentActions.Config, Ranker.Config):
+        """Hyper-parameters, those of `RecentActions` included.
 
         Attributes:
-            feed_forward: width of a layer's inner MLP.
-            latest: how many of the latest outputs go on as they are.
-            window_hours: of the random mask in training; 0 for none. Needs events with an age.
             num_cross_layers: of the crosses below the MLP.
         """
 
         embedding_init: InitStd = 0.05
-        num_layers: int = Field(default=2, ge=0)
-        num_heads: int = Field(default=2, ge=1)
-        feed_forward: int = Field(default=64, ge=1)
-        latest: int = Field(default=10, ge=0)
-        window_hours: float = Field(default=0.0, ge=0)
         num_cross_layers: int = Field(default=2, ge=0)
         hidden: Hidden = (256, 128, 64)
         batch_norm: bool = False
-        dropout: Dropout = 0.0
 
     config: Config
 
@@ -133,15 +131,7 @@ class TransAct(Ranker):
                     f'"{self.features.age_field}"'
                 )
         self.actions = nn.ModuleList(
-            RecentActions(
-                channels + len(targets) * config.embedding_dim,
-                num_layers=config.num_layers,
-                num_heads=config.num_heads,
-                feed_forward=config.feed_forward,
-                dropout=config.dropout,
-                latest=min(config.latest, sequence.max_length),
-                window_hours=config.window_hours,
-            )
+            RecentActions(channels + len(targets) * config.embedding_dim, sequence.max_length, config)
             for sequence, channels, targets in zip(
                 schema.sequences, self.features.channels, self.features.targets, strict=True
             )
