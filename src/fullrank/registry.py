@@ -40,10 +40,11 @@ class Registry(Mapping[str, T], Generic[T]):
         """List a thing under a name.
 
         Raises:
-            ValueError: if the name is taken by another thing; the same one may be registered again.
+            ValueError: if another thing has the name. The same one, or one that was defined anew in the same place, as
+                in a notebook, may be registered again.
         """
         if name in self._things:
-            taken = self._things[name] is not thing
+            taken = _place_of(self._things[name]) != _place_of(thing)
         else:
             # What a place or an entry point names is not asked for here: its module may be the one that registers.
             taken = name in self and self._package(name) != str(getattr(thing, "__module__", "")).split(".")[0]
@@ -51,6 +52,14 @@ class Registry(Mapping[str, T], Generic[T]):
             raise ValueError(f'the {self.what} "{name}" exists already: choose another name')
         self._things[name] = thing
         return thing
+
+    def unregister(self, name: str) -> None:
+        """Take a registered thing off the list.
+
+        Raises:
+            KeyError: if nothing was registered under the name in this process.
+        """
+        del self._things[name]
 
     def _package(self, name: str) -> str:
         place = self.places[name] if name in self.places else self._entry_points()[name].value
@@ -75,7 +84,8 @@ class Registry(Mapping[str, T], Generic[T]):
             cure = "it was defined in a script: register it before, in the same way"
         else:
             cure = f"import the package that registers it, {defined_in}, before"
-        raise ValueError(f"expected the name of a {self.what} among {', '.join(self)}, got {name!r}{hint} ({cure})")
+        shown = f'"{name}"' if isinstance(name, str) else repr(name)
+        raise ValueError(f"{self.what} {shown} is unknown; choose one of {', '.join(self)}{hint} ({cure})")
 
     def _entry_points(self) -> dict[str, EntryPoint]:
         if self._installed is None:
@@ -101,6 +111,12 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(list(iter(self)))
 
 
+def _place_of(thing: object) -> object:
+    """Where a thing is defined, or the thing itself."""
+    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    return thing if module is None or name is None or name == "<lambda>" else (module, name)
+
+
 class Spec(BaseModel):
     """A registered class with its Config, validated once; in recipes one mapping: the name, then the Config's fields.
 
@@ -123,7 +139,7 @@ class Spec(BaseModel):
         if not isinstance(value, Mapping) or isinstance(value.get("config"), BaseModel):
             return value
         if "name" not in value:
-            raise ValueError(f"expected the name of a {cls.registry.what} among {', '.join(cls.registry)}")
+            raise ValueError(f'expected "name" with one of {", ".join(cls.registry)}')
         kind = cls.registry.find(value["name"])
         # Errors of a validator inside a validator keep their places: model.hidden.0, not a text about a model.
         config = kind.Config.model_validate({key: item for key, item in value.items() if key != "name"})

@@ -21,6 +21,7 @@ from fullrank.layers.token_projection import FlatToTokens, TokenProjection
 from fullrank.layers.tokens import FeatureTokens
 from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.models.wukong import FactorizationMachineBlock
+from fullrank.registry import Registry
 from fullrank.schema import Schema
 
 Ensemble = Literal["concat", "sum", "weighted_sum"]
@@ -155,16 +156,25 @@ class WukongInteraction(nn.Module):
         return fm_BLD if self.linear is None else torch.cat([fm_BLD, self.linear(tokens_BMD)], 1)
 
 
+def linear_interaction(num_tokens: int, num_out_tokens: int, width: int) -> TokenProjection:
+    """A linear map over the token axis."""
+    return TokenProjection(num_tokens, num_out_tokens)
+
+
 # A factory is called as factory(num_tokens=M, num_out_tokens=L, width=D, **options) and gives (B, M, D) -> (B, L, D).
-INTERACTIONS: dict[str, Callable[..., nn.Module]] = {
-    "dlrm": AdvancedDLRM,
-    "attention": SelfAttention,
-    "convolution": Convolution,
-    "linear": lambda num_tokens, num_out_tokens, width: TokenProjection(num_tokens, num_out_tokens),
-    "dcn": FlatCross,
-    "outer": OuterCross,
-    "wukong": WukongInteraction,
-}
+INTERACTIONS: Registry[Callable[..., nn.Module]] = Registry(
+    "interaction",
+    "fullrank.interactions",
+    {
+        "dlrm": f"{__name__}:AdvancedDLRM",
+        "attention": f"{__name__}:SelfAttention",
+        "convolution": f"{__name__}:Convolution",
+        "linear": f"{__name__}:linear_interaction",
+        "dcn": f"{__name__}:FlatCross",
+        "outer": f"{__name__}:OuterCross",
+        "wukong": f"{__name__}:WukongInteraction",
+    },
+)
 
 
 def register_interaction(name: str, factory: Callable[..., nn.Module]) -> None:
@@ -177,9 +187,7 @@ def register_interaction(name: str, factory: Callable[..., nn.Module]) -> None:
     Raises:
         ValueError: if the name is taken.
     """
-    if name in INTERACTIONS:
-        raise ValueError(f'an interaction named "{name}" exists already')
-    INTERACTIONS[name] = factory
+    INTERACTIONS.register(name, factory)
 
 
 def build_interaction(name: str, num_tokens: int, num_out_tokens: int, width: int, **options: Any) -> nn.Module:
@@ -188,13 +196,11 @@ def build_interaction(name: str, num_tokens: int, num_out_tokens: int, width: in
     Raises:
         ValueError: if the name or an option is unknown, or a number is below 1.
     """
-    if name not in INTERACTIONS:
-        raise ValueError(f'interaction "{name}" is unknown; choose one of {", ".join(INTERACTIONS)}')
+    factory = INTERACTIONS.find(name)
     for what, value in (("num_tokens", num_tokens), ("num_out_tokens", num_out_tokens), ("width", width)):
         if value < 1:
             raise ValueError(f'interaction "{name}": {what} must be at least 1, got {value}')
     sizes = {"num_tokens": num_tokens, "num_out_tokens": num_out_tokens, "width": width}
-    factory = INTERACTIONS[name]
     try:
         inspect.signature(factory).bind(**sizes, **options)
     except TypeError as error:
@@ -311,8 +317,8 @@ class DHEN(Ranker):
             for place, layer in enumerate(self.layers):
                 if not layer:
                     raise ValueError(f"layers[{place}] has no interaction module")
-            for name in sorted({*used, *self.options} - set(INTERACTIONS)):
-                raise ValueError(f'interaction "{name}" is unknown; choose one of {", ".join(INTERACTIONS)}')
+            for name in sorted({*used, *self.options}):
+                INTERACTIONS.find(name)
             for name in sorted(set(self.options) - used):
                 raise ValueError(f'options are given for "{name}", which no layer has')
             return self

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +27,7 @@ from fullrank.layers.mlp import MLP
 from fullrank.layers.token_pairs import TokenPairs
 from fullrank.layers.token_projection import FlatToTokens, TokenProjection
 from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
-from fullrank.models.dhen import DHENLayer, build_interaction
+from fullrank.models.dhen import INTERACTIONS, DHENLayer, build_interaction
 from fullrank.schema import Schema
 from fullrank.schema import Sequence as HistoryFeature
 
@@ -271,6 +271,13 @@ class InterFormerBackbone(nn.Module):
         rope: bool = True
         strict_paper: bool = False
         dropout: Dropout = 0.0
+
+        @field_validator("interaction")
+        @classmethod
+        def _known(cls, interaction: str) -> str:
+            if interaction not in ("dhen", "dot"):
+                INTERACTIONS.find(interaction)
+            return interaction
 
     def __init__(self, num_tokens: int, num_sequences: int, width: int, config: Config) -> None:
         super().__init__()
