@@ -9,6 +9,7 @@ training part fills in every `num_embeddings`. Models need a fitted schema.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -288,6 +289,10 @@ class Schema(Part):
     def select(self, roles: set[Role]) -> Schema:
         """The same schema with only the features of `roles`; labels and keys stay."""
         return self.model_copy(update={"features": tuple(f for f in self.features if f.role in roles)})
+
+    def without(self, names: Collection[str]) -> Schema:
+        """The same schema without the features of these names."""
+        return self.model_copy(update={"features": tuple(f for f in self.features if f.name not in names)})
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2, exclude_defaults=False) + "\n"

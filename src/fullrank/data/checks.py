@@ -41,12 +41,12 @@ class _Source:
         column = self.frame[name]
         return self.dictionaries[name].gather(column) if name in self.dictionaries else column
 
-    def coded(self, name: str) -> tuple[Integers, pl.Series]:
-        """Codes and distinct raw values."""
+    def coded(self, name: str, *, numeric: bool = False) -> tuple[Integers, pl.Series]:
+        """Codes and distinct raw values; truth values are 0 and 1 where numbers are expected, else texts."""
         column = self.frame[name]
         if name in self.dictionaries:
             return column.to_numpy(), self.dictionaries[name]
-        return factorise(column)
+        return factorise(column.cast(pl.Int8) if numeric and column.dtype == pl.Boolean else column)
 
     def reject(self, rows: Mask, column: str, reason: str, values: Callable[[], pl.Series]) -> None:
         """Note the rows of a mask, with their values as text."""
@@ -161,7 +161,7 @@ def _numbers(source: _Source, name: str) -> Floats:
 
 
 def _label(source: _Source, name: str, *, binary: bool) -> npt.NDArray[np.float32]:
-    codes, values = source.coded(name)
+    codes, values = source.coded(name, numeric=True)
     numbers, wrong, infinite = as_numbers(values)
     source.reject_codes(codes, values, wrong, name, "label is not a number")
     source.reject_codes(codes, values, infinite, name, "label is not a finite number")
@@ -172,7 +172,7 @@ def _label(source: _Source, name: str, *, binary: bool) -> npt.NDArray[np.float3
 
 
 def _kept_numbers(source: _Source, name: str) -> npt.NDArray[Any]:
-    codes, values = source.coded(name)
+    codes, values = source.coded(name, numeric=True)
     integers = _integers(values)
     if integers is not None:
         return integers[codes]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,8 +18,13 @@ from fullrank.data import atomic
 from fullrank.data.building import FORMAT_VERSION, DatasetBuilder, ShardWriter, encoded_columns, write_manifest
 from fullrank.data.checks import check
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
+from fullrank.data.formats import open_format, usual_format
+from fullrank.data.formats.base import Format, Sampled
+from fullrank.data.frames import FrameLog, polars_frame
+from fullrank.data.inference import infer_schema
 from fullrank.data.raw import RawChunk
-from fullrank.data.splits import PARTS
+from fullrank.data.reading import read_log
+from fullrank.data.splits import PARTS, SplitSpec
 from fullrank.schema import Role, Schema
 
 
@@ -80,6 +88,90 @@ class Dataset:
             if count != rows.get(split):
                 raise ValueError(f"{path}: split {split} has {count} rows, dataset.json says {rows.get(split)}")
         return cls(path, schema, manifest)
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: object,
+        schema: Schema | None = None,
+        *,
+        label: str | Collection[str] = (),
+        user_id: str | None = None,
+        item_id: str | None = None,
+        timestamp: str | None = None,
+        path: Path | str | None = None,
+        split: SplitSpec | str | None = None,
+        keep: Collection[str] = (),
+        max_bad: float = 0.001,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Self:
+        """A dataset of a table in memory or of a log in a file, made as `fullrank data import` makes it.
+
+        Args:
+            frame: a table of pandas, polars or Arrow; the path of a CSV or Parquet file, or of a directory of such
+                files for each part; or the path of a dataset, which is opened and takes no other arguments.
+            schema: what the columns mean. Default: guessed from the first rows, as `fullrank data inspect` does.
+            label: columns to predict, if the schema is guessed; 0 and 1 (or truth values), or other numbers for a
+                regression.
+            user_id, item_id, timestamp: columns with these keys, if the schema is guessed.
+            path: the directory to make. Default: a temporary one, which is deleted with the returned object; a frame
+                that `scan` gives lazily has to be collected before.
+            split: the kind of split, or all of it. Default: by time if there is a timestamp, else at random.
+            keep: further columns to have in the dataset; see `import_dataset`.
+            max_bad: share of bad rows above which it fails.
+            overwrite: replace an existing dataset at `path`.
+            progress: called with the number of good and bad rows read so far.
+
+        Raises:
+            ValueError: if there is no label, a column is missing, or too many rows are bad; names row and column.
+        """
+        labels = (label,) if isinstance(label, str) else tuple(label)
+        named = {"user_id": user_id, "item_id": item_id, "timestamp": timestamp}
+        keys = {key: column for key, column in named.items() if column is not None}
+        source: Format
+        if isinstance(frame, (str, Path)):
+            place = Path(frame)
+            if (place / "dataset.json").is_file():
+                if schema or labels or keys or path or split or keep:
+                    raise ValueError(f"{place} is a dataset already: its labels, keys, columns and split are made")
+                return cls.open(place)
+            if not place.exists():
+                raise ValueError(f"{place} does not exist")
+            source = open_format(usual_format(place))
+        else:
+            place = Path("table")
+            source = FrameLog(polars_frame(frame))
+        if schema is None:
+            assert isinstance(source, Sampled)
+            schema = infer_schema(source.sample(place), labels, keys).without(keep)
+        elif labels or keys:
+            raise ValueError("labels and keys are part of the schema: give either the schema or them")
+        if not schema.labels:
+            raise ValueError(f'{place}: no label found; name its column, such as label="click"')
+        temporary = Path(tempfile.mkdtemp(prefix="fullrank-")) if path is None else None
+        out = temporary / "dataset" if temporary is not None else Path(path or "")
+        try:
+            read_log(
+                source,
+                place,
+                schema,
+                out,
+                split=SplitSpec.of(split),
+                keep=keep,
+                max_bad=max_bad,
+                overwrite=overwrite,
+                progress=progress,
+                row_name="row",
+            )
+            dataset = cls.open(out)
+        except BaseException:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if temporary is not None:
+            weakref.finalize(dataset, shutil.rmtree, temporary, ignore_errors=True)
+        return dataset
 
     @cached_property
     def encoders(self) -> Encoders:

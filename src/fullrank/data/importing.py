@@ -36,7 +36,7 @@ def import_dataset(
         schema: what to read; the format's own when omitted.
         split: when the source comes already split into files, only the share of validation rows (where it has no file
             of them) and the protocol.
-        keep: further columns of the log to have in the dataset, beside the features: numbers (int64 if all are whole
+        keep: further columns of the log to have in the dataset, and not as features: numbers (int64 if all are whole
             and none is missing, else float32), or lists of equally many numbers. What is not such a number is a bad
             row.
         max_bad: share of bad rows above which the import fails.
@@ -51,7 +51,7 @@ def import_dataset(
     source = open_format(format)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    schema = schema or source.default_schema(path)
+    schema = schema or source.default_schema(path).without(keep)
     if not schema.labels:
         raise ValueError(
             f"{path}: no label found (a column of 0 and 1 called label, click or the like); "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import polars as pl
@@ -61,26 +62,45 @@ class ColumnProfile:
     example: str
 
 
-def infer_schema(sample: pl.DataFrame) -> Schema:
-    """An unfitted schema guessed from the names and values of a sample of rows."""
-    return profile(sample)[0]
+def infer_schema(sample: pl.DataFrame, labels: Collection[str] = (), keys: Mapping[str, str] | None = None) -> Schema:
+    """An unfitted schema guessed from the names and values of a sample of rows; see `profile`."""
+    return profile(sample, labels, keys)[0]
 
 
-def profile(sample: pl.DataFrame) -> tuple[Schema, list[ColumnProfile]]:
-    """The guessed schema, and what was seen of each column."""
+def profile(
+    sample: pl.DataFrame, labels: Collection[str] = (), keys: Mapping[str, str] | None = None
+) -> tuple[Schema, list[ColumnProfile]]:
+    """The guessed schema, and what was seen of each column.
+
+    Args:
+        labels: names of the labels, if they are known; other columns that are named like labels are then left out, for
+            they would tell the labels. A column of other numbers than 0 and 1 becomes a regression.
+        keys: columns of some of the keys, if they are known: `{"user_id": "visitor"}`.
+
+    Raises:
+        ValueError: if one of these columns does not exist, or a label does not hold numbers.
+    """
     facts = {name: _facts(sample[name]) for name in sample.columns}
-    keys = _keys(facts)
-    labels = _labels(facts)
+    given = dict(keys or {})
+    for what, name in (*(("label", name) for name in labels), *given.items()):
+        if name not in facts:
+            raise ValueError(f'{what}: there is no column "{name}"; there are {", ".join(facts)}')
+    guessed = {key: name for key, name in _keys(facts).items() if name not in (*given.values(), *labels)}
+    keys = guessed | given
+    like_labels = {name for name in facts if name.lower() in LABEL_NAMES} if labels else set()
+    labels = labels or _labels(facts)
     features: list[Feature] = []
     uses: dict[str, str] = {}
     for key, column in keys.items():
         uses[column] = f"key {key}"
+    for name in like_labels:
+        uses[name] = "left out: named like a label"
     for label in labels:
         uses[label] = "label"
     only_keys = {keys.get(key) for key in ("request_id", "timestamp", "weight", "bid")}
     sequences: dict[str, list[str]] = {}
     for name in sample.columns:
-        if name in labels or name in only_keys:
+        if name in labels or name in like_labels or name in only_keys:
             continue
         fact = facts[name]
         role = _role(sample, name, keys, fact)
@@ -111,7 +131,9 @@ def profile(sample: pl.DataFrame) -> tuple[Schema, list[ColumnProfile]]:
         fields = tuple(_event_field(column.split(".", 1)[1], facts[column], keys.get("item_id")) for column in columns)
         features.append(Sequence(name=sequence, fields=fields))
         uses.update(dict.fromkeys(columns, "sequence"))
-    schema = Schema(features=tuple(features), labels=tuple(Label(name=name) for name in labels), keys=Keys(**keys))
+    schema = Schema(
+        features=tuple(features), labels=tuple(_label(name, facts[name]) for name in labels), keys=Keys(**keys)
+    )
     profiles = [
         ColumnProfile(name, uses[name], facts[name].dtype, facts[name].distinct, facts[name].missing, facts[name].top)
         for name in sample.columns
@@ -150,7 +172,7 @@ def _facts(column: pl.Series) -> _Facts:
     present = text.drop_nulls()
     counts = present.value_counts(sort=True).head(1)
     distinct = present.n_unique()
-    numbers, wrong, infinite = as_numbers(present)
+    numbers, wrong, infinite = as_numbers(column.drop_nulls() if column.dtype == pl.Boolean else present)
     bad = wrong | infinite
     is_number = len(present) > 0 and bad.mean() <= _BAD_SHARE and not column.dtype.is_temporal()
     numbers = numbers[~bad]
@@ -209,7 +231,14 @@ def _labels(facts: dict[str, _Facts]) -> list[str]:
         return named
     binary = [name for name in facts if facts[name].is_binary and facts[name].distinct > 1]
     # A single column of zeros and ones is the only thing that can be the label; of several, the user must choose.
+    binary = [name for name in binary if facts[name].dtype != "Boolean"] or binary
     return binary if len(binary) == 1 else []
+
+
+def _label(name: str, fact: _Facts) -> Label:
+    if not fact.is_number:
+        raise ValueError(f'label: the column "{name}" holds {fact.dtype}, such as "{fact.top}", expected numbers')
+    return Label(name=name, kind="binary" if fact.is_binary else "regression")
 
 
 def _role(sample: pl.DataFrame, name: str, keys: dict[str, str], fact: _Facts) -> Role:

@@ -79,6 +79,7 @@ class Loader:
         if workers < 0:
             raise ValueError(f"workers is {workers}, expected at least 0")
         self.schema = schema or dataset.schema
+        self._dataset = dataset  # which may be a temporary one that goes with its object
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed

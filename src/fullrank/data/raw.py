@@ -73,7 +73,18 @@ def check_columns(place: Path, wanted: Iterable[str], available: Collection[str]
             raise ValueError(f'{place}: column "{name}"{of} is missing; the file has {", ".join(available)}')
 
 
-def raw_columns(schema: Schema, available: list[str] | None = None) -> dict[str, str]:
+def stored_columns(place: Path, schema: Schema, available: Collection[str], extra: Iterable[str]) -> list[str]:
+    """Columns to read of a source whose columns have types: those of the schema, further ones, true probabilities.
+
+    Raises:
+        ValueError: names the first column that the source lacks.
+    """
+    wanted = list(dict.fromkeys([*raw_columns(schema, available).values(), *extra]))
+    check_columns(place, wanted, available)
+    return wanted + [name for name in available if name.startswith(TRUE_PREFIX)]
+
+
+def raw_columns(schema: Schema, available: Collection[str] | None = None) -> dict[str, str]:
     """Names of the columns that a schema reads, each with the name under which the source has it.
 
     They differ in one case: a sequence of a single field may be stored under the sequence's name alone.

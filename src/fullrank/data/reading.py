@@ -135,11 +135,12 @@ def _check_rejected(path: Path, builder: DatasetBuilder, max_bad: float, row_nam
         return
     if report is not None:
         atomic.replace(rejected.path, report)
+    limit = "max_bad" if report is None else "--max-bad"
     first = "; ".join(
         f"{row_name} {line}: " + (f'column "{column}" is "{value}": {reason}' if column else f"{reason}: {value}")
         for line, column, reason, value in rejected.first
     )
     raise ValueError(
         f"{path}: {rejected.count:,} of {total:,} rows are bad ({rejected.count / total:.2%}, {max_bad:.2%} allowed by "
-        f"--max-bad): {first}" + (f"; all are listed in {report}" if report is not None else "")
+        f"{limit}): {first}" + (f"; all are listed in {report}" if report is not None else "")
     )

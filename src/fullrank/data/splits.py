@@ -9,9 +9,10 @@ from typing import Literal, Self
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fullrank.data.hashing import splitmix
+from fullrank.schema import describe_errors
 
 PARTS = ("train", "valid", "test")
 TRAIN, VALID, TEST = range(3)
@@ -51,6 +52,20 @@ class SplitSpec(BaseModel):
     seed: int = Field(default=0, ge=0)
     column: str | None = None
     protocol: Literal["bars"] | None = None
+
+    @classmethod
+    def of(cls, value: Self | str | None) -> Self:
+        """The split that its kind alone stands for.
+
+        Raises:
+            ValueError: if there is no such kind.
+        """
+        if isinstance(value, cls):
+            return value
+        try:
+            return cls.model_validate({"kind": value})
+        except ValidationError as error:
+            raise ValueError(describe_errors(error, "split").splitlines()[0]) from None
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

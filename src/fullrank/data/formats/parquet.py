@@ -12,7 +12,7 @@ import pyarrow.parquet
 from fullrank.data.arrow import as_frame
 from fullrank.data.formats.base import split_files, training_file
 from fullrank.data.inference import infer_schema
-from fullrank.data.raw import TRUE_PREFIX, RawChunk, check_columns, raw_columns
+from fullrank.data.raw import RawChunk, stored_columns
 from fullrank.schema import Schema
 
 
@@ -33,11 +33,7 @@ class ParquetLog:
 
     def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
         file = _open_parquet(path)
-        names = file.schema_arrow.names
-        wanted = list(dict.fromkeys([*raw_columns(schema, names).values(), *extra]))
-        check_columns(path, wanted, names)
-        wanted += [name for name in names if name.startswith(TRUE_PREFIX)]
-        return self._batches(file, wanted)
+        return self._batches(file, stored_columns(path, schema, file.schema_arrow.names, extra))
 
     def _batches(self, file: pyarrow.parquet.ParquetFile, wanted: list[str]) -> Iterator[RawChunk]:
         row = 1
