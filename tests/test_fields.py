@@ -51,6 +51,18 @@ def test_rows_name_the_type_with_its_bounds_the_default_and_the_meaning() -> Non
     assert field_rows(Base)[1] == FieldRow("rate", "float", "required", "of the base; over two lines.")
 
 
+def test_a_docstring_may_begin_with_its_attributes() -> None:
+    class Short(BaseModel):
+        """Attributes:
+        size: of it,
+            in bytes.
+        """
+
+        size: int = 1
+
+    assert field_rows(Short) == [FieldRow("size", "int", "1", "of it, in bytes.")]
+
+
 @pytest.mark.parametrize(
     ("annotation", "text"),
     [

@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Iterable
 from inspect import cleandoc
+from textwrap import indent
 from typing import Any, NamedTuple
 
 import annotated_types
@@ -56,7 +57,10 @@ def attributes(docstring: str) -> dict[str, str]:
     texts: dict[str, list[str]] = {}
     names: list[str] = []
     inside = False
-    for line in cleandoc(docstring).splitlines():
+    text = cleandoc(docstring)
+    if text.startswith("Attributes:"):  # the formatter moves the entries of a section in the first line to the margin
+        text = indent(text, "    ").lstrip()
+    for line in text.splitlines():
         if not line.startswith(" "):
             inside = line == "Attributes:" or (inside and not line)
             continue

@@ -33,9 +33,11 @@ class Numeric(Part):
     """One real number per row.
 
     Attributes:
-        transform: how the raw number becomes a model input; `standard` and `quantile` are fitted on training rows.
-        A missing number becomes the transform of the training mean, plus a 1 in the `<name>__missing` column when
-        `missing_indicator` is set.
+        name: of the column.
+        role: whom it describes.
+        transform: how the raw number becomes a model input; `standard` and `quantile` are fitted on training rows. A
+            missing number becomes the transform of the training mean.
+        missing_indicator: add the column `<name>__missing`, which is 1 where the number is missing.
     """
 
     kind: Literal["numeric"] = "numeric"
@@ -59,11 +61,14 @@ class _Embedded(Part):
     """What the three kinds of id features share.
 
     Attributes:
+        name: of the column.
+        role: whom it describes.
         encoding: `vocabulary` keeps the values seen at least `min_count` times in training, `hash` maps a value to one
             of `num_embeddings` buckets, `log2_bucket` buckets a count as floor(log2(x)**2) does for x > 2 (the
             Criteo challenge's winning recipe), `quantile` buckets a number by training quantiles, `identity` takes
             integers in [0, num_embeddings) as they are.
         table: name of the embedding table; features with the same table share rows. Default: the feature's own name.
+        min_count: rows of the training part that a value has to occur in, for `vocabulary`.
         num_embeddings: rows of the table, reserved ids included; None until fitted, required for `hash`/`identity`.
         embedding_dim: width of this table; None means the model's default.
     """
@@ -115,7 +120,12 @@ class EventId(_Embedded):
 
 
 class EventNumber(Part):
-    """A real number carried by each event of a sequence, such as its age in seconds at request time."""
+    """A real number carried by each event of a sequence, such as its age in seconds at request time.
+
+    Attributes:
+        name: of the field.
+        transform: how the raw number becomes a model input.
+    """
 
     kind: Literal["event_number"] = "event_number"
     name: str = Field(min_length=1)
@@ -126,7 +136,10 @@ class Sequence(Part):
     """Events in time order, oldest first; all fields of one sequence have the same length in a row.
 
     Attributes:
+        name: of the sequence.
+        role: whom it describes.
         fields: columns in the data are named `<sequence>.<field>`.
+        separator: splits the raw text of a field; lists in Parquet need none.
         max_length: longer histories keep their most recent events.
     """
 
@@ -156,6 +169,8 @@ class Label(Part):
     """One task.
 
     Attributes:
+        name: of the column.
+        kind: `binary` is in [0, 1] and predicted as log-odds, `regression` is any number.
         delay_seconds: how long after the impression the label is final; 0 when it is known at once.
         weight: weight of the task in the training loss.
     """
@@ -170,6 +185,9 @@ class Keys(Part):
     """Names of the columns that identify a row; they are carried beside the features, never fed to a model.
 
     Attributes:
+        request_id: of one row; a later row with the same one is rejected.
+        user_id: of the user; GAUC is computed within users.
+        item_id: of the item; what retrieval finds.
         timestamp: int64 seconds since 1970, UTC.
         weight: non-negative importance of the row in loss and metrics.
         bid: value of one action of the first label, used by the value formula.
@@ -184,7 +202,14 @@ class Keys(Part):
 
 
 class Schema(Part):
-    """Features, labels and keys of a log. Order of `features` is the order of columns in a `Batch`."""
+    """Features, labels and keys of a log.
+
+    Attributes:
+        version: of this format.
+        features: their order is the order of columns in a `Batch`.
+        labels: what there is to predict, the main task first.
+        keys: columns that identify a row.
+    """
 
     version: Literal[1] = 1
     features: tuple[Feature, ...] = ()
