@@ -58,7 +58,10 @@ EXTRAS: dict[str, Extra] = {
         },
         by_hand=_TORCHREC,
     ),
-    "docs": Extra("the documentation", {"mkdocs": "mkdocs", "material": "mkdocs-material"}),
+    "docs": Extra(
+        "the documentation",
+        {"mkdocs": "mkdocs", "material": "mkdocs-material", "mkdocstrings": "mkdocstrings"},
+    ),
     "dev": Extra(
         "tests and checks",
         {
