@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fullrank.extras import needs
 from fullrank.randomized.blocks import Block
 from fullrank.randomized.sources import RowSource
 
@@ -65,7 +66,7 @@ def map_reduce(
             take "dask".
 
     Raises:
-        ValueError: unknown executor; whatever reading the source raises.
+        ValueError: unknown executor; Dask is wanted and not installed; whatever reading the source raises.
     """
     source.n_passes += 1
     fragments = range(source.n_fragments)
@@ -76,7 +77,8 @@ def map_reduce(
             return _fold(pool.map(lambda i: function(source.iter_blocks(i)), fragments), combine)
     if executor != "dask" and not hasattr(executor, "scheduler_info"):
         raise ValueError(f"executor is {executor!r}, expected one of {', '.join(EXECUTORS)} or a distributed.Client")
-    import dask
+    with needs("randomized", 'executor "dask"'):
+        import dask
 
     run, join = dask.delayed(_run, pure=False), dask.delayed(combine, pure=False)
     tasks = []

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from fullrank.extras import needs
 from fullrank.randomized.blocks import Block, block_size, check_block, check_weights
 
 
@@ -306,8 +307,9 @@ class DaskSource(RowSource):
         features: Sequence[str] | None = None,
         block_rows: int | None = None,
     ) -> None:
-        import dask
-        import dask.array as da
+        with needs("randomized", "DaskSource"):
+            import dask
+            import dask.array as da
 
         if hasattr(X, "columns"):
             targets = [] if y is None else [y] if isinstance(y, str) else list(y)
