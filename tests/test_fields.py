@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, Field, PositiveInt, TypeAdapter, ValidationError
 
+from fullrank.embeddings import TABLE_KINDS, EmbeddingOptimizer
 from fullrank.fields import FieldRow, attributes, field_rows, type_text
+from fullrank.funnel.funnel import StageSizes
+from fullrank.funnel.training import EarlyConfig, FinalConfig, FunnelConfig
+from fullrank.models import RANKERS
+from fullrank.retrieval import TwoTower
+from fullrank.schema import Categorical, EventId, EventNumber, Keys, Label, MultiCategorical, Numeric, Schema, Sequence
+from fullrank.training.recipe import DataSpec, ImportSpec, Recipe
+from fullrank.training.trainer import TrainerConfig
 
 
 class Base(BaseModel):
@@ -80,9 +88,7 @@ def test_types_in_the_words_of_a_recipe(annotation: Any, text: str) -> None:
 def test_a_default_as_printed_is_valid_in_a_recipe() -> None:
     import yaml
 
-    from fullrank.models import MODELS
-
-    for kind in MODELS.values():
+    for kind in RANKERS.values():
         for name, _, default, _ in field_rows(kind.Config):
             assert default != "required"
             try:
@@ -95,4 +101,19 @@ def test_only_the_section_of_attributes_is_read() -> None:
     assert attributes(
         "One.\n\n    Args:\n        a: no.\n\n    Attributes:\n        b: yes.\n    Raises:\n        c: no."
     ) == {"b": "yes."}
+    assert attributes("Attributes:\n        a: one\n            line.\n        b: two.\n    ") == {
+        "a": "one line.",
+        "b": "two.",
+    }
     assert attributes("") == {}
+
+
+def test_no_field_of_a_recipe_or_a_schema_is_without_a_meaning() -> None:
+    configs: list[type[BaseModel]] = [kind.Config for kind in RANKERS.values()]
+    configs += [kind.Config for kind in TABLE_KINDS.values()]
+    configs += [Recipe, DataSpec, ImportSpec, TrainerConfig, EmbeddingOptimizer, TwoTower.Config]
+    configs += [FunnelConfig, EarlyConfig, FinalConfig, StageSizes]
+    configs += [Schema, Numeric, Categorical, MultiCategorical, Sequence, EventId, EventNumber, Label, Keys]
+    for config in configs:
+        # A field with one possible value, such as `kind: numeric`, is what tells the pieces apart.
+        assert [row.name for row in field_rows(config) if not row.meaning and row.type != row.default] == [], config

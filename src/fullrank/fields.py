@@ -35,8 +35,8 @@ class FieldRow(NamedTuple):
 def field_rows(config: type[BaseModel]) -> list[FieldRow]:
     """A row for each field, inherited ones first, in the order of definition.
 
-    Meanings are those of the docstring's section `Attributes`, for inherited fields of the base's, unless the field has
-    a description of its own.
+    Meanings are those of the docstring's section `Attributes`, for inherited fields of the base's; where there is none,
+    the field's own description.
     """
     meanings: dict[str, str] = {}
     for kind in reversed(config.__mro__):
@@ -46,7 +46,7 @@ def field_rows(config: type[BaseModel]) -> list[FieldRow]:
             name,
             type_text(field.annotation, field.metadata),
             _default(field),
-            field.description or meanings.get(name, ""),
+            meanings.get(name) or field.description or "",
         )
         for name, field in config.model_fields.items()
     ]

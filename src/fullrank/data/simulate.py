@@ -50,8 +50,12 @@ class SimulationConfig(BaseModel):
     """Size of a world.
 
     Attributes:
+        impressions: rows of the log.
+        seed: of the world and of what happens in it.
         users, items: default to numbers in proportion to the impressions.
         days: length of the log; campaigns are born and retired within it.
+        slots: ads shown to a request.
+        candidates: ads that the log's policy chooses them from.
         drift: length of the change of an interest in a day.
         rate: logit of a click on an average ad in the first slot.
     """

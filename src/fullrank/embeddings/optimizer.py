@@ -24,7 +24,10 @@ class EmbeddingOptimizer(BaseModel):
     * adam: moments of the touched rows only, corrected for their bias by the global t (PyTorch's SparseAdam)
 
     Attributes:
+        kind: the rule.
         learning_rate: of the tables, in every kind; default that of the rest of the model.
+        eps: keeps the divisor of adagrad and adam above 0.
+        betas: decay of adam's two moments.
         l2: coefficient λ of the penalty λ/2 ‖E‖² on whole tables.
         l2_mode: `exact` adds λE to the gradient of every row at every step (kind `dense` only). `lazy` multiplies a
             row, when it is next looked up, by the decay (1 - ηλ) of all steps since it was last; for sgd that equals

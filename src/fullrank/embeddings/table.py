@@ -49,7 +49,11 @@ class Ask(NamedTuple):
 
 
 class TableConfig(BaseModel):
-    """Settings of one kind of table; a subclass sets `kind` to a literal, the name under which it is registered."""
+    """Settings of one kind of table.
+
+    Attributes:
+        kind: its name; a subclass sets it to a literal.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -24,7 +24,13 @@ from fullrank.training import Trainer, TrainerConfig, TrainingResult
 
 
 class EarlyConfig(BaseModel):
-    """The early stage: its model, and how it learns."""
+    """The early stage: its model, and how it learns.
+
+    Attributes:
+        model: its size.
+        training: how it learns.
+        embedding: how its tables learn.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,6 +44,8 @@ class FinalConfig(BaseModel):
 
     Attributes:
         model: `name` and the fields of that model's `Config`.
+        training: how it learns.
+        embedding: how its tables learn.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,8 +73,13 @@ class FunnelConfig(BaseModel):
     """The section `funnel` of a recipe.
 
     Attributes:
+        retrieval: the two towers.
+        early: the early stage.
+        final: the final stage.
+        sizes: how many candidates pass each stage.
         value: value formula; default `bid * <first task>`, or the first task where the log has no bid.
         active_days: items not shown in the last so many days of the log are not retrieved; None retrieves all.
+        seed: of initial weights and of the order of the rows.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.layers.linear_term import LinearTerms
 from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.layers.tokens import FeatureTokens
-from fullrank.models.base import Dropout, Hidden, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -54,8 +54,13 @@ class AutoInt(Ranker):
         """Hyper-parameters.
 
         Attributes:
-            wide: add a first-order term.
+            attention_dim: width of a layer's tokens, all heads together.
+            num_layers: attention layers.
+            num_heads: heads of each.
+            layer_norm: normalise what a layer gives.
             scale: divide attention scores by the square root of a head's width (the paper does not).
+            wide: add a first-order term.
+            hidden: widths of the MLP beside the attention; empty for none.
         """
 
         attention_dim: int = Field(default=64, ge=1)
@@ -65,7 +70,7 @@ class AutoInt(Ranker):
         scale: bool = False
         wide: bool = False
         hidden: Hidden = (256, 128, 64)
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
         dropout: Dropout = 0.0
 
         @model_validator(mode="after")

@@ -19,9 +19,13 @@ from fullrank.embeddings import AnyTable, EmbeddingCollection, Tables
 from fullrank.schema import Schema
 
 # Types of configuration fields: sizes that cannot be are refused where they are given.
-Hidden = tuple[PositiveInt, ...]
-NonEmptyHidden = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
+# The descriptions are for tables of fields where a Config says nothing more special.
+Hidden = Annotated[tuple[PositiveInt, ...], Field(description="widths of the hidden layers of the MLP.")]
+NonEmptyHidden = Annotated[Hidden, Field(min_length=1)]
+Dropout = Annotated[
+    float, Field(ge=0, lt=1, description="share of each hidden layer's outputs that is zeroed in training.")
+]
+BatchNorm = Annotated[bool, Field(description="normalise each hidden layer over the batch.")]
 InitStd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 

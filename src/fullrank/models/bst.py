@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.layers.encoder import EncoderLayer, LengthGroups, Padding
 from fullrank.layers.histories import Events, FeaturesAndHistories
 from fullrank.layers.mlp import MLP
-from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 Pooling = Literal["mean", "candidate", "concat"]
@@ -41,6 +41,7 @@ class BehaviourTransformer(nn.Module):
 
         Attributes:
             num_layers: encoder layers; the paper found one best.
+            num_heads: of each layer.
             feed_forward: width of a layer's inner MLP, in widths of an event.
             position: add position vectors.
             pooling: of the outputs: their mean, that of the candidate, or all side by side (candidate, latest event,
@@ -132,7 +133,7 @@ class BST(Ranker):
 
         embedding_init: InitStd = 0.05
         hidden: Hidden = (256, 128, 64)
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
 
     config: Config
 

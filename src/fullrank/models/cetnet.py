@@ -109,7 +109,9 @@ class CETNet(Ranker):
         Attributes:
             members: for each member its `name` and the fields of that model's Config; `embedding_dim` is that of this
                 config unless the member has its own.
+            fusion: how the members' predictions become one, see `ConfidenceFusion`.
             temperature: of the confidence fusion; large is the mean, towards 0 the surest member alone.
+            detach_confidence: take the weights of the confidence fusion as constants in the backward pass.
             collaboration: λ.
             member_loss: weight of the members' own losses.
             stop_gradient: pull each pair only from one side at a time, as in distillation.
@@ -207,7 +209,12 @@ class MultiEmbedding(Ranker):
     source = "Guo et al., On the Embedding Collapse when Scaling up Recommendation Models, ICML 2024"
 
     class Config(Ranker.Config):
-        """Hyper-parameters: `backbone` is the `name` and the Config fields of the model that is copied."""
+        """Hyper-parameters.
+
+        Attributes:
+            backbone: `name` and Config fields of the model that is copied.
+            num_tables: how many copies, each with tables of its own.
+        """
 
         backbone: RankerSpec = Field(default="dcn_v2", validate_default=True)
         num_tables: int = Field(default=2, ge=1)

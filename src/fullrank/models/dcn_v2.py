@@ -14,7 +14,7 @@ from fullrank.batch import Batch
 from fullrank.layers.crosses import CrossNetwork
 from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.layers.tokens import FlatFeatures
-from fullrank.models.base import Dropout, Hidden, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -57,7 +57,11 @@ class DCNv2(Ranker):
         """Hyper-parameters.
 
         Attributes:
+            structure: the crosses alone, an MLP above them, one beside them, or both.
+            num_cross_layers: each raises the order of the products by one.
             low_rank: rank R of the mixture of low-rank crosses; 0 for full matrices.
+            num_experts: low-rank crosses that a layer mixes.
+            hidden: widths of the MLP beside the crosses.
             stacked_hidden: widths of the MLP above the crosses; default `hidden`.
         """
 
@@ -67,7 +71,7 @@ class DCNv2(Ranker):
         num_experts: int = Field(default=4, ge=1)
         hidden: Hidden = (256, 128, 64)
         stacked_hidden: Hidden | None = None
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
         dropout: Dropout = 0.0
 
     config: Config

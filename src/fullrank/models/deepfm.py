@@ -9,7 +9,7 @@ from fullrank.layers.factorization import PairwiseTerm
 from fullrank.layers.linear_term import LinearTerms
 from fullrank.layers.mlp import MLP
 from fullrank.layers.tokens import FeatureTokens
-from fullrank.models.base import Dropout, Hidden, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -21,7 +21,7 @@ class DeepFM(Ranker):
 
     class Config(Ranker.Config):
         hidden: Hidden = (256, 128, 64)
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
         dropout: Dropout = 0.0
 
     config: Config

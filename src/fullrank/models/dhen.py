@@ -19,7 +19,7 @@ from fullrank.layers.mlp import MLP
 from fullrank.layers.token_pairs import TokenPairs
 from fullrank.layers.token_projection import FlatToTokens, TokenProjection
 from fullrank.layers.tokens import FeatureTokens
-from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.models.wukong import FactorizationMachineBlock
 from fullrank.registry import Registry
 from fullrank.schema import Schema
@@ -308,7 +308,7 @@ class DHEN(Ranker):
         number_tokens: int = Field(default=1, ge=0)
         number_hidden: Hidden = (128,)
         hidden: Hidden = (256, 128, 64)
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
         dropout: Dropout = 0.0
 
         @model_validator(mode="after")

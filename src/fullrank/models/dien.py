@@ -14,7 +14,7 @@ from fullrank.batch import Batch
 from fullrank.layers.histories import FeaturesAndHistories
 from fullrank.layers.mlp import MLP
 from fullrank.layers.recurrent import AttentionalGRU, Steps
-from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -122,6 +122,7 @@ class DIEN(Ranker):
             state_dim: width of the interests; default that of an event.
             auxiliary_weight: of the auxiliary loss; 0 leaves it out.
             auxiliary_hidden: widths of its MLP; empty for the inner product.
+            hidden: widths of the output MLP.
         """
 
         embedding_init: InitStd = 0.05
@@ -129,7 +130,7 @@ class DIEN(Ranker):
         auxiliary_weight: float = Field(default=1.0, ge=0)
         auxiliary_hidden: Hidden = ()
         hidden: Hidden = (256, 128, 64)
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
         dropout: Dropout = 0.0
 
     config: Config

@@ -20,7 +20,7 @@ from fullrank.embeddings.segments import row_of, segment_sum, spread
 from fullrank.layers.dice import Dice, dice_scores
 from fullrank.layers.mlp import ACTIVATIONS, MLP
 from fullrank.layers.tokens import NumberVectors
-from fullrank.models.base import Dropout, Hidden, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, Ranker, RankerOutput
 from fullrank.schema import EventId, Schema, Sequence
 
 
@@ -103,6 +103,7 @@ class DIN(Ranker):
         """Hyper-parameters.
 
         Attributes:
+            hidden: widths of the output MLP.
             attention_hidden: widths of the attention MLP; a single number is one layer.
             attention_activation, attention_dropout: of that MLP; the paper's is Dice without dropout.
             softmax: normalise the attention weights of a row to sum 1 (the paper does not).
@@ -115,7 +116,7 @@ class DIN(Ranker):
         attention_dropout: Dropout = 0.0
         softmax: bool = False
         activation: Literal["relu", "dice"] = "relu"
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
         dropout: Dropout = 0.0
 
     config: Config

@@ -12,7 +12,7 @@ from torch import Tensor
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection
 from fullrank.layers.mlp import MLP
-from fullrank.models.base import Dropout, Hidden, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -27,10 +27,18 @@ class DLRM(Ranker):
     source = "Naumov et al., Deep Learning Recommendation Model for Personalization and Recommendation Systems, 2019"
 
     class Config(Ranker.Config):
+        """Hyper-parameters.
+
+        Attributes:
+            interaction: dot products of all pairs of tokens, or the tokens themselves.
+            bottom_hidden: widths of the MLP that makes a token of all numbers.
+            hidden: widths of the top MLP.
+        """
+
         interaction: Literal["dot", "cat"] = "dot"
         bottom_hidden: Hidden = (256, 128)
         hidden: Hidden = (256, 128, 64)
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
         dropout: Dropout = 0.0
 
     config: Config

@@ -29,6 +29,14 @@ class EarlyStageRanker(Ranker):
     source = "Early-stage ads ranking with multi-task learning, arXiv 2307.11096 (abstract)"
 
     class Config(Ranker.Config):
+        """Hyper-parameters.
+
+        Attributes:
+            hidden: widths of either tower's MLP.
+            output_dim: D of the vectors of users and items.
+            interaction_hidden: H, width of the layer in which the two meet.
+        """
+
         embedding_init: InitStd = 0.01
         hidden: Hidden = (64,)
         output_dim: int = Field(default=32, ge=1)

@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection, Tables
 from fullrank.layers.mlp import MLP, OutputLayer
 from fullrank.layers.tokens import FlatFeatures
-from fullrank.models.base import Dropout, Hidden, NonEmptyHidden, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, NonEmptyHidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -96,15 +96,18 @@ class FinalMLP(Ranker):
         """Hyper-parameters.
 
         Attributes:
+            hidden1, hidden2: widths of either stream's MLP.
+            dropout1, dropout2: of either stream.
             gate_hidden: widths of the gates' MLPs; empty for no gates.
             context1, context2: single-id features that steer the gate of either stream; with none it is a constant.
+            num_heads: blocks of the bilinear form that joins the streams; each width must divide by it.
         """
 
         hidden1: NonEmptyHidden = (256, 128, 64)
         hidden2: NonEmptyHidden = (256, 128, 64)
         dropout1: Dropout = 0.0
         dropout2: Dropout = 0.0
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
         gate_hidden: Hidden = (64,)
         context1: tuple[str, ...] = ()
         context2: tuple[str, ...] = ()

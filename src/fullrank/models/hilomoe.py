@@ -80,6 +80,11 @@ class HiLoMoE(Ranker):
         Attributes:
             backbone: `name` and Config fields of the ranker that gets experts.
             targets: patterns of the names of its linear layers; by default every plain one but output layers.
+            num_layers: layers of experts in each linear layer.
+            num_experts: experts in each of these.
+            top_k: experts of a layer that a row goes through; None for all.
+            project: learn a first projection of the query, which costs more than all experts together.
+            hierarchical: let a layer's choice depend on those before it; without it the mixture is flat.
             warm_up, growth: shares of all steps of stages 1 and 2; both 0 trains jointly from the start.
             balance, z, diversity: weights of the auxiliary losses.
         """

@@ -26,7 +26,7 @@ from fullrank.layers.histories import FeaturesAndHistories, latest
 from fullrank.layers.mlp import MLP
 from fullrank.layers.token_pairs import TokenPairs
 from fullrank.layers.token_projection import FlatToTokens, TokenProjection
-from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.models.dhen import INTERACTIONS, DHENLayer, build_interaction
 from fullrank.schema import Schema
 from fullrank.schema import Sequence as HistoryFeature
@@ -248,11 +248,17 @@ class InterFormerBackbone(nn.Module):
         """Hyper-parameters.
 
         Attributes:
+            num_layers: each exchanges summaries once.
             interaction: `dhen` (pair products and crosses, as the authors), `dot`, or any name of
                 `fullrank.models.dhen.INTERACTIONS` such as `dcn` or `wukong`.
+            num_heads: of attention within a sequence.
             num_summary: tokens of the summary of the features, and CLS tokens of each sequence.
             num_pma, num_recent: summary tokens by attention pooling, and most recent events.
             pffn: how a row's matrix for its events is made, see `PersonalizedFFN`.
+            gating: how summaries are gated, see `SelfGating`.
+            flow: what is exchanged: both ways, only features to sequences (`n2s`), only sequences to features (`s2n`),
+                nothing before the head (`sep`), or no sequences at all (`sole`).
+            rope: let attention know the events' places.
             strict_paper: without the residuals and normalisations that make layers stackable.
             dropout: of what each layer adds to the events, and of the head's MLP.
         """
@@ -392,7 +398,7 @@ class InterFormer(Ranker):
 
         embedding_init: InitStd = 0.001
         hidden: Hidden = (256, 128, 64)
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
 
     config: Config
 

@@ -22,7 +22,7 @@ from fullrank.layers.rote import ROTE
 from fullrank.layers.seed_pooling import HierarchicalSeedPooling
 from fullrank.layers.sliding_window import SlidingWindowAttention
 from fullrank.layers.token_projection import TokenProjection
-from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.models.wukong import WukongLayer
 from fullrank.schema import Schema
 
@@ -32,6 +32,7 @@ class EventConfig(BaseModel):
 
     Attributes:
         width: E of its tokens; None for the width of the features.
+        num_heads: of its attention and of GDPA.
         num_tokens: summary tokens that it contributes.
         num_recent: latest events that join them as they are.
         num_layers: layers in which its own state moves on; later layers of the model keep its last one. None for all.
@@ -268,17 +269,23 @@ class KunlunBackbone(nn.Module):
 
         Attributes:
             events: capacity of each sequence of the schema, by name; those not named have the defaults.
+            num_layers: layers of the model.
             num_summary: tokens of the features' summary.
             num_seeds: learned questions to a history; more than its summary tokens.
             gdpa_hidden: hidden width of the personalised network.
             kron_rank: terms of the map that compresses seeds to summary tokens.
             num_experts: Wukong layers side by side, each of a part of the tokens; one lets all tokens meet.
             num_out_tokens: feature tokens between layers.
+            fm_rank: rank of the factorisation machine of a Wukong layer.
+            fm_hidden: hidden widths of its MLP.
             mix: mix the experts' outputs.
             activation: of GDPA; one for all heads, or one per head.
+            scale_mode: scale attention scores after the activation, as the published kernels, or before it, as the
+                paper.
             comp_skip: `alternate` does half of the sequence work in each layer, `none` all of it.
             rote: let attention know times, where the events have ages.
             time_scale: seconds that count as one in ln(1 + Δt / scale).
+            rote_reference: an event's time is counted to the request, or from the event before it.
         """
 
         model_config = ConfigDict(extra="forbid", frozen=True)
@@ -408,7 +415,7 @@ class Kunlun(Ranker):
 
         embedding_init: InitStd = 0.001
         hidden: Hidden = (256, 128, 64)
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
         dropout: Dropout = 0.0
 
     config: Config

@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.layers.experts import ExpertMixture
 from fullrank.layers.mlp import MLP
 from fullrank.layers.tokens import FlatFeatures
-from fullrank.models.base import Dropout, Hidden, NonEmptyHidden, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, NonEmptyHidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -26,10 +26,18 @@ class MMoE(Ranker):
     source = "Ma et al., Modeling Task Relationships in Multi-task Learning with MMoE, KDD 2018"
 
     class Config(Ranker.Config):
+        """Hyper-parameters.
+
+        Attributes:
+            num_experts: experts that all tasks share.
+            expert_hidden: widths of an expert's MLP.
+            hidden: widths of each task's tower.
+        """
+
         num_experts: int = Field(default=4, ge=1)
         expert_hidden: NonEmptyHidden = (128, 64)
         hidden: Hidden = (32,)
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
         dropout: Dropout = 0.0
 
     config: Config

@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.layers.experts import ExpertMixture
 from fullrank.layers.mlp import MLP
 from fullrank.layers.tokens import FlatFeatures
-from fullrank.models.base import Dropout, Hidden, NonEmptyHidden, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, NonEmptyHidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -65,12 +65,22 @@ class PLE(Ranker):
     source = "Tang et al., Progressive Layered Extraction (PLE), RecSys 2020"
 
     class Config(Ranker.Config):
+        """Hyper-parameters.
+
+        Attributes:
+            num_levels: levels of experts.
+            num_shared_experts: experts of a level that all tasks share.
+            num_task_experts: further ones of each task.
+            expert_hidden: widths of an expert's MLP.
+            hidden: widths of each task's tower.
+        """
+
         num_levels: int = Field(default=2, ge=1)
         num_shared_experts: int = Field(default=2, ge=1)
         num_task_experts: int = Field(default=2, ge=0)
         expert_hidden: NonEmptyHidden = (128, 64)
         hidden: Hidden = (32,)
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
         dropout: Dropout = 0.0
 
     config: Config

@@ -14,7 +14,7 @@ from fullrank.layers.crosses import CrossNetwork
 from fullrank.layers.encoder import EncoderLayer, LengthGroups, Padding
 from fullrank.layers.histories import Events, FeaturesAndHistories, latest
 from fullrank.layers.mlp import MLP
-from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 HOUR = 3600.0
@@ -39,6 +39,8 @@ class RecentActions(nn.Module):
         """Hyper-parameters.
 
         Attributes:
+            num_layers: of the transformer.
+            num_heads: of each layer.
             feed_forward: width of a layer's inner MLP.
             latest: K, how many of the latest outputs go on as they are.
             window_hours: in training, each row forgets the events of its last T hours, T uniform in [0, window_hours];
@@ -116,7 +118,7 @@ class TransAct(Ranker):
         embedding_init: InitStd = 0.05
         num_cross_layers: int = Field(default=2, ge=0)
         hidden: Hidden = (256, 128, 64)
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
 
     config: Config
 

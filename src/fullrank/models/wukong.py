@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 from fullrank.layers.mlp import MLP
 from fullrank.layers.token_projection import TokenProjection, project_tokens
 from fullrank.layers.tokens import FeatureTokens
-from fullrank.models.base import Dropout, Hidden, InitStd, Ranker, RankerOutput
+from fullrank.models.base import BatchNorm, Dropout, Hidden, InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
@@ -147,6 +147,7 @@ class Wukong(Ranker):
         """Hyper-parameters.
 
         Attributes:
+            num_layers: each doubles the order of interactions.
             num_fm: tokens that a layer's factorisation machine block gives.
             num_linear: tokens that its linear compression block gives.
             rank: columns of Y in X (Xᵀ Y).
@@ -167,7 +168,7 @@ class Wukong(Ranker):
         number_tokens: int = Field(default=1, ge=0)
         number_hidden: Hidden = (128,)
         hidden: Hidden = (256, 128, 64)
-        batch_norm: bool = False
+        batch_norm: BatchNorm = False
         dropout: Dropout = 0.0
 
     config: Config

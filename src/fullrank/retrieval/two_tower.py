@@ -78,9 +78,19 @@ class TwoTower(Retriever):
     """
 
     class Config(Retriever.Config):
-        """Attributes:
-        epochs: passes over the positive rows.
-        log_q: correct for the frequency of items as in-batch negatives.
+        """Hyper-parameters.
+
+        Attributes:
+            embedding_dim: width of every table that the schema does not size itself.
+            embedding_init: standard deviation that tables start with.
+            hidden: widths of either tower's MLP.
+            output_dim: width of the vectors of users and items.
+            temperature: divides inner products in the softmax of training.
+            log_q: correct for the frequency of items as in-batch negatives.
+            batch_size: positive rows of a step; each row's item is a negative of the others.
+            epochs: passes over the positive rows.
+            learning_rate: of Adam.
+            seed: of initial weights and of the order of the rows.
         """
 
         embedding_dim: int = Field(default=16, ge=1)

@@ -27,7 +27,15 @@ class Section(BaseModel):
 
 
 class ImportSpec(Section):
-    """A log to import before training, with the arguments of `fullrank data import`."""
+    """A log to import before training, with the arguments of `fullrank data import`.
+
+    Attributes:
+        format: name of the log's format.
+        path: the log: a file or a directory, as the format expects.
+        schema_file: for formats that do not bring a schema.
+        split: how rows become training, validation and test rows; default that of the format.
+        max_bad: share of bad rows above which the import fails.
+    """
 
     format: str
     path: Path
@@ -41,6 +49,7 @@ class DataSpec(Section):
 
     Attributes:
         dataset: a dataset directory; made from `source` first if it does not exist yet.
+        source: the log.
         workers: threads that put training batches together.
     """
 
@@ -53,6 +62,7 @@ class Recipe(Section):
     """One run of `fullrank train`: one model, or a whole funnel.
 
     Attributes:
+        data: the rows.
         model: `name` and the fields of that model's `Config`.
         funnel: instead of `model`: the stages, each with its own model and training (`fullrank.funnel.FunnelConfig`).
         training, embedding: of `model`.
