@@ -155,7 +155,7 @@ def test_a_user_who_took_nearly_everything() -> None:
 def test_neither_groups_nor_chunks_change_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = interactions(tmp_path / "log", log())
     expected = frame_of(path)
-    monkeypatch.setattr(amazon_files.Interactions, "groups", lambda self: 7)
+    monkeypatch.setattr(amazon_files.InteractionTables, "groups", lambda self: 7)
     monkeypatch.setattr(by_user, "PENDING_BYTES", 2000)
     monkeypatch.setattr("fullrank.data.formats.amazon.CANDIDATES", 5)
     found = frame_of(path)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -33,20 +33,18 @@ class Coded:
 
 
 @dataclass(frozen=True)
-class Jagged:
-    """Lists of coded values, possibly shared between rows.
+class SharedLists:
+    """Where the lists of some rows begin and end; rows may have the same list.
 
     Attributes:
         lists: int32, shape (n,): which list each row has.
         offsets: int32: list i holds elements offsets[i]:offsets[i + 1].
-        elements: codes and distinct values of the elements of all lists.
     """
 
     lists: Integers
     offsets: Integers
-    elements: Coded
 
-    def take(self, rows: npt.NDArray[Any]) -> Jagged:
+    def take(self, rows: npt.NDArray[Any]) -> Self:
         return replace(self, lists=self.lists[rows])
 
     @property
@@ -55,19 +53,21 @@ class Jagged:
 
 
 @dataclass(frozen=True)
-class JaggedNumbers:
-    """Lists of numbers: `lists` and `offsets` as in `Jagged`; NaN is missing."""
+class Jagged(SharedLists):
+    """Lists of coded values.
 
-    lists: Integers
-    offsets: Integers
+    Attributes:
+        elements: codes and distinct values of the elements of all lists.
+    """
+
+    elements: Coded
+
+
+@dataclass(frozen=True)
+class JaggedNumbers(SharedLists):
+    """Lists of numbers; NaN is missing."""
+
     numbers: Floats
-
-    def take(self, rows: npt.NDArray[Any]) -> JaggedNumbers:
-        return replace(self, lists=self.lists[rows])
-
-    @property
-    def list_lengths(self) -> Integers:
-        return np.diff(self.offsets)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from fullrank.data.formats import open_format, usual_format
 from fullrank.data.formats.base import Format, Sampled
 from fullrank.data.frames import FrameLog, polars_frame
 from fullrank.data.inference import infer_schema
-from fullrank.data.raw import RawChunk
+from fullrank.data.raw import RawChunk, rejected_text
 from fullrank.data.reading import read_log
 from fullrank.data.splits import PARTS, SplitSpec
 from fullrank.schema import Role, Schema
@@ -298,14 +298,14 @@ def write_dataset(
                 for frame in parts[name]:
                     chunk, bad = check(schema, RawChunk(frame, first_line=row))
                     if bad.height:
-                        line, column, reason, value = bad.row(0)
-                        raise ValueError(f'part {name} row {line}: column "{column}" is "{value}": {reason}')
+                        line, *what = bad.row(0)
+                        raise ValueError(f"part {name} row {line}: {rejected_text(*what)}")
                     builder.add(chunk, np.full(chunk.rows, PARTS.index(name), dtype=np.int8))
                     row += frame.height
             builder.reject_duplicates()
             if builder.rejected.count:
-                line, column, reason, value = builder.rejected.first[0]
-                raise ValueError(f'row {line}: column "{column}" is "{value}": {reason}')
+                line, *what = builder.rejected.first[0]
+                raise ValueError(f"row {line}: {rejected_text(*what)}")
             builder.write(valid=0, test=0, about=about)
     return Dataset.open(Path(out))
 

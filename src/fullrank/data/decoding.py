@@ -28,7 +28,7 @@ Longs = npt.NDArray[np.int64]
 Number = TypeVar("Number", bound=np.generic)
 
 
-class Jagged(NamedTuple):
+class DecodedLists(NamedTuple):
     """Lists of K keys: row r of key k is `values[offsets_KR1[k, r] : offsets_KR1[k, r + 1]]`."""
 
     values: npt.NDArray[Any]
@@ -58,8 +58,8 @@ class DecodedRows:
     numeric_RN: Floats
     ids_RF: Ints
     labels_RT: Floats
-    jagged: Jagged
-    events: Jagged
+    jagged: DecodedLists
+    events: DecodedLists
     weights_R: Floats | None
     timestamp_R: Longs | None
     user_R: Longs | None
@@ -211,7 +211,7 @@ class Decoder:
             self._user_R,
         )
 
-    def _join(self, keys: tuple[str, ...], dtype: npt.DTypeLike) -> Jagged:
+    def _join(self, keys: tuple[str, ...], dtype: npt.DTypeLike) -> DecodedLists:
         rows = self._ids_RF.shape[0]
         total = sum(len(piece) for name in keys for piece in self._lists[name])
         values = np.empty(total, dtype=dtype)
@@ -225,7 +225,7 @@ class Decoder:
                 piece = pieces.popleft()
                 values[begin : begin + len(piece)] = piece
                 begin += len(piece)
-        return Jagged(values, offsets_KR1)
+        return DecodedLists(values, offsets_KR1)
 
     def _column(self, table: pa.Table, name: str) -> Any:
         if name not in self._present:

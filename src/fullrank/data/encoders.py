@@ -26,7 +26,7 @@ from fullrank.data.checks import check
 from fullrank.data.chunk import Chunk, Coded, Integers
 from fullrank.data.fitting import Embedded, Fitting
 from fullrank.data.hashing import hash_series, hash_text
-from fullrank.data.raw import RawChunk
+from fullrank.data.raw import RawChunk, rejected_text
 from fullrank.data.transforms import BucketState, NumberState, State, bucket_ids, transformed, transformed_events
 from fullrank.data.vocabulary import Vocabulary
 from fullrank.schema import FIRST_VOCABULARY_ID, MISSING_ID, Schema, describe_errors
@@ -246,8 +246,8 @@ def _read_vocabulary(path: Path) -> Vocabulary:
 def _clean(schema: Schema, frame: pl.DataFrame, first_row: int, *, allow_missing: bool) -> Chunk:
     chunk, bad = check(schema, RawChunk(frame, first_line=first_row), allow_missing=allow_missing)
     if bad.height:
-        line, column, reason, value = bad.row(0)
-        raise ValueError(f'row {line}: column "{column}" is "{value}": {reason}')
+        line, *what = bad.row(0)
+        raise ValueError(f"row {line}: {rejected_text(*what)}")
     return chunk
 
 

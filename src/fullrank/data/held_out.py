@@ -14,8 +14,7 @@ import numpy.typing as npt
 from fullrank.data.chunk import Chunk
 from fullrank.data.formats.base import Format, HoldsOut
 from fullrank.data.formats.lines import read_blocks
-from fullrank.data.hashing import stable_hash
-from fullrank.data.splits import PARTS, TRAIN, VALID, Parts, SplitSpec, by_hash
+from fullrank.data.splits import PARTS, TRAIN, VALID, Parts, SplitSpec, by_user
 from fullrank.schema import Schema
 
 
@@ -64,7 +63,7 @@ def validation(source: Format, files: dict[str, Path], split: SplitSpec, schema:
         of_users = split.model_copy(update={"test": 0.0})
 
         def users(chunk: Chunk) -> Parts:
-            return by_hash(stable_hash(chunk.keys["user_id"]).fill_null(0).to_numpy(), of_users)
+            return by_user(chunk.keys["user_id"], of_users)
 
         return Validation(files, users, f"{split.valid:.0%} of the users of the train file")
     last_train = round(_count_lines(files["train"]) * (1 - split.valid))

@@ -27,6 +27,11 @@ def rejected_table(rows: list[tuple[int, str, str, str]]) -> pl.DataFrame:
     return pl.DataFrame(sorted(rows), schema=REJECTED_SCHEMA, orient="row")
 
 
+def rejected_text(column: str, reason: str, value: str) -> str:
+    """What is wrong with a rejected row, for a message that begins with its place."""
+    return f'column "{column}" is "{value}": {reason}' if column else f"{reason}: {value}"
+
+
 @dataclass(frozen=True)
 class RawChunk:
     """Some consecutive rows of a log as the source has them, not yet encoded.

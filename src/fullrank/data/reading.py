@@ -15,11 +15,10 @@ from fullrank.data.checks import check
 from fullrank.data.chunk import Chunk
 from fullrank.data.formats.base import Format, SplitsRows
 from fullrank.data.formats.published import fingerprints
-from fullrank.data.hashing import stable_hash
 from fullrank.data.held_out import validation
 from fullrank.data.lookahead import prefetched
-from fullrank.data.raw import RawChunk
-from fullrank.data.splits import TRAIN, Parts, SplitSpec, by_hash
+from fullrank.data.raw import RawChunk, rejected_text
+from fullrank.data.splits import TRAIN, Parts, SplitSpec, by_hash, by_user
 from fullrank.schema import Schema
 
 
@@ -116,7 +115,7 @@ def _split_rows(chunk: Chunk, split: SplitSpec, kind: str) -> Parts | None:
     if kind == "none":
         return np.full(chunk.rows, TRAIN, dtype=np.int8)
     if kind == "user":
-        return by_hash(stable_hash(chunk.keys["user_id"]).fill_null(0).to_numpy(), split)
+        return by_user(chunk.keys["user_id"], split)
     if kind == "random":
         # The place in the source decides, so that a row keeps its part when others are rejected.
         return by_hash(chunk.line(np.arange(chunk.rows)).astype(np.uint64), split)
@@ -137,8 +136,7 @@ def _check_rejected(path: Path, builder: DatasetBuilder, max_bad: float, row_nam
         atomic.replace(rejected.path, report)
     limit = "max_bad" if report is None else "--max-bad"
     first = "; ".join(
-        f"{row_name} {line}: " + (f'column "{column}" is "{value}": {reason}' if column else f"{reason}: {value}")
-        for line, column, reason, value in rejected.first
+        f"{row_name} {line}: {rejected_text(column, reason, value)}" for line, column, reason, value in rejected.first
     )
     raise ValueError(
         f"{path}: {rejected.count:,} of {total:,} rows are bad ({rejected.count / total:.2%}, {max_bad:.2%} allowed by "

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fullrank.data.hashing import splitmix
+from fullrank.data.hashing import splitmix, stable_hash
 from fullrank.schema import describe_errors
 
 PARTS = ("train", "valid", "test")
@@ -131,6 +131,11 @@ def by_hash(hashes: npt.NDArray[np.uint64], spec: SplitSpec) -> Parts:
     parts[uniform < spec.valid + spec.test] = VALID
     parts[uniform < spec.test] = TEST
     return parts
+
+
+def by_user(users: pl.Series, spec: SplitSpec) -> Parts:
+    """Part of each row by its user, integers or text; rows without one stay together."""
+    return by_hash(stable_hash(users).fill_null(0).to_numpy(), spec)
 
 
 def by_name(names: pl.Series) -> npt.NDArray[np.int8]:

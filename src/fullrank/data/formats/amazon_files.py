@@ -123,7 +123,7 @@ class Reviews:
         return max(groups_for([self._reviews]) // 4, 1)
 
 
-class Interactions:
+class InteractionTables:
     """`interactions.parquet` (user_id, item_id, time in s) and `items.parquet` (item_id, i_category)."""
 
     timed = True
@@ -229,7 +229,7 @@ def amazon_files(path: Path) -> AmazonFiles:
     """
     if path.is_dir():
         if (path / "interactions.parquet").is_file():
-            return Interactions(path)
+            return InteractionTables(path)
         if (path / "sequences.parquet").is_file():
             return Sequences(path)
         lines = [file for file in sorted(path.iterdir()) if _is_json(file) or file.suffix == ".txt"]
