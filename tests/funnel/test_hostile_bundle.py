@@ -113,7 +113,7 @@ CASES: dict[str, tuple[Edit, str]] = {
     ),
     "layers: negative": (
         values("manifest.json", lambda v: v["stages"][2]["config"].update(hidden=[-1])),
-        "final.safetensors does not fit",
+        r"stage final: hidden.0: .*got -1",
     ),
     "a stage twice": (values("manifest.json", lambda v: v["stages"].append(v["stages"][2])), "a stage occurs twice"),
     "a deep formula": (values("manifest.json", lambda v: v.update(value="-" * 990 + "click")), "more than 200"),

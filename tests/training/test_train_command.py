@@ -122,10 +122,15 @@ def test_a_last_batch_of_one_row_is_no_obstacle_to_batch_norm(
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("model.json", lambda b: b.replace(b"deepfm", b"deepxx"), 'model "deepxx" is unknown'),
-        ("model.json", lambda b: b[:-4], "holds no readable model"),
-        ("weights.safetensors", lambda b: b[:-4], "holds no readable model"),
-        ("model.json", lambda b: b.replace(b'"embedding_dim": 4', b'"embedding_dim": 8'), "does not fit its model"),
+        ("manifest.json", lambda b: b.replace(b"deepfm", b"deepxx"), 'ranker "deepxx" is unknown; .*"deepfm"'),
+        ("manifest.json", lambda b: b[:-4], "is damaged"),
+        ("weights.safetensors", lambda b: b[:-4], "does not match its hash"),
+        ("manifest.json", lambda b: b.replace(b'"embedding_dim": 4', b'"embedding_dim": 8'), "has shape .*expected"),
+        (
+            "manifest.json",
+            lambda b: b.replace(b'"embedding_dim": 4', b'"embedding_dim": -4'),
+            "embedding_dim: .*got -4",
+        ),
     ],
 )
 def test_a_damaged_model_directory_is_refused(
@@ -139,3 +144,29 @@ def test_a_damaged_model_directory_is_refused(
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path / "model")
+
+
+def test_what_could_not_be_loaded_is_not_saved(dataset: Dataset, tmp_path: Path) -> None:
+    from fullrank.models import RANKERS, register
+    from fullrank.models.lr import LR
+
+    class Own(LR):
+        name = "own_of_a_test"
+
+    class Pretender(LR):
+        pass
+
+    own = Own.from_config(dataset.schema)
+    with pytest.raises(ValueError, match=r"Own could not be loaded again, it is not registered: .*models.register"):
+        save_model(own, tmp_path / "own")
+    with pytest.raises(ValueError, match="another class is registered as 'lr'"):
+        save_model(Pretender.from_config(dataset.schema), tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+    register(Own)
+    save_model(own, tmp_path / "own")
+    assert isinstance(load_model(tmp_path / "own"), Own)
+    RANKERS.unregister("own_of_a_test")
+    with pytest.raises(
+        ValueError, match=f'"own_of_a_test" is unknown; .* import the package that registers it, {__name__}'
+    ):
+        load_model(tmp_path / "own")

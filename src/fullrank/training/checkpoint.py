@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fullrank.data import atomic
+from fullrank.training.manifest import describe_file
 
 FORMAT_VERSION = 1
 _PREFIX = "step-"
@@ -55,7 +55,7 @@ def write(
     with atomic.new_directory(path, overwrite=True) as partial:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial / _TENSORS)
         (partial / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        files = {name: _sha256(partial / name) for name in (_TENSORS, _STATE)}
+        files = {name: describe_file(partial / name).sha256 for name in (_TENSORS, _STATE)}
         manifest = {"format_version": FORMAT_VERSION, "step": step, "sha256": files}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     steps = list_steps(directory)
@@ -82,7 +82,7 @@ def read(path: Path) -> Checkpoint:
         raise ValueError(f"{path}: format_version is {version!r}, this release reads {FORMAT_VERSION}")
     for name in (_TENSORS, _STATE):
         try:
-            found = _sha256(path / name)
+            found = describe_file(path / name).sha256
         except OSError as error:
             raise ValueError(f"{path} is not a whole checkpoint: {error}") from None
         if found != sums.get(name):
@@ -124,8 +124,3 @@ def _remove(path: Path) -> None:
     # Without its manifest it is no checkpoint any more, however far a kill lets the rest of the removal go.
     (path / _MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
