@@ -62,13 +62,13 @@ class RequestEncoder:
             row.numeric_BN[:, number] = self.stranger.numeric_BN[:, number]
             row.ids_BF[:, ids] = self.stranger.ids_BF[:, ids]
             self.known_rows = users.rows
-        self.scalars: dict[str, Numeric | Categorical] = {f.name: f for f in schema.numeric if f.role != "item"}
-        self.scalars.update({f.name: f for f in schema.categorical if f.role != "item"})
-        self.lists = {bag.name: (bag.separator, False) for bag in schema.bags if bag.role != "item"}
+        given = schema.select({"user", "context"})
+        self.scalars: dict[str, Numeric | Categorical] = {f.name: f for f in given.numeric}
+        self.scalars.update({f.name: f for f in given.categorical})
+        self.lists = {bag.name: (bag.separator, False) for bag in given.bags}
         self.events = {
             sequence.column(part): (sequence, sequence.separator, isinstance(part, EventNumber))
-            for sequence in schema.sequences
-            if sequence.role != "item"
+            for sequence in given.sequences
             for part in sequence.fields
         }
         key = schema.keys.user_id
@@ -161,8 +161,7 @@ class RequestEncoder:
             raise ValueError(str(error).removeprefix("row 1: ").splitlines()[0]) from None
 
     def _unknown(self, name: str) -> str:
-        names = {feature.name for feature in self.schema.features if feature.role == "item"}
-        if name in names:
+        if name in {feature.name for feature in self.schema.select({"item"}).features}:
             return f'"{name}" is a feature of items; a request gives features of the user and the context'
         return f'unknown feature "{name}"; expected one of {", ".join((*self.scalars, *self.lists, *self.events))}'
 
