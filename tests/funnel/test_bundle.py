@@ -95,7 +95,7 @@ def test_a_link_out_of_the_bundle_is_refused(bundle: Path, name: str) -> None:
         (lambda m: m.update(extra=1), "extra: unknown key"),
         (lambda m: m.pop("stages"), "stages: Field required"),
         (lambda m: m["stages"].pop(1), "no stage early"),
-        (lambda m: m["stages"][2].update(kind="os.system"), 'model "os.system" is unknown'),
+        (lambda m: m["stages"][2].update(kind="os.system"), 'ranker "os.system" is unknown'),
         (lambda m: m["stages"][0].update(kind="magic"), 'retriever "magic" is unknown'),
         (lambda m: m["stages"][2]["config"].update(hidden=[32]), "does not fit the din of the manifest"),
         (lambda m: m["stages"][2]["config"].update(hiden=[32]), "hiden: unknown key"),

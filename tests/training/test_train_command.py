@@ -167,6 +167,6 @@ def test_what_could_not_be_loaded_is_not_saved(dataset: Dataset, tmp_path: Path)
     assert isinstance(load_model(tmp_path / "own"), Own)
     RANKERS.unregister("own_of_a_test")
     with pytest.raises(
-        ValueError, match=f'"own_of_a_test" is unknown; .* import the package that registers it, {__name__}'
+        ValueError, match=f'"own_of_a_test" is unknown; .*import the package that registers it, {__name__}'
     ):
         load_model(tmp_path / "own")
