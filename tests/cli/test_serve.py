@@ -124,7 +124,7 @@ save_bundle(Scorer(dataset.encoders, Mine.from_config(dataset.schema)), Path("mo
     subprocess.run([sys.executable, "-c", save], env=ENVIRONMENT, cwd=tmp_path, check=True, timeout=120)
     command = [*COMMAND, "serve", "model", "--port", "0"]
     ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=120)
-    assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1 and "mine" in ran.stderr
+    assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1 and "rankers_of_mine" in ran.stderr
     # The installed command does not have the current directory in its path; `python -c` has.
     program = "import sys; sys.path.remove(''); from fullrank.cli.main import main; main()"
     command = [sys.executable, "-c", program, "models", "mine", "--import", "rankers_of_mine", "--json"]
