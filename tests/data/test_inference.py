@@ -74,3 +74,16 @@ def test_of_several_binary_columns_none_is_guessed_to_be_the_label() -> None:
     frame = pl.DataFrame({"a": [0, 1, 1], "b": [1, 0, 1], "c": ["x", "y", "x"]})
     assert infer_schema(frame).labels == ()
     assert infer_schema(frame.drop("b")).labels == (Label(name="a"),)
+
+
+def test_columns_that_hold_neither_text_nor_numbers_are_left_out_and_shown() -> None:
+    frame = sample().with_columns(
+        raw=pl.lit(b"x"),
+        both=pl.struct("user_id", "price"),
+        wait=pl.duration(seconds=3),
+        pieces=pl.concat_list(pl.lit(b"y")),
+    )
+    schema, columns = profile(frame)
+    assert schema == infer_schema(sample())
+    left_out = {column.name for column in columns if column.use == "left out: neither text nor numbers"}
+    assert left_out == {"raw", "both", "wait", "pieces"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from fullrank.data.values import as_numbers, as_text
+from fullrank.data.values import as_numbers, as_text, is_value
 from fullrank.schema import (
     Categorical,
     EventId,
@@ -103,6 +103,9 @@ def profile(
         if name in labels or name in like_labels or name in only_keys:
             continue
         fact = facts[name]
+        if not fact.is_readable:
+            uses[name] = "left out: neither text nor numbers"
+            continue
         role = _role(sample, name, keys, fact)
         if fact.is_list and "." in name:
             sequences.setdefault(name.split(".", 1)[0], []).append(name)
@@ -147,26 +150,30 @@ class _Facts:
     distinct: int
     missing: float
     top: str
-    is_list: bool
-    separator: str | None
-    is_number: bool
-    is_integer: bool
-    is_quantity: bool
-    all_distinct: bool
-    lowest: float
-    is_binary: bool
+    is_readable: bool = True
+    is_list: bool = False
+    separator: str | None = None
+    is_number: bool = False
+    is_integer: bool = False
+    is_quantity: bool = False
+    all_distinct: bool = False
+    lowest: float = 0.0
+    is_binary: bool = False
     numbers_in_list: bool = False
 
 
 def _facts(column: pl.Series) -> _Facts:
     rows = max(len(column), 1)
-    if isinstance(column.dtype, (pl.List, pl.Array)):
-        elements = column.explode().drop_nulls()
+    dtype = str(column.dtype)
+    nested = isinstance(column.dtype, (pl.List, pl.Array))
+    elements = column.explode().drop_nulls() if nested else column
+    if not is_value(elements.dtype):
+        return _Facts(dtype=dtype, distinct=0, missing=column.null_count() / rows, top="", is_readable=False)
+    if nested:
         top = str(column.drop_nulls().head(1).to_list()[0])[:60] if column.null_count() < len(column) else ""
         return _Facts(
-            dtype=str(column.dtype), distinct=elements.n_unique(), missing=column.null_count() / rows, top=top,
-            is_list=True, separator=None, is_number=False, is_integer=False, is_quantity=False, all_distinct=False,
-            lowest=0.0, is_binary=False, numbers_in_list=elements.dtype.is_float(),
+            dtype=dtype, distinct=elements.n_unique(), missing=column.null_count() / rows, top=top, is_list=True,
+            numbers_in_list=elements.dtype.is_float(),
         )  # fmt: skip
     text = as_text(column.cast(pl.String) if column.dtype.is_temporal() else column)
     present = text.drop_nulls()
@@ -180,7 +187,6 @@ def _facts(column: pl.Series) -> _Facts:
     lowest = float(numbers.min()) if is_number else 0.0
     named_id = column.name.lower().endswith(("id", "code", "_no")) or column.dtype == pl.Boolean
     separator = None if is_number else _separator(present)
-    dtype = str(column.dtype)
     if column.dtype == pl.String:
         kind = "integer" if is_integer else "number" if is_number else "list" if separator else "text"
         dtype = kind if len(present) else "empty"
@@ -217,7 +223,7 @@ def _keys(facts: dict[str, _Facts]) -> dict[str, str]:
     lower = {name.lower(): name for name in reversed(facts)}
     for key, names in KEY_NAMES.items():
         for name in (*names, *(_ITEM_KEYS_TOO if key == "item_id" else ())):
-            if key not in keys and name in lower and not facts[lower[name]].is_list:
+            if key not in keys and name in lower and facts[lower[name]].is_readable and not facts[lower[name]].is_list:
                 keys[key] = lower[name]
     for key in ("timestamp", "weight", "bid"):
         if key in keys and not facts[keys[key]].is_number and key != "timestamp":

@@ -28,12 +28,19 @@ def text_bytes(values: pl.Series) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np
     return np.frombuffer(data, dtype=np.uint8)[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
+def is_value(dtype: pl.DataType) -> bool:
+    """Whether a column of this type has a text, a number, a truth value or a time in each row."""
+    if dtype.is_numeric() or dtype.is_temporal():
+        return dtype != pl.Duration
+    return dtype in (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null)
+
+
 def factorise(column: pl.Series) -> tuple[Integers, pl.Series]:
     """Codes (int32, no nulls) and values of a column; the values are distinct unless there are only a few rows."""
+    if not is_value(column.dtype):
+        raise ValueError(f'column "{column.name}" holds {column.dtype}, expected one text or number per row')
     if column.dtype in (pl.Categorical, pl.Enum) or column.dtype.is_temporal():
         column = column.cast(pl.String)
-    if column.dtype.is_nested() or column.dtype == pl.Binary or column.dtype == pl.Object:
-        raise ValueError(f'column "{column.name}" holds {column.dtype}, expected one text or number per row')
     if column.dtype == pl.Null:
         return np.zeros(len(column), np.int32), pl.Series(column.name, [None], dtype=pl.String)
     if len(column) <= _FEW_ROWS:
