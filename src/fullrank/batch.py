@@ -1,11 +1,12 @@
 """The one tensor container that flows through every model."""
 
-# Shapes: B rows, N numeric columns, F single-id features, K jagged keys, E event-number keys, T tasks.
+# Shapes: B rows, P rows of a result, N numeric columns, F single-id features, K jagged keys, E event-number keys,
+# T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +17,19 @@ from fullrank.extras import needs
 if TYPE_CHECKING:
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+# What a field holds, said once for all that works on rows: an entry per row, or None; such tensors by name; the values
+# of lists (of key 0 for all rows, then of key 1, ...), and which field has their lengths. Others never change.
+_ROW, _ROWS_BY_NAME = {"holds": "row"}, {"holds": "rows by name"}
+_IDS, _NUMBERS = {"holds": "values", "lengths": "jagged_lengths_KB"}, {"holds": "values", "lengths": "event_lengths_EB"}
+_LENGTHS = {"holds": "lengths"}
+
 
 @dataclass(frozen=True)
 class Batch:
     """Rows of a log as tensors. Columns follow the schema's order (`Schema.numeric_columns`, `.categorical`,
     `.jagged_keys`, `.event_number_keys`, `.labels`).
+
+    Each field says once whether it goes by row or holds lists; what works on rows follows from that.
 
     Attributes:
         numeric_BN: float32, transformed numbers.
@@ -34,20 +43,22 @@ class Batch:
         weights_B: float32 importance of the rows, or None for equal weights.
         timestamp_B: int64 seconds since 1970, or None.
         user_B: int64 key that groups the rows of one user (GAUC), or None.
+        extra: further columns of the dataset by name, first dimension B: teacher labels, embeddings, propensities.
     """
 
-    numeric_BN: Tensor
-    ids_BF: Tensor
+    numeric_BN: Tensor = field(metadata=_ROW)
+    ids_BF: Tensor = field(metadata=_ROW)
     jagged_keys: tuple[str, ...]
-    jagged_values: Tensor
-    jagged_lengths_KB: Tensor
+    jagged_values: Tensor = field(metadata=_IDS)
+    jagged_lengths_KB: Tensor = field(metadata=_LENGTHS)
     event_keys: tuple[str, ...]
-    event_values: Tensor
-    event_lengths_EB: Tensor
-    labels_BT: Tensor
-    weights_B: Tensor | None = None
-    timestamp_B: Tensor | None = None
-    user_B: Tensor | None = None
+    event_values: Tensor = field(metadata=_NUMBERS)
+    event_lengths_EB: Tensor = field(metadata=_LENGTHS)
+    labels_BT: Tensor = field(metadata=_ROW)
+    weights_B: Tensor | None = field(default=None, metadata=_ROW)
+    timestamp_B: Tensor | None = field(default=None, metadata=_ROW)
+    user_B: Tensor | None = field(default=None, metadata=_ROW)
+    extra: dict[str, Tensor] = field(default_factory=dict, metadata=_ROWS_BY_NAME)
 
     def __len__(self) -> int:
         return self.ids_BF.shape[0]
@@ -72,11 +83,26 @@ class Batch:
         """
         return _jagged(self.event_keys, self.event_values, self.event_lengths_EB, key)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor of the batch."""
+        for name in _ALL:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, dict):
+                yield from value.values()
+
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         return self._map(Tensor.pin_memory)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory from being used anew before what `stream` was given so far is done; a CPU has no streams."""
+        for tensor in self.tensors():
+            if tensor.device.type != "cpu":
+                tensor.record_stream(stream)
 
     def __getitem__(self, rows: slice) -> Batch:
         """A contiguous slice of rows (step 1)."""
@@ -85,7 +111,7 @@ class Batch:
             raise ValueError(f"a Batch can be sliced with step 1 only, got {step}")
         stop = max(start, stop)
 
-        def cut(values: Tensor, lengths_KB: Tensor) -> tuple[Tensor, Tensor]:
+        def cut(_: str, values: Tensor, lengths_KB: Tensor) -> tuple[Tensor, Tensor]:
             if lengths_KB.shape[0] == 0:
                 return values, lengths_KB[:, start:stop]
             ends = lengths_KB.reshape(-1).cumsum(0)
@@ -96,22 +122,41 @@ class Batch:
             ]
             return torch.cat(pieces), lengths_KB[:, start:stop].contiguous()
 
-        jagged_values, jagged_lengths_KB = cut(self.jagged_values, self.jagged_lengths_KB)
-        event_values, event_lengths_EB = cut(self.event_values, self.event_lengths_EB)
-        return Batch(
-            numeric_BN=self.numeric_BN[start:stop],
-            ids_BF=self.ids_BF[start:stop],
-            jagged_keys=self.jagged_keys,
-            jagged_values=jagged_values,
-            jagged_lengths_KB=jagged_lengths_KB,
-            event_keys=self.event_keys,
-            event_values=event_values,
-            event_lengths_EB=event_lengths_EB,
-            labels_BT=self.labels_BT[start:stop],
-            weights_B=None if self.weights_B is None else self.weights_B[start:stop],
-            timestamp_B=None if self.timestamp_B is None else self.timestamp_B[start:stop],
-            user_B=None if self.user_B is None else self.user_B[start:stop],
-        )
+        return self._changed(lambda column: column[start:stop], cut)
+
+    def take(self, rows_P: Tensor) -> Batch:
+        """The given rows, in the given order; rows may repeat. See `RowGather` for taking again and again."""
+        return RowGather(self).take(rows_P)
+
+    @staticmethod
+    def cat(batches: Sequence[Batch]) -> Batch:
+        """Batches of the same columns, one below the other. Weights, timestamps and users stay if all have them.
+
+        Raises:
+            ValueError: if there is no batch, or they differ in their keys or further columns.
+        """
+        if not batches:
+            raise ValueError("there is no batch to join")
+        first = batches[0]
+        if len(batches) == 1:
+            return first
+        for name in _CONSTANT:
+            if any(getattr(batch, name) != getattr(first, name) for batch in batches):
+                raise ValueError(f"the batches to join differ in their {name}")
+        joined: dict[str, Any] = {name: getattr(first, name) for name in _CONSTANT}
+        for name in _BY_ROW:
+            columns = [getattr(batch, name) for batch in batches]
+            joined[name] = None if any(column is None for column in columns) else torch.cat(columns)
+        for name in _NAMED:
+            if any(getattr(batch, name).keys() != getattr(first, name).keys() for batch in batches):
+                raise ValueError(f"the batches to join differ in their {name} columns")
+            joined[name] = {key: torch.cat([getattr(b, name)[key] for b in batches]) for key in getattr(first, name)}
+        for values, lengths in _LISTS:
+            split = [getattr(b, values).split(getattr(b, lengths).sum(1).tolist()) for b in batches]
+            by_key = [pieces[key] for key in range(getattr(first, lengths).shape[0]) for pieces in split]
+            joined[values] = torch.cat(by_key) if by_key else getattr(first, values)[:0]
+            joined[lengths] = torch.cat([getattr(batch, lengths) for batch in batches], 1)
+        return Batch(**joined)
 
     def keyed_jagged_tensor(self) -> KeyedJaggedTensor:
         """The jagged part as TorchRec's container, sharing memory with this batch (needs torchrec)."""
@@ -123,11 +168,85 @@ class Batch:
         )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        changed: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            changed[field.name] = change(value) if isinstance(value, Tensor) else value
+        return self._changed(change, lambda _, values, lengths_KB: (change(values), change(lengths_KB)))
+
+    def _changed(
+        self,
+        column: Callable[[Tensor], Tensor],
+        lists: Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> Batch:
+        """A batch of changed tensors.
+
+        Args:
+            column: of a tensor with an entry per row.
+            lists: of the name of a field of lists, its values and their lengths, which it returns both.
+        """
+        changed: dict[str, Any] = {name: getattr(self, name) for name in _CONSTANT}
+        for name in _BY_ROW:
+            value = getattr(self, name)
+            changed[name] = None if value is None else column(value)
+        for name in _NAMED:
+            changed[name] = {key: column(value) for key, value in getattr(self, name).items()}
+        for values, lengths in _LISTS:
+            changed[values], changed[lengths] = lists(values, getattr(self, values), getattr(self, lengths))
         return Batch(**changed)
+
+
+def _names(holds: str | None) -> tuple[str, ...]:
+    return tuple(each.name for each in fields(Batch) if each.metadata.get("holds") == holds)
+
+
+_ALL = tuple(each.name for each in fields(Batch))
+_CONSTANT, _BY_ROW, _NAMED = _names(None), _names("row"), _names("rows by name")
+_LISTS = tuple((each.name, each.metadata["lengths"]) for each in fields(Batch) if "lengths" in each.metadata)
+
+
+class RowGather:
+    """A batch to take rows from again and again: where each row's ids begin is computed once."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self._starts = {values: _starts(getattr(batch, lengths)) for values, lengths in _LISTS}
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def take(self, rows_P: Tensor) -> Batch:
+        """The given rows, in the given order; rows may repeat."""
+        return self.batch._changed(
+            lambda column: column.index_select(0, rows_P),
+            lambda name, values, lengths_KB: _gather(values, self._starts[name], lengths_KB, rows_P),
+        )
+
+    def jagged(self, rows_P: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Ids and lengths of the given rows for keys `first` to `last`, the latter left out."""
+        lengths_KB, starts_KB = self.batch.jagged_lengths_KB[first:last], self._starts["jagged_values"][first:last]
+        return _gather(self.batch.jagged_values, starts_KB, lengths_KB, rows_P)
+
+    def events(self, rows_P: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Numbers of events, likewise."""
+        lengths_KB, starts_KB = self.batch.event_lengths_EB[first:last], self._starts["event_values"][first:last]
+        return _gather(self.batch.event_values, starts_KB, lengths_KB, rows_P)
+
+
+def _starts(lengths_KB: Tensor) -> Tensor:
+    flat = lengths_KB.reshape(-1)
+    return (flat.cumsum(0) - flat).view_as(lengths_KB)
+
+
+def _gather(values: Tensor, starts_KB: Tensor, lengths_KB: Tensor, rows_P: Tensor) -> tuple[Tensor, Tensor]:
+    lengths_KP = lengths_KB.index_select(1, rows_P)
+    if not lengths_KB.numel():
+        return values[:0], lengths_KP
+    if lengths_KB.shape[1] == 1:
+        # One row against many: its values repeat as they are.
+        bounds = zip(starts_KB[:, 0].tolist(), lengths_KB[:, 0].tolist(), strict=True)
+        return torch.cat([values[start : start + n].repeat(rows_P.numel()) for start, n in bounds]), lengths_KP
+    wanted = lengths_KP.reshape(-1)
+    # Value j of the result, in the row that begins at result place b and at source place s, is source value s + j - b.
+    shift = starts_KB.index_select(1, rows_P).reshape(-1) - (wanted.cumsum(0) - wanted)
+    places = torch.repeat_interleave(shift, wanted)
+    return values.index_select(0, places + torch.arange(places.numel(), device=places.device)), lengths_KP
 
 
 def _jagged(keys: tuple[str, ...], values: Tensor, lengths_KB: Tensor, key: str) -> tuple[Tensor, Tensor]:

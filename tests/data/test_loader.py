@@ -274,3 +274,64 @@ def test_a_missing_column_or_split_is_named(dataset: Dataset) -> None:
         Loader(dataset, "dev", 10)
     with pytest.raises(ValueError, match='column "price" is missing'):
         batch_from_frame(_frame(5).drop("price"), _schema())
+
+
+def _with_further(path: Path, change: pl.Expr | None = None) -> Dataset:
+    """Two shards of 150 rows with columns beside those of the schema."""
+    further = _frame(300).with_columns(
+        pl.Series("propensity", np.arange(300) / 300),
+        pl.Series("clicks_before", np.arange(300), dtype=pl.Int32),
+        pl.Series("vector", np.arange(900, dtype=np.float32).reshape(300, 3)),
+    )
+    if change is not None:
+        further = further.with_columns(change)
+    dataset = write_dataset(path, _schema(), {"train": [further.head(150), further.tail(150)]}, encoded=True)
+    return Dataset.open(dataset.path)
+
+
+@pytest.mark.parametrize("memory_limit", [1 << 30, SMALL])
+def test_further_columns_go_with_their_rows(tmp_path: Path, memory_limit: int) -> None:
+    loader = Loader(
+        _with_further(tmp_path / "data"),
+        "train",
+        64,
+        shuffle=True,
+        memory_limit=memory_limit,
+        extra=("propensity", "vector", "clicks_before", "click"),
+    )
+    batches = list(loader)
+    assert sorted(_rows(batches)) == list(range(300))
+    for batch in batches:
+        row_B = batch.numeric_BN[:, 0]
+        assert batch.extra["clicks_before"].dtype == torch.int64
+        assert torch.equal(batch.extra["clicks_before"], row_B.long())
+        assert torch.allclose(batch.extra["propensity"], row_B / 300)
+        assert batch.extra["propensity"].dtype == torch.float32
+        assert torch.equal(batch.extra["vector"], 3 * row_B[:, None] + torch.arange(3))
+        assert torch.equal(batch.extra["click"], batch.labels_BT[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "extra", "message"),
+    [
+        (
+            None,
+            "teacher",
+            'column "teacher" is missing; further columns that were kept: propensity, clicks_before',
+        ),
+        (pl.lit("a").alias("vector"), "vector", 'column "vector" is .*string.*, expected numbers, or lists of them'),
+        (pl.lit(None, pl.Int64).alias("vector"), "vector", 'column "vector" has nulls'),
+        (
+            pl.int_ranges(pl.int_range(pl.len()) % 3).alias("vector"),
+            "vector",
+            'column "vector" has lists of unequal length',
+        ),
+    ],
+)
+def test_a_further_column_that_cannot_be_had_is_one_line(
+    tmp_path: Path, change: pl.Expr | None, extra: str, message: str
+) -> None:
+    dataset = _with_further(tmp_path / "data", change)
+    with pytest.raises(ValueError, match=message) as caught:
+        list(Loader(dataset, "train", 64, extra=(extra,)))
+    assert "\n" not in str(caught.value)

@@ -6,12 +6,12 @@ import polars as pl
 import pytest
 import torch
 
+from fullrank.batch import RowGather
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import batch_from_frame
 from fullrank.funnel import Funnel, Request, StageSizes
 from fullrank.funnel.catalogue import Catalogue, all_rows, usual_context, with_market
-from fullrank.retrieval.rows import Rows
 
 
 def copy_of(funnel: Funnel, sizes: StageSizes, value: str | None = None) -> Funnel:
@@ -193,7 +193,7 @@ def test_remembered_codes_equal_fresh_ones(funnel: Funnel, dataset: Dataset) -> 
     """The memory of scalar codes keeps values apart that Python calls equal."""
     encode, fresh = funnel.encode, Encoders.load(dataset.path / "encoders")
     for value in (1, 1.0, "1", 0, "0", "x"):
-        row = Rows(encode([Request("s", {"device": value})])).batch
+        row = RowGather(encode([Request("s", {"device": value})])).batch
         column = [feature.name for feature in dataset.schema.categorical].index("device")
         expected = fresh.transform(pl.DataFrame({"device": [value]}), allow_missing=True)["device"][0]
         assert int(row.ids_BF[0, column]) == expected

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fullrank.batch import Batch
+from fullrank.batch import Batch, RowGather
 from fullrank.models.base import example_batch
 from fullrank.models.early_stage import EarlyStageRanker
-from fullrank.retrieval.rows import Pairing, Rows
+from fullrank.retrieval.pairing import Pairing
 from fullrank.schema import Categorical, EventId, Label, Numeric, Schema, Sequence
 
 SCHEMA = Schema(
@@ -51,7 +51,7 @@ def test_scoring_precomputed_items_equals_the_forward_pass_on_pairs() -> None:
     handle.remove()
     assert calls == 1
     user, item = torch.arange(3).repeat_interleave(7), torch.arange(7).repeat(3)
-    expected = model(Pairing.of(SCHEMA)(Rows(users), user, Rows(items), item)).logits_BT.view(3, 7, 2)
+    expected = model(Pairing.of(SCHEMA)(RowGather(users), user, RowGather(items), item)).logits_BT.view(3, 7, 2)
     assert torch.allclose(logits_UPT, expected, atol=1e-5)
 
 
@@ -59,7 +59,7 @@ def test_an_item_vector_does_not_depend_on_the_user() -> None:
     model = EarlyStageRanker.from_config(SCHEMA, {"embedding_init": 0.5}).eval()
     items, others = random_batch(7, 1), random_batch(7, 2)
     rows = torch.arange(7)
-    mixed = Pairing.of(SCHEMA)(Rows(others), rows, Rows(items), rows)
+    mixed = Pairing.of(SCHEMA)(RowGather(others), rows, RowGather(items), rows)
     assert torch.equal(model.item_vectors(items), model.item_vectors(mixed))
 
 

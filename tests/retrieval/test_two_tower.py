@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fullrank.batch import RowGather
 from fullrank.data.dataset import Dataset, write_dataset
+from fullrank.data.loader import partial_batch
 from fullrank.retrieval import RETRIEVERS, Items, Popularity, TwoTower, item_keys
 from fullrank.retrieval.exact import ExactIndex, top_k
-from fullrank.retrieval.rows import Pairing, Rows, concatenate, partial_batch
+from fullrank.retrieval.pairing import Pairing
 from fullrank.retrieval.two_tower import sampled_softmax_loss
 from fullrank.schema import Categorical, EventId, EventNumber, Keys, Label, MultiCategorical, Numeric, Schema, Sequence
 
@@ -217,7 +219,7 @@ def test_add_and_remove_equal_building_anew(kind: str, dataset: Dataset) -> None
     items, users = items_of(dataset), partial_batch(dataset.catalogue("user"), dataset.schema)
 
     def some(rows: torch.Tensor) -> Items:
-        return Items(items.keys_I[rows], Rows(items.features).take(rows))
+        return Items(items.keys_I[rows], RowGather(items.features).take(rows))
 
     retriever.index(some(torch.arange(20, 30)))
     retriever.add(some(torch.arange(0, 15)))
@@ -279,18 +281,11 @@ def rows_equal(batch: object, other: object) -> None:
 def test_pairs_hold_the_columns_of_user_and_item(dataset: Dataset) -> None:
     """Pairing the rows of a log with themselves gives the log back, in any order and multiplicity."""
     frame = dataset.scan("test").collect().drop("__timestamp", "__user_id")
-    whole = Rows(partial_batch(frame.drop("click"), dataset.schema))
+    whole = RowGather(partial_batch(frame.drop("click"), dataset.schema))
     pairing = Pairing.of(dataset.schema)
     rows = torch.randint(0, 200, (333,), generator=torch.Generator().manual_seed(0))
     rows_equal(pairing(whole, rows, whole, rows), whole.take(rows))
     # One user against many items goes another way through the code.
-    one = Rows(whole.batch[17:18])
+    one = RowGather(whole.batch[17:18])
     pairs = pairing(one, torch.zeros(333, dtype=torch.int64), whole, rows)
     rows_equal(pairs, pairing(whole, torch.full((333,), 17), whole, rows))
-
-
-def test_taken_rows_joined_are_the_batch(dataset: Dataset) -> None:
-    whole = partial_batch(dataset.scan("test").collect(), dataset.schema)
-    rows = Rows(whole)
-    parts = [rows.take(torch.arange(0, 50)), whole[50:120], rows.take(torch.arange(120, 200))]
-    rows_equal(concatenate(parts), whole)

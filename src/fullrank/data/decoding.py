@@ -63,6 +63,7 @@ class DecodedRows:
     weights_R: Floats | None
     timestamp_R: Longs | None
     user_R: Longs | None
+    extra: dict[str, npt.NDArray[Any]]
 
     def batch(self, rows: Longs | slice, schema: Schema) -> Batch:
         """Some rows, in the given order, as a batch."""
@@ -86,40 +87,8 @@ class DecodedRows:
             weights_B=None if self.weights_R is None else of(self.weights_R),
             timestamp_B=None if self.timestamp_R is None else of(self.timestamp_R),
             user_B=None if self.user_R is None else of(self.user_R),
+            extra={name: of(store) for name, store in self.extra.items()},
         )
-
-
-def concatenated(batches: list[Batch]) -> Batch:
-    """Batches of equal columns, one after the other."""
-    if len(batches) == 1:
-        return batches[0]
-
-    def jagged(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        split = [torch.split(values, lengths_KB.sum(1).tolist()) for values, lengths_KB in pieces]
-        by_key = [piece[key] for key in range(len(split[0])) for piece in split]
-        values = torch.cat(by_key) if by_key else pieces[0][0]
-        return values, torch.cat([lengths_KB for _, lengths_KB in pieces], 1)
-
-    def rows(name: str) -> Any:
-        parts = [getattr(batch, name) for batch in batches]
-        return None if parts[0] is None else torch.cat(parts)
-
-    jagged_values, jagged_lengths_KB = jagged([(batch.jagged_values, batch.jagged_lengths_KB) for batch in batches])
-    event_values, event_lengths_EB = jagged([(batch.event_values, batch.event_lengths_EB) for batch in batches])
-    return Batch(
-        numeric_BN=rows("numeric_BN"),
-        ids_BF=rows("ids_BF"),
-        jagged_keys=batches[0].jagged_keys,
-        jagged_values=jagged_values,
-        jagged_lengths_KB=jagged_lengths_KB,
-        event_keys=batches[0].event_keys,
-        event_values=event_values,
-        event_lengths_EB=event_lengths_EB,
-        labels_BT=rows("labels_BT"),
-        weights_B=rows("weights_B"),
-        timestamp_B=rows("timestamp_B"),
-        user_B=rows("user_B"),
-    )
 
 
 def columns_of(schema: Schema) -> list[str]:
@@ -135,9 +104,18 @@ def bytes_of(column: str) -> int:
 
 
 class Decoder:
-    """Fills the compact store of a known number of rows from Arrow tables, and checks every value on the way."""
+    """Fills the compact store of a known number of rows from Arrow tables, and checks every value on the way.
 
-    def __init__(self, schema: Schema, rows: int, columns: Sequence[str], place: str) -> None:
+    Args:
+        columns: those that the tables have.
+        place: of the next table, for messages.
+        extra: further columns for `Batch.extra`: numbers, or lists of equally many numbers. Whole ones become int64,
+            others float32, in which a missing one is NaN.
+    """
+
+    def __init__(
+        self, schema: Schema, rows: int, columns: Sequence[str], place: str, *, extra: Sequence[str] = ()
+    ) -> None:
         self.schema = schema
         self.place = place
         self._present = set(columns)
@@ -152,6 +130,7 @@ class Decoder:
             name: [] for name in (*schema.jagged_keys, *schema.event_number_keys)
         }
         self._lengths = {name: np.zeros(rows, dtype=np.int32) for name in self._lists}
+        self._extra: dict[str, npt.NDArray[Any]] = {name: np.empty(0, dtype=np.float32) for name in extra}
         self._sizes = {name: feature.num_embeddings for name, feature in schema.embedded().items()}
 
     def add(self, table: pa.Table) -> None:
@@ -191,6 +170,15 @@ class Decoder:
             self._timestamp_R[begin:end] = self._flat(table, KEY_COLUMNS["timestamp"], np.int64)
         if self._user_R is not None:
             self._user_R[begin:end] = _user_keys(self._column(table, KEY_COLUMNS["user_id"]))
+        for name in self._extra if table.num_rows else ():
+            numbers = self._numbers(table, name)
+            if begin == 0:
+                self._extra[name] = np.empty((self._ids_RF.shape[0], *numbers.shape[1:]), dtype=numbers.dtype)
+            store = self._extra[name]
+            if numbers.shape[1:] != store.shape[1:] or numbers.dtype != store.dtype:
+                found, before = (f"{array.dtype} of shape {array.shape[1:]}" for array in (numbers, store))
+                raise ValueError(f'{self.place}: column "{name}" is {found}, and {before} before')
+            store[begin:end] = numbers
 
     def finish(self) -> DecodedRows:
         for sequence in self.schema.sequences:
@@ -209,6 +197,7 @@ class Decoder:
             self._weights_R,
             self._timestamp_R,
             self._user_R,
+            self._extra,
         )
 
     def _join(self, keys: tuple[str, ...], dtype: npt.DTypeLike) -> DecodedLists:
@@ -253,6 +242,27 @@ class Decoder:
             found = "nulls in its lists" if flat.null_count else f"lists of {flat.type}"
             raise ValueError(f'{self.place}: column "{name}" has {found}, expected lists of {expected}')
         return as_numpy(column.offsets), as_numpy(flat)
+
+    def _numbers(self, table: pa.Table, name: str) -> npt.NDArray[Any]:
+        """A further column: shape (rows,), or (rows, D) for lists of D."""
+        column = self._column(table, name)
+        flat = column
+        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            lengths = np.diff(as_numpy(column.offsets))
+            if column.null_count or (lengths != lengths[0]).any():
+                raise ValueError(f'{self.place}: column "{name}" has lists of unequal length, expected equal ones')
+            flat = column.flatten()
+            column = pa.FixedSizeListArray.from_arrays(flat, int(lengths[0]))
+        elif pa.types.is_fixed_size_list(column.type):
+            flat = column.flatten()
+        whole = pa.types.is_integer(flat.type) or pa.types.is_boolean(flat.type)
+        if not whole and not pa.types.is_floating(flat.type):
+            raise ValueError(f'{self.place}: column "{name}" is {column.type}, expected numbers, or lists of them')
+        if column.null_count and (whole or flat is not column):
+            raise ValueError(f'{self.place}: column "{name}" has nulls')
+        if whole and flat.null_count:
+            raise ValueError(f'{self.place}: column "{name}" has nulls among whole numbers')
+        return np.asarray(as_numpy(column), dtype=np.int64 if whole else np.float32)
 
     def _check_ids(self, name: str, ids: npt.NDArray[Any]) -> None:
         size = self._sizes[name]

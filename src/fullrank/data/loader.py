@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from fullrank.batch import Batch
 from fullrank.data.dataset import Dataset
-from fullrank.data.decoding import DecodedRows, Decoder, Ints, bytes_of, columns_of, concatenated
+from fullrank.data.decoding import DecodedRows, Decoder, Ints, bytes_of, columns_of
 from fullrank.schema import Schema
 
 MEMORY_LIMIT = 1 << 30
@@ -23,18 +23,34 @@ MEMORY_LIMIT = 1 << 30
 AHEAD = 3
 
 
-def batch_from_frame(frame: pl.DataFrame, schema: Schema) -> Batch:
+def batch_from_frame(frame: pl.DataFrame, schema: Schema, *, extra: Sequence[str] = ()) -> Batch:
     """An encoded frame as one batch, in the frame's order.
 
     Labels and keys may be absent: labels are then NaN (unobserved), keys None.
 
+    Args:
+        extra: further columns, for `Batch.extra`.
+
     Raises:
-        ValueError: if a feature's column is absent, has another type, or holds an impossible value.
+        ValueError: if a feature's or a further column is absent, has another type, or holds an impossible value.
     """
-    columns = [name for name in columns_of(schema) if name in frame.columns]
-    decoder = Decoder(schema, frame.height, columns, "frame")
+    columns = [name for name in dict.fromkeys((*columns_of(schema), *extra)) if name in frame.columns]
+    decoder = Decoder(schema, frame.height, columns, "frame", extra=extra)
     decoder.add(frame.select(columns).to_arrow())
     return decoder.finish().batch(slice(0, frame.height), schema)
+
+
+def partial_batch(frame: pl.DataFrame, schema: Schema) -> Batch:
+    """A batch from an encoded frame that has only some of the schema's columns.
+
+    What is absent is filled with the missing id, 0, no events and unobserved labels.
+    """
+    absent: list[pl.Expr] = []
+    absent += [pl.lit(0.0, pl.Float32).alias(name) for name in schema.numeric_columns if name not in frame.columns]
+    absent += [pl.lit(0, pl.Int32).alias(f.name) for f in schema.categorical if f.name not in frame.columns]
+    for names, dtype in ((schema.jagged_keys, pl.List(pl.Int32)), (schema.event_number_keys, pl.List(pl.Float32))):
+        absent += [pl.lit([], dtype).alias(name) for name in names if name not in frame.columns]
+    return batch_from_frame(frame.with_columns(absent), schema)
 
 
 class Loader:
@@ -52,6 +68,8 @@ class Loader:
         drop_last: leave out the last batch of an epoch if it is smaller than the others.
         schema: the columns to read; a part of the dataset's schema. Default: all of it.
         memory_limit: bytes of decoded rows to hold.
+        extra: further columns of the dataset, for `Batch.extra`: whole numbers as int64, others as float32, lists of D
+            numbers as (B, D).
 
     Attributes:
         epoch: number of the epoch that the next iteration gives, from 0.
@@ -73,6 +91,7 @@ class Loader:
         drop_last: bool = False,
         schema: Schema | None = None,
         memory_limit: int = MEMORY_LIMIT,
+        extra: Sequence[str] = (),
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
@@ -85,7 +104,9 @@ class Loader:
         self.seed = seed
         self.workers = workers
         self.drop_last = drop_last
-        self._columns = columns_of(self.schema)
+        self._extra = tuple(dict.fromkeys(extra))
+        own = columns_of(self.schema)
+        self._columns = list(dict.fromkeys((*own, *self._extra)))
         self._groups: list[_RowGroup] = []
         size = 0
         for path in dataset.shards(split):
@@ -93,12 +114,15 @@ class Loader:
             leaves = [metadata.schema.column(i).path.split(".list.")[0] for i in range(metadata.num_columns)]
             for name in self._columns:
                 if name not in leaves:
-                    raise ValueError(f'{path}: column "{name}" is missing')
+                    kept = f"; further columns that were kept: {', '.join(dataset.extra) or 'none'}"
+                    hint = kept if name in self._extra else ""
+                    raise ValueError(f'{path}: column "{name}" is missing{hint}')
             for index in range(metadata.num_row_groups):
                 group = metadata.row_group(index)
                 self._groups.append(_RowGroup(path, index, group.num_rows))
                 counts = {name: group.column(i).num_values for i, name in enumerate(leaves)}
-                size += sum(bytes_of(name) * counts[name] for name in self._columns)
+                size += sum(bytes_of(name) * counts[name] for name in own)
+                size += sum(8 * counts[name] for name in self._extra)
                 size += 4 * group.num_rows * len((*self.schema.jagged_keys, *self.schema.event_number_keys))
         self.rows = sum(group.rows for group in self._groups)
         self.in_memory = size <= memory_limit
@@ -179,7 +203,7 @@ class Loader:
         return rows, order
 
     def _decode(self, groups: Sequence[_RowGroup]) -> DecodedRows:
-        decoder = Decoder(self.schema, sum(group.rows for group in groups), self._columns, "")
+        decoder = Decoder(self.schema, sum(group.rows for group in groups), self._columns, "", extra=self._extra)
         path, file = None, None
         for group in groups:
             if group.path != path:
@@ -241,7 +265,7 @@ class Loader:
                 if part.window.index not in loaded:
                     loaded[part.window.index] = self._load(part.window, epoch)
                 pieces.append(self._piece(part, *loaded[part.window.index]))
-            yield concatenated(pieces)
+            yield Batch.cat(pieces)
 
     def _jobs(self, windows: list[_Window], first: int) -> Iterator[list[_Part]]:
         """The parts of each batch from number `first` on: a batch may reach over the end of a window."""
@@ -260,7 +284,7 @@ class Loader:
             yield parts
 
     def _assemble(self, job: list[_Part], sources: list[Future[tuple[DecodedRows, Ints | None]]]) -> Batch:
-        return concatenated([self._piece(part, *source.result()) for part, source in zip(job, sources, strict=True)])
+        return Batch.cat([self._piece(part, *source.result()) for part, source in zip(job, sources, strict=True)])
 
     def _piece(self, part: _Part, rows: DecodedRows, order: Ints | None) -> Batch:
         if order is None:

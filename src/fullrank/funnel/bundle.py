@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 
 from fullrank.data import atomic
 from fullrank.data.encoders import Encoders
+from fullrank.data.loader import partial_batch
 from fullrank.funnel.catalogue import ACTIVE, BID, Catalogue
 from fullrank.funnel.funnel import Funnel, StageSizes
 from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import Scorer
 from fullrank.models.early_stage import EarlyStageRanker
 from fullrank.retrieval import RETRIEVERS, Retriever
-from fullrank.retrieval.rows import partial_batch
 from fullrank.schema import Role, Schema, describe_errors
 from fullrank.training.manifest import MANIFEST, Stage, read_manifest, write_manifest
 from fullrank.training.saving import (

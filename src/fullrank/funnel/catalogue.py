@@ -12,10 +12,11 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from fullrank.batch import RowGather
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
+from fullrank.data.loader import partial_batch
 from fullrank.retrieval.base import item_keys
-from fullrank.retrieval.rows import Rows, partial_batch
 from fullrank.schema import Schema
 
 BID = KEY_COLUMNS["bid"]
@@ -35,7 +36,7 @@ class Catalogue:
 
     frame: pl.DataFrame
     keys_I: Tensor
-    rows: Rows
+    rows: RowGather
 
     @classmethod
     def of(cls, frame: pl.DataFrame, schema: Schema) -> Catalogue:
@@ -52,7 +53,7 @@ class Catalogue:
         frame, keys_I = frame[order.numpy()], keys_I[order]
         if bool((keys_I[1:] == keys_I[:-1]).any()):
             raise ValueError(f'a catalogue has an id twice in column "{frame.columns[0]}"')
-        return cls(frame, keys_I, Rows(partial_batch(frame, schema)))
+        return cls(frame, keys_I, RowGather(partial_batch(frame, schema)))
 
     def __len__(self) -> int:
         return self.frame.height

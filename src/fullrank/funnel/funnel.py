@@ -14,8 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from fullrank.batch import Batch
+from fullrank.batch import Batch, RowGather
 from fullrank.data.encoders import Encoders
+from fullrank.data.loader import partial_batch
 from fullrank.funnel.catalogue import Catalogue
 from fullrank.funnel.requests import Request, RequestEncoder
 from fullrank.funnel.scorer import Observe, ScoredItem, Scorer
@@ -23,7 +24,7 @@ from fullrank.models.base import Ranker
 from fullrank.models.early_stage import EarlyStageRanker
 from fullrank.retrieval.base import Items, Retriever, check_k
 from fullrank.retrieval.exact import top_k
-from fullrank.retrieval.rows import Pairing, Rows, concatenate, partial_batch
+from fullrank.retrieval.pairing import Pairing
 
 # Rows of one forward pass of the final stage; more users than fit are served in turn.
 PAIRS_AT_ONCE = 16_384
@@ -227,20 +228,20 @@ class Funnel:
         """
         if not item_ids:
             return []
-        users = Rows(self.encode([request]))
+        users = RowGather(self.encode([request]))
         places = [self.items.row_of.get(str(item_id)) for item_id in item_ids]
         known = [place for place in places if place is not None]
         features = self.items.rows.take(torch.tensor(known, dtype=torch.int64))
         unknown = [item_id for item_id, place in zip(item_ids, places, strict=True) if place is None]
         if unknown:
-            features = concatenate([features, self._unknown_items(unknown)])
+            features = Batch.cat([features, self._unknown_items(unknown)])
         # The known stand first in `features`, then the unknown, each in the order of the request.
         is_unknown = torch.tensor([place is None for place in places])
         row_C = torch.where(is_unknown, len(known) + is_unknown.cumsum(0) - 1, (~is_unknown).cumsum(0) - 1)
         bid_C = None
         if self._bid_I is not None:
             bid_C = torch.cat([self._bid_I[known], self._bid_I.median().expand(len(unknown))])[row_C]
-        pairs = self.pairing(users, torch.zeros_like(row_C), Rows(features), row_C)
+        pairs = self.pairing(users, torch.zeros_like(row_C), RowGather(features), row_C)
         return self.scorer.scored(item_ids, self.final(pairs).logits_BT, bid_C)
 
     def _unknown_items(self, item_ids: Sequence[int | str]) -> Batch:
@@ -254,7 +255,7 @@ class Funnel:
 
     def _final_logits(self, users: Batch, items_UC: Tensor) -> Tensor:
         count_U, count_C = items_UC.shape
-        rows, user_P, item_P = Rows(users), torch.arange(count_U).repeat_interleave(count_C), items_UC.reshape(-1)
+        rows, user_P, item_P = RowGather(users), torch.arange(count_U).repeat_interleave(count_C), items_UC.reshape(-1)
         pieces: list[Tensor] = []
         for begin in range(0, user_P.numel(), PAIRS_AT_ONCE):
             part = slice(begin, begin + PAIRS_AT_ONCE)

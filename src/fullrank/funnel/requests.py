@@ -13,11 +13,11 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from fullrank.batch import Batch
+from fullrank.batch import Batch, RowGather
 from fullrank.data.encoders import Encoders
+from fullrank.data.loader import partial_batch
 from fullrank.funnel.catalogue import Catalogue
 from fullrank.funnel.raw_values import list_column, scalar_column
-from fullrank.retrieval.rows import Rows, concatenate, partial_batch
 from fullrank.schema import Categorical, EventNumber, Numeric
 
 # Distinct raw values whose codes are remembered; context values repeat from request to request. Long ones are not
@@ -53,7 +53,7 @@ class RequestEncoder:
         self.encoders = encoders
         self.users = users
         self.stranger = partial_batch(context if context.width else pl.DataFrame({"_": [0]}), schema)
-        self.known_rows: Rows | None = None
+        self.known_rows: RowGather | None = None
         if users is not None:
             row = users.rows.batch
             number = [schema.numeric_columns.index(name) for name in context.columns if name in schema.numeric_columns]
@@ -82,7 +82,7 @@ class RequestEncoder:
             ValueError: if a feature is unknown, belongs to the item, or has a value of the wrong type; names it.
         """
         rows = [self._row(request) for request in requests]
-        return rows[0] if len(rows) == 1 else concatenate(rows)
+        return rows[0] if len(rows) == 1 else Batch.cat(rows)
 
     def _row(self, request: Request) -> Batch:
         known = None

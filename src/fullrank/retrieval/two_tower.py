@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from fullrank.batch import Batch
+from fullrank.batch import Batch, RowGather
 from fullrank.data import atomic
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
@@ -24,7 +24,6 @@ from fullrank.embeddings import Tables
 from fullrank.layers.towers import Towers
 from fullrank.retrieval.base import Items, Retriever, SearchResult, item_keys
 from fullrank.retrieval.exact import ExactIndex
-from fullrank.retrieval.rows import Rows
 from fullrank.schema import Schema
 
 # Rows of a tower's forward pass when all items are encoded.
@@ -131,7 +130,7 @@ class TwoTower(Retriever):
             ValueError: if the log names no item_id, has no binary label or no positive row.
         """
         rows_P, keys_P = positive_rows(log)
-        positives = Rows(rows_P)
+        positives = RowGather(rows_P)
         _, item_P, count_I = torch.unique(keys_P, return_inverse=True, return_counts=True)
         frequency_P = (count_I.double() / len(keys_P))[item_P]
         config = self.config
