@@ -134,6 +134,10 @@ class EmbeddingCollection(nn.Module):
         """Stored numbers, and what the kinds have beside them."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def weights(self) -> list[nn.Parameter]:
+        """The rows of all tables, one parameter per buffer; what else kinds have is not in it."""
+        return [buffer.weight_RD for buffer in self._row_buffers()]
+
     def _row_buffers(self) -> Iterator[RowBuffer]:
         for buffer in self.buffers_:
             assert isinstance(buffer, RowBuffer)

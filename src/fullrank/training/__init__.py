@@ -1,8 +1,20 @@
 """Fitting a ranker: the loop, schedules, precision, checkpoints, recipes."""
 
 from fullrank.training.callbacks import Callback
+from fullrank.training.config import TrainerConfig
+from fullrank.training.engine import Engine, LocalEngine
 from fullrank.training.evaluation import evaluate
 from fullrank.training.saving import load_model, save_model
-from fullrank.training.trainer import Trainer, TrainerConfig, TrainingResult
+from fullrank.training.trainer import Trainer, TrainingResult
 
-__all__ = ["Callback", "Trainer", "TrainerConfig", "TrainingResult", "evaluate", "load_model", "save_model"]
+__all__ = [
+    "Callback",
+    "Engine",
+    "LocalEngine",
+    "Trainer",
+    "TrainerConfig",
+    "TrainingResult",
+    "evaluate",
+    "load_model",
+    "save_model",
+]

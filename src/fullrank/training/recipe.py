@@ -16,8 +16,8 @@ from fullrank.data.splits import SplitSpec
 from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.models import MODELS
 from fullrank.schema import describe_errors
+from fullrank.training.config import TrainerConfig
 from fullrank.training.shipped import find_recipe, here_or_shipped
-from fullrank.training.trainer import TrainerConfig
 
 
 class Section(BaseModel):

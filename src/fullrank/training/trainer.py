@@ -6,87 +6,30 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from fullrank.batch import Batch
-from fullrank.embeddings import EmbeddingCollection, EmbeddingOptimizer
+from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.models import Ranker
 from fullrank.training import checkpoint
 from fullrank.training.callbacks import Callback, TensorBoard
+from fullrank.training.config import TrainerConfig
+from fullrank.training.engine import Engine, LocalEngine
 from fullrank.training.evaluation import evaluate
 from fullrank.training.memory import keep_freed_memory, return_freed_memory
-from fullrank.training.optimizers import DenseOptimizer
 from fullrank.training.patience import Patience
-from fullrank.training.precision import Precision, fastest_precision
+from fullrank.training.precision import Precision
 
 # On an accelerator the loss is looked at this often, because looking waits for the device.
 CHECK_EVERY = 50
 # The first steps pay for decoding, allocation and compilation; throughput is measured after them.
 WARM_UP_STEPS = 10
-
-
-class TrainerConfig(BaseModel):
-    """How to fit.
-
-    Attributes:
-        epochs: passes over the training rows.
-        max_steps: end after so many steps even in the middle of an epoch.
-        batch_size: of the loaders that `fullrank train` makes.
-        optimizer: of everything but tables of a fused kind.
-        learning_rate: at the start.
-        schedule: `constant`; `linear` falls from the learning rate to zero over all steps; `plateau` multiplies it by
-            `plateau_factor` whenever the monitored metric did not improve on the validation set.
-        plateau_factor: see `schedule`.
-        patience: stop after so many validations without improvement; 0 never stops early.
-        monitor: metric of the first label on the validation set; `auc`, `gauc` and their sum are to rise, the others to
-            fall.
-        validate_every: steps between validations; 0 validates at the end of each epoch.
-        gradient_clip: largest L2 norm of the gradient of all parameters of the dense optimiser (kind `dense` tables
-            included). It matters with batch norm on small initial embeddings: the first gradients are hundreds of times
-            larger than later ones and would fill Adam's second moment for the rest of the epoch.
-        precision: `bfloat16` computes matrix products of the training steps in bfloat16 (weights, optimiser state,
-            logits, loss and all evaluation stay float32); `auto` does where this machine is faster so.
-        compile: run the model through `torch.compile`.
-        seed: of dropout, and of the loaders and initial weights that `fullrank train` makes.
-        checkpoint_every: steps between checkpoints, beside the one at each validation or end of an epoch; 0 for these
-            alone.
-        keep_checkpoints: how many of the newest to keep, beside the best one; 0 writes none.
-        tensorboard: write events to `<run directory>/tensorboard`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    epochs: int = Field(default=1, ge=1)
-    max_steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=4096, ge=1)
-    optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
-    learning_rate: float = Field(default=1e-3, gt=0)
-    schedule: Literal["constant", "linear", "plateau"] = "constant"
-    plateau_factor: float = Field(default=0.1, gt=0, lt=1)
-    patience: int = Field(default=2, ge=0)
-    monitor: Literal["auc", "gauc", "auc+gauc", "logloss", "ne", "mse"] = "auc"
-    validate_every: int = Field(default=0, ge=0)
-    gradient_clip: float | None = Field(default=10.0, gt=0)
-    precision: Literal["float32", "bfloat16", "auto"] = "float32"
-    compile: bool = False
-    seed: int = 0
-    checkpoint_every: int = Field(default=0, ge=0)
-    keep_checkpoints: int = Field(default=2, ge=0)
-    tensorboard: bool = False
-
-
-class Batches(Protocol):
-    """What `fit` trains on: a `Loader`, a list of batches, or anything sized that iterates over an epoch."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Batch]: ...
 
 
 @runtime_checkable
@@ -133,6 +76,7 @@ class Trainer:
         embedding: how tables learn; kind `dense` hands them to the dense optimiser. Their learning rate is its
             `learning_rate`, in every kind, or else that of the rest of the model; schedules scale both alike.
         callbacks: called in order.
+        engine: where steps run; by default in this process. It keeps the optimisers' state from one `fit` to the next.
     """
 
     def __init__(
@@ -140,19 +84,22 @@ class Trainer:
         config: TrainerConfig,
         embedding: EmbeddingOptimizer | None = None,
         callbacks: Sequence[Callback] = (),
+        engine: Engine | None = None,
     ) -> None:
         self.config = config
         self.embedding = embedding or EmbeddingOptimizer()
         self.callbacks = list(callbacks)
+        self.engine = engine or LocalEngine()
 
     def fit(
         self,
         model: Ranker,
-        train: Batches,
+        train: Iterable[Batch],
         valid: Iterable[Batch] | None = None,
         *,
         run_directory: Path | None = None,
         resume: bool = False,
+        warm_start: bool = False,
         progress: Callable[[int, int, float], None] | None = None,
     ) -> TrainingResult:
         """Train until the epochs are over or the validation metric stops improving, then restore the best weights.
@@ -160,17 +107,22 @@ class Trainer:
         The same model, data, configuration and number of threads give the same weights, bit for bit.
 
         Args:
+            train: batches of an epoch, iterated anew for each: a `Loader`, a list, or anything else that iterates.
+                Without a length it needs `max_steps` or `max_seconds`.
             run_directory: where checkpoints go; none are written without it.
             resume: continue from the newest valid checkpoint of `run_directory`, to weights that equal those of a run
                 that was never interrupted, bit for bit; from the start if there is none.
-            progress: called with step, number of steps and the latest loss, at most every second.
+            warm_start: go on from what the model has learnt: with the optimisers' state of its last `fit` by this
+                trainer, or with a fresh one for a model that comes from elsewhere. Two fits of one epoch, the second
+                a warm start, then equal one of two. Without it optimisers start anew, and so do output biases of 0.
+            progress: called with step, number of steps (0 if unknown) and the latest loss, at most every second.
 
         Raises:
             ValueError: if the loss becomes NaN or infinite (names the step), if the checkpoint to resume from belongs
-                to another model, configuration or data, or if `run_directory` has checkpoints and `resume` is not
-                asked.
+                to another model, configuration or data, if `run_directory` has checkpoints and `resume` is not asked,
+                or if nothing says when a `train` without a length ends.
         """
-        return _Run(self, model, train, valid, run_directory, progress, resume).go()
+        return _Run(self, model, train, valid, run_directory, progress, resume, warm_start).go()
 
 
 class _Run:
@@ -180,35 +132,27 @@ class _Run:
         self,
         trainer: Trainer,
         model: Ranker,
-        train: Batches,
+        train: Iterable[Batch],
         valid: Iterable[Batch] | None,
         run_directory: Path | None,
         progress: Callable[[int, int, float], None] | None,
         resume: bool,
+        warm_start: bool,
     ) -> None:
-        self.config, self.embedding = trainer.config, trainer.embedding
+        self.config, self.embedding, self.engine = trainer.config, trainer.embedding, trainer.engine
         self.model, self.train, self.valid, self.progress = model, train, valid, progress
+        self.warm_start = warm_start
         config = self.config
-        if not len(train):
-            raise ValueError("there are no batches to train on")
-        self.device = next(iter(model.parameters())).device
+        self.epoch_steps, self.total_steps = _length(train, config)
         self.callbacks = [*trainer.callbacks]
         if config.tensorboard and run_directory is not None:
             self.callbacks.append(TensorBoard(run_directory / "tensorboard"))
-        self.collections = {
-            name: module for name, module in model.named_modules() if isinstance(module, EmbeddingCollection)
-        }
-        for collection in self.collections.values():
-            collection.set_optimizer(self.embedding)
-        self.table_rate = self.embedding.learning_rate or config.learning_rate
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = self._dense_optimizer()
-        self.rate_scale = math.nan  # so that the first step sets the rates
+        self.engine.prepare(model, config, self.embedding, keep_state=warm_start)
         self.patience = Patience(
             config.monitor, config.plateau_factor if config.schedule == "plateau" else 1.0, config.patience
         )
-        self.total_steps = min(config.epochs * len(train), config.max_steps or config.epochs * len(train))
-        self.precision = fastest_precision(self.device) if config.precision == "auto" else config.precision
+        self.began = time.perf_counter()
+        self.rate_scale = 1.0
         self.step = self.epoch = self.batch = 0
         self.history: list[dict[str, float]] = []
         self.best_tasks: dict[str, dict[str, float]] = {}
@@ -226,19 +170,18 @@ class _Run:
             elif checkpoint.list_steps(self.checkpoints):
                 raise ValueError(f"{self.checkpoints} has checkpoints already: resume, or choose another directory")
 
-    def _dense_optimizer(self) -> DenseOptimizer:
-        tables = {id(parameter) for collection in self.collections.values() for parameter in collection.parameters()}
-        rates = {
-            name: self.table_rate if id(parameter) in tables else self.config.learning_rate
-            for name, parameter in self.parameters.items()
-        }
-        return DenseOptimizer(self.config.optimizer, self.parameters, rates)
-
     # The loop
 
     @property
+    def _share(self) -> float:
+        """How much of the run is over, from 0 to 1."""
+        by_steps = self.step / self.total_steps if self.total_steps else 0.0
+        seconds = self.config.max_seconds
+        return max(by_steps, min(1.0, (time.perf_counter() - self.began) / seconds)) if seconds else by_steps
+
+    @property
     def _over(self) -> bool:
-        return self.patience.stopped or self.epoch == self.config.epochs or self.step >= self.total_steps
+        return self.patience.stopped or self.epoch == self.config.epochs or self._share >= 1
 
     def go(self) -> TrainingResult:
         begin = time.perf_counter()
@@ -259,7 +202,7 @@ class _Run:
             epochs=self.epoch,
             seconds=time.perf_counter() - begin,
             samples_per_second=rows / stepping if stepping else math.nan,
-            precision=self.precision,
+            precision=self.engine.precision,
             stopped_early=self.patience.stopped,
             history=self.history,
             best=self.patience.best,
@@ -270,61 +213,61 @@ class _Run:
     def _loop(self) -> tuple[int, float]:
         """Train to the end; rows and seconds of the timed steps."""
         self.model.train()
-        forward: Any = torch.compile(self.model) if self.config.compile else self.model
         timed: list[tuple[int, float]] = []
         mark = reported = time.perf_counter()
         while not self._over:
+            begin = self.batch
             for batch in self._rest_of_epoch():
-                loss = self._train_step(forward, batch if batch.device == self.device else batch.to(self.device))
+                loss = self._train_step(batch)
                 now = time.perf_counter()
                 timed.append((len(batch), now - mark))
                 mark = now
                 if self.progress is not None and now - reported > 1:
                     reported = now
-                    self.progress(self.step, self.total_steps, float(loss))
-                if self.batch < len(self.train) and self._pause():
+                    self.progress(self.step, self.total_steps or 0, float(loss))
+                if self.batch != self.epoch_steps and self._pause():
                     mark = time.perf_counter()
                 if self._over:
                     break
-            if self.batch >= len(self.train):
-                self.epoch, self.batch = self.epoch + 1, 0
-                self._pause(epoch_ended=True)
-                mark = time.perf_counter()
+            else:
+                if self.batch == begin and self.epoch_steps is None:
+                    again = f" in epoch {self.epoch + 1}: they can be iterated once only" if self.epoch else ""
+                    raise ValueError(f"there are no batches to train on{again}")
+                if self.epoch_steps is None:
+                    self._end_epoch()
+            if self.batch == self.epoch_steps:
+                self._end_epoch()
+            mark = time.perf_counter()
         steady = timed[WARM_UP_STEPS:] or timed
         return sum(rows for rows, _ in steady), sum(seconds for _, seconds in steady)
+
+    def _end_epoch(self) -> None:
+        self.epoch, self.batch = self.epoch + 1, 0
+        self._pause(epoch_ended=True)
 
     def _rest_of_epoch(self) -> Iterator[Batch]:
         if isinstance(self.train, Resumable):
             return iter(self.train)
         return itertools.islice(iter(self.train), self.batch, None)
 
-    def _train_step(self, forward: Any, batch: Batch) -> Tensor:
-        self._set_rates()
-        self.model.set_progress(self.step / self.total_steps)
-        if self.step == 0:
-            self.model.start_at_base_rate(batch)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            output = forward(batch)
-        loss = self.model.loss(output, batch)
-        detached = loss.detach()
-        self.unchecked.append(detached)
-        # Before the update, so that on a CPU a spoilt batch does not spoil the weights.
-        if self.device.type == "cpu" or len(self.unchecked) == CHECK_EVERY:
-            self._check_losses(self.step + 1)
-        loss.backward()  # type: ignore[no-untyped-call]
-        for collection in self.collections.values():
-            collection.before_step()
-        if self.config.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
-        self.optimizer.step(self.rate_scale)
-        self.optimizer.zero_grad()
-        for collection in self.collections.values():
-            collection.after_step()
+    def _train_step(self, batch: Batch) -> Tensor:
+        share = self._share
+        self.rate_scale = self.patience.scale * (1 - share if self.config.schedule == "linear" else 1.0)
+        self.model.set_progress(share)
+        if self.step == 0 and not self.warm_start:
+            self.model.start_at_base_rate(batch if batch.device == self.engine.device else batch.to(self.engine.device))
+        loss = self.engine.step(batch, self.rate_scale, self._saw_loss)
         self.step += 1
         self.batch += 1
         for callback in self.callbacks:
-            callback.after_step(self.step, detached)
-        return detached
+            callback.after_step(self.step, loss)
+        return loss
+
+    def _saw_loss(self, loss: Tensor) -> None:
+        self.unchecked.append(loss)
+        # Before the update, so that on a CPU a spoilt batch does not spoil the weights.
+        if loss.device.type == "cpu" or len(self.unchecked) == CHECK_EVERY:
+            self._check_losses(self.step + 1)
 
     def _check_losses(self, last_step: int) -> None:
         values = [float(loss) for loss in self.unchecked]
@@ -337,17 +280,6 @@ class _Run:
                 )
             self.loss_sum += value
             self.loss_count += 1
-
-    def _set_rates(self) -> None:
-        scale = self.patience.scale
-        if self.config.schedule == "linear":
-            scale *= 1 - self.step / self.total_steps
-        if scale == self.rate_scale:
-            return
-        self.rate_scale = scale
-        if self.embedding.kind != "dense":
-            for collection in self.collections.values():
-                collection.set_learning_rate(self.table_rate * scale)
 
     # Between steps
 
@@ -364,14 +296,14 @@ class _Run:
 
     def _validate(self) -> None:
         self._check_losses(self.step)
-        self.train_loss = self.loss_sum / self.loss_count if self.loss_count else math.nan
+        self.train_loss = self.engine.mean(self.loss_sum / self.loss_count) if self.loss_count else math.nan
         if self.valid is None:
             return
         first = self.model.schema.labels[0].name
         tasks = evaluate(self.model, self.valid)
         metrics = {
             **tasks[first],
-            "epoch": self.epoch + self.batch / len(self.train),
+            "epoch": self.epoch + (self.batch / self.epoch_steps if self.epoch_steps else 0.0),
             "step": float(self.step),
             "train_loss": self.train_loss,
             "learning_rate": self.config.learning_rate * self.rate_scale,
@@ -407,19 +339,13 @@ class _Run:
     def _save(self, directory: Path) -> None:
         self._check_losses(self.step)
         tensors = {f"model|{name}": value for name, value in self.model.state_dict().items()}
-        for name, values in self.optimizer.state.items():
-            tensors.update({f"optimizer|{name}|{key}": value for key, value in values.items()})
-        for name, collection in self.collections.items():
-            tensors.update({f"tables|{name}|{key}": value for key, value in collection.optimizer_state().items()})
-        tensors["random"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors.update(self.engine.state())
         assert isinstance(self.train, Resumable)
         # The loader learns that its epoch is over when it is asked for more, which is after this.
         loader = {**self.train.state(), "epoch": self.epoch, "batch": self.batch}
         state = {
             "identity": self._identity(),
-            "precision": self.precision,
+            "precision": self.engine.precision,
             "loader": loader,
             "step": self.step,
             "epoch": self.epoch,
@@ -447,18 +373,26 @@ class _Run:
                     "or start anew in another directory"
                 )
         self.model.load_state_dict(found.tensors("model|"))
-        for name, parameter in self.parameters.items():
-            if values := found.tensors(f"optimizer|{name}|"):
-                # In memory of its own, on its parameter's device, rather than in the file's.
-                self.optimizer.state[name] = {key: v.to(parameter.device, copy=True) for key, v in values.items()}
-        for name, collection in self.collections.items():
-            collection.load_optimizer_state(found.tensors(f"tables|{name}|"))
-        torch.set_rng_state(found.tensors("random")[""])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(found.tensors("random.cuda")[""], self.device)
-        self.precision = state["precision"]
+        self.engine.load({name: value for name, value in found.tensors().items() if not name.startswith("model|")})
+        self.engine.precision = state["precision"]
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
         self.history, self.best_tasks = state["history"], state["best_tasks"]
         self.patience = Patience(**state["patience"])
         self.loss_sum, self.loss_count, self.train_loss = state["loss"]
         train.restore(state["loader"])
+
+
+def _length(train: Iterable[Batch], config: TrainerConfig) -> tuple[int | None, int | None]:
+    """Steps of an epoch and of the whole run, None where nothing says so.
+
+    Raises:
+        ValueError: if there are no batches, or nothing says when training ends.
+    """
+    length = len(train) if isinstance(train, Sized) else None
+    if length == 0:
+        raise ValueError("there are no batches to train on")
+    if length is None and config.max_steps is None and config.max_seconds is None:
+        raise ValueError("batches without a length need training.max_steps or training.max_seconds")
+    planned = None if length is None else config.epochs * length
+    known = [steps for steps in (planned, config.max_steps) if steps is not None]
+    return length, min(known) if known else None
