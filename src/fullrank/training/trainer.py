@@ -216,8 +216,8 @@ class _Run:
         timed: list[tuple[int, float]] = []
         mark = reported = time.perf_counter()
         while not self._over:
-            begin = self.batch
-            for batch in self._rest_of_epoch():
+            begin, batches = self.batch, self._rest_of_epoch()
+            for batch in batches:
                 loss = self._train_step(batch)
                 now = time.perf_counter()
                 timed.append((len(batch), now - mark))
@@ -236,6 +236,7 @@ class _Run:
                 if self.epoch_steps is None:
                     self._end_epoch()
             if self.batch == self.epoch_steps:
+                next(batches, None)  # so that a loader knows that its epoch is over
                 self._end_epoch()
             mark = time.perf_counter()
         steady = timed[WARM_UP_STEPS:] or timed
