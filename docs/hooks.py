@@ -46,6 +46,15 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     return re.sub(r"^\{\{ (.+) \}\}$", lambda found: answer(found[1], name), markdown, flags=re.MULTILINE)
 
 
+def on_page_content(content: str, **_: Any) -> str:
+    """Numbers of a table stay whole: no line ends inside `9.0e-5` or `.8743 ± .0006`."""
+
+    def whole(cell: re.Match[str]) -> str:
+        return re.sub(r"(?<=\de)-(?=\d)", "\N{NON-BREAKING HYPHEN}", cell[0]).replace(" ± ", "\u00a0±\u00a0")
+
+    return re.sub(r"<td.*?</td>", whole, content, flags=re.DOTALL)
+
+
 def answer(question: str, page: str) -> str:
     """Markdown in the place of a line that asks, on the page `fields/<page>.md`.
 
