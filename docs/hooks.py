@@ -1,7 +1,7 @@
 """Tables of configuration, made from the pydantic classes when the site is built; what mkdocs.yml calls a hook.
 
 A page of `fields/` asks by a line of its own: `{{ fields fullrank.training.recipe:Recipe }}`, or, for everything in a
-registry, `{{ rankers }}`, `{{ retrievers }}`, `{{ table kinds }}`.
+registry, `{{ rankers }}`, `{{ retrievers }}`, `{{ tables }}`.
 """
 
 from __future__ import annotations
@@ -19,26 +19,19 @@ from pydantic import BaseModel
 
 from fullrank.embeddings import TABLE_KINDS, EmbeddingOptimizer, TableConfig
 from fullrank.fields import field_rows, type_text
-from fullrank.models import RANKERS, Ranker, RankerSpec
-from fullrank.registry import Registry
+from fullrank.models import RANKERS, Ranker
+from fullrank.registry import Registry, Spec
 from fullrank.retrieval import RETRIEVERS, Retriever
 from fullrank.training import TrainerConfig
 
-# Where a class has its table, for the pages that only name it: page of fields/ and anchor.
-HOMES: dict[type[BaseModel], tuple[str, str]] = {
-    RankerSpec: ("rankers", ""),
-    TableConfig: ("tables", ""),
-    TrainerConfig: ("recipe", "training"),
-    EmbeddingOptimizer: ("recipe", "embedding"),
-}
 LISTS: dict[str, tuple[Mapping[str, Any], type[BaseModel]]] = {
     "rankers": (RANKERS, Ranker.Config),
     "retrievers": (RETRIEVERS, Retriever.Config),
-    "table kinds": (TABLE_KINDS, TableConfig),
+    "tables": (TABLE_KINDS, TableConfig),
 }
 
-# Class -> heading, anchor and link of its table, in the order in which a page shows them.
-Places = dict[type[BaseModel], tuple[str, str, str]]
+# Class -> heading and anchor of its table, in the order in which a page shows them.
+Places = dict[type[BaseModel], tuple[str, str]]
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
@@ -79,6 +72,18 @@ def registered(things: Mapping[str, Any], base: type[BaseModel], page: str) -> I
         yield from tables(kind.Config, places(kind.Config, page, name, level=3), without=base)
 
 
+def home(kind: type[BaseModel]) -> tuple[str, str] | None:
+    """Page of `fields/` and anchor where a class that several pages name has its table."""
+    if issubclass(kind, Spec):
+        return next(page for page, (things, _) in LISTS.items() if things is kind.registry), ""
+    shared = {
+        TableConfig: ("tables", ""),
+        TrainerConfig: ("recipe", "training"),
+        EmbeddingOptimizer: ("recipe", "embedding"),
+    }
+    return shared.get(kind)
+
+
 def places(config: type[BaseModel], page: str, path: str = "", level: int = 2) -> Places:
     """The configurations inside of one that have their tables on this page."""
     found: Places = {}
@@ -86,12 +91,12 @@ def places(config: type[BaseModel], page: str, path: str = "", level: int = 2) -
         inner = list(classes(field.annotation))
         for kind in inner:
             place = f"{path}.{name}" if path else name
-            if kind in found or HOMES.get(kind, (page, place)) != (page, place):
+            if kind in found or home(kind) not in (None, (page, place)):
                 continue
             variant = str(kind.model_fields["kind"].default) if len(inner) > 1 else ""
             title = f"`{place}`: `{variant}`" if variant else f"`{place}`"
             anchor = re.sub(r"\W+", "-", f"{place}-{variant}".strip("-")).lower()
-            found[kind] = (f"{'#' * level} {title} {{ #{anchor} }}", anchor, f"#{anchor}")
+            found[kind] = (f"{'#' * level} {title} {{ #{anchor} }}", anchor)
             for key, value in places(kind, page, place, level).items():
                 found.setdefault(key, value)
     return found
@@ -108,7 +113,7 @@ def classes(annotation: Any) -> Iterator[type[BaseModel]]:
 def tables(config: type[BaseModel], inner: Places, without: type[BaseModel] | None = None) -> Iterator[str]:
     """The table of a configuration, then one with a heading for each configuration inside of it."""
     yield table(config, inner, without)
-    for kind, (heading, _, _) in inner.items():
+    for kind, (heading, _) in inner.items():
         yield heading
         yield summary(kind)
         yield table(kind, inner)
@@ -137,8 +142,13 @@ def table(config: type[BaseModel], inner: Places, without: type[BaseModel] | Non
 
 def linked(text: str, annotation: Any, inner: Places) -> str:
     """A type as HTML, in which the name of a configuration leads to its table."""
-    links = {type_text(kind): f"../{page}/#{anchor}" for kind, (page, anchor) in HOMES.items()}
-    links |= {type_text(kind): inner[kind][2] for kind in classes(annotation) if kind in inner}
+    links: dict[str, str] = {}
+    for kind in classes(annotation):
+        place = home(kind)
+        if kind in inner:
+            links[type_text(kind)] = f"#{inner[kind][1]}"
+        elif place is not None:
+            links[type_text(kind)] = f"../{place[0]}/" + (f"#{place[1]}" if place[1] else "")
     # Braces and brackets as entities: Markdown would read attributes and links into them.
     entities = {character: f"&#{ord(character)};" for character in "{}[]*_|"}
     words = re.split(r"(\w+)", text)
