@@ -42,7 +42,10 @@ def test_two_fits_of_one_epoch_are_one_of_two(dataset: Dataset, embedding: Embed
     loader, trainer = Loader(dataset, "train", 64, shuffle=True), Trainer(TrainerConfig(epochs=1), embedding)
     trainer.fit(parts, loader)
     trainer.fit(parts, loader, warm_start=True)
-    assert same(weights(whole), weights(parts))
+    if embedding == DECAYED:  # the end of a fit applies the decay that is due, in two factors instead of one
+        assert all(torch.allclose(weights(parts)[name], value, atol=1e-6) for name, value in weights(whole).items())
+    else:
+        assert same(weights(whole), weights(parts))
     loader, trainer = Loader(dataset, "train", 64, shuffle=True), Trainer(TrainerConfig(epochs=1), embedding)
     trainer.fit(cold, loader)
     trainer.fit(cold, loader)
