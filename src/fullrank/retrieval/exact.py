@@ -1,6 +1,6 @@
 """Exact search of the largest inner products."""
 
-# Shapes: B queries, I items, D width, K results.
+# Shapes: B queries, I items, D width, K results, A items that may be returned.
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from fullrank.retrieval.base import SearchResult, check_k
+from fullrank.retrieval.base import NO_ITEM, SearchResult, check_k
 
 # Scores held at once: 4M floats are 16 MB, about what a laptop's last-level cache takes.
 SCORES_AT_ONCE = 4_000_000
@@ -31,13 +31,16 @@ class ExactIndex:
 
     def add(self, keys_I: Tensor, vectors_ID: Tensor) -> None:
         """Raises:
-        ValueError: if a key occurs twice or is there already, the width differs, or a number is not finite.
+        ValueError: if a key occurs twice, is there already or is that of no item, the width differs, or a number is
+            not finite.
         """
         if keys_I.ndim != 1 or keys_I.dtype != torch.int64:
             raise ValueError(f"item keys are {keys_I.dtype} of shape {tuple(keys_I.shape)}, expected a row of int64")
         if vectors_ID.ndim != 2 or vectors_ID.shape != (keys_I.numel(), self.vectors_ID.shape[1]):
             expected = (keys_I.numel(), self.vectors_ID.shape[1])
             raise ValueError(f"item vectors have shape {tuple(vectors_ID.shape)}, expected {expected}")
+        if bool((keys_I == NO_ITEM).any()):
+            raise ValueError(f"{NO_ITEM} is the key of no item")
         finite_I = torch.isfinite(vectors_ID).all(1)
         if not bool(finite_I.all()):
             raise ValueError(f"the vector of item {int(keys_I[~finite_I][0])} has a NaN or infinite number")
@@ -59,17 +62,29 @@ class ExactIndex:
         kept = ~torch.isin(self.keys_I, keys)
         self.keys_I, self.vectors_ID = self.keys_I[kept], self.vectors_ID[kept].contiguous()
 
-    def search(self, queries_BD: Tensor, k: int) -> SearchResult:
-        """Raises:
-        ValueError: if k is below 1.
+    def search(self, queries_BD: Tensor, k: int, *, allowed: Tensor | None = None) -> SearchResult:
+        """The k best items of each query.
+
+        Args:
+            allowed: see `Retriever.search`. What all queries share is searched alone, and costs less.
+
+        Raises:
+            ValueError: if k is below 1.
         """
         check_k(k)
+        if allowed is not None and allowed.ndim == 1:
+            part = ExactIndex(self.vectors_ID.shape[1])
+            kept_I = torch.isin(self.keys_I, allowed)
+            part.keys_I, part.vectors_ID = self.keys_I[kept_I], self.vectors_ID[kept_I]
+            return part.search(queries_BD, k)
         rows, count = queries_BD.shape[0], len(self)
         block = max(k, SCORES_AT_ONCE // max(rows, 1))
         places_BK = torch.zeros((rows, 0), dtype=torch.int64)
         scores_BK = torch.zeros((rows, 0))
         for begin in range(0, count, block):
             scores_BI = queries_BD @ self.vectors_ID[begin : begin + block].T
+            if allowed is not None:
+                scores_BI = scores_BI.masked_fill(~_among(self.keys_I[begin : begin + block], allowed), -torch.inf)
             best_BK, place_BK = top_k(scores_BI, k)
             if begin:
                 # Earlier blocks stand first, so that a stable choice keeps their smaller keys.
@@ -78,7 +93,20 @@ class ExactIndex:
                 places_BK = place_BK.gather(1, order_BK)
             else:
                 scores_BK, places_BK = best_BK, place_BK
-        return SearchResult(self.keys_I[places_BK], scores_BK)
+        keys_BK = self.keys_I[places_BK]
+        if allowed is not None:
+            keys_BK = keys_BK.masked_fill(scores_BK == -torch.inf, NO_ITEM)
+        return SearchResult(keys_BK, scores_BK, torch.full((rows,), count))
+
+
+def _among(keys_I: Tensor, allowed_BA: Tensor) -> Tensor:
+    """Which of some sorted keys each row has, shape (B, I)."""
+    place_BA = torch.searchsorted(keys_I, allowed_BA).clamp_max(keys_I.numel() - 1)
+    there_BA = keys_I[place_BA] == allowed_BA
+    among_BI = torch.zeros((allowed_BA.shape[0], keys_I.numel()), dtype=torch.bool)
+    row_BA = torch.arange(allowed_BA.shape[0])[:, None].expand_as(place_BA)
+    among_BI[row_BA[there_BA], place_BA[there_BA]] = True
+    return among_BI
 
 
 def top_k(scores_BI: Tensor, k: int) -> tuple[Tensor, Tensor]:

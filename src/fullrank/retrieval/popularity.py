@@ -4,19 +4,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from fullrank.batch import Batch
-from fullrank.data import atomic
 from fullrank.data.dataset import Dataset
-from fullrank.retrieval.base import Items, Retriever, SearchResult
+from fullrank.retrieval.base import Items, Progress, Retriever, SearchResult
 from fullrank.retrieval.exact import ExactIndex
-from fullrank.retrieval.two_tower import positive_rows, read_saved
+from fullrank.retrieval.two_tower import positive_rows
 from fullrank.schema import Schema
 
 
@@ -24,14 +21,14 @@ class Popularity(Retriever):
     """Score = log(1 + clicks in training)."""
 
     name = "popularity"
+    filters = True
 
     def __init__(self, schema: Schema, config: Retriever.Config | None = None) -> None:
-        self.schema = schema
-        self.config = config or self.Config()
+        super().__init__(schema, config)
         self.clicked = ExactIndex(1)
         self.exact = ExactIndex(1)
 
-    def fit(self, log: Dataset) -> Self:
+    def fit(self, log: Dataset, *, progress: Progress | None = None) -> Self:
         """Raises:
         ValueError: if the log names no item_id, has no binary label or no positive row.
         """
@@ -59,36 +56,23 @@ class Popularity(Retriever):
     def remove(self, keys: Tensor) -> None:
         self.exact.remove(keys)
 
-    def search(self, users: Batch, k: int) -> SearchResult:
-        best = self.exact.search(torch.ones(1, 1), k)
-        return SearchResult(
-            best.item_keys_BK.expand(len(users), -1).contiguous(), best.scores_BK.expand(len(users), -1).contiguous()
-        )
+    def search(self, users: Batch, k: int, *, allowed: Tensor | None = None) -> SearchResult:
+        if allowed is not None and allowed.ndim == 2:
+            return self.exact.search(torch.ones(len(users), 1), k, allowed=allowed)
+        best = self.exact.search(torch.ones(1, 1), k, allowed=allowed)
+        return SearchResult(*(one.expand(len(users), *one.shape[1:]).contiguous() for one in best))
 
     def cost(self) -> int:
         return len(self.exact)
 
-    def save(self, directory: Path) -> None:
-        from safetensors.torch import save
-
-        directory.mkdir(parents=True, exist_ok=True)
-        state = {
+    def state(self) -> dict[str, Tensor]:
+        return {
             "clicked.keys": self.clicked.keys_I,
             "clicked.scores": self.clicked.vectors_ID.contiguous(),
             "index.keys": self.exact.keys_I,
             "index.scores": self.exact.vectors_ID.contiguous(),
         }
-        atomic.write_bytes(directory / "retriever.safetensors", save(state))
-        about = {"kind": self.name, "config": self.config.model_dump(mode="json")}
-        atomic.write_text(directory / "retriever.json", json.dumps(about, indent=1) + "\n")
 
-    @classmethod
-    def load(cls, directory: Path, schema: Schema) -> Self:
-        config, state = read_saved(cls, directory)
-        retriever = cls(schema, cls.Config.model_validate(config))
-        try:
-            retriever.clicked.add(state["clicked.keys"], state["clicked.scores"])
-            retriever.exact.add(state["index.keys"], state["index.scores"])
-        except KeyError as error:
-            raise ValueError(f"{directory / 'retriever.safetensors'} holds no {error}") from None
-        return retriever
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.clicked.add(state["clicked.keys"], state["clicked.scores"])
+        self.exact.add(state["index.keys"], state["index.scores"])

@@ -4,25 +4,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Self
 
 import polars as pl
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
 from fullrank.batch import Batch, RowGather
-from fullrank.data import atomic
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.data.loader import batch_from_frame
 from fullrank.embeddings import Tables
 from fullrank.layers.towers import Towers
-from fullrank.retrieval.base import Items, Retriever, SearchResult, item_keys
+from fullrank.retrieval.base import Items, Progress, Retriever, SearchResult, item_keys
 from fullrank.retrieval.exact import ExactIndex
 from fullrank.schema import Schema
 
@@ -94,7 +90,7 @@ class TwoTower(Retriever):
 
         embedding_dim: int = Field(default=16, ge=1)
         embedding_init: float = Field(default=0.05, gt=0)
-        hidden: tuple[int, ...] = (64,)
+        hidden: tuple[PositiveInt, ...] = (64,)
         output_dim: int = Field(default=32, ge=1)
         temperature: float = Field(default=0.1, gt=0)
         log_q: bool = True
@@ -104,10 +100,11 @@ class TwoTower(Retriever):
         seed: int = 0
 
     name = "two_tower"
+    filters = True
+    config: Config
 
     def __init__(self, schema: Schema, config: Config | None = None) -> None:
-        self.schema = schema
-        self.config = config or self.Config()
+        super().__init__(schema, config)
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             self.towers = Towers(
@@ -120,11 +117,11 @@ class TwoTower(Retriever):
         self.towers.eval()
         self.exact = ExactIndex(self.config.output_dim + 1)
 
-    def fit(self, log: Dataset, *, progress: Callable[[int, int, float], None] | None = None) -> Self:
+    def fit(self, log: Dataset, *, progress: Progress | None = None) -> Self:
         """Learn from the training part of a log.
 
         Args:
-            progress: called with step, number of steps and loss, every few steps.
+            progress: told every few steps.
 
         Raises:
             ValueError: if the log names no item_id, has no binary label or no positive row.
@@ -196,70 +193,22 @@ class TwoTower(Retriever):
     def remove(self, keys: Tensor) -> None:
         self.exact.remove(keys)
 
-    def search(self, users: Batch, k: int) -> SearchResult:
-        return self.exact.search(self.user_vectors(users), k)
+    def search(self, users: Batch, k: int, *, allowed: Tensor | None = None) -> SearchResult:
+        return self.exact.search(self.user_vectors(users), k, allowed=allowed)
 
     def cost(self) -> int:
         return len(self.exact)
 
-    def save(self, directory: Path) -> None:
-        from safetensors.torch import save
-
-        directory.mkdir(parents=True, exist_ok=True)
+    def state(self) -> dict[str, Tensor]:
         state = {f"towers.{name}": value.contiguous() for name, value in self.towers.state_dict().items()}
-        state["index.keys"] = self.exact.keys_I
-        state["index.vectors"] = self.exact.vectors_ID.contiguous()
-        atomic.write_bytes(directory / "retriever.safetensors", save(state))
-        about = {"kind": self.name, "config": self.config.model_dump(mode="json")}
-        atomic.write_text(directory / "retriever.json", json.dumps(about, indent=1) + "\n")
+        return {**state, "index.keys": self.exact.keys_I, "index.vectors": self.exact.vectors_ID.contiguous()}
 
-    @classmethod
-    def load(cls, directory: Path, schema: Schema) -> Self:
-        config, state = read_saved(cls, directory)
-        settings = cls.Config.model_validate(config)
-        keys, vectors = state.pop("index.keys", None), state.pop("index.vectors", None)
-        # Built without memory first, so that a size which the weights do not have cannot fill it.
-        with torch.device("meta"):
-            expected = {name: value.shape for name, value in cls(schema, settings).towers.state_dict().items()}
-        found = {name.removeprefix("towers."): value.shape for name, value in state.items()}
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                raise ValueError(f"{directory / 'retriever.safetensors'} does not fit the schema: tensor {name}")
-        retriever = cls(schema, settings)
-        try:
-            retriever.towers.load_state_dict({name.removeprefix("towers."): value for name, value in state.items()})
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise ValueError(f"{directory / 'retriever.safetensors'} does not fit the schema: {reason}") from None
-        if keys is None or vectors is None:
-            raise ValueError(f"{directory / 'retriever.safetensors'} holds no index")
-        retriever.exact.add(keys, vectors)
+    def restore(self, state: dict[str, Tensor]) -> None:
+        towers = {name.removeprefix("towers."): value for name, value in state.items() if name.startswith("towers.")}
+        self.towers.load_state_dict(towers)
+        self.exact.add(state["index.keys"], state["index.vectors"])
         # Ids come from the encoders that the tables were built for; a lookup refuses what is outside in any case.
-        retriever.towers.ids.check_ids = False
-        return retriever
-
-
-def read_saved(kind: type[Retriever], directory: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """Configuration and tensors of a saved retriever.
-
-    Raises:
-        ValueError: if a file is missing, damaged, or of another kind of retriever.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = directory / "retriever.json"
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        found, config = about["kind"], about["config"]
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is missing or damaged: {error!r}") from None
-    if found != kind.name:
-        raise ValueError(f'{path}: this is a retriever of kind "{found}", expected "{kind.name}"')
-    try:
-        return config, load_file(directory / "retriever.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{directory / 'retriever.safetensors'} is missing or damaged: {error}") from None
+        self.towers.ids.check_ids = False
 
 
 def positive_rows(log: Dataset, split: str = "train") -> tuple[Batch, Tensor]:

@@ -1,0 +1,48 @@
+"""The retrievers by name, and how funnels name one."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from fullrank.registry import Registry, Spec
+from fullrank.retrieval.base import Retriever
+from fullrank.schema import Schema
+
+RETRIEVERS: Registry[type[Retriever]] = Registry(
+    "retriever",
+    "fullrank.retrievers",
+    {
+        "two_tower": "fullrank.retrieval.two_tower:TwoTower",
+        "popularity": "fullrank.retrieval.popularity:Popularity",
+    },
+)
+
+
+def register(retriever: type[Retriever]) -> type[Retriever]:
+    """List a retriever under its `name`, so that recipes can ask for it and what is saved of it can be loaded.
+
+    Usable as a decorator. A package lists its retrievers for good by entry points of the group `fullrank.retrievers`.
+
+    Raises:
+        ValueError: if the class has no name, or another retriever has it.
+    """
+    name = getattr(retriever, "name", None)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f'{retriever.__name__} needs a class attribute "name", such as: name = "mine"')
+    return RETRIEVERS.register(name, retriever)
+
+
+class RetrieverSpec(Spec):
+    """A retriever's name and Config: `{name: two_tower, output_dim: 64}`."""
+
+    registry: ClassVar[Registry[Any]] = RETRIEVERS
+
+    config: Retriever.Config
+
+    def build(self, schema: Schema) -> Retriever:
+        """The retriever for a fitted schema, not fitted itself.
+
+        Raises:
+            ValueError: if the schema lacks what the retriever needs.
+        """
+        return RETRIEVERS[self.name](schema, self.config)
