@@ -35,8 +35,12 @@ Places = dict[type[BaseModel], tuple[str, str]]
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    name = page.file.src_uri.removeprefix("fields/").removesuffix(".md")
-    return re.sub(r"^\{\{ (.+) \}\}$", lambda found: answer(found[1], name), markdown, flags=re.MULTILINE)
+    return expanded(markdown, page.file.src_uri.removeprefix("fields/").removesuffix(".md"))
+
+
+def expanded(markdown: str, page: str) -> str:
+    """The Markdown of the page `fields/<page>.md` with tables in the place of the lines that ask for them."""
+    return re.sub(r"^\{\{ (.+) \}\}$", lambda found: answer(found[1], page), markdown, flags=re.MULTILINE)
 
 
 def on_page_content(content: str, **_: Any) -> str:

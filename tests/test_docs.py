@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -19,7 +20,8 @@ from fullrank.cli.main import app
 from fullrank.data.formats import FORMATS
 from fullrank.data.simulate import SimulationConfig, simulate, simulate_dataset
 from fullrank.embeddings import TABLE_KINDS
-from fullrank.models import RANKERS, RankerSpec
+from fullrank.fields import field_rows
+from fullrank.models import RANKERS, Ranker, RankerSpec
 from fullrank.models.dhen import INTERACTIONS
 from fullrank.retrieval import RETRIEVERS
 from fullrank.training.recipe import Recipe
@@ -150,3 +152,16 @@ def test_the_recipes_of_a_page_are_valid(page: Path, reader: Path) -> None:
 def test_links_of_the_readme_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert links and [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_the_tables_of_fields_have_every_field_and_lead_to_each_other() -> None:
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    pages = (ROOT / "docs" / "fields").glob("*.md")
+    text = {page.stem: hooks["expanded"](page.read_text(encoding="utf-8"), page.stem) for page in pages}
+    for name in RANKERS.places:
+        section = re.split(r"\n## ", text["rankers"].partition(f"## `{name}`")[2])[0]
+        own = set(field_rows(RANKERS[name].Config)) - set(field_rows(Ranker.Config))
+        assert {row.name for row in own} <= set(re.findall(r"^\| `(\w+)` \|", section, re.M)), name
+    for page, content in text.items():
+        for target, anchor in re.findall(r'<a href="(?:\.\./(\w+)/)?#?([^"]*)">', content):
+            assert not anchor or f"{{ #{anchor} }}" in text[target or page], (page, target, anchor)
