@@ -87,3 +87,10 @@ def test_columns_that_hold_neither_text_nor_numbers_are_left_out_and_shown() -> 
     assert schema == infer_schema(sample())
     left_out = {column.name for column in columns if column.use == "left out: neither text nor numbers"}
     assert left_out == {"raw", "both", "wait", "pieces"}
+
+
+def test_true_probabilities_of_a_simulated_log_are_no_features() -> None:
+    frame = sample().with_columns(__true_click=pl.lit(0.5))
+    schema, columns = profile(frame)
+    assert schema == infer_schema(sample())
+    assert columns[-1].use == "left out: a true probability"

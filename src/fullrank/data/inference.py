@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from fullrank.data.raw import TRUE_PREFIX
 from fullrank.data.values import as_numbers, as_text, is_value
 from fullrank.schema import (
     Categorical,
@@ -103,6 +104,9 @@ def profile(
         if name in labels or name in like_labels or name in only_keys:
             continue
         fact = facts[name]
+        if name.startswith(TRUE_PREFIX):
+            uses[name] = "left out: a true probability"
+            continue
         if not fact.is_readable:
             uses[name] = "left out: neither text nor numbers"
             continue
