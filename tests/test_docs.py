@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
 from fullrank.cli.main import app
 from fullrank.data.formats import FORMATS
@@ -57,23 +58,25 @@ BLOCKS = {page: blocks(page) for page in PAGES}
 WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in BLOCKS[page])]
 
 
+def shell(block: Block) -> Iterator[tuple[int, str]]:
+    """Line and text of every `fullrank ...` in a shell block."""
+    if block.language in ("", "sh"):
+        for number, line in enumerate(block.text.splitlines(), block.line):
+            if line.startswith("fullrank "):
+                yield number, line.partition(" # ")[0].strip()
+
+
 def commands(page: Path) -> Iterator[tuple[int, str]]:
     """Line and text of every `fullrank ...` in the shell blocks and in the sentences of a page."""
-    prose = page.read_text(encoding="utf-8")
     for block in BLOCKS[page]:
-        if block.language in ("", "sh"):
-            yield from ((block.line + number, line) for number, line in enumerate(block.text.splitlines()))
+        yield from shell(block)
+    prose = page.read_text(encoding="utf-8")
     prose = FENCE.sub(lambda found: "\n" * found[0].count("\n"), prose)
     for found in re.finditer(r"`(fullrank [a-z][^`]*)`", prose):
         yield prose.count("\n", 0, found.start()) + 1, " ".join(found[1].split())
 
 
-COMMANDS = [
-    pytest.param(text, id=f"{name_of(page)}:{line}")
-    for page in PAGES
-    for line, command in commands(page)
-    if (text := command.partition(" # ")[0].strip()).startswith("fullrank ")
-]
+COMMANDS = [pytest.param(command, id=f"{name_of(page)}:{line}") for page in PAGES for line, command in commands(page)]
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +108,10 @@ def reader(logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
 def test_the_python_of_a_page_runs_as_written(page: Path, reader: Path) -> None:
+    """And the commands of the tutorial between it."""
     namespace: dict[str, object] = {"__name__": "__main__"}
+    if page.stem == "tutorial":  # begins with nothing
+        shutil.rmtree(reader / "data")
     for block in BLOCKS[page]:
         if block.title is not None:
             (reader / block.title).write_text(block.text, encoding="utf-8")
@@ -116,6 +122,10 @@ def test_the_python_of_a_page_runs_as_written(page: Path, reader: Path) -> None:
                 exec(code, namespace)
             except Exception as error:
                 raise AssertionError(f"{name_of(page)}, block at line {block.line}: {error}") from error
+        elif page.stem == "tutorial":
+            for line, command in shell(block):
+                ran = CliRunner().invoke(app, shlex.split(command)[1:])
+                assert ran.exit_code == 0, f"{name_of(page)}, line {line}: {ran.output}"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
