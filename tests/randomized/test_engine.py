@@ -52,7 +52,7 @@ def test_passes_are_counted_and_a_wrong_executor_is_refused():
     table = source()
     map_reduce(table, rows_of, concatenate)
     assert table.n_passes == 1
-    with pytest.raises(ValueError, match="'gpu', expected one of serial, threads, dask"):
+    with pytest.raises(ValueError, match='executor is "gpu", expected one of serial, threads, dask'):
         map_reduce(table, rows_of, executor="gpu")
 
 

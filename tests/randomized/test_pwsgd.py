@@ -219,7 +219,7 @@ def test_dependent_and_constant_columns_are_no_obstacle() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "hinge"}, "loss is 'hinge', expected one of squared, absolute, quantile"),
+        ({"loss": "hinge"}, 'loss is "hinge", expected one of squared, absolute, quantile'),
         ({"quantile": 1.0}, "quantile is 1.0"),
         ({"eta0": 0}, "eta0 is 0"),
         ({"n_steps": 0}, "n_steps is 0"),

@@ -286,17 +286,17 @@ def test_features_beyond_those_asked_for_are_said(rows: np.ndarray, sequence: st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n_components": 0}, "n_components must be an integer of at least 1, got 0"),
-        ({"refine_iter": 1.5}, "refine_iter must be an integer"),
-        ({"gamma": 0.0}, "gamma must be positive"),
+        ({"n_components": 0}, "n_components is 0, expected an integer >= 1"),
+        ({"refine_iter": 1.5}, "refine_iter is 1.5, expected an integer"),
+        ({"gamma": 0.0}, 'gamma is 0.0, expected "scale" or positive, finite numbers'),
         ({"gamma": [1.0, 2.0]}, r"gamma has shape \(2,\), expected a number or one for each of 6 columns"),
         ({"gamma": "auto"}, 'gamma is "auto"'),
         ({"sequence": "random"}, 'sequence is "random", expected one of auto, sobol'),
         ({"kernel": "cosine"}, 'kernel is "cosine"'),
-        ({"kernel": "matern", "nu": 0}, "nu must be positive"),
+        ({"kernel": "matern", "nu": 0}, "nu is 0, expected a number > 0"),
         ({"kernel": "laplacian", "sequence": "orthogonal"}, "needs an isotropic kernel"),
         ({"kernel": "laplacian", "sequence": "adaptive"}, 'kernel "rbf" only'),
-        ({"sequence": "adaptive", "box": -1.0}, "box must be positive"),
+        ({"sequence": "adaptive", "box": -1.0}, 'box is -1.0, expected "quantile" or positive, finite numbers'),
     ],
 )
 def test_rejects(rows: np.ndarray, arguments: dict, message: str) -> None:
@@ -313,7 +313,7 @@ def test_rejects_more_dimensions_than_a_sobol_sequence_has() -> None:
 def test_rejects_arguments_of_the_discrepancy() -> None:
     with pytest.raises(ValueError, match=r"box has shape \(2,\)"):
         box_discrepancy(np.zeros((3, 4)), [1.0, 1.0], 1.0)
-    with pytest.raises(ValueError, match="scale must be positive"):
+    with pytest.raises(ValueError, match="scale is 0.0, expected positive, finite numbers"):
         box_discrepancy(np.zeros((3, 4)), 1.0, 0.0)
     with pytest.raises(ValueError, match="power of two"):
         uniform_points("lattice", 100, 3, np.random.default_rng(0))

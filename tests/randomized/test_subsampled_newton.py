@@ -281,12 +281,12 @@ def test_a_warm_start_from_the_answer_takes_no_step() -> None:
     ("model", "message"),
     [
         (SubsampledNewtonClassifier(C=0), "C is 0, expected a number > 0"),
-        (SubsampledNewtonClassifier(sampling="best"), "sampling is 'best', expected one of auto, leverage"),
+        (SubsampledNewtonClassifier(sampling="best"), 'sampling is "best", expected one of auto, leverage'),
         (SubsampledNewtonClassifier(sample_size=2), "sample_size is 2, expected an integer >= 3"),
         (SubsampledNewtonClassifier(tol=0), "tol is 0"),
         (SubsampledNewtonClassifier(max_iter=0), "max_iter is 0"),
         (SubsampledNewtonRegressor(alpha=-1), "alpha is -1"),
-        (SubsampledNewtonRegressor("cauchy"), "loss is 'cauchy'"),
+        (SubsampledNewtonRegressor("cauchy"), 'loss is "cauchy"'),
     ],
 )
 def test_parameters_out_of_range_are_named(model: Any, message: str) -> None:

@@ -282,14 +282,14 @@ def test_overflow_is_explained(crosses: tuple[np.ndarray, np.ndarray]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"degree": 0}, "degree must be an integer of at least 1, got 0"),
-        ({"rank": 0}, "rank must be an integer of at least 1"),
-        ({"alpha": -1.0}, "alpha must be 0 or more"),
-        ({"init_scale": 0.0}, "init_scale must be positive"),
-        ({"normalize": "max"}, "normalize is 'max'"),
-        ({"solver": "sgd"}, "solver is 'sgd'"),
-        ({"early_stopping": "yes"}, "early_stopping must be"),
-        ({"validation_fraction": 1.0}, "validation_fraction must lie between 0 and 1"),
+        ({"degree": 0}, "degree is 0, expected an integer >= 1"),
+        ({"rank": 0}, "rank is 0, expected an integer >= 1"),
+        ({"alpha": -1.0}, "alpha is -1.0, expected a number >= 0"),
+        ({"init_scale": 0.0}, 'init_scale is 0.0, expected "auto" or a number > 0'),
+        ({"normalize": "max"}, 'normalize is "max"'),
+        ({"solver": "sgd"}, 'solver is "sgd"'),
+        ({"early_stopping": "yes"}, 'early_stopping is "yes", expected True'),
+        ({"validation_fraction": 1.0}, r"validation_fraction is 1.0, expected a number in \(0, 1\)"),
     ],
 )
 def test_rejects(crosses: tuple[np.ndarray, np.ndarray], arguments: dict, message: str) -> None:

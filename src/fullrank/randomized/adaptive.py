@@ -8,11 +8,12 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import minimize
 
+from fullrank.randomized.blocks import Array
 from fullrank.randomized.discrepancy import box_discrepancy_gradient, pair_products, target_products
 from fullrank.randomized.spectral import PAIR_BLOCK, mean_cosines
 
 
-def minimise_discrepancy(W: np.ndarray, box: np.ndarray, scale: np.ndarray, iterations: int) -> np.ndarray:
+def minimise_discrepancy(W: Array, box: Array, scale: Array, iterations: int) -> Array:
     """Move all frequencies at once to lower their box discrepancy, by L-BFGS.
 
     Args:
@@ -24,15 +25,15 @@ def minimise_discrepancy(W: np.ndarray, box: np.ndarray, scale: np.ndarray, iter
     shape, factor = W.shape, scale[:, None]
     first = box_discrepancy_gradient(W, box, scale)[0]
 
-    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+    def objective(flat: Array) -> tuple[float, Array]:
         value, gradient = box_discrepancy_gradient(flat.reshape(shape), box / scale, 1.0)
         return value / first, gradient.ravel() / first
 
     found = minimize(objective, (W * factor).ravel(), jac=True, method="L-BFGS-B", options={"maxiter": iterations})
-    return found.x.reshape(shape) / factor
+    return np.asarray(found.x.reshape(shape) / factor)
 
 
-def greedy_frequencies(candidates: np.ndarray, s: int, box: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def greedy_frequencies(candidates: Array, s: int, box: Array, scale: Array) -> Array:
     """A sequence: each frequency lowers the box discrepancy of those before it the most, so any prefix is usable.
 
     Args:
@@ -52,7 +53,7 @@ def greedy_frequencies(candidates: np.ndarray, s: int, box: np.ndarray, scale: n
     for n in range(s):
         before = chosen[:, :n]
 
-        def objective(w: np.ndarray, before: np.ndarray = before) -> tuple[float, np.ndarray]:
+        def objective(w: Array, before: Array = before) -> tuple[float, Array]:
             w = w[:, None]
             target, target_slope = target_products(w, box, gradient=True)
             value, slope = -float(target[0]), -target_slope[:, 0]
@@ -69,9 +70,7 @@ def greedy_frequencies(candidates: np.ndarray, s: int, box: np.ndarray, scale: n
     return chosen / scale[:, None]
 
 
-def minimise_pair_error(
-    W: np.ndarray, U: np.ndarray | sparse.csr_array, kernel: np.ndarray, iterations: int
-) -> np.ndarray:
+def minimise_pair_error(W: Array, U: Array | sparse.csr_array, kernel: Array, iterations: int) -> Array:
     """Move all frequencies to lower the mean of (mean_l cos(u'w_l) - k(u))^2 over given differences, by L-BFGS.
 
     Args:
@@ -86,7 +85,7 @@ def minimise_pair_error(
     deviation[deviation == 0] = 1.0
     first = float(np.mean((mean_cosines(U, W) - kernel) ** 2)) or 1.0
 
-    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+    def objective(flat: Array) -> tuple[float, Array]:
         W = flat.reshape(shape) * deviation
         value, gradient = 0.0, np.zeros(shape)
         for start in range(0, pairs, PAIR_BLOCK):
@@ -99,4 +98,4 @@ def minimise_pair_error(
         return value / (pairs * first), gradient.ravel()
 
     found = minimize(objective, (W / deviation).ravel(), jac=True, method="L-BFGS-B", options={"maxiter": iterations})
-    return found.x.reshape(shape) * deviation
+    return np.asarray(found.x.reshape(shape) * deviation)

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
+Array = NDArray[np.float64]
 BLOCK_CELLS = 2**21  # a block of float64 is at most about 16 MiB
 BLOCK_ROWS = 32768
 
@@ -27,33 +29,54 @@ class Block:
     """
 
     X: Any
-    y: np.ndarray | None
-    weight: np.ndarray | None
+    y: Array | None
+    weight: Array | None
     start: int
 
     @property
     def stop(self) -> int:
-        return self.start + self.X.shape[0]
+        return self.start + len(self)
 
-    def columns(self, *, intercept: bool = False, target: bool = False, weight_power: float = 0.5) -> np.ndarray:
+    def __len__(self) -> int:
+        return int(self.X.shape[0])
+
+    @property
+    def target(self) -> Array:
+        """y, of a source that has one.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        if self.y is None:
+            raise ValueError("the source has no target")
+        return self.y
+
+    def columns(self, *, intercept: bool = False, target: bool = False, weight_power: float = 0.5) -> Array:
         """Dense [1 | X | y], each part if asked for, with rows times weight ** weight_power; shape (k, columns)."""
         X = self.X.toarray() if sp.issparse(self.X) else self.X
         parts = [np.ones((X.shape[0], 1)), X] if intercept else [X]
         if target:
             parts.append(self.targets())
-        joined = X if len(parts) == 1 else np.hstack(parts)
+        joined: Array = X if len(parts) == 1 else np.hstack(parts)
         return joined if self.weight is None else joined * (self.weight**weight_power)[:, None]
 
-    def product(self, M: np.ndarray, *, intercept: bool = False, weight_power: float = 0.5) -> np.ndarray:
+    def product(self, M: Array, *, intercept: bool = False, weight_power: float = 0.5) -> Array:
         """[1 | X] M with rows times weight ** weight_power, without forming [1 | X]; shape (k, columns of M)."""
-        result = self.X @ M[1:] + M[0] if intercept else self.X @ M
+        result: Array = self.X @ M[1:] + M[0] if intercept else self.X @ M
         return result if self.weight is None else result * (self.weight**weight_power)[:, None]
 
-    def targets(self) -> np.ndarray:
+    def targets(self) -> Array:
         """y as a matrix, shape (k, t)."""
-        if self.y is None:
-            raise ValueError("the source has no target")
-        return self.y.reshape(self.X.shape[0], -1)
+        return self.target.reshape(len(self), -1)
+
+    def weights(self) -> Array:
+        """Weights of the rows, ones where there are none, shape (k,)."""
+        return np.ones(len(self)) if self.weight is None else self.weight
+
+
+def squared(X: Any) -> Any:
+    """Squares of the entries of a dense or sparse matrix."""
+    return X.multiply(X) if sp.issparse(X) else np.square(X)
 
 
 def block_size(n_cols: int, block_rows: int | None = None) -> int:
@@ -87,7 +110,7 @@ def check_block(block: Block, feature_names: Sequence[str], place: str) -> None:
         check_weights(block.weight, block.start, place)
 
 
-def check_weights(weight: np.ndarray, start: int, place: str) -> None:
+def check_weights(weight: Array, start: int, place: str) -> None:
     """Raises ValueError, which names the row, at a weight that is negative, NaN or infinite."""
     fine = np.isfinite(weight) & (weight >= 0)
     if not fine.all():

@@ -4,24 +4,27 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import solveh_banded
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from fullrank.randomized.blocks import Array
 from fullrank.randomized.curvature import Problem
-from fullrank.randomized.losses import LOSSES, Vector
+from fullrank.randomized.losses import LOSSES
 from fullrank.randomized.newton import subsampled_newton
+from fullrank.randomized.parameters import check_parameters, integer, number, one_of
 from fullrank.randomized.sources import ArraySource
 
 METHODS = ("piecewise", "affine", "temperature")
+_RULES = {"method": one_of(*METHODS), "n_knots": integer(2), "smoothing": number(above=0)}
 _LOGISTIC = LOSSES["logistic"]
 
 
-class LogitCalibrator(BaseEstimator):
+class LogitCalibrator(BaseEstimator):  # type: ignore[misc]
     """Calibrated log-odds as a function of log-odds, of the largest likelihood on held-out rows.
 
     Args:
@@ -42,6 +45,9 @@ class LogitCalibrator(BaseEstimator):
     function is linear in log-odds between quantiles.
     """
 
+    knots_: Array
+    values_: Array
+
     def __init__(self, method: str = "piecewise", *, n_knots: int = 20, smoothing: float = 10.0) -> None:
         self.method = method
         self.n_knots = n_knots
@@ -55,12 +61,7 @@ class LogitCalibrator(BaseEstimator):
             y: shape (n,), what happened: 0 or 1, or anything between.
             sample_weight: shape (n,), at least 0.
         """
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}, expected one of {', '.join(METHODS)}")
-        if not isinstance(self.n_knots, Integral) or self.n_knots < 2:
-            raise ValueError(f"n_knots is {self.n_knots!r}, expected an integer >= 2")
-        if not isinstance(self.smoothing, Real) or not 0 < self.smoothing < np.inf:
-            raise ValueError(f"smoothing is {self.smoothing!r}, expected a number > 0")
+        check_parameters(self, _RULES)
         z, y = _vector(logits, "logits"), _vector(y, "y")
         weight = np.ones(len(z)) if sample_weight is None else _vector(sample_weight, "sample_weight")
         if not len(z) == len(y) == len(weight):
@@ -82,21 +83,23 @@ class LogitCalibrator(BaseEstimator):
                 self.values_ = _rising_fit(z, y, weight, knots, shift + slope * knots, float(self.smoothing))
         return self
 
-    def transform(self, logits: Any) -> Vector:
+    def transform(self, logits: Any) -> Array:
         """Calibrated log-odds, shape (n,)."""
         check_is_fitted(self)
         z = _vector(logits, "logits")
         knots, values = self.knots_, self.values_
+        calibrated: Array
         if self.method == "piecewise":
-            return np.interp(z, knots, values) + np.minimum(z - knots[0], 0.0) + np.maximum(z - knots[-1], 0.0)
-        slope = (values[-1] - values[0]) / (knots[-1] - knots[0])
-        return values[0] + slope * (z - knots[0])
+            calibrated = np.interp(z, knots, values) + np.minimum(z - knots[0], 0.0) + np.maximum(z - knots[-1], 0.0)
+        else:
+            calibrated = values[0] + (values[-1] - values[0]) / (knots[-1] - knots[0]) * (z - knots[0])
+        return calibrated
 
-    def predict_proba(self, logits: Any) -> Vector:
+    def predict_proba(self, logits: Any) -> Array:
         """Calibrated probabilities, shape (n,)."""
         return _LOGISTIC(self.transform(logits), np.zeros(len(logits))).slope
 
-    def _affine(self, z: Vector, y: Vector, weight: Vector) -> tuple[float, float]:
+    def _affine(self, z: Array, y: Array, weight: Array) -> tuple[float, float]:
         """Shift and slope; a slope below 0 would turn the ranking round, and becomes 0."""
         free = self.method != "temperature"
         source = ArraySource(z[:, None], y, weight, check_finite=False)
@@ -110,13 +113,13 @@ class LogitCalibrator(BaseEstimator):
         return float(np.log(rate / (1 - rate))), 0.0
 
 
-def _rising_fit(z: Vector, y: Vector, weight: Vector, knots: Vector, start: Vector, smoothing: float) -> Vector:
+def _rising_fit(z: Array, y: Array, weight: Array, knots: Array, start: Array, smoothing: float) -> Array:
     """Values at the knots that maximise the likelihood and never fall; neighbours that would fall are made equal."""
     cell = np.clip(np.searchsorted(knots, z, side="right") - 1, 0, len(knots) - 2)
     share = (z - knots[cell]) / np.diff(knots)[cell]
     rate = np.average(y, weights=weight)
     doubt = smoothing * rate * (1 - rate)  # the curvature of so many rows at the mean rate
-    groups = np.arange(len(knots))
+    groups: NDArray[np.intp] = np.arange(len(knots))
     while True:
         values = _fit_at_knots(cell, share, y, weight, groups, start, doubt)
         rises = np.diff(values)
@@ -127,15 +130,24 @@ def _rising_fit(z: Vector, y: Vector, weight: Vector, knots: Vector, start: Vect
 
 
 def _fit_at_knots(
-    cell: np.ndarray, share: Vector, y: Vector, weight: Vector, groups: np.ndarray, start: Vector, doubt: float
-) -> Vector:
+    cell: NDArray[np.intp],
+    share: Array,
+    y: Array,
+    weight: Array,
+    groups: NDArray[np.intp],
+    start: Array,
+    doubt: float,
+) -> Array:
     """Newton's method for one value per group of knots; a row sees two neighbours, so the Hessian is tridiagonal."""
     size = int(groups[-1]) + 1
     left, right = groups[cell], groups[cell + 1]
     count = np.bincount(groups, minlength=size)
     centre = np.bincount(groups, start, size) / count
 
-    def objective(values: Vector) -> float:
+    def summed(places: NDArray[np.intp], terms: Array) -> Array:
+        return np.asarray(np.bincount(places, terms, size), dtype=np.float64)
+
+    def objective(values: Array) -> float:
         margin = values[left] * (1 - share) + values[right] * share
         return float(weight @ _LOGISTIC.value(margin, y)) + 0.5 * doubt * float(count @ np.square(values - centre))
 
@@ -144,14 +156,14 @@ def _fit_at_knots(
     for _ in range(50):
         loss = _LOGISTIC(values[left] * (1 - share) + values[right] * share, y)
         slope, curvature = weight * loss.slope, weight * loss.curvature
-        gradient = np.bincount(left, slope * (1 - share), size) + np.bincount(right, slope * share, size)
+        gradient = summed(left, slope * (1 - share)) + summed(right, slope * share)
         gradient += doubt * count * (values - centre)
         same = left == right
         banded = np.zeros((2, size))
-        banded[1] = np.bincount(left, curvature * np.where(same, 1.0, (1 - share) ** 2), size) + doubt * count
-        banded[1] += np.bincount(right, curvature * np.where(same, 0.0, share**2), size)
-        banded[0, 1:] = np.bincount(left, np.where(same, 0.0, curvature * share * (1 - share)), size)[:-1]
-        step = solveh_banded(banded, gradient) if size > 1 else gradient / banded[1]
+        banded[1] = summed(left, curvature * np.where(same, 1.0, (1 - share) ** 2)) + doubt * count
+        banded[1] += summed(right, curvature * np.where(same, 0.0, share**2))
+        banded[0, 1:] = summed(left, np.where(same, 0.0, curvature * share * (1 - share)))[:-1]
+        step: Array = solveh_banded(banded, gradient) if size > 1 else gradient / banded[1]
         length = 1.0
         while (value := objective(values - length * step)) > best + 1e-12 * abs(best) and length > 1e-6:
             length /= 2
@@ -162,7 +174,7 @@ def _fit_at_knots(
     return values
 
 
-def _weighted_quantiles(z: Vector, weight: Vector, count: int) -> Vector:
+def _weighted_quantiles(z: Array, weight: Array, count: int) -> Array:
     """Distinct values of z at evenly spaced shares of the weight, the ends included."""
     order = np.argsort(z)
     total = np.cumsum(weight[order])
@@ -170,7 +182,7 @@ def _weighted_quantiles(z: Vector, weight: Vector, count: int) -> Vector:
     return np.unique(z[order][np.minimum(places, len(z) - 1)])
 
 
-def _vector(values: Any, name: str) -> Vector:
+def _vector(values: Any, name: str) -> Array:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
         raise ValueError(f"{name} has shape {array.shape}, expected (n,)")

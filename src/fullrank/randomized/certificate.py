@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from fullrank.randomized.interior_point import Array
+from fullrank.randomized.blocks import Array
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.linalg
 
-from fullrank.randomized.blocks import Block
+from fullrank.randomized.blocks import Array, Block
 from fullrank.randomized.engine import Executor, map_reduce
 from fullrank.randomized.sampling import sample_rows
 from fullrank.randomized.sketches import Sketch, sketch_blocks
@@ -37,12 +37,12 @@ class RankDeficientError(np.linalg.LinAlgError):
 class Preconditioner(NamedTuple):
     """N, shape (q, r), with A N well conditioned; null, (q, q - r), with A null = 0; condition of R."""
 
-    N: np.ndarray
-    null: np.ndarray
+    N: Array
+    null: Array
     condition: float
 
 
-def preconditioner(R: np.ndarray, rcond: float | None = None) -> Preconditioner:
+def preconditioner(R: Array, rcond: float | None = None) -> Preconditioner:
     """Inverse of R on its range, by singular values, after its columns are scaled to norm 1.
 
     Args:
@@ -66,17 +66,23 @@ def preconditioner(R: np.ndarray, rcond: float | None = None) -> Preconditioner:
     return Preconditioner((rows[:rank].T / singular[:rank]) / scale[:, None], rows[rank:].T / scale[:, None], condition)
 
 
-def qr_blocks(blocks: Iterator[Block], intercept: bool, target: bool, weight_power: float = 0.5) -> np.ndarray:
+def triangular(rows: Array) -> Array:
+    """R of rows = QR, shape (min(rows, columns), columns)."""
+    return np.asarray(np.linalg.qr(rows, mode="r"))
+
+
+def qr_blocks(blocks: Iterator[Block], intercept: bool, target: bool, weight_power: float = 0.5) -> Array:
     """Triangular factor of the rows of a fragment; for `map_reduce` with `join_factors`."""
-    R = None
+    R: Array | None = None
     for block in blocks:
         columns = block.columns(intercept=intercept, target=target, weight_power=weight_power)
-        R = np.linalg.qr(columns if R is None else np.vstack([R, columns]), mode="r")
+        R = triangular(columns if R is None else np.vstack([R, columns]))
+    assert R is not None, "a fragment has rows"
     return R
 
 
-def join_factors(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return np.linalg.qr(np.vstack([first, second]), mode="r")
+def join_factors(first: Array, second: Array) -> Array:
+    return triangular(np.vstack([first, second]))
 
 
 def exact_factor(
@@ -86,13 +92,14 @@ def exact_factor(
     target: bool = False,
     weight_power: float = 0.5,
     executor: Executor = "serial",
-) -> np.ndarray:
+) -> Array:
     """R of the QR factorisation of [1 | X | y] in one pass, by blocks; rows times weight ** weight_power."""
     factor = partial(qr_blocks, intercept=intercept, target=target, weight_power=weight_power)
-    return map_reduce(source, factor, join_factors, executor)
+    R: Array = map_reduce(source, factor, join_factors, executor)
+    return R
 
 
-def dependent_columns(R: np.ndarray, rcond: float = 1e-12) -> list[int]:
+def dependent_columns(R: Array, rcond: float = 1e-12) -> list[int]:
     """Columns that a pivoted QR of R finds to depend on the others; empty at full rank."""
     scale = np.linalg.norm(R, axis=0)
     triangle, pivots = scipy.linalg.qr(R / np.where(scale > 0, scale, 1), mode="r", pivoting=True)
@@ -101,7 +108,7 @@ def dependent_columns(R: np.ndarray, rcond: float = 1e-12) -> list[int]:
     return sorted(int(j) for j in pivots[diagonal <= rcond * max(diagonal.max(), np.finfo(float).tiny)])
 
 
-def check_rank(R: np.ndarray, names: Sequence[str], rcond: float = 1e-12) -> None:
+def check_rank(R: Array, names: Sequence[str], rcond: float = 1e-12) -> None:
     """Raises RankDeficientError, which names the dependent columns, unless R has full column rank."""
     if dependent := dependent_columns(R, rcond):
         listed = ", ".join(f'"{names[j]}"' for j in dependent[:10]) + (", ..." if len(dependent) > 10 else "")
@@ -118,7 +125,7 @@ def l1_conditioner(
     target: bool = True,
     seed: int = 0,
     executor: Executor = "serial",
-) -> np.ndarray:
+) -> Array:
     """R such that [1 | X | y] R^-1 is a well-conditioned basis in l1; rows count weight times.
 
     Args:
@@ -156,12 +163,12 @@ def l1_conditioner(
     for stream in range(_DRAWS):
         S = Sketch(sketch_kind, sketch_size, seed, stream=stream)
         sketched = map_reduce(source, partial(sketch_blocks, S=S, **columns, weight_power=1.0), executor=executor)
-        R = np.linalg.qr(sketched, mode="r")
+        R = triangular(sketched)
         if kind in ("spc2", "spc3") and not dependent_columns(R):
             N = scipy.linalg.solve_triangular(R, np.eye(q))
             size = 100 * q if sample_size is None else sample_size
             rows = sample_rows(source, size, N, p=1, seed=seed, stream=100 + stream, executor=executor, **columns)
-            R = np.linalg.qr(rows, mode="r")
+            R = triangular(rows)
             if kind == "spc2" and not dependent_columns(R):
                 R = ellipsoidal_rounding(rows)
         if not dependent_columns(R):
@@ -170,7 +177,7 @@ def l1_conditioner(
     return R
 
 
-def ellipsoidal_rounding(A: np.ndarray) -> np.ndarray:
+def ellipsoidal_rounding(A: Array) -> Array:
     """R such that A R^-1 is well conditioned in l1, by rounding the ball {x: |A x|_1 <= 1}.
 
     Args:
@@ -185,7 +192,7 @@ def ellipsoidal_rounding(A: np.ndarray) -> np.ndarray:
     Source: arXiv 1305.0087, section 3.1, and Clarkson et al., The Fast Cauchy Transform, 2013, section 3.
     """
     n, q = A.shape
-    R0 = np.linalg.qr(A, mode="r")
+    R0 = triangular(A)
     check_rank(R0, [f"x{j}" for j in range(q)])
     # |U x|_2 <= |U x|_1 <= sqrt(n) |U x|_2: a short table is round already.
     if q == 1 or sqrt(n) <= 2 * q:
@@ -210,4 +217,4 @@ def ellipsoidal_rounding(A: np.ndarray) -> np.ndarray:
         E = delta * (E - sigma * a2 * np.outer(Eg, Eg))
         E = (E + E.T) / 2
     lengths, directions = np.linalg.eigh(E)
-    return np.linalg.qr((directions / np.sqrt(lengths)).T @ R0, mode="r")
+    return triangular((directions / np.sqrt(lengths)).T @ R0)

@@ -14,9 +14,10 @@ Source: Barrodale and Roberts, An improved algorithm for discrete l1 linear appr
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, lu_factor, lu_solve, qr
 
-from fullrank.randomized.interior_point import Array
+from fullrank.randomized.blocks import Array
 
 TIE = 1e-9
 
@@ -86,14 +87,14 @@ def vertex(
     return None
 
 
-def _independent(rows: Array, away: Array) -> np.ndarray | None:
+def _independent(rows: Array, away: Array) -> NDArray[np.intp] | None:
     """D independent rows, near ones first."""
     D = rows.shape[1]
     for count in (2 * D, len(rows)):
         near = np.argsort(away, kind="stable")[:count]
         weights = 1 / (away[near] + 1e-12 * away.max() + 1e-300)
         _, R, pivots = qr((rows[near] * (weights / weights.max())[:, None]).T, mode="economic", pivoting=True)
-        picked = near[pivots[:D]]
+        picked: NDArray[np.intp] = near[pivots[:D]]
         if len(picked) == D and abs(R[D - 1, D - 1]) > 0 and np.linalg.cond(rows[picked]) < 1e10:
             return picked
     return None

@@ -24,9 +24,9 @@ import scipy.sparse as sp
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, solve_triangular
 from scipy.sparse.linalg import LinearOperator, cg
 
-from fullrank.randomized.blocks import Block
+from fullrank.randomized.blocks import Array, Block, squared
 from fullrank.randomized.engine import Executor, map_reduce
-from fullrank.randomized.losses import Loss, Vector
+from fullrank.randomized.losses import Loss
 from fullrank.randomized.sketches import poisson_sample
 from fullrank.randomized.sources import RowSource
 
@@ -51,7 +51,7 @@ class Problem:
         """p, the number of unknowns."""
         return self.source.n_cols + int(self.fit_intercept)
 
-    def ridge(self) -> Vector:
+    def ridge(self) -> Array:
         """Diagonal of the penalty's Hessian, shape (p,)."""
         diagonal = np.full(self.size, self.penalty)
         diagonal[self.source.n_cols :] = 0.0
@@ -67,8 +67,8 @@ class Sample(NamedTuple):
     """Drawn rows (s, p) with the intercept's ones, their targets, and their weights over the odds of being drawn."""
 
     rows: Any
-    target: Vector
-    weight: Vector
+    target: Array
+    weight: Array
 
     @staticmethod
     def joined(parts: list[Sample]) -> Sample:
@@ -94,14 +94,14 @@ class Draw(NamedTuple):
     mass: float
     seed: int
     stream: int
-    basis: np.ndarray | None = None
+    basis: Array | None = None
 
     @property
     def certain(self) -> float:
         """Rows with this score or a larger one are kept for sure."""
         return max(self.mass / self.size, np.finfo(float).tiny)
 
-    def scores(self, X: Any, free: bool, curvature: Vector) -> Vector:
+    def scores(self, X: Any, free: bool, curvature: Array) -> Array:
         """Scores of the rows of X, given w_i loss''; all of shape (k,)."""
         if self.sampling == "uniform":
             return np.ones(len(curvature))
@@ -113,14 +113,14 @@ class Draw(NamedTuple):
             projected += self.basis[-1]
         return np.minimum(1.0, curvature * _row_squares(projected))
 
-    def sample(self, block: Block, free: bool, score: Vector) -> Sample | None:
+    def sample(self, block: Block, free: bool, score: Array) -> Sample | None:
         """The rows of a block that are kept, given their scores."""
         kept, importance = poisson_sample(score / self.certain, self.seed, block.start, self.stream)
         if not len(kept):
             return None
         if block.weight is not None:
             importance = importance * block.weight[kept]
-        return Sample(_with_ones(block.X[kept], free), block.y[kept], importance)
+        return Sample(_with_ones(block.X[kept], free), block.target[kept], importance)
 
 
 @dataclass
@@ -130,7 +130,7 @@ class Sums:
 
     value: float
     at_zero: float
-    gradient: Vector
+    gradient: Array
     mass: float
     sample: list[Sample]
 
@@ -152,17 +152,17 @@ def _summed(blocks: Iterator[Block], function: Callable[[Block], Any]) -> Any:
     return total
 
 
-def evaluate(block: Block, *, loss: Loss, free: bool, coef: Vector, draw: Draw | None, first: bool) -> Sums:
+def evaluate(block: Block, *, loss: Loss, free: bool, coef: Array, draw: Draw | None, first: bool) -> Sums:
     """Objective and gradient at `coef`, and rows drawn by their curvature there; targets are checked the first time."""
     if first:
-        loss.check_target(block.y, block.start)
-    derivatives = loss(_margin(block.X, coef), block.y)
+        loss.check_target(block.target, block.start)
+    derivatives = loss(_margin(block.X, coef), block.target)
     slope = _weighted(derivatives.slope, block)
     gradient = block.X.T @ slope
     if free:
         gradient = np.append(gradient, slope.sum())
     value = float(_weighted(derivatives.value, block).sum())
-    zero = float(_weighted(loss.value(np.zeros(len(slope)), block.y), block).sum()) if first else 0.0
+    zero = float(_weighted(loss.value(np.zeros(len(slope)), block.target), block).sum()) if first else 0.0
     if draw is None:
         return Sums(value, zero, gradient, 0.0, [])
     score = draw.scores(block.X, free, _weighted(derivatives.curvature, block))
@@ -176,40 +176,40 @@ def draw_only(block: Block, *, loss: Loss, free: bool, draw: Draw) -> list[Sampl
     return [] if sample is None else [sample]
 
 
-def _hessian(block: Block, *, loss: Loss, free: bool, coef: Vector) -> np.ndarray:
-    curvature = _weighted(loss(_margin(block.X, coef), block.y).curvature, block)
+def _hessian(block: Block, *, loss: Loss, free: bool, coef: Array) -> Array:
+    curvature = _weighted(loss(_margin(block.X, coef), block.target).curvature, block)
     return gram(block.X, curvature, free)
 
 
-def _hessian_product(block: Block, *, loss: Loss, free: bool, coef: Vector, vector: Vector) -> Vector:
-    curvature = _weighted(loss(_margin(block.X, coef), block.y).curvature, block)
+def _hessian_product(block: Block, *, loss: Loss, free: bool, coef: Array, vector: Array) -> Array:
+    curvature = _weighted(loss(_margin(block.X, coef), block.target).curvature, block)
     slope = curvature * _margin(block.X, vector)
     product = block.X.T @ slope
     return np.append(product, slope.sum()) if free else product
 
 
-def _hessian_diagonal(block: Block, *, loss: Loss, free: bool, coef: Vector) -> Vector:
-    curvature = _weighted(loss(_margin(block.X, coef), block.y).curvature, block)
-    diagonal = _squares(block.X).T @ curvature
+def _hessian_diagonal(block: Block, *, loss: Loss, free: bool, coef: Array) -> Array:
+    curvature = _weighted(loss(_margin(block.X, coef), block.target).curvature, block)
+    diagonal = squared(block.X).T @ curvature
     return np.append(diagonal, curvature.sum()) if free else diagonal
 
 
-def values_along(block: Block, *, loss: Loss, free: bool, coef: Vector, direction: Vector) -> Vector:
+def values_along(block: Block, *, loss: Loss, free: bool, coef: Array, direction: Array) -> Array:
     """Objective at coef + h direction for every h of the halvings."""
     margin, change = _margin(block.X, coef), _margin(block.X, direction)
-    return np.array([_weighted(loss.value(margin + h * change, block.y), block).sum() for h in HALVINGS])
+    return np.array([_weighted(loss.value(margin + h * change, block.target), block).sum() for h in HALVINGS])
 
 
-def gram(X: Any, weight: Vector, free: bool = False) -> np.ndarray:
+def gram(X: Any, weight: Array, free: bool = False) -> Array:
     """X' diag(weight) X, with a last column of ones if `free`; dense, for weights that are not negative."""
     root = np.sqrt(weight)
     if sp.issparse(X) and X.nnz > 0.1 * X.shape[0] * X.shape[1]:
         X = X.toarray()  # a dense product is then the faster one
     if sp.issparse(X):
         X = _with_ones(X, free)
-        scaled = sp.diags_array(root) @ X
-        return (scaled.T @ scaled).toarray()
-    scaled = X * root[:, None]
+        X = sp.diags_array(root) @ X
+        return np.asarray((X.T @ X).toarray())
+    scaled: Array = X * root[:, None]
     if not free:
         return scaled.T @ scaled
     d = X.shape[1]
@@ -220,21 +220,17 @@ def gram(X: Any, weight: Vector, free: bool = False) -> np.ndarray:
     return full
 
 
-def _margin(X: Any, coef: Vector) -> Vector:
+def _margin(X: Any, coef: Array) -> Array:
     d = X.shape[1]
-    margin = X @ coef[:d]
+    margin: Array = X @ coef[:d]
     return margin + coef[d] if len(coef) > d else margin
 
 
-def _weighted(values: Vector, block: Block) -> Vector:
+def _weighted(values: Array, block: Block) -> Array:
     return values if block.weight is None else block.weight * values
 
 
-def _squares(X: Any) -> Any:
-    return X.multiply(X) if sp.issparse(X) else np.square(X)
-
-
-def _row_squares(X: Any) -> Vector:
+def _row_squares(X: Any) -> Array:
     return np.asarray(X.multiply(X).sum(axis=1)).ravel() if sp.issparse(X) else np.einsum("ij,ij->i", X, X)
 
 
@@ -251,13 +247,13 @@ class Curvature(Protocol):
 
     n_rows: int
 
-    def solve(self, vector: Vector, tolerance: float) -> Vector: ...
+    def solve(self, vector: Array, tolerance: float) -> Array: ...
 
 
 class Cholesky:
     """A Hessian (p, p), factorised; with too little of a ridge it gets what rounding asks for."""
 
-    def __init__(self, hessian: np.ndarray, ridge: Vector, n_rows: int) -> None:
+    def __init__(self, hessian: Array, ridge: Array, n_rows: int) -> None:
         self.n_rows = n_rows
         hessian[np.diag_indices_from(hessian)] += ridge
         largest = max(float(hessian.diagonal().max(initial=0.0)), np.finfo(float).tiny)
@@ -269,32 +265,32 @@ class Cholesky:
             except LinAlgError:
                 extra = max(100 * extra, 1e-14 * largest)
 
-    def solve(self, vector: Vector, tolerance: float) -> Vector:
-        return cho_solve(self.factor, vector, check_finite=False)
+    def solve(self, vector: Array, tolerance: float) -> Array:
+        return np.asarray(cho_solve(self.factor, vector, check_finite=False))
 
-    def basis(self, directions: int, rng: np.random.Generator) -> np.ndarray:
+    def basis(self, directions: int, rng: np.random.Generator) -> Array:
         """Square root of the inverse, (p, directions): ||x'basis||^2 estimates x'H^-1 x, and equals it with a square
         basis, where directions >= p."""
         p = len(self.factor[0])
         eye = np.eye(p) if directions >= p else rng.standard_normal((p, directions)) / np.sqrt(directions)
-        return solve_triangular(self.factor[0], eye, lower=True, trans="T", check_finite=False)
+        return np.asarray(solve_triangular(self.factor[0], eye, lower=True, trans="T", check_finite=False))
 
 
 class Products:
     """A Hessian known by its products with vectors, for conjugate gradients scaled by the diagonal."""
 
-    def __init__(self, product: Callable[[Vector], Vector], diagonal: Vector, ridge: Vector, n_rows: int) -> None:
+    def __init__(self, product: Callable[[Array], Array], diagonal: Array, ridge: Array, n_rows: int) -> None:
         self.n_rows, p = n_rows, len(ridge)
         scale = diagonal + ridge
         scale[scale <= 0] = 1.0
         self.operator = LinearOperator((p, p), matvec=lambda v: product(v.ravel()) + ridge * v.ravel())
         self.scaling = LinearOperator((p, p), matvec=lambda v: v.ravel() / scale)
 
-    def solve(self, vector: Vector, tolerance: float) -> Vector:
-        return cg(self.operator, vector, rtol=tolerance, maxiter=1000, M=self.scaling)[0]
+    def solve(self, vector: Array, tolerance: float) -> Array:
+        return np.asarray(cg(self.operator, vector, rtol=tolerance, maxiter=1000, M=self.scaling)[0])
 
 
-def full_curvature(problem: Problem, coef: Vector) -> Curvature:
+def full_curvature(problem: Problem, coef: Array) -> Curvature:
     """The Hessian of all rows at `coef`: one pass, or one for every product with it if there are many unknowns."""
     n = problem.source.n_rows
     if problem.size <= LARGEST_DENSE:
@@ -303,11 +299,11 @@ def full_curvature(problem: Problem, coef: Vector) -> Curvature:
     return Products(lambda v: problem.total(_hessian_product, coef=coef, vector=v), diagonal, problem.ridge(), n)
 
 
-def sampled_curvature(problem: Problem, sample: Sample, coef: Vector) -> Curvature:
+def sampled_curvature(problem: Problem, sample: Sample, coef: Array) -> Curvature:
     """The Hessian at `coef` as estimated from drawn rows."""
     rows, target, weight = sample
     curvature = weight * problem.loss(rows @ coef, target).curvature
     if problem.size <= LARGEST_DENSE:
         return Cholesky(gram(rows, curvature), problem.ridge(), len(target))
-    diagonal = _squares(rows).T @ curvature
+    diagonal = squared(rows).T @ curvature
     return Products(lambda v: rows.T @ (curvature * (rows @ v)), diagonal, problem.ridge(), len(target))

@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import erf, wofz
 
+from fullrank.randomized.blocks import Array
+from fullrank.randomized.parameters import per_column
+
 # Rows of frequency pairs are taken in blocks whose (d, rows, s) arrays fit into a core's cache.
 BLOCK = 1 << 17
 
@@ -33,14 +36,14 @@ def box_discrepancy(W: ArrayLike, box: ArrayLike, scale: ArrayLike) -> float:
     return _value(*_standardised(W, box, scale), gradient=False)[0]
 
 
-def box_discrepancy_gradient(W: ArrayLike, box: ArrayLike, scale: ArrayLike) -> tuple[float, np.ndarray]:
+def box_discrepancy_gradient(W: ArrayLike, box: ArrayLike, scale: ArrayLike) -> tuple[float, Array]:
     """`box_discrepancy` and its gradient, shape (d, s)."""
     scale_d = np.asarray(scale, dtype=np.float64)
     value, gradient = _value(*_standardised(W, box, scale), gradient=True)
     return value, gradient * (scale_d[:, None] if scale_d.ndim else scale_d)
 
 
-def target_products(W: np.ndarray, box: np.ndarray, *, gradient: bool) -> tuple[np.ndarray, np.ndarray]:
+def target_products(W: Array, box: Array, *, gradient: bool) -> tuple[Array, Array]:
     """What the box discrepancy credits each frequency with, for unit scale.
 
     c_l = prod_j c_lj, the mean over the box of exp(-|u|^2/2) cos(u'w_l), shape (s,), and its derivatives by w_lj, shape
@@ -58,7 +61,7 @@ def target_products(W: np.ndarray, box: np.ndarray, *, gradient: bool) -> tuple[
     return product, slope * others
 
 
-def pair_products(left: np.ndarray, right: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pair_products(left: Array, right: Array, box: Array) -> tuple[Array, Array]:
     """h = prod_j sin(b_j (w_j - w'_j)) / (b_j (w_j - w'_j)) of frequencies (d, k) and (d, s), shape (k, s), and the sum
     over the s frequencies of its derivatives by the left one, shape (d, k)."""
     b = box[:, None, None]
@@ -77,23 +80,18 @@ def pair_products(left: np.ndarray, right: np.ndarray, box: np.ndarray) -> tuple
     return product, box[:, None] * np.einsum("dks,dks->dk", slope, others)
 
 
-def _standardised(W: ArrayLike, box: ArrayLike, scale: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _standardised(W: ArrayLike, box: ArrayLike, scale: ArrayLike) -> tuple[Array, Array]:
     """Frequencies and half-widths in units of the kernel's scale."""
     W = np.asarray(W, dtype=np.float64)
     if W.ndim != 2 or W.size == 0:
         raise ValueError(f"frequencies have shape {W.shape}, expected (d, s)")
     columns = []
     for name, values in (("box", box), ("scale", scale)):
-        values = np.asarray(values, dtype=np.float64)
-        if values.ndim > 1 or (values.ndim == 1 and len(values) != len(W)):
-            raise ValueError(f"{name} has shape {values.shape}, expected a scalar or ({len(W)},)")
-        if not (np.isfinite(values).all() and (values > 0).all()):
-            raise ValueError(f"{name} must be positive and finite")
-        columns.append(np.broadcast_to(values, (len(W),)))
+        columns.append(np.broadcast_to(per_column(name, values, len(W)), (len(W),)))
     return W * columns[1][:, None], columns[0] / columns[1]
 
 
-def _value(W: np.ndarray, box: np.ndarray, *, gradient: bool) -> tuple[float, np.ndarray]:
+def _value(W: Array, box: Array, *, gradient: bool) -> tuple[float, Array]:
     """For unit scale."""
     d, s = W.shape
     target, target_slope = target_products(W, box, gradient=gradient)
@@ -113,7 +111,7 @@ def _value(W: np.ndarray, box: np.ndarray, *, gradient: bool) -> tuple[float, np
     return value, 2 / s**2 * slope - 2 / s * target_slope if gradient else slope
 
 
-def _leave_one_out(factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _leave_one_out(factors: Array) -> tuple[Array, Array]:
     """Products over all but each entry of the first axis, exact where factors are zero, and over all of them."""
     d = len(factors)
     others = np.empty_like(factors)

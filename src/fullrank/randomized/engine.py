@@ -21,10 +21,12 @@ import numpy as np
 
 from fullrank.extras import needs
 from fullrank.randomized.blocks import Block
+from fullrank.randomized.parameters import Rule, check, one_of
 from fullrank.randomized.sources import RowSource
 
 Executor = Any  # "serial", "threads", "dask", or a distributed.Client
 EXECUTORS = ("serial", "threads", "dask")
+_EXECUTOR = one_of(*EXECUTORS) | Rule("a distributed.Client", lambda value: hasattr(value, "scheduler_info"))
 
 
 def add(first: Any, second: Any) -> Any:
@@ -68,6 +70,7 @@ def map_reduce(
     Raises:
         ValueError: unknown executor; Dask is wanted and not installed; whatever reading the source raises.
     """
+    check("executor", executor, _EXECUTOR)
     source.n_passes += 1
     fragments = range(source.n_fragments)
     if executor == "serial":
@@ -75,12 +78,10 @@ def map_reduce(
     if executor == "threads":
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return _fold(pool.map(lambda i: function(source.iter_blocks(i)), fragments), combine)
-    if executor != "dask" and not hasattr(executor, "scheduler_info"):
-        raise ValueError(f"executor is {executor!r}, expected one of {', '.join(EXECUTORS)} or a distributed.Client")
     with needs("randomized", 'executor "dask"'):
-        import dask
+        from dask.delayed import delayed
 
-    run, join = dask.delayed(_run, pure=False), dask.delayed(combine, pure=False)
+    run, join = delayed(_run, pure=False), delayed(combine, pure=False)
     tasks = []
     for i in fragments:
         read, arguments = source.task(i)

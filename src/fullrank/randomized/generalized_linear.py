@@ -5,56 +5,82 @@
 from __future__ import annotations
 
 import warnings
-from numbers import Integral, Real
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import scipy.sparse as sp
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state, compute_sample_weight
-from sklearn.utils.multiclass import check_classification_targets, type_of_target
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils import compute_sample_weight
+from sklearn.utils.multiclass import type_of_target
+from sklearn.utils.validation import check_is_fitted, validate_data
 
-from fullrank.randomized.blocks import BLOCK_ROWS
+from fullrank.randomized.blocks import BLOCK_ROWS, Array
 from fullrank.randomized.curvature import LARGEST_DENSE, Problem
-from fullrank.randomized.losses import LOSSES, Loss, Vector
+from fullrank.randomized.inputs import (
+    FLOATS,
+    TableEstimator,
+    array_source,
+    class_codes,
+    given_source,
+    linear_values,
+    on_rows,
+    training_source,
+)
+from fullrank.randomized.losses import LOSSES, Loss
 from fullrank.randomized.newton import subsampled_newton
-from fullrank.randomized.sources import ArraySource, RowSource, as_source
+from fullrank.randomized.parameters import (
+    FLAG,
+    NONE,
+    Rule,
+    check_parameters,
+    integer,
+    number,
+    one_of,
+    random_seed,
+    wrong,
+)
+from fullrank.randomized.sources import ArraySource, RowSource
 
 _CACHED = 2**18  # cells: 2 MiB
-_SAMPLINGS = ("auto", "leverage", "row_norm", "uniform", "none")
+_RULES = {
+    "sampling": one_of("auto", "leverage", "row_norm", "uniform", "none"),
+    "sample_size": integer(1) | NONE,
+    "refresh": integer(1),
+    "tol": number(above=0),
+    "max_iter": integer(1),
+    "fit_intercept": FLAG,
+    "warm_start": FLAG,
+}
+_CLASS_WEIGHT = NONE | one_of("balanced") | Rule("a dict of weights by class", lambda value: isinstance(value, Mapping))
 
 
-class _SubsampledNewton(BaseEstimator):
-    """What the estimators share: checks of parameters and rows, the fit, the margin."""
+def _block_rows(X: Any) -> int:
+    """A pass over dense rows multiplies each block twice: the second time it should still be in the cache."""
+    return BLOCK_ROWS if sp.issparse(X) else max(256, _CACHED // X.shape[1])
 
-    def _check_parameters(self) -> None:
-        if self.sampling not in _SAMPLINGS:
-            raise ValueError(f"sampling is {self.sampling!r}, expected one of {', '.join(_SAMPLINGS)}")
-        for name, least in (("max_iter", 1), ("refresh", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or value < least:
-                raise ValueError(f"{name} is {value!r}, expected an integer >= {least}")
-        if not isinstance(self.tol, Real) or not self.tol > 0:
-            raise ValueError(f"tol is {self.tol!r}, expected a number > 0")
 
-    def _source(self, X: Any, y: Any, sample_weight: Any) -> ArraySource:
-        """Checked arrays as a source."""
-        if sample_weight is not None:
-            sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        # A pass over dense rows multiplies each block twice: the second time it should still be in the cache.
-        block_rows = BLOCK_ROWS if sp.issparse(X) else max(256, _CACHED // X.shape[1])
-        return ArraySource(X, y, sample_weight, block_rows=block_rows, check_finite=False)
+class _SubsampledNewton(TableEstimator):
+    """What the estimators share: the fit and the margin."""
 
-    def _minimise(self, source: RowSource, loss: Loss, penalty: float) -> Vector:
+    fit_intercept: bool
+    sample_size: int | None
+    refresh: int
+    tol: float
+    max_iter: int
+    warm_start: bool
+    random_state: Any
+    coef_: Array
+    intercept_: Array | float
+
+    def _minimise(self, source: RowSource, loss: Loss, penalty: float) -> Array:
         """Fit and set the attributes that all estimators share; the weights (d,), then the intercept."""
-        if source.n_targets != 1:
-            raise ValueError(f"the source has {source.n_targets} targets, expected 1")
         problem = Problem(source, loss, penalty, self.fit_intercept, self.executor)
         size = self.sample_size
-        if size is not None and (not isinstance(size, Integral) or size < problem.size):
-            raise ValueError(f"sample_size is {size!r}, expected an integer >= {problem.size}, the number of weights")
+        if size is not None and size < problem.size:
+            raise wrong("sample_size", size, f"an integer >= {problem.size}, the number of weights")
         sampling = self.sampling
         if sampling == "auto":
             sparse = isinstance(source, ArraySource) and sp.issparse(source.X)
@@ -76,7 +102,7 @@ class _SubsampledNewton(BaseEstimator):
             refresh=self.refresh,
             tol=self.tol,
             max_iter=self.max_iter,
-            seed=int(check_random_state(self.random_state).randint(2**31)),
+            seed=random_seed(self.random_state),
         )
         if not result.converged:
             warnings.warn(
@@ -90,18 +116,13 @@ class _SubsampledNewton(BaseEstimator):
         self.history_ = result.history
         return result.coef
 
-    def _margin(self, X: Any) -> Vector:
+    def _margin(self, X: Any) -> Array:
         check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
-        return np.asarray(X @ self.coef_.ravel() + self.intercept_, dtype=np.float64)
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = True
-        return tags
+        margin = partial(linear_values, coef=np.ravel(self.coef_), intercept=self.intercept_)
+        return np.asarray(on_rows(self, X, margin), dtype=np.float64)
 
 
-class SubsampledNewtonClassifier(ClassifierMixin, _SubsampledNewton):
+class SubsampledNewtonClassifier(ClassifierMixin, _SubsampledNewton):  # type: ignore[misc]
     """Logistic regression of two classes with an l2 penalty, for many rows and up to a few thousand columns.
 
     Minimises sum_i w_i log(1 + exp(-y_i (x_i'w + b))) + ||w||^2 / (2 C), the objective of scikit-learn's
@@ -170,49 +191,44 @@ class SubsampledNewtonClassifier(ClassifierMixin, _SubsampledNewton):
             y: shape (n,), two classes; 0 and 1 with a source or a Dask collection.
             sample_weight: shape (n,), at least 0.
         """
-        self._check_parameters()
-        if not isinstance(self.C, Real) or not 0 < self.C < np.inf:
-            raise ValueError(f"C is {self.C!r}, expected a number > 0")
-        source = as_source(X, y, sample_weight)
+        check_parameters(self, _RULES | {"C": number(above=0), "class_weight": _CLASS_WEIGHT})
+        source = given_source(self, X, y, sample_weight)
         if source is not None:
             if self.class_weight is not None:
                 raise ValueError("class_weight needs arrays: give a source a column of weights")
-            self.n_features_in_, self.classes_ = source.n_cols, np.array([0, 1])
+            self.classes_ = np.array([0, 1])
         else:
-            X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32])
-            check_classification_targets(y)
-            kind = type_of_target(y)
-            if kind not in ("binary", "multiclass") or len(np.unique(y)) > 2:
+            X, y = validate_data(self, X, y, accept_sparse="csr", dtype=FLOATS)
+            self.classes_, codes = class_codes(self, y)
+            if len(self.classes_) > 2:
+                kind = type_of_target(y)
                 raise ValueError(f"Only binary classification is supported. The type of the target is {kind}.")
-            self.classes_, codes = np.unique(y, return_inverse=True)
-            if len(self.classes_) < 2:
-                raise ValueError(f"y has one class, {self.classes_[0]!r}, expected 2 classes")
             if self.class_weight is not None:
                 by_class = compute_sample_weight(self.class_weight, y)
                 sample_weight = by_class if sample_weight is None else by_class * np.asarray(sample_weight)
-            source = self._source(X, codes.astype(np.float64), sample_weight)
+            source = array_source(self, X, codes, sample_weight, block_rows=_block_rows)
         coef = self._minimise(source, LOSSES["logistic"], 1 / self.C)
         self.coef_ = coef[None, : source.n_cols]
         self.intercept_ = coef[source.n_cols :] if self.fit_intercept else np.zeros(1)
         return self
 
-    def decision_function(self, X: Any) -> Vector:
+    def decision_function(self, X: Any) -> Array:
         """Log-odds of the second class, shape (n,)."""
         return self._margin(X)
 
-    def predict_proba(self, X: Any) -> np.ndarray:
+    def predict_proba(self, X: Any) -> Array:
         """Probabilities of both classes, shape (n, 2)."""
         return np.exp(self.predict_log_proba(X))
 
-    def predict_log_proba(self, X: Any) -> np.ndarray:
+    def predict_log_proba(self, X: Any) -> Array:
         """Logarithms of the probabilities, exact where these underflow, shape (n, 2)."""
         margin = self._margin(X)
         return -np.logaddexp(0.0, np.column_stack([margin, -margin]))
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: Any) -> Array:
         """The likelier class, shape (n,)."""
         second = self.decision_function(X) > 0
-        return self.classes_[second.astype(int)]
+        return np.asarray(self.classes_[second.astype(int)])
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -220,7 +236,7 @@ class SubsampledNewtonClassifier(ClassifierMixin, _SubsampledNewton):
         return tags
 
 
-class SubsampledNewtonRegressor(RegressorMixin, _SubsampledNewton):
+class SubsampledNewtonRegressor(RegressorMixin, _SubsampledNewton):  # type: ignore[misc]
     """Ridge or Poisson regression, for many rows and up to a few thousand columns.
 
     Minimises sum_i w_i loss(x_i'w + b, y_i) + alpha / 2 ||w||^2 with the loss (z - y)^2 / 2 ("squared": scikit-learn's
@@ -277,25 +293,14 @@ class SubsampledNewtonRegressor(RegressorMixin, _SubsampledNewton):
             y: shape (n,); at least 0 with "poisson".
             sample_weight: shape (n,), at least 0.
         """
-        self._check_parameters()
-        if self.loss not in ("squared", "poisson"):
-            raise ValueError(f"loss is {self.loss!r}, expected squared or poisson")
-        if not isinstance(self.alpha, Real) or not 0 <= self.alpha < np.inf:
-            raise ValueError(f"alpha is {self.alpha!r}, expected a number >= 0")
-        loss = LOSSES[self.loss]
-        source = as_source(X, y, sample_weight)
-        if source is not None:
-            self.n_features_in_ = source.n_cols
-        else:
-            X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], y_numeric=True)
-            y = y.astype(np.float64, copy=False)
-            source = self._source(X, y, sample_weight)
-        coef = self._minimise(source, loss, float(self.alpha))
+        check_parameters(self, _RULES | {"loss": one_of("squared", "poisson"), "alpha": number(least=0)})
+        source = training_source(self, X, y, sample_weight, block_rows=_block_rows)
+        coef = self._minimise(source, LOSSES[self.loss], float(self.alpha))
         self.coef_ = coef[: source.n_cols]
         self.intercept_ = float(coef[source.n_cols]) if self.fit_intercept else 0.0
         return self
 
-    def predict(self, X: Any) -> Vector:
+    def predict(self, X: Any) -> Array:
         """Expected target, shape (n,)."""
         margin = self._margin(X)
         return np.exp(margin) if self.loss == "poisson" else margin

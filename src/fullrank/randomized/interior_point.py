@@ -21,11 +21,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import sparse
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
-Array = NDArray[np.float64]
+from fullrank.randomized.blocks import Array
+
 CHUNK = 2048  # rows of a weighted copy that stays in cache
 
 
@@ -51,7 +51,7 @@ class InteriorPointResult:
 def weighted_gram(A: Array | sparse.csr_array, q: Array) -> Array:
     """A' diag(q) A for q >= 0, without a weighted copy of all of A."""
     if sparse.issparse(A):
-        return (A.T @ A.multiply(q[:, None]).tocsr()).toarray()
+        return np.asarray((A.T @ sparse.csr_array(A).multiply(q[:, None]).tocsr()).toarray())
     gram = np.zeros((A.shape[1], A.shape[1]))
     root = np.sqrt(q)
     for low in range(0, len(A), CHUNK):
@@ -65,7 +65,8 @@ def factor(gram: Array) -> tuple[Array, bool]:
     diagonal = np.diag(np.diag(gram))
     for jitter in (0.0, 1e-15, 1e-13, 1e-11, 1e-9):
         try:
-            return cho_factor(gram + jitter * diagonal, lower=True)
+            found: tuple[Array, bool] = cho_factor(gram + jitter * diagonal, lower=True)
+            return found
         except LinAlgError:
             continue
     raise LinAlgError("the rows of the problem do not span its columns")

@@ -31,14 +31,14 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
 
-from fullrank.randomized.blocks import Block
-from fullrank.randomized.conditioning import Preconditioner, preconditioner
+from fullrank.randomized.blocks import Array, Block
+from fullrank.randomized.conditioning import Preconditioner, preconditioner, triangular
 from fullrank.randomized.engine import Executor, add, concatenate, map_reduce
+from fullrank.randomized.parameters import FLAG, NONE, check, integer, number, one_of, random_seed
 from fullrank.randomized.sampling import sample_rows
 from fullrank.randomized.sketches import KINDS, Sketch, sketch_blocks
-from fullrank.randomized.sources import ArraySource, RowSource
+from fullrank.randomized.sources import ArraySource, RowSource, as_source
 
 METHODS = ("auto", "normal", "gram", "lsqr", "chebyshev", "sketch")
 SAMPLES = ("leverage", "uniform")
@@ -66,12 +66,12 @@ class LstsqResult:
         method: what auto chose; "direct" for a table with no more rows than its sketch would have.
     """
 
-    x: np.ndarray
+    x: Array
     rank: int
     cond_estimate: float
     n_passes: int
     n_iter: int
-    residual_norm: np.ndarray | None
+    residual_norm: Array | None
     relative_gradient: float | None
     method: str
 
@@ -96,7 +96,7 @@ def lstsq(
     """Minimise sum_i w_i (b_i - a_i x)^2 + alpha |x|^2; the smallest x where several minimise it.
 
     Args:
-        A: shape (n, d), array or CSR, or a `RowSource`, which then brings b and the weights.
+        A: shape (n, d), array or CSR; a `RowSource`, which then brings b and the weights; or a Dask collection.
         b: shape (n,) or (n, t).
         precision: "high", or "low", which is method "sketch".
         method: see the table above.
@@ -118,15 +118,22 @@ def lstsq(
         RuntimeWarning: the rank is below min(n, q).
         ConvergenceWarning: max_iter was reached.
     """
+    check("precision", precision, one_of("high", "low"))
+    check("method", method, one_of(*METHODS))
+    sampled = method == "sketch" or precision == "low"
+    check("sketch", sketch, one_of(*KINDS, *SAMPLES) if sampled else one_of(*KINDS))
+    check("sketch_size", sketch_size, integer(1) | NONE)
+    check("alpha", alpha, number(least=0))
+    check("fit_intercept", fit_intercept, FLAG)
+    check("refine", refine, FLAG)
+    check("tol", tol, number(least=0))
+    check("max_iter", max_iter, integer(1))
     # A product with NaN or infinity in it shows both: the table itself is searched only then.
-    source = A if isinstance(A, RowSource) else ArraySource(A, b, sample_weight, check_finite=False)
-    if isinstance(A, RowSource) and (b is not None or sample_weight is not None):
-        raise ValueError("a source brings its own target and weights: leave b and sample_weight out")
+    source = as_source(A, b, sample_weight) or ArraySource(A, b, sample_weight, check_finite=False)
     if source.n_targets == 0:
         raise ValueError("no target: give b, or a source with a target")
-    solver = _Solver(source, fit_intercept, float(alpha), sketch, sketch_size, tol, max_iter, executor)
-    solver.validate(precision, method)
-    seed = int(check_random_state(random_state).randint(2**31))
+    solver = _Solver(source, fit_intercept, alpha, sketch, sketch_size, tol, max_iter, executor)
+    seed = random_seed(random_state)
     result = solver.solve("sketch" if precision == "low" else method, refine, seed)
     if result.rank < min(source.n_rows, solver.q):
         warnings.warn(
@@ -144,33 +151,20 @@ class _Solver:
     intercept: bool
     alpha: float
     kind: str
-    size: int | None
+    sketch_size: int | None
     tol: float
     max_iter: int
     executor: Executor
 
     def __post_init__(self) -> None:
         self.q = self.source.n_cols + self.intercept
-        self.penalty_Q = np.full(self.q, self.alpha)
+        self.size = 20 * self.q if self.sketch_size is None else self.sketch_size
+        if self.size < self.q:
+            raise ValueError(f"sketch_size is {self.size}, expected at least the {self.q} columns")
+        self.penalty_Q = np.full(self.q, float(self.alpha))
         if self.intercept:
             self.penalty_Q[0] = 0.0
         self.first_pass = self.source.n_passes
-
-    def validate(self, precision: str, method: str) -> None:
-        if precision not in ("high", "low"):
-            raise ValueError(f'precision is "{precision}", expected high or low')
-        if method not in METHODS:
-            raise ValueError(f'method is "{method}", expected one of {", ".join(METHODS)}')
-        allowed = KINDS + SAMPLES if method == "sketch" or precision == "low" else KINDS
-        if self.kind not in allowed:
-            raise ValueError(f'sketch is "{self.kind}", expected one of {", ".join(allowed)}')
-        if self.size is None:
-            self.size = 20 * self.q
-        if self.size < self.q:
-            raise ValueError(f"sketch_size is {self.size}, expected at least the {self.q} columns")
-        for name, value, least in (("alpha", self.alpha, 0), ("tol", self.tol, 0), ("max_iter", self.max_iter, 1)):
-            if not least <= value < np.inf:
-                raise ValueError(f"{name} is {value}, expected a finite number >= {least}")
 
     def map(self, function: Any, combine: Any = None, **arguments: Any) -> Any:
         function = partial(function, intercept=self.intercept, **arguments)
@@ -194,7 +188,7 @@ class _Solver:
             return self.result(method, x, basis)
         return self.preconditioned(method, refine, seed)
 
-    def result(self, method: str, x: np.ndarray, basis: Preconditioner, **known: Any) -> LstsqResult:
+    def result(self, method: str, x: Array, basis: Preconditioner, **known: Any) -> LstsqResult:
         # The intercept is free, so where x is not unique the smallest coefficients are found without it.
         if basis.null.shape[1]:
             i = int(self.intercept)
@@ -210,20 +204,21 @@ class _Solver:
 
     # The small problems: a sketch, or the whole of a short table.
 
-    def sketched_rows(self, kind: str, nnz: int, seed: int, stream: int) -> np.ndarray:
+    def sketched_rows(self, kind: str, nnz: int, seed: int, stream: int) -> Array:
         """Sketch, or sample, of [1 | X | y]."""
         common: dict[str, Any] = {"intercept": self.intercept, "target": True}
         if kind == "leverage":
             S = Sketch("sparse_sign", 20 * self.q, seed, stream=stream)
-            N = preconditioner(np.linalg.qr(self.map(sketch_blocks, S=S), mode="r")).N
+            N = preconditioner(triangular(self.map(sketch_blocks, S=S))).N
             # Scores sum to about the rank: the pass that would add them up is saved.
             common |= {"N": N, "total": float(N.shape[1])}
         if kind in SAMPLES:
             return sample_rows(self.source, self.size, seed=seed, stream=100, executor=self.executor, **common)
         S = Sketch(kind, self.size, seed, min(nnz, self.size), self.source.n_rows, stream=stream)
-        return self.map(sketch_blocks, S=S, target=True)
+        sketched: Array = self.map(sketch_blocks, S=S, target=True)
+        return sketched
 
-    def small_problem(self, rows: np.ndarray) -> tuple[Preconditioner, np.ndarray]:
+    def small_problem(self, rows: Array) -> tuple[Preconditioner, Array]:
         """Basis and solution of the problem whose rows are [1 | X | y]."""
         if not np.isfinite(rows).all():
             self.refuse_non_finite()
@@ -231,7 +226,7 @@ class _Solver:
         if self.alpha:
             below = np.hstack([np.diag(np.sqrt(self.penalty_Q)), np.zeros((self.q, rows.shape[1] - self.q))])
             rows = np.vstack([rows, below])
-        R = np.linalg.qr(rows, mode="r")
+        R = triangular(rows)
         basis = preconditioner(R[: self.q, : self.q])
         # R[: q] holds the factor of [1 | X] and, beside it, the projected targets.
         projected = R[: self.q, : self.q] @ basis.N
@@ -298,7 +293,7 @@ class _Solver:
         raise np.linalg.LinAlgError(f"{_DRAWS} sketches have lost a direction of the column space; use a larger one")
 
     def gram_passes(
-        self, method: str, basis: Preconditioner, x: np.ndarray, passes: int, always: bool = True
+        self, method: str, basis: Preconditioner, x: Array, passes: int, always: bool = True
     ) -> LstsqResult | None:
         """Newton steps in the basis, later ones if asked for or if the basis was bad; None if it lost a direction."""
         r, t = basis.N.shape[1], x.shape[1]
@@ -324,12 +319,12 @@ class _Solver:
         norm = np.sqrt(np.maximum(squares, 0))
         return self.result(method, x, basis, n_iter=k + 1, residual_norm=norm, relative_gradient=measured)
 
-    def relative_gradient(self, basis: Preconditioner, gradient: np.ndarray, squares: np.ndarray) -> float:
+    def relative_gradient(self, basis: Preconditioner, gradient: Array, squares: Array) -> float:
         full = np.linalg.lstsq(basis.N.T, gradient, rcond=None)[0]
         size = 1 / np.linalg.norm(basis.N, -2)
         return float((np.linalg.norm(full, axis=0) / (size * np.sqrt(np.maximum(squares, _TINY)))).max())
 
-    def iterate(self, method: str, basis: Preconditioner, x: np.ndarray) -> LstsqResult | None:
+    def iterate(self, method: str, basis: Preconditioner, x: Array) -> LstsqResult | None:
         """Solve (A N)'(A N) z = (A N)'(b - A x) by conjugate gradients or Chebyshev's iteration, a pass for each step.
 
         No vector of length n is kept: a step needs A'(A v) only. The error of a step is that of LSQR, because A N is
@@ -375,11 +370,11 @@ class _Solver:
 # One pass each; for `map_reduce`.
 
 
-def _joined(blocks: Iterator[Block], intercept: bool) -> np.ndarray:
+def _joined(blocks: Iterator[Block], intercept: bool) -> Array:
     return np.concatenate([block.columns(intercept=intercept, target=True) for block in blocks])
 
 
-def _weighted(block: Block) -> tuple[Any, np.ndarray, np.ndarray]:
+def _weighted(block: Block) -> tuple[Any, Array, Array]:
     """X, ones and y, with rows times the root of their weight."""
     X, y, ones = block.X, block.targets(), np.ones((block.X.shape[0], 1))
     if block.weight is None:
@@ -389,9 +384,9 @@ def _weighted(block: Block) -> tuple[Any, np.ndarray, np.ndarray]:
     return X, root, y * root
 
 
-def _moments(blocks: Iterator[Block], intercept: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _moments(blocks: Iterator[Block], intercept: bool) -> tuple[Array, Array, Array] | None:
     """X'X, X'H and H'H with H = [1 | y]."""
-    total: Any = None
+    total: tuple[Array, Array, Array] | None = None
     for block in blocks:
         X, ones, y = _weighted(block)
         H = np.hstack([ones, y]) if intercept else y
@@ -401,7 +396,7 @@ def _moments(blocks: Iterator[Block], intercept: bool) -> tuple[np.ndarray, np.n
     return total
 
 
-def _preconditioned_moments(blocks: Iterator[Block], intercept: bool, M: np.ndarray, targets: int) -> np.ndarray:
+def _preconditioned_moments(blocks: Iterator[Block], intercept: bool, M: Array, targets: int) -> Array:
     """P'P with P = [1 | X] M, whose last columns, fitted values, are turned into residuals."""
     total = np.zeros((M.shape[1], M.shape[1]))
     for block in blocks:
@@ -412,9 +407,9 @@ def _preconditioned_moments(blocks: Iterator[Block], intercept: bool, M: np.ndar
     return total
 
 
-def _gradient(blocks: Iterator[Block], intercept: bool, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _gradient(blocks: Iterator[Block], intercept: bool, x: Array) -> tuple[Array, Array] | None:
     """[1 | X]'r and |r|^2 of r = b - [1 | X] x."""
-    total: Any = None
+    total: tuple[Array, Array] | None = None
     for block in blocks:
         r = block.targets() - block.product(x, intercept=intercept, weight_power=0)
         weighted = r if block.weight is None else r * block.weight[:, None]
@@ -423,7 +418,7 @@ def _gradient(blocks: Iterator[Block], intercept: bool, x: np.ndarray) -> tuple[
     return total
 
 
-def _normal_product(blocks: Iterator[Block], intercept: bool, v: np.ndarray) -> np.ndarray:
+def _normal_product(blocks: Iterator[Block], intercept: bool, v: Array) -> Array:
     """[1 | X]'[1 | X] v."""
     total = np.zeros_like(v)
     for block in blocks:
@@ -431,6 +426,6 @@ def _normal_product(blocks: Iterator[Block], intercept: bool, v: np.ndarray) -> 
     return total
 
 
-def _transposed_product(block: Block, r: np.ndarray, intercept: bool) -> np.ndarray:
+def _transposed_product(block: Block, r: Array, intercept: bool) -> Array:
     product = block.X.T @ r
     return np.vstack([r.sum(axis=0), product]) if intercept else product

@@ -10,14 +10,14 @@ from math import ceil, log
 from typing import Any
 
 import numpy as np
-from sklearn.utils import check_random_state
 
-from fullrank.randomized.blocks import Block
-from fullrank.randomized.conditioning import exact_factor, l1_conditioner, preconditioner
+from fullrank.randomized.blocks import Array, Block
+from fullrank.randomized.conditioning import exact_factor, l1_conditioner, preconditioner, triangular
 from fullrank.randomized.engine import Executor, concatenate, map_reduce
+from fullrank.randomized.parameters import NONE, check, integer, number, one_of, random_generator
 from fullrank.randomized.sampling import row_scores
 from fullrank.randomized.sketches import Sketch, sketch_blocks
-from fullrank.randomized.sources import ArraySource, RowSource
+from fullrank.randomized.sources import ArraySource, as_source
 
 
 def leverage_scores(
@@ -30,14 +30,14 @@ def leverage_scores(
     sketch_size: int | None = None,
     random_state: Any = None,
     executor: Executor = "serial",
-) -> np.ndarray:
+) -> Array:
     """Scores |e_i' A R^-1|_p ** p of all rows, with R from a QR factorisation, or from a sketch of A.
 
     For p = 2 and the exact method these are the leverage scores: each in [0, 1], with sum rank(A), or, with a ridge,
     the effective degrees of freedom.
 
     Args:
-        A: shape (n, d), array or CSR, or a `RowSource`; weights of a source count as repeated rows.
+        A: shape (n, d), array or CSR, a `RowSource`, or a Dask collection; weights of a source count as repeated rows.
         p: 2 or 1.
         method: "exact": R of A itself. "approx": R of a sketch, and row norms through log(n) random directions where
             that is cheaper; two passes, O(nnz(A) log n).
@@ -60,13 +60,14 @@ def leverage_scores(
     """
     if p not in (1, 2):
         raise ValueError(f"p is {p}, expected 1 or 2")
-    if method not in ("exact", "approx"):
-        raise ValueError(f'method is "{method}", expected exact or approx')
-    if not ridge >= 0 or (ridge and p == 1):
-        raise ValueError(f"ridge is {ridge} with p = {p}, expected >= 0, and 0 for p = 1")
-    source = A if isinstance(A, RowSource) else ArraySource(A)
+    check("method", method, one_of("exact", "approx"))
+    check("ridge", ridge, number(least=0))
+    check("sketch_size", sketch_size, integer(1) | NONE)
+    if ridge and p == 1:
+        raise ValueError(f"ridge is {ridge} with p = {p}, expected 0 for p = 1")
+    source = as_source(A) or ArraySource(A)
     d, n = source.n_cols, source.n_rows
-    generator = check_random_state(random_state)
+    generator = random_generator(random_state)
     seed = int(generator.randint(2**31))
     size = 20 * d if sketch_size is None else sketch_size
     if method == "exact":
@@ -75,25 +76,27 @@ def leverage_scores(
         R = l1_conditioner(source, "spc1", sketch_size=size, target=False, seed=seed, executor=executor)
     else:
         S = Sketch(sketch, size, seed, min(4, size), n)
-        R = np.linalg.qr(map_reduce(source, partial(sketch_blocks, S=S), executor=executor), mode="r")
+        R = triangular(map_reduce(source, partial(sketch_blocks, S=S), executor=executor))
     if ridge:
-        R = np.linalg.qr(np.vstack([R, np.sqrt(ridge) * np.eye(d)]), mode="r")
+        R = triangular(np.vstack([R, np.sqrt(ridge) * np.eye(d)]))
     N = preconditioner(R).N
     directions = ceil(4 * log(n + 1)) if p == 2 else ceil(15 * log(40 * n))
     if method == "exact" or directions >= N.shape[1]:
-        return map_reduce(source, partial(_scores, N=N, p=p), concatenate, executor)
-    if p == 2:
+        scores = partial(_scores, N=N, p=p)
+    elif p == 2:
         N = N @ generator.standard_normal((N.shape[1], directions)) / np.sqrt(directions)
-        return map_reduce(source, partial(_scores, N=N, p=2), concatenate, executor)
-    N = N @ generator.standard_cauchy((N.shape[1], directions))
-    return map_reduce(source, partial(_median_scores, N=N), concatenate, executor)
+        scores = partial(_scores, N=N, p=2)
+    else:
+        scores = partial(_median_scores, N=N @ generator.standard_cauchy((N.shape[1], directions)))
+    found: Array = map_reduce(source, scores, concatenate, executor)
+    return found
 
 
-def _scores(blocks: Iterator[Block], N: np.ndarray, p: int) -> np.ndarray:
+def _scores(blocks: Iterator[Block], N: Array, p: int) -> Array:
     return np.concatenate([row_scores(block, N, p) for block in blocks])
 
 
-def _median_scores(blocks: Iterator[Block], N: np.ndarray) -> np.ndarray:
+def _median_scores(blocks: Iterator[Block], N: Array) -> Array:
     """A combination of Cauchy variables is Cauchy; its scale, and median size, is the l1 norm of the coefficients."""
     parts = []
     for block in blocks:

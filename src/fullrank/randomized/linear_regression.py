@@ -4,22 +4,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
-from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
-from sklearn.utils import Tags
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.base import MultiOutputMixin, RegressorMixin
+from sklearn.utils.validation import check_is_fitted
 
-from fullrank.randomized.blocks import Block
-from fullrank.randomized.engine import Executor, concatenate, map_reduce
+from fullrank.randomized.blocks import Array
+from fullrank.randomized.engine import Executor
+from fullrank.randomized.inputs import TableEstimator, linear_values, on_rows, training_source
 from fullrank.randomized.least_squares import lstsq
-from fullrank.randomized.sources import ArraySource, as_source
 
 
-class RandomizedLinearRegression(MultiOutputMixin, RegressorMixin, BaseEstimator):
+class RandomizedLinearRegression(MultiOutputMixin, RegressorMixin, TableEstimator):  # type: ignore[misc]
     """Least squares for tall tables: accurate at any condition number, in one to three passes over arrays or files.
 
     Args:
@@ -80,23 +78,7 @@ class RandomizedLinearRegression(MultiOutputMixin, RegressorMixin, BaseEstimator
         return self._fit(X, y, sample_weight, 0.0)
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, alpha: float) -> Any:
-        source = as_source(X, y, sample_weight)
-        if source is None:
-            X, y = validate_data(
-                self,
-                X,
-                y,
-                accept_sparse="csr",
-                dtype=[np.float64, np.float32],
-                multi_output=True,
-                y_numeric=True,
-            )
-            if sample_weight is not None:
-                sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-            source = ArraySource(X, y, sample_weight, check_finite=False)
-        else:
-            self.n_features_in_ = source.n_cols
-            self.feature_names_in_ = np.array(source.feature_names, dtype=object)
+        source = training_source(self, X, y, sample_weight, targets=None)
         result = lstsq(
             source,
             precision=self.precision,
@@ -120,20 +102,10 @@ class RandomizedLinearRegression(MultiOutputMixin, RegressorMixin, BaseEstimator
         self.residual_norm_, self.relative_gradient_ = result.residual_norm, result.relative_gradient
         return self
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: Any) -> Array:
         """Predictions, shape (n,) or (n, t), for what `fit` takes as X."""
         check_is_fitted(self)
-        source = as_source(X)
-        if source is not None:
-            predict = partial(_predictions, coef=self.coef_.T, intercept=self.intercept_)
-            return map_reduce(source, predict, concatenate, self.executor)
-        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
-        return X @ self.coef_.T + self.intercept_
-
-    def __sklearn_tags__(self) -> Tags:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = True
-        return tags
+        return on_rows(self, X, partial(linear_values, coef=np.transpose(self.coef_), intercept=self.intercept_))
 
 
 class RandomizedRidge(RandomizedLinearRegression):
@@ -179,7 +151,3 @@ class RandomizedRidge(RandomizedLinearRegression):
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """Fit; arguments as in `RandomizedLinearRegression`."""
         return self._fit(X, y, sample_weight, self.alpha)
-
-
-def _predictions(blocks: Iterator[Block], coef: np.ndarray, intercept: Any) -> np.ndarray:
-    return np.concatenate([block.X @ coef + intercept for block in blocks])

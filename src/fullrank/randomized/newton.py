@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fullrank.randomized.blocks import Array
 from fullrank.randomized.curvature import (
     HALVINGS,
     Cholesky,
@@ -38,7 +39,6 @@ from fullrank.randomized.curvature import (
     sampled_curvature,
     values_along,
 )
-from fullrank.randomized.losses import Vector
 from fullrank.randomized.sources import ArraySource
 
 _ARMIJO = 1e-4
@@ -68,14 +68,14 @@ class NewtonResult:
         history: one `Step` per accepted point, the first included.
     """
 
-    coef: Vector
+    coef: Array
     converged: bool
     history: list[Step]
 
 
 def subsampled_newton(
     problem: Problem,
-    start: Vector | None = None,
+    start: Array | None = None,
     *,
     sampling: Sampling = "leverage",
     sample_size: int | None = None,
@@ -85,7 +85,7 @@ def subsampled_newton(
     tol: float = 1e-6,
     max_iter: int = 100,
     seed: int = 0,
-    callback: Callable[[Vector], None] | None = None,
+    callback: Callable[[Array], None] | None = None,
 ) -> NewtonResult:
     """Minimise a `Problem`.
 
@@ -117,7 +117,7 @@ class _Iteration:
         self.problem, self.sampling, self.refresh, self.seed = problem, sampling, refresh, seed
         self.size = _ROWS_PER_UNKNOWN * problem.size if size is None else size
         self.ridge = problem.ridge()
-        self.pairs: deque[tuple[Vector, Vector]] = deque(maxlen=memory)
+        self.pairs: deque[tuple[Array, Array]] = deque(maxlen=memory)
         self.curvature: Curvature | None = None
         self.age = 0  # steps taken with this curvature
         self.mass = 0.0
@@ -127,11 +127,11 @@ class _Iteration:
 
     def run(
         self,
-        start: Vector | None,
+        start: Array | None,
         line_search: bool,
         tol: float,
         max_iter: int,
-        callback: Callable[[Vector], None] | None,
+        callback: Callable[[Array], None] | None,
     ) -> NewtonResult:
         coef, sums = self._begin(start)
         history: list[Step] = []
@@ -180,7 +180,7 @@ class _Iteration:
                 self._enlarge(1.5)
             coef, sums = coef + step, following
 
-    def _begin(self, start: Vector | None) -> tuple[Vector, Sums]:
+    def _begin(self, start: Array | None) -> tuple[Array, Sums]:
         zeros = np.zeros(self.problem.size)
         if self.sampling == "none":
             coef = zeros if start is None else start
@@ -194,14 +194,14 @@ class _Iteration:
             coef, sums = zeros, self._evaluate(zeros, self._draw_like(sample, size / n, zeros))
         return coef, sums
 
-    def _solved(self, sample: Sample) -> Vector:
+    def _solved(self, sample: Sample) -> Array:
         """The minimiser over sampled rows alone, as exactly as it can tell of the whole."""
         d = self.problem.source.n_cols
         source = ArraySource(sample.rows[:, :d], sample.target, sample.weight, check_finite=False)
         within = replace(self.problem, source=source, executor="serial")
         return subsampled_newton(within, sampling="none", tol=1e-2, max_iter=20).coef
 
-    def _draw_like(self, sample: Sample, odds: float, coef: Vector) -> Draw:
+    def _draw_like(self, sample: Sample, odds: float, coef: Array) -> Draw:
         """The first draw of a run, by what a uniform sample, drawn with these odds, tells of the scores."""
         self.curvature = sampled_curvature(self.problem, sample, coef)
         draw = self._draw()
@@ -226,8 +226,8 @@ class _Iteration:
         self.stream += 1
         return self.stream
 
-    def _evaluate(self, coef: Vector, draw: Draw | None, first: bool = False) -> Sums:
-        sums = self.problem.total(evaluate, coef=coef, draw=draw, first=first)
+    def _evaluate(self, coef: Array, draw: Draw | None, first: bool = False) -> Sums:
+        sums: Sums = self.problem.total(evaluate, coef=coef, draw=draw, first=first)
         sums.value += 0.5 * float(self.ridge @ np.square(coef))
         sums.gradient += self.ridge * coef
         if draw is not None:
@@ -235,18 +235,18 @@ class _Iteration:
             self.mass = max(sums.mass, draw.mass / 4)
         return sums
 
-    def _renew_curvature(self, coef: Vector, sums: Sums) -> None:
+    def _renew_curvature(self, coef: Array, sums: Sums) -> None:
         if self.sampling == "none":
             self.curvature = full_curvature(self.problem, coef)
         elif sums.sample:
             self.curvature, self.age = sampled_curvature(self.problem, Sample.joined(sums.sample), coef), 0
 
-    def _redraw(self, coef: Vector) -> None:
+    def _redraw(self, coef: Array) -> None:
         """New rows for the same point, without the steps remembered."""
         self.pairs.clear()
         self._renew_curvature(coef, self._evaluate(coef, None if self.sampling == "none" else self._draw()))
 
-    def _direction(self, gradient: Vector, forcing: float) -> Vector:
+    def _direction(self, gradient: Array, forcing: float) -> Array:
         """Minus the inverse Hessian times the gradient; remembered steps enter by L-BFGS's two loops."""
         assert self.curvature is not None
         vector = gradient.copy()
@@ -261,13 +261,13 @@ class _Iteration:
         return -vector
 
     def _step(
-        self, coef: Vector, sums: Sums, direction: Vector, fall: float, line_search: bool
-    ) -> tuple[Vector, Sums | None]:
+        self, coef: Array, sums: Sums, direction: Array, fall: float, line_search: bool
+    ) -> tuple[Array, Sums | None]:
         """A step that lowers the objective enough, and the sums where it leads; None if there is none."""
 
         def enough(value: float, length: float) -> bool:
             rounding = 4 * np.finfo(float).eps * abs(sums.value)
-            return value <= sums.value - _ARMIJO * length * fall + rounding
+            return bool(value <= sums.value - _ARMIJO * length * fall + rounding)
 
         draw = self._draw() if self.sampling != "none" and self.age + 1 >= self.refresh else None
         following = self._evaluate(coef + direction, draw)
@@ -290,5 +290,5 @@ class _Iteration:
             self.pairs.clear()
 
 
-def _largest(gradient: Vector) -> float:
+def _largest(gradient: Array) -> float:
     return float(np.abs(gradient).max(initial=0.0))

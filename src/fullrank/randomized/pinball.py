@@ -12,10 +12,11 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from fullrank.randomized.blocks import Block
+from fullrank.randomized.blocks import Array, Block
 from fullrank.randomized.certificate import Certificate, certify
+from fullrank.randomized.conditioning import triangular
 from fullrank.randomized.crossover import vertex
-from fullrank.randomized.interior_point import Array, InteriorPointResult, frisch_newton
+from fullrank.randomized.interior_point import InteriorPointResult, frisch_newton
 
 
 def rho(residual: Array, quantile: float | Array) -> Array:
@@ -71,12 +72,13 @@ def take(block: Block, index: NDArray[np.intp], intercept: bool, dual: Array | N
     if intercept:
         A[:, 0] = 1
     weight = np.ones(len(index)) if block.weight is None else block.weight[index]
-    return Rows(A, block.y[index], weight, np.zeros(len(index)) if dual is None else dual, block.start + index)
+    return Rows(A, block.target[index], weight, np.zeros(len(index)) if dual is None else dual, block.start + index)
 
 
 def fitted(block: Block, coef: Array, intercept: bool) -> Array:
     """[1 | X] @ coef, for coef of shape (D,) or (D, J)."""
-    return block.X @ coef[1:] + coef[0] if intercept else block.X @ coef
+    values: Array = block.X @ coef[1:] + coef[0] if intercept else block.X @ coef
+    return values
 
 
 def slope(block: Block, z: Array, intercept: bool) -> Array:
@@ -166,7 +168,7 @@ class Objective:
         for strength in (share * self.absolute, np.sqrt(share * self.ridge)):
             if strength:
                 A = np.vstack([A, strength * np.diag(mask)])
-        return np.linalg.qr(np.vstack([A, np.zeros((max(0, A.shape[1] - len(A)), A.shape[1]))]), mode="r")
+        return triangular(np.vstack([A, np.zeros((max(0, A.shape[1] - len(A)), A.shape[1]))]))
 
     def certificate(
         self, loss: float, missing: float, rows: Rows, small: InteriorPointResult, outside: Array, R: Array
@@ -195,6 +197,6 @@ def objective_blocks(
     t = np.repeat([objective.quantile for objective in objectives], len(points[0]))
     total = np.zeros(flat.shape[1])
     for block in blocks:
-        value = rho(block.y[:, None] - fitted(block, flat, intercept), t)
+        value = rho(block.target[:, None] - fitted(block, flat, intercept), t)
         total += value.sum(axis=0) if block.weight is None else block.weight @ value
     return total.reshape(len(objectives), -1)

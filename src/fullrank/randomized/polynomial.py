@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
-from fullrank.randomized.blocks import Block
-from fullrank.randomized.losses import Loss, Vector
+from fullrank.randomized.blocks import Array, Block
+from fullrank.randomized.losses import Loss
 from fullrank.randomized.sketches import row_uniforms
 
 # Projections of a block and their products stay in a core's cache.
@@ -40,11 +41,11 @@ class Polynomial:
     def n_parameters(self) -> int:
         return 1 + self.n_vectors * self.d
 
-    def vectors(self, flat: Vector) -> np.ndarray:
+    def vectors(self, flat: Array) -> Array:
         """Shape (p, d); a view."""
         return flat[1:].reshape(self.n_vectors, self.d)
 
-    def products(self, projections: np.ndarray) -> Iterator[np.ndarray]:
+    def products(self, projections: Array) -> Iterator[Array]:
         """Of an array whose first axis is p, the part of each degree from 2 on, its first axes (i, r); views."""
         start = 1
         for i in range(2, self.degree + 1):
@@ -52,7 +53,7 @@ class Polynomial:
             yield projections[start:stop].reshape(i, self.rank, *projections.shape[1:])
             start = stop
 
-    def values(self, flat: Vector, X: Any) -> Vector:
+    def values(self, flat: Array, X: Any) -> Array:
         """f of each row of X (n, d), dense or CSR."""
         W, out = self.vectors(flat), np.empty(X.shape[0])
         for rows in _pieces(X.shape[0], self.n_vectors):
@@ -62,7 +63,7 @@ class Polynomial:
                 out[rows] += np.multiply.reduce(factors, axis=0).sum(axis=0)
         return out
 
-    def value_and_slopes(self, flat: Vector, X: Any) -> tuple[Vector, np.ndarray]:
+    def value_and_slopes(self, flat: Array, X: Any) -> tuple[Array, Array]:
         """f of each row, shape (k,), and its derivatives by the projections w'x, shape (p, k).
 
         Deviation: the authors' code divides a product by its factor, which is 0/0 where a projection is zero, as in
@@ -94,7 +95,7 @@ class Scaling:
         constant: whether a column of ones is appended before they are.
     """
 
-    columns: np.ndarray | None = None
+    columns: Array | None = None
     unit_rows: bool = False
     constant: bool = False
 
@@ -119,7 +120,7 @@ class Sums(NamedTuple):
 
     weight: float
     loss: float
-    gradient: Vector
+    gradient: Array
     held_out_weight: float
     held_out_loss: float
 
@@ -141,26 +142,25 @@ class Fit:
     held_out: float
     seed: int
 
-    def sums(self, blocks: Iterator[Block], *, flat: Vector) -> tuple[Any, ...]:
+    def sums(self, blocks: Iterator[Block], *, flat: Array) -> tuple[Any, ...]:
         """`Sums` over blocks of rows, as a plain tuple that adds up."""
         total = [0.0, 0.0, np.zeros(self.polynomial.n_parameters), 0.0, 0.0]
         for block in blocks:
-            weight = np.ones(block.X.shape[0]) if block.weight is None else block.weight
-            assert block.y is not None
-            target = block.y if self.positive is None else (block.y == self.positive).astype(np.float64)
+            weight = block.weights()
+            target = block.target if self.positive is None else (block.target == self.positive).astype(np.float64)
             train = np.where(self.trains_on(block.start, block.stop), weight, 0.0) if self.held_out else weight
             X = self.scaling.apply(block.X)
             for rows in _pieces(X.shape[0], self.polynomial.n_vectors):
                 self._add(total, flat, X[rows], target[rows], train[rows], weight[rows] - train[rows])
         return tuple(total)
 
-    def trains_on(self, start: int, stop: int) -> np.ndarray:
+    def trains_on(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Whether each of the rows is trained on, not held out."""
         if not self.held_out:
             return np.ones(stop - start, dtype=bool)
         return row_uniforms(self.seed, start, stop, _HELD_OUT) >= self.held_out
 
-    def _add(self, total: list[Any], flat: Vector, X: Any, y: Vector, train: Vector, held_out: Vector) -> None:
+    def _add(self, total: list[Any], flat: Array, X: Any, y: Array, train: Array, held_out: Array) -> None:
         value, slopes = self.polynomial.value_and_slopes(flat, X)
         loss, slope, _ = self.loss(value, y)
         slope = slope * train
@@ -173,7 +173,7 @@ class Fit:
         total[4] += float(held_out @ loss)
 
 
-def _project(X: Any, W: np.ndarray) -> np.ndarray:
+def _project(X: Any, W: Array) -> Array:
     """Shape (p, k), a projection contiguous."""
     return np.ascontiguousarray((X @ W.T).T) if sp.issparse(X) else W @ X.T
 

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
-from fullrank.randomized.blocks import Block
+from fullrank.randomized.blocks import Array, Block
 from fullrank.randomized.engine import Executor, map_reduce
-from fullrank.randomized.losses import Vector
 from fullrank.randomized.polynomial import Fit, Sums
 from fullrank.randomized.sources import ArraySource, RowSource
 
@@ -33,13 +32,13 @@ class Rules:
 class Curve(NamedTuple):
     """Where a fit ended: parameters, objective at each step, loss on the rows held out, whether a rule was met."""
 
-    flat: Vector
+    flat: Array
     objective: list[float]
     held_out: list[float]
     converged: bool
 
 
-def _objective(sums: Sums, flat: Vector, alpha: float) -> tuple[float, Vector, float]:
+def _objective(sums: Sums, flat: Array, alpha: float) -> tuple[float, Array, float]:
     """Mean loss plus ridge, its gradient, and the mean loss of the rows held out."""
     if not math.isfinite(sums.loss):
         raise ValueError(
@@ -52,23 +51,23 @@ def _objective(sums: Sums, flat: Vector, alpha: float) -> tuple[float, Vector, f
     return value, gradient, sums.held_out_loss / sums.held_out_weight if sums.held_out_weight else math.nan
 
 
-def lbfgs(source: RowSource, fit: Fit, start: Vector, iterations: int, rules: Rules) -> Curve:
+def lbfgs(source: RowSource, fit: Fit, start: Array, iterations: int, rules: Rules) -> Curve:
     """Minimise by L-BFGS, one pass over the rows for each evaluation."""
     progress = _Progress(rules.patience if fit.held_out else None)
 
-    def objective(flat: Vector) -> tuple[float, Vector]:
+    def objective(flat: Array) -> tuple[float, Array]:
         sums = Sums(*map_reduce(source, partial(fit.sums, flat=flat), executor=rules.executor))
         value, gradient, held_out = _objective(sums, flat, rules.alpha)
         progress.seen = value, held_out
         return value, gradient
 
-    options = {"maxiter": iterations, "maxfun": 10 * iterations, "maxcor": _MEMORY}
+    options: dict[str, float] = {"maxiter": iterations, "maxfun": 10 * iterations, "maxcor": _MEMORY}
     options |= {"gtol": rules.tol, "ftol": 1e-3 * rules.tol}
     found = minimize(objective, start, jac=True, method="L-BFGS-B", callback=progress, options=options)
     return progress.curve(found.x, converged=found.status != 1)
 
 
-def adam(source: RowSource, fit: Fit, start: Vector, epochs: int, rules: Rules) -> Curve:
+def adam(source: RowSource, fit: Fit, start: Array, epochs: int, rules: Rules) -> Curve:
     """Minimise by Adam (Kingma and Ba 2015) with a step that falls to zero, on batches of shuffled rows in memory."""
     assert isinstance(source, ArraySource) and source.y is not None
     draws = np.random.default_rng(fit.seed)
@@ -108,10 +107,10 @@ class _Progress:
         self.seen = (math.nan, math.nan)
         self.objective: list[float] = []
         self.held_out: list[float] = []
-        self.best: tuple[float, Vector | None] = math.inf, None
+        self.best: tuple[float, Array | None] = math.inf, None
         self.waited = 0
 
-    def __call__(self, flat: Vector) -> None:
+    def __call__(self, flat: Array) -> None:
         objective, held_out = self.seen
         self.objective.append(objective)
         if self.patience is None:
@@ -123,6 +122,6 @@ class _Progress:
         if self.waited >= self.patience:
             raise StopIteration
 
-    def curve(self, flat: Vector, *, converged: bool) -> Curve:
+    def curve(self, flat: Array, *, converged: bool) -> Curve:
         best = flat if self.best[1] is None else self.best[1]
         return Curve(best, self.objective, self.held_out, converged or self.patience is not None)

@@ -32,10 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, solve, solve_triangular
 
-from fullrank.randomized.blocks import Block
+from fullrank.randomized.blocks import Array, Block
 from fullrank.randomized.certificate import Certificate
 from fullrank.randomized.engine import Executor, map_reduce
-from fullrank.randomized.interior_point import Array
 from fullrank.randomized.pinball import Objective, Rows, combine_rows, fitted, rho, slope, take
 from fullrank.randomized.sources import RowSource
 
@@ -106,7 +105,7 @@ class Band:
         points = [self.center] if coef is None else [self.center, coef]
         fit = fitted(block, np.column_stack([*points, self.projection]), objective.intercept)
         ahead = fit[:, len(points) :]
-        r = block.y - fit[:, 0]
+        r = block.target - fit[:, 0]
         z = np.where(r < 0, objective.quantile - 1, objective.quantile)
         if np.isinf(self.width):
             inside = np.ones(len(r), dtype=bool)
@@ -117,7 +116,7 @@ class Band:
         if block.weight is not None:
             z = z * block.weight
             inside &= block.weight > 0
-        return inside, z, r if coef is None else block.y - fit[:, 1]
+        return inside, z, r if coef is None else block.target - fit[:, 1]
 
 
 def newton_blocks(
@@ -127,7 +126,7 @@ def newton_blocks(
     D, t = len(coef), objective.quantile
     gradient, hessian, loss, count = np.zeros(D), np.zeros((D, D)), 0.0, 0
     for block in blocks:
-        r = block.y - fitted(block, coef, objective.intercept)
+        r = block.target - fitted(block, coef, objective.intercept)
         z = np.clip(r * (0.5 / window), -0.5, 0.5) + (t - 0.5)
         near = take(block, np.flatnonzero(np.abs(r) < window), objective.intercept)
         if block.weight is None:
@@ -236,7 +235,7 @@ def solve_in_passes(
         loss += objective.penalty(center)
         if best is None and loss > previous[1] and not everything:
             # The last Newton step was too long, and so are the widths that came from it and led to it.
-            center, previous, width = previous[0], (previous[0], np.inf), previous[2] / 4
+            center, previous, width = previous[0], (previous[0], np.inf, previous[2]), previous[2] / 4
             continue
         if len(rows) < 5 * D and not everything:
             width *= 4
@@ -245,11 +244,12 @@ def solve_in_passes(
             width = np.inf
             continue
         rows = rows.in_basis(basis)
-        near = np.linalg.solve(basis, center)
+        near: Array | None = np.asarray(np.linalg.solve(basis, center), dtype=np.float64)
         for _ in range(4):
-            options = {"tol": 0.1 * tol, "scale": loss, "max_iter": max_iter, "pivots": 2 * D}
             try:
-                small = objective.solve(rows, linear=outside, start=near, **options)
+                small = objective.solve(
+                    rows, linear=outside, start=near, tol=0.1 * tol, scale=loss, max_iter=max_iter, pivots=2 * D
+                )
             except LinAlgError:
                 # No row of some feature is in the band.
                 if everything:
@@ -274,6 +274,7 @@ def solve_in_passes(
         if best is not None and best.certificate.objective < loss:
             center = best.coef
         width *= 4
+    raise AssertionError("a band of all rows is the last one")
 
 
 def _newton_steps(

@@ -7,57 +7,82 @@ Source: Yang, Chow, Ré and Mahoney, Weighted SGD for lp Regression with Randomi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
-from numbers import Integral, Real
-from typing import Any, NamedTuple, Self
+from numbers import Real
+from typing import Any, Self
 
 import numpy as np
 import scipy.sparse as sp
-from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.utils import check_random_state
+from numpy.typing import NDArray
+from sklearn.base import RegressorMixin
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
-from fullrank.randomized.blocks import Block
-from fullrank.randomized.conditioning import l1_conditioner, preconditioner
-from fullrank.randomized.engine import Executor, concatenate, map_reduce
+from fullrank.randomized.blocks import Array, Block
+from fullrank.randomized.conditioning import l1_conditioner, preconditioner, triangular
+from fullrank.randomized.engine import Executor, map_reduce
+from fullrank.randomized.inputs import TableEstimator, linear_values, on_rows, training_source
+from fullrank.randomized.parameters import FLAG, NONE, Rule, check_parameters, integer, number, one_of, random_seed
 from fullrank.randomized.sketches import Sketch, row_uniforms, sketch_blocks
-from fullrank.randomized.sources import ArraySource, RowSource, as_source
-from fullrank.randomized.stochastic_steps import BALL, BOX, PINBALL, SQUARED, descend, descend_constrained
+from fullrank.randomized.sources import RowSource
+from fullrank.randomized.stochastic_steps import (
+    BALL,
+    BOX,
+    PINBALL,
+    SQUARED,
+    descend,
+    descend_constrained,
+)
 
-_CHOICES = {
-    "loss": ("squared", "absolute", "quantile"),
-    "preconditioner": ("full", "diag", "none"),
-    "sampling": ("leverage", "row_norm", "uniform"),
+_RULES = {
+    "loss": one_of("squared", "absolute", "quantile"),
+    "quantile": number(above=0, below=1),
+    "preconditioner": one_of("full", "diag", "none"),
+    "sampling": one_of("leverage", "row_norm", "uniform"),
+    "eta0": one_of("auto") | number(above=0),
+    "n_steps": integer(1) | NONE,
+    "constraint": Rule(
+        'None, "nonneg", ("box", low, high) with low <= high, or ("l2", radius) with radius > 0',
+        lambda value: _is_constraint(value),
+    ),
+    "fit_intercept": FLAG,
 }
 
 
-class DrawnRows(NamedTuple):
+@dataclass(frozen=True)
+class DrawnRows:
     """Rows [1 | X] drawn at least once, (m, p); and, each (m,), targets, weights over odds, and numbers of draws."""
 
-    rows: np.ndarray
-    target: np.ndarray
-    importance: np.ndarray
-    count: np.ndarray
+    rows: Array
+    target: Array
+    importance: Array
+    count: NDArray[np.int64]
+
+    @classmethod
+    def gather(cls, parts: Sequence[DrawnRows]) -> DrawnRows:
+        """All rows of the parts, in order."""
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
-def row_scores(block: Block, basis: np.ndarray | None, power: int, intercept: bool) -> np.ndarray:
-    """Weight times the `power`-norm, to that power, of [1 | X] basis, row by row; the weight alone without a basis."""
+def row_scores(block: Block, basis: Array | None, power: int, intercept: bool) -> Array:
+    """Weight times the `power`-norm, to that power, of [1 | X] basis, row by row; 1 without a basis."""
     if basis is None:
-        return np.ones(block.X.shape[0]) if block.weight is None else (block.weight > 0).astype(float)
+        return np.ones(len(block)) if block.weight is None else (block.weight > 0).astype(float)
     image = block.product(basis, intercept=intercept, weight_power=1 / power)
-    return np.einsum("ij,ij->i", image, image) if power == 2 else np.abs(image).sum(axis=1)
+    scores: Array = np.einsum("ij,ij->i", image, image) if power == 2 else np.abs(image).sum(axis=1)
+    return scores
 
 
-def _mass(blocks: Iterator[Block], *, basis: np.ndarray | None, power: int, intercept: bool) -> float:
+def _mass(blocks: Iterator[Block], *, basis: Array | None, power: int, intercept: bool) -> float:
     return sum(float(row_scores(block, basis, power, intercept).sum()) for block in blocks)
 
 
 def _drawn(
     blocks: Iterator[Block],
     *,
-    basis: np.ndarray | None,
+    basis: Array | None,
     power: int,
     intercept: bool,
     mass: float,
@@ -75,12 +100,12 @@ def _drawn(
         X = X.toarray() if sp.issparse(X) else X
         rows = np.column_stack([np.ones(len(kept)), X]) if intercept else X
         weight = 1.0 if block.weight is None else block.weight[kept]
-        parts.append(DrawnRows(rows, block.y[kept], weight / share[kept], count[kept]))
-    return DrawnRows(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        parts.append(DrawnRows(rows, block.target[kept], weight / share[kept], count[kept]))
+    return DrawnRows.gather(parts)
 
 
 def _joined(first: DrawnRows, second: DrawnRows) -> DrawnRows:
-    return DrawnRows(*concatenate(tuple(first), tuple(second)))
+    return DrawnRows.gather([first, second])
 
 
 def _continues(model: PreconditionedSGDRegressor) -> bool:
@@ -89,7 +114,7 @@ def _continues(model: PreconditionedSGDRegressor) -> bool:
     return True
 
 
-class PreconditionedSGDRegressor(RegressorMixin, BaseEstimator):
+class PreconditionedSGDRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
     """Linear regression by pwSGD: squared, absolute or quantile loss, constraints, no step size to tune.
 
     Minimises sum_i w_i loss(x_i'w + b, y_i), unpenalised. Good for answers to two or three digits in the time of a few
@@ -125,6 +150,8 @@ class PreconditionedSGDRegressor(RegressorMixin, BaseEstimator):
     the others.
     """
 
+    _factor: Array | None
+
     def __init__(
         self,
         loss: str = "squared",
@@ -158,13 +185,13 @@ class PreconditionedSGDRegressor(RegressorMixin, BaseEstimator):
             y: shape (n,).
             sample_weight: shape (n,), at least 0.
         """
-        self._check_parameters()
-        source = self._source(X, y, sample_weight, reset=True)
+        check_parameters(self, _RULES)
+        source = training_source(self, X, y, sample_weight)
         self._factor, self.n_steps_, self.n_iter_ = None, 0, 0
         self._descend(source, np.zeros(source.n_cols + int(self.fit_intercept)))
         return self
 
-    @available_if(_continues)
+    @available_if(_continues)  # type: ignore[untyped-decorator]
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Steps on a batch of rows, from where the last call ended; coordinates come from all rows seen so far.
 
@@ -172,9 +199,9 @@ class PreconditionedSGDRegressor(RegressorMixin, BaseEstimator):
             AttributeError: with a loss other than the squared one, whose steps fall too slowly to be continued.
             ValueError: as `fit`.
         """
-        self._check_parameters()
+        check_parameters(self, _RULES)
         first = not hasattr(self, "coef_")
-        source = self._source(X, y, sample_weight, reset=first)
+        source = training_source(self, X, y, sample_weight, reset=first)
         if first:
             self._factor, self.n_steps_, self.n_iter_ = None, 0, 0
             point = np.zeros(source.n_cols + int(self.fit_intercept))
@@ -183,15 +210,14 @@ class PreconditionedSGDRegressor(RegressorMixin, BaseEstimator):
         self._descend(source, point)
         return self
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: Any) -> Array:
         """Mean, median or quantile of the target, shape (n,)."""
         check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
-        return np.asarray(X @ self.coef_ + self.intercept_)
+        return on_rows(self, X, partial(linear_values, coef=self.coef_, intercept=self.intercept_))
 
-    def _descend(self, source: RowSource, point: np.ndarray) -> None:
+    def _descend(self, source: RowSource, point: Array) -> None:
         passes = source.n_passes
-        seed = int(check_random_state(self.random_state).randint(2**31))
+        seed = random_seed(self.random_state)
         power = 2 if self.loss == "squared" else 1
         factor, sketch_rows = self._sketched(source, power, seed)
         p = len(point)
@@ -199,12 +225,13 @@ class PreconditionedSGDRegressor(RegressorMixin, BaseEstimator):
         if not solution.size:
             raise ValueError("all rows are zero: there is nothing to fit")
         bases = {"leverage": solution, "row_norm": np.eye(p), "uniform": None}
-        settings = {"basis": bases[self.sampling], "power": power, "intercept": self.fit_intercept}
-        mass = map_reduce(source, partial(_mass, **settings), executor=self.executor)
+        basis, intercept = bases[self.sampling], self.fit_intercept
+        weigh = partial(_mass, basis=basis, power=power, intercept=intercept)
+        mass = map_reduce(source, weigh, executor=self.executor)
         if not mass > 0:
             raise ValueError("all rows are zero: there is nothing to draw from")
         steps = 2 * source.n_rows if self.n_steps is None else int(self.n_steps)
-        collect = partial(_drawn, **settings, mass=mass, steps=steps, seed=seed)
+        collect = partial(_drawn, basis=basis, power=power, intercept=intercept, mass=mass, steps=steps, seed=seed)
         drawn = map_reduce(source, collect, _joined, self.executor)
         order = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(drawn.count)), drawn.count))
         if self.preconditioner == "full":
@@ -221,50 +248,63 @@ class PreconditionedSGDRegressor(RegressorMixin, BaseEstimator):
             half_life = 2 * steepest / smallest**2 if smallest > 0 else np.inf
             eta = 1 / (2 * steepest)  # onto the solutions of the heaviest row, and no row is overshot
         else:
-            distance = np.linalg.norm(
-                np.linalg.lstsq(N, solution @ (solution.T @ (R.T @ factor[:p, p])), rcond=None)[0]
-            )
-            eta = distance / float((drawn.importance * np.sqrt(squares)).max(initial=0.0))
+            nearest = np.linalg.lstsq(N, solution @ (solution.T @ (R.T @ factor[:p, p])), rcond=None)[0]
+            eta = float(np.linalg.norm(nearest)) / float((drawn.importance * np.sqrt(squares)).max(initial=0.0))
             half_life = 1.0
         if self.eta0 != "auto":
             eta = float(self.eta0)
         kind, tau = (SQUARED, 0.5) if power == 2 else (PINBALL, self.quantile if self.loss == "quantile" else 0.5)
-        arguments = (drawn.target, drawn.importance, order)
-        lengths = (kind, tau, eta, half_life, self.n_steps_, len(order) if power == 2 else len(order) // 2)
+        taken, averaged_from = self.n_steps_, len(order) if power == 2 else len(order) // 2
+        drawn_rows = (drawn.target, drawn.importance, order)
         if self.constraint is None:
             # The part of the point that no row of this table sees is left as it is.
-            inner = np.linalg.lstsq(N, point, rcond=None)[0]
+            inner: Array = np.asarray(np.linalg.lstsq(N, point, rcond=None)[0], dtype=np.float64)
             hidden = point - N @ inner
-            mean = descend(np.ascontiguousarray(U), *arguments, inner, *lengths)
+            U = np.ascontiguousarray(U)
+            mean = descend(U, *drawn_rows, inner, kind, tau, eta, half_life, taken, averaged_from)
             point = N @ (inner if power == 2 else mean) + hidden
         else:
             inverse = N @ N.T
-            metric = np.linalg.pinv(inverse, hermitian=True)
-            constraint, low, high = self._limits()
-            free = int(self.fit_intercept)
-            bounds = (metric, inverse, free, constraint, low, high)
-            mean = descend_constrained(np.ascontiguousarray(drawn.rows), *arguments, point, *lengths, *bounds)
+            metric = np.asarray(np.linalg.pinv(inverse, hermitian=True), dtype=np.float64)
+            mean = descend_constrained(
+                np.ascontiguousarray(drawn.rows),
+                *drawn_rows,
+                point,
+                kind,
+                tau,
+                eta,
+                half_life,
+                taken,
+                averaged_from,
+                metric,
+                inverse,
+                int(self.fit_intercept),
+                *self._limits(),
+            )
             point = point if power == 2 else mean
         self.intercept_ = float(point[0]) if self.fit_intercept else 0.0
         self.coef_ = point[1:] if self.fit_intercept else point
         self.n_steps_ += len(order)
         self.n_iter_ += source.n_passes - passes
 
-    def _sketched(self, source: RowSource, power: int, seed: int) -> tuple[np.ndarray, int]:
+    def _sketched(self, source: RowSource, power: int, seed: int) -> tuple[Array, int]:
         """Triangular factor of [1 | X | y], (p + 1, p + 1), from a sketch of all rows so far, and the sketch's rows."""
         q = source.n_cols + int(self.fit_intercept) + 1
-        columns = {"intercept": self.fit_intercept, "target": True}
+        intercept = self.fit_intercept
         if power == 1:
             try:
-                return l1_conditioner(source, "spc3", seed=seed, executor=self.executor, **columns), 20 * q
+                R = l1_conditioner(source, "spc3", intercept=intercept, target=True, seed=seed, executor=self.executor)
+                return R, 20 * q
             except np.linalg.LinAlgError:
                 pass  # dependent columns: the l2 sketch below does not mind
         size = 20 * q
         S = Sketch("sparse_sign", size, seed, min(4, size), source.n_rows)
-        sketched = map_reduce(source, partial(sketch_blocks, S=S, **columns), executor=self.executor)
+        sketched = map_reduce(
+            source, partial(sketch_blocks, S=S, intercept=intercept, target=True), executor=self.executor
+        )
         if self._factor is not None:
             sketched = np.vstack([self._factor, sketched])
-        R = np.linalg.qr(np.vstack([sketched, np.zeros((q, q))]), mode="r")
+        R = triangular(np.vstack([sketched, np.zeros((q, q))]))
         self._factor = R
         return R, size
 
@@ -275,42 +315,15 @@ class PreconditionedSGDRegressor(RegressorMixin, BaseEstimator):
             return BOX, float(self.constraint[1]), float(self.constraint[2])
         return BALL, 0.0, float(self.constraint[1])
 
-    def _check_parameters(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        if not isinstance(self.quantile, Real) or not 0 < self.quantile < 1:
-            raise ValueError(f"quantile is {self.quantile!r}, expected a number between 0 and 1")
-        if self.eta0 != "auto" and (not isinstance(self.eta0, Real) or not 0 < self.eta0 < np.inf):
-            raise ValueError(f'eta0 is {self.eta0!r}, expected "auto" or a number > 0')
-        if self.n_steps is not None and (not isinstance(self.n_steps, Integral) or self.n_steps < 1):
-            raise ValueError(f"n_steps is {self.n_steps!r}, expected an integer >= 1")
-        match self.constraint:
-            case None | "nonneg":
-                return
-            case ("box", low, high) if low <= high:
-                return
-            case ("l2", radius) if radius > 0:
-                return
-        raise ValueError(
-            f'constraint is {self.constraint!r}, expected None, "nonneg", ("box", low, high) with low <= high, or '
-            '("l2", radius) with radius > 0'
-        )
 
-    def _source(self, X: Any, y: Any, sample_weight: Any, reset: bool) -> RowSource:
-        source = as_source(X, y, sample_weight)
-        if source is not None:
-            if source.n_targets != 1:
-                raise ValueError(f"the source has {source.n_targets} targets, expected 1")
-            self.n_features_in_ = source.n_cols
-            return source
-        kinds = [np.float64, np.float32]
-        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=kinds, y_numeric=True, reset=reset)
-        if sample_weight is not None:
-            sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        return ArraySource(X, y, sample_weight, check_finite=False)
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = True
-        return tags
+def _is_constraint(value: Any) -> bool:
+    match value:
+        case None:
+            return True
+        case str():
+            return value == "nonneg"
+        case ("box", Real() as low, Real() as high):
+            return float(low) <= float(high)
+        case ("l2", Real() as radius):
+            return float(radius) > 0
+    return False

@@ -7,23 +7,32 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from numbers import Integral, Real
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils import check_array, check_random_state
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import check_array
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from fullrank.randomized.adaptive import greedy_frequencies, minimise_discrepancy, minimise_pair_error
-from fullrank.randomized.blocks import Block
+from fullrank.randomized.blocks import Array, Block
 from fullrank.randomized.discrepancy import box_discrepancy
 from fullrank.randomized.engine import Executor, map_reduce
+from fullrank.randomized.inputs import FLOATS, TableEstimator, array_source, given_source, on_rows
+from fullrank.randomized.parameters import (
+    FLAG,
+    POSITIVE,
+    check_parameters,
+    integer,
+    number,
+    one_of,
+    per_column,
+    random_seed,
+)
 from fullrank.randomized.sequences import BASE_2, SOBOL_DIMENSIONS, UNIFORM
 from fullrank.randomized.sketches import row_uniforms
-from fullrank.randomized.sources import ArraySource, as_source
 from fullrank.randomized.spectral import KERNELS, kernel_values, mean_cosines, spectral_frequencies
 
 REFINED = ("adaptive", "greedy", "empirical")
@@ -33,6 +42,16 @@ CHOICE_PAIRS, FIT_PAIRS, BOX_PAIRS = 5_000, 4_000, 20_000
 BOX_QUANTILE = 0.75
 # Phases of this many numbers stay in a core's cache between the product and the cosines.
 BLOCK = 1 << 17
+_RULES = {
+    "kernel": one_of(*KERNELS),
+    "gamma": one_of("scale") | POSITIVE,
+    "nu": number(above=0),
+    "n_components": integer(1),
+    "sequence": one_of(*SEQUENCES),
+    "scramble": FLAG,
+    "box": one_of("quantile") | POSITIVE,
+    "refine_iter": integer(1),
+}
 
 
 class KernelError(NamedTuple):
@@ -44,7 +63,7 @@ class KernelError(NamedTuple):
 
 def kernel_error(
     X: ArrayLike | sparse.csr_array,
-    Z: np.ndarray,
+    Z: Array,
     kernel: str = "rbf",
     *,
     gamma: float | ArrayLike = 1.0,
@@ -67,9 +86,9 @@ def kernel_error(
     X = check_array(X, accept_sparse="csr", dtype=np.float64)
     if X.shape[0] != len(Z):
         raise ValueError(f"X has {X.shape[0]} rows, Z has {len(Z)}")
-    gamma = _checked_gamma(gamma, X.shape[1])
+    gamma = per_column("gamma", gamma, X.shape[1])
     if pairs is not None:
-        rng = np.random.default_rng(check_random_state(random_state).randint(2**31))
+        rng = np.random.default_rng(random_seed(random_state))
         left, right = _pairs(np.arange(len(Z)), pairs, rng)
         k = kernel_values(X[left] - X[right], kernel, gamma, nu)
         return _relative_error(np.einsum("pm,pm->p", Z[left], Z[right]) - k, k)
@@ -82,7 +101,7 @@ def kernel_error(
     return KernelError(float(np.sqrt(wrong / total)), 0.0)
 
 
-class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TableEstimator):  # type: ignore[misc]
     """Features z(x) with z(x)'z(y) ~ k(x - y): cosines and sines of s projections, s^(-1/2) [cos x'w_l, sin x'w_l].
 
     Every z(x) has norm 1. Fewer features than of drawn frequencies give the same kernel error; that says nothing about
@@ -161,13 +180,14 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
             X: shape (n, d), dense or sparse; or a `RowSource` or Dask collection, read once. Of more than 20,000 rows,
                 the pairs come from about as many.
         """
-        source = as_source(X)
+        check_parameters(self, _RULES)
+        if self.sequence in ("adaptive", "greedy") and self.kernel != "rbf":
+            raise ValueError(f'sequence "{self.sequence}" has a closed form for kernel "rbf" only, got "{self.kernel}"')
+        source = given_source(self, X, targets=None)
         if source is None:
-            X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32])
-            source = ArraySource(X, check_finite=False)
-        self._check_parameters()
-        self.n_features_in_ = d = source.n_cols
-        seed = int(check_random_state(self.random_state).randint(2**31))
+            source = array_source(self, validate_data(self, X, accept_sparse="csr", dtype=FLOATS))
+        d = source.n_cols
+        seed = random_seed(self.random_state)
         odds = SAMPLE_ROWS / source.n_rows
         total, squares, rows = map_reduce(source, partial(_sample, odds=odds, seed=seed), _joined, self.executor)
         X = sparse.vstack(rows, format="csr") if sparse.issparse(rows[0]) else np.concatenate(rows)
@@ -177,8 +197,9 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
             variance = squares / (source.n_rows * d) - mean**2
             self.gamma_ = 1 / (d * variance) if variance > 1e-12 * mean**2 else 1.0
         else:
-            self.gamma_ = _checked_gamma(self.gamma, d)
-        self.box_: np.ndarray | None = None
+            gamma = per_column("gamma", self.gamma, d)
+            self.gamma_ = gamma if gamma.ndim else float(gamma)
+        self.box_: Array | None = None
         self.discrepancy_: float | None = None
         self.kernel_error_: KernelError | None = None
         self.sequence_ = self.sequence
@@ -191,37 +212,10 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         self._n_features_out = 2 * self.frequencies_.shape[1]
         return self
 
-    def transform(self, X: ArrayLike | sparse.csr_array) -> np.ndarray:
+    def transform(self, X: ArrayLike | sparse.csr_array) -> NDArray[np.floating]:
         """Features of X (n, d), shape (n, 2s), cosines first, in the precision of X."""
         check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
-        W = self.frequencies_.astype(X.dtype, copy=False)
-        s = W.shape[1]
-        Z = np.empty((X.shape[0], 2 * s), dtype=X.dtype)
-        rows = max(1, BLOCK // s)
-        for start in range(0, len(Z), rows):
-            phase, out = X[start : start + rows] @ W, Z[start : start + rows]
-            np.cos(phase, out=out[:, :s])
-            np.sin(phase, out=out[:, s:])
-            out *= s**-0.5
-        return Z
-
-    def _check_parameters(self) -> None:
-        for name, allowed in (("kernel", KERNELS), ("sequence", SEQUENCES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f'{name} is "{getattr(self, name)}", expected one of {", ".join(allowed)}')
-        if isinstance(self.gamma, str) and self.gamma != "scale":
-            raise ValueError(f'gamma is "{self.gamma}", expected "scale" or positive numbers')
-        if isinstance(self.box, str) and self.box != "quantile":
-            raise ValueError(f'box is "{self.box}", expected "quantile" or positive numbers')
-        if not isinstance(self.nu, Real) or not 0 < self.nu < np.inf:
-            raise ValueError(f"nu must be positive, got {self.nu}")
-        for name in ("n_components", "refine_iter"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value}")
-        if self.sequence in ("adaptive", "greedy") and self.kernel != "rbf":
-            raise ValueError(f'sequence "{self.sequence}" has a closed form for kernel "rbf" only, got "{self.kernel}"')
+        return on_rows(self, X, partial(_features, self.frequencies_))
 
     def _frequency_count(self, sequence: str) -> int:
         s = (self.n_components + 1) // 2
@@ -236,11 +230,11 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
             )
         return s
 
-    def _draw(self, sequence: str, d: int, rng: np.random.Generator, s: int | None = None) -> np.ndarray:
+    def _draw(self, sequence: str, d: int, rng: np.random.Generator, s: int | None = None) -> Array:
         s = s or self._frequency_count(sequence)
         return spectral_frequencies(self.kernel, self.gamma_, self.nu, sequence, s, d, rng, scramble=self.scramble)
 
-    def _choose(self, X: Any, rows: np.ndarray, rng: np.random.Generator) -> None:
+    def _choose(self, X: Any, rows: NDArray[np.intp], rng: np.random.Generator) -> None:
         """Set frequencies, error and name of the better of Sobol and orthogonal on pairs of these rows."""
         d = X.shape[1]
         s = self._frequency_count("sobol")
@@ -288,17 +282,14 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
     def _keep_start(self, why: str) -> None:
         warnings.warn(f'sequence "{self.sequence}" keeps its start: {why}', UserWarning, stacklevel=4)
 
-    def _differences(self, X: Any, rows: np.ndarray, pairs: int, rng: np.random.Generator) -> tuple[Any, np.ndarray]:
+    def _differences(self, X: Any, rows: NDArray[np.intp], pairs: int, rng: np.random.Generator) -> tuple[Any, Array]:
         left, right = _pairs(rows, pairs, rng)
         U = (X[left] - X[right]).astype(np.float64)
         return U, kernel_values(U, self.kernel, self.gamma_, self.nu)
 
-    def _box(self, X: Any, rows: np.ndarray, scale: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _box(self, X: Any, rows: NDArray[np.intp], scale: Array, rng: np.random.Generator) -> Array:
         if not isinstance(self.box, str):
-            box = np.asarray(self.box, dtype=np.float64)
-            if box.ndim > 1 or (box.ndim == 1 and len(box) != X.shape[1]) or not (box > 0).all():
-                raise ValueError(f"box must be positive, a number or shape ({X.shape[1]},), got {self.box}")
-            return np.broadcast_to(box, (X.shape[1],))
+            return np.broadcast_to(per_column("box", self.box, X.shape[1]), (X.shape[1],))
         left, right = _pairs(rows, BOX_PAIRS, rng)
         widths = abs(X[left] - X[right])
         if sparse.issparse(widths):
@@ -308,22 +299,26 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         else:
             quantiles = np.quantile(widths, BOX_QUANTILE, axis=0)
         # A column in which most pairs agree asks nothing of its frequencies: the limit of an empty interval.
-        return np.maximum(quantiles, 1e-6 * scale)
+        return np.asarray(np.maximum(quantiles, 1e-6 * scale))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
 
-def _checked_gamma(gamma: Any, d: int) -> float | np.ndarray:
-    values = np.asarray(gamma, dtype=np.float64)
-    if values.ndim > 1 or (values.ndim == 1 and len(values) != d):
-        raise ValueError(f"gamma has shape {values.shape}, expected a number or one for each of {d} columns")
-    if not (np.isfinite(values).all() and (values > 0).all()):
-        raise ValueError(f"gamma must be positive and finite, got {gamma}")
-    return values if values.ndim else float(values)
+def _features(frequencies: Array, X: Any) -> NDArray[np.floating]:
+    """Cosines and sines of the projections of rows X (k, d), shape (k, 2s)."""
+    W = frequencies.astype(X.dtype, copy=False)
+    s = W.shape[1]
+    Z = np.empty((X.shape[0], 2 * s), dtype=X.dtype)
+    rows = max(1, BLOCK // s)
+    for start in range(0, len(Z), rows):
+        phase, out = X[start : start + rows] @ W, Z[start : start + rows]
+        np.cos(phase, out=out[:, :s])
+        np.sin(phase, out=out[:, s:])
+        out *= s**-0.5
+    return Z
 
 
 def _sample(blocks: Iterator[Block], *, odds: float, seed: int) -> tuple[float, float, list[Any]]:
@@ -341,7 +336,7 @@ def _joined(first: tuple[float, float, list[Any]], second: tuple[float, float, l
     return first[0] + second[0], first[1] + second[1], first[2] + second[2]
 
 
-def _pairs(rows: np.ndarray, pairs: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(rows: NDArray[np.intp], pairs: int, rng: np.random.Generator) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Both sides of random pairs of different rows."""
     if len(rows) < 2:
         raise ValueError(f"a pair needs two rows, got {len(rows)}")
@@ -349,7 +344,7 @@ def _pairs(rows: np.ndarray, pairs: int, rng: np.random.Generator) -> tuple[np.n
     return rows[left], rows[(left + rng.integers(1, len(rows), size=pairs)) % len(rows)]
 
 
-def _relative_error(error: np.ndarray, kernel: np.ndarray) -> KernelError:
+def _relative_error(error: Array, kernel: Array) -> KernelError:
     """Root of the ratio of mean squares; its standard error by the delta method."""
     wrong, total = error**2, kernel**2
     # A kernel of differences so large that it vanishes: the error is absolute then.

@@ -9,25 +9,36 @@ QuantileRegressor(0.9).fit(ParquetSource("wins/", target="price")).dual_gap_
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 from scipy import sparse, stats
-from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.base import RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
-from fullrank.randomized.blocks import Block, block_size
+from fullrank.randomized.blocks import Array, Block, block_size
 from fullrank.randomized.certificate import Certificate
 from fullrank.randomized.columns import ColumnSource
 from fullrank.randomized.conditioning import L1_KINDS
 from fullrank.randomized.engine import map_reduce
+from fullrank.randomized.inputs import TableEstimator, linear_values, on_rows, training_source
+from fullrank.randomized.parameters import (
+    FLAG,
+    NONE,
+    check_parameters,
+    integer,
+    number,
+    numbers,
+    one_of,
+    random_seed,
+    wrong,
+)
 from fullrank.randomized.pinball import Objective, objective_blocks
 from fullrank.randomized.preprocessing import ExactResult, solve_in_passes, solve_rows
-from fullrank.randomized.sources import ArraySource, RowSource, as_source
+from fullrank.randomized.sources import ArraySource, RowSource
 from fullrank.randomized.subsampling import (
     ROW_NORMS,
     DependentColumnsError,
@@ -41,9 +52,25 @@ from fullrank.randomized.subsampling import (
 CONDITIONINGS = (*L1_KINDS, "uniform")
 RANK_POLICIES = ("drop", "raise")
 SOLVERS = ("auto", "interior_point", "passes", "sketch")
+_RULES = {
+    "quantile": numbers("numbers in (0, 1)", lambda t: t.size > 0 and bool(((t > 0) & (t < 1)).all())),
+    "alpha": number(least=0),
+    "l1_ratio": number(least=0, most=1),
+    "fit_intercept": FLAG,
+    "solver": one_of(*SOLVERS),
+    "conditioning": one_of(*CONDITIONINGS),
+    "sketch_size": integer(1) | NONE,
+    "embedding_size": integer(1) | NONE,
+    "row_norms": one_of(*ROW_NORMS),
+    "epsilon": number(above=0) | NONE,
+    "tol": number(above=0),
+    "max_iter": integer(1),
+    "rank_policy": one_of(*RANK_POLICIES),
+    "non_crossing": FLAG,
+}
 
 
-class QuantileRegressor(RegressorMixin, BaseEstimator):
+class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
     """Linear model of one or several conditional quantiles.
 
     Minimises, for each quantile t, the weighted mean of rho_t(y - X w - w0) plus
@@ -137,8 +164,8 @@ class QuantileRegressor(RegressorMixin, BaseEstimator):
             sample_weight: shape (n,), at least 0.
         """
         quantiles = self._checked()
-        source = self._source(X, y, sample_weight)
-        seed = int(check_random_state(self.random_state).randint(2**31))
+        source = training_source(self, X, y, sample_weight, block_rows=_block_rows)
+        seed = random_seed(self.random_state)
         passes = source.n_passes
         weight = self._total_weight(source)
         penalty = self.alpha * weight
@@ -187,59 +214,19 @@ class QuantileRegressor(RegressorMixin, BaseEstimator):
                 )
         return self
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: Any) -> Array:
         """Quantiles for X (n, d): shape (n,), or (n, T) for several."""
         check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
-        fitted = X @ self.coef_.T + self.intercept_
+        fitted = on_rows(self, X, partial(linear_values, coef=np.transpose(self.coef_), intercept=self.intercept_))
         return np.sort(fitted, axis=1) if self.non_crossing and fitted.ndim == 2 else fitted
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = True
-        return tags
-
-    def _checked(self) -> np.ndarray:
+    def _checked(self) -> Array:
         """The quantiles; parameters out of range raise ValueError."""
+        check_parameters(self, _RULES)
         quantiles = np.atleast_1d(np.asarray(self.quantile, dtype=np.float64))
-        if quantiles.ndim != 1 or not len(quantiles) or not ((quantiles > 0) & (quantiles < 1)).all():
-            raise ValueError(f"quantile is {self.quantile}, expected numbers in (0, 1)")
         if self.non_crossing and (np.diff(quantiles) <= 0).any():
-            raise ValueError(f"quantile is {self.quantile}, expected ascending numbers for non_crossing=True")
-        for name, choices in (
-            ("solver", SOLVERS),
-            ("conditioning", CONDITIONINGS),
-            ("row_norms", ROW_NORMS),
-            ("rank_policy", RANK_POLICIES),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f'{name} is "{getattr(self, name)}", expected one of {", ".join(choices)}')
-        if not (self.alpha >= 0 and np.isfinite(self.alpha)):
-            raise ValueError(f"alpha is {self.alpha}, expected a number >= 0")
-        if not 0 <= self.l1_ratio <= 1:
-            raise ValueError(f"l1_ratio is {self.l1_ratio}, expected a number in [0, 1]")
-        for name in ("tol", "max_iter", "epsilon", "sketch_size", "embedding_size"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}, expected a number > 0")
+            raise wrong("quantile", self.quantile, "ascending numbers for non_crossing=True")
         return quantiles
-
-    def _source(self, X: Any, y: Any, sample_weight: Any) -> RowSource:
-        source = as_source(X, y, sample_weight)
-        if source is not None:
-            if source.n_targets != 1:
-                raise ValueError(f"the source has {source.n_targets} targets, expected 1")
-            self.n_features_in_ = source.n_cols
-            self.feature_names_in_ = np.asarray(source.feature_names, dtype=object)
-            return source
-        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], y_numeric=True)
-        if sample_weight is not None:
-            sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-            if (sample_weight == 0).all():
-                raise ValueError("sample_weight is zero in every row")
-        names = getattr(self, "feature_names_in_", None)
-        rows = block_size(X.shape[1]) if sparse.issparse(X) else max(256, 2**19 // X.shape[1])
-        return ArraySource(X, y, sample_weight, block_rows=rows, feature_names=names, check_finite=False)
 
     def _total_weight(self, source: RowSource) -> float:
         if isinstance(source, ArraySource):
@@ -291,8 +278,13 @@ class LADRegressor(QuantileRegressor):
         self.random_state = random_state
 
 
+def _block_rows(X: Any) -> int:
+    """Rows of a dense block that stays in the cache, or of a sparse one."""
+    return block_size(X.shape[1]) if sparse.issparse(X) else max(256, 2**19 // X.shape[1])
+
+
 def _weight_blocks(blocks: Iterator[Block]) -> float:
-    return sum(float(len(block.y) if block.weight is None else block.weight.sum()) for block in blocks)
+    return float(sum(len(block) if block.weight is None else float(block.weight.sum()) for block in blocks))
 
 
 def _exact(model: QuantileRegressor, source: RowSource, objectives: list[Objective], seed: int) -> list[ExactResult]:
@@ -309,12 +301,10 @@ def _exact(model: QuantileRegressor, source: RowSource, objectives: list[Objecti
         kind = "spc3" if model.conditioning == "uniform" else model.conditioning
         R = conditioner(source, kind, first.intercept, model.embedding_size, seed, executor)
         start = conditioned_start(source, first, R, 2 * size, seed, executor, model.row_norms)
-    options = {"tol": model.tol, "max_iter": model.max_iter}
-    if everything:
-        return [solve_rows(start, objective, **options) for objective in objectives]
-    return [
-        solve_in_passes(source, objective, start, seed=seed, executor=executor, **options) for objective in objectives
-    ]
+    solve: Callable[..., ExactResult] = partial(solve_rows, start)
+    if not everything:
+        solve = partial(solve_in_passes, source, start=start, seed=seed, executor=executor)
+    return [solve(objective=objective, tol=model.tol, max_iter=model.max_iter) for objective in objectives]
 
 
 def _sketched(model: QuantileRegressor, source: RowSource, objectives: list[Objective], seed: int) -> list[ExactResult]:

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from fullrank.randomized.blocks import Block
+from fullrank.randomized.blocks import Array, Block
 from fullrank.randomized.engine import Executor, concatenate, map_reduce
 from fullrank.randomized.sketches import poisson_sample
 from fullrank.randomized.sources import RowSource
 
 
-def row_scores(block: Block, N: np.ndarray, p: int, *, intercept: bool = False) -> np.ndarray:
+def row_scores(block: Block, N: Array, p: int, *, intercept: bool = False) -> Array:
     """sum_j |[1 | X | y] N|_ij ** p, shape (k,); rows of a weighted block count weight times.
 
     N has a row for each column of [1 | X], and may have rows for the targets.
@@ -29,25 +29,25 @@ def row_scores(block: Block, N: np.ndarray, p: int, *, intercept: bool = False) 
         conditioned = block.columns(intercept=intercept, target=True, weight_power=0) @ N
     else:
         conditioned = block.product(N, intercept=intercept, weight_power=0)
-    scores = np.einsum("kr,kr->k", conditioned, conditioned) if p == 2 else np.abs(conditioned).sum(axis=1)
+    scores: Array = np.einsum("kr,kr->k", conditioned, conditioned) if p == 2 else np.abs(conditioned).sum(axis=1)
     return scores if block.weight is None else scores * block.weight
 
 
-def score_total(blocks: Iterator[Block], N: np.ndarray, p: int, intercept: bool) -> float:
+def score_total(blocks: Iterator[Block], N: Array, p: int, intercept: bool) -> float:
     """Sum of the scores of a fragment; for `map_reduce`."""
     return sum(float(row_scores(block, N, p, intercept=intercept).sum()) for block in blocks)
 
 
 def sampled_rows(
     blocks: Iterator[Block],
-    N: np.ndarray | None,
+    N: Array | None,
     scale: float,
     p: int,
     seed: int,
     stream: int,
     intercept: bool,
     target: bool,
-) -> np.ndarray:
+) -> Array:
     """Rows [1 | X | y] kept with probability min(1, scale * score), or min(1, scale) without N; for `map_reduce`.
 
     A row comes times (weight / probability) ** (1 / p): sums over the sample then estimate sums over the table.
@@ -67,7 +67,7 @@ def sampled_rows(
 def sample_rows(
     source: RowSource,
     size: float,
-    N: np.ndarray | None = None,
+    N: Array | None = None,
     *,
     p: int = 2,
     total: float | None = None,
@@ -76,7 +76,7 @@ def sample_rows(
     intercept: bool = False,
     target: bool = False,
     executor: Executor = "serial",
-) -> np.ndarray:
+) -> Array:
     """A Poisson sample of about `size` rows of [1 | X | y], scaled so that it estimates sums of p-th powers.
 
     Args:
@@ -106,4 +106,5 @@ def sample_rows(
             raise ValueError("every row has score zero: there is nothing to draw")
         scale = size / total
     draw = partial(sampled_rows, N=N, scale=scale, p=p, seed=seed, stream=stream, intercept=intercept, target=target)
-    return map_reduce(source, draw, concatenate, executor)
+    rows: Array = map_reduce(source, draw, concatenate, executor)
+    return rows

@@ -5,7 +5,10 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import qmc
+
+from fullrank.randomized.blocks import Array
 
 UNIFORM = ("sobol", "halton", "lattice", "digital_net", "mc")
 BASE_2 = ("sobol", "lattice", "digital_net")
@@ -14,7 +17,7 @@ SOBOL_DIMENSIONS = qmc.Sobol.MAXDIM
 EDGE = 1e-12
 
 
-def uniform_points(sequence: str, s: int, d: int, rng: np.random.Generator, *, scramble: bool = True) -> np.ndarray:
+def uniform_points(sequence: str, s: int, d: int, rng: np.random.Generator, *, scramble: bool = True) -> Array:
     """`s` points of the open unit cube.
 
     Args:
@@ -61,7 +64,7 @@ def uniform_points(sequence: str, s: int, d: int, rng: np.random.Generator, *, s
     return np.clip(points, EDGE, 1 - EDGE)
 
 
-def lattice_generator(s: int, d: int) -> np.ndarray:
+def lattice_generator(s: int, d: int) -> NDArray[np.int64]:
     """Generating vector of a rank-1 lattice of `s` (a power of two) points in `d` dimensions, shape (d,), odd integers.
 
     Each component minimises the worst-case error P2 of the lattice so far, with product weights 1/j^2. Modulo sign,
@@ -107,6 +110,7 @@ def lattice_generator(s: int, d: int) -> np.ndarray:
     return generator
 
 
-def _bernoulli(x: np.ndarray) -> np.ndarray:
+def _bernoulli(x: Array) -> Array:
     """2 pi^2 B_2(x), the kernel of the worst-case error of smoothness 1."""
-    return 2 * np.pi**2 * (x * (x - 1) + 1 / 6)
+    value: Array = 2 * np.pi**2 * (x * (x - 1) + 1 / 6)
+    return value

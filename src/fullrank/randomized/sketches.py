@@ -38,11 +38,12 @@ from typing import Any
 import numpy as np
 import scipy.fft
 import scipy.sparse as sp
-from sklearn.utils import check_random_state
+from numpy.typing import NDArray
 
-from fullrank.randomized.blocks import Block
+from fullrank.randomized.blocks import Array, Block
 from fullrank.randomized.engine import Executor, map_reduce
-from fullrank.randomized.sources import ArraySource, RowSource
+from fullrank.randomized.parameters import check, one_of, random_seed
+from fullrank.randomized.sources import ArraySource, as_source
 
 KINDS = (
     "sparse_sign",
@@ -84,8 +85,7 @@ class Sketch:
     stream: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f'sketch is "{self.kind}", expected one of {", ".join(KINDS)}')
+        check("sketch", self.kind, one_of(*KINDS))
         if self.size < 1:
             raise ValueError(f"size of the sketch is {self.size}, expected at least 1")
         if self.kind == "sparse_sign" and not 1 <= self.nnz <= self.size:
@@ -107,13 +107,13 @@ class Sketch:
         drawn = np.hstack([self._dense_chunk(chunk) for chunk in chunks])
         return drawn[:, start - chunks.start * _CHUNK :][:, : stop - start]
 
-    def apply(self, X: Any, start: int = 0) -> np.ndarray:
+    def apply(self, X: Any, start: int = 0) -> Array:
         """S[:, start : start + k] @ X for rows X, (k, d) dense or sparse, or (k,); shape (size, d) or (size,)."""
         if self.kind == "srht" and X.shape[0] == self.n_rows and not sp.issparse(X):
             return self._fast_hartley(X)
         return _multiply(self.matrix(start, start + X.shape[0]), X)
 
-    def _sparse_columns(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def _sparse_columns(self, start: int, stop: int) -> tuple[NDArray[np.int32], Array]:
         """Row indices and values of the non-zeros, both (k, entries of a column)."""
         if self.kind in ("sparse_sign", "countsketch"):
             entries = self.nnz if self.kind == "sparse_sign" else 1
@@ -131,34 +131,42 @@ class Sketch:
         signs = 1 - 2 * (halves & np.uint32(1)).astype(np.float64)
         return targets, signs * (-np.log(uniform)) ** (-1 / self.p)
 
-    def _dense_chunk(self, chunk: int) -> np.ndarray:
+    def _dense_chunk(self, chunk: int) -> Array:
         draws = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, self.stream, chunk])))
         if self.kind == "gaussian":
-            return draws.standard_normal((_CHUNK, self.size)).T / np.sqrt(self.size)
+            return np.asarray(draws.standard_normal((_CHUNK, self.size)).T / np.sqrt(self.size))
         if self.kind == "rademacher":
-            return (2.0 * draws.integers(0, 2, (_CHUNK, self.size), dtype=np.int8).T - 1) / np.sqrt(self.size)
+            signs = 2.0 * draws.integers(0, 2, (_CHUNK, self.size), dtype=np.int8).T - 1
+            return np.asarray(signs / np.sqrt(self.size))
         return draws.standard_cauchy((_CHUNK, self.size)).T
 
-    def _hartley_rows(self) -> np.ndarray:
+    @property
+    def _table_rows(self) -> int:
+        assert self.n_rows is not None, "checked when it was made"
+        return self.n_rows
+
+    def _hartley_rows(self) -> NDArray[np.int64]:
         """The rows of the transform that are kept, drawn with replacement."""
         draws = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, self.stream, 1])))
-        return draws.integers(0, self.n_rows, self.size)
+        return draws.integers(0, self._table_rows, self.size)
 
-    def _row_signs(self, start: int, stop: int) -> np.ndarray:
-        return 1 - 2.0 * (row_words(self.seed, start, stop, 1, self.stream)[:, 0] >> np.uint64(63))
+    def _row_signs(self, start: int, stop: int) -> Array:
+        bits = row_words(self.seed, start, stop, 1, self.stream)[:, 0] >> np.uint64(63)
+        return np.asarray(1 - 2.0 * bits, dtype=np.float64)
 
-    def _hartley_columns(self, start: int, stop: int) -> np.ndarray:
+    def _hartley_columns(self, start: int, stop: int) -> Array:
         # Products of integers are reduced modulo n first: the cosine of a large angle would lose digits.
-        turns = np.outer(self._hartley_rows(), np.arange(start, stop)) % self.n_rows / self.n_rows
-        return np.sqrt(2 / self.size) * np.cos(2 * np.pi * turns - np.pi / 4) * self._row_signs(start, stop)
+        turns = np.outer(self._hartley_rows(), np.arange(start, stop)) % self._table_rows / self._table_rows
+        scale: float = np.sqrt(2 / self.size)
+        return np.asarray(scale * np.cos(2 * np.pi * turns - np.pi / 4) * self._row_signs(start, stop))
 
-    def _fast_hartley(self, X: np.ndarray) -> np.ndarray:
+    def _fast_hartley(self, X: Array) -> Array:
         signs = self._row_signs(0, X.shape[0])
         spectrum = scipy.fft.fft((X.T * signs).T, axis=0)[self._hartley_rows()]
-        return (spectrum.real - spectrum.imag) / np.sqrt(self.size)
+        return np.asarray((spectrum.real - spectrum.imag) / np.sqrt(self.size))
 
 
-def row_words(seed: int, start: int, stop: int, per_row: int, stream: int = 0) -> np.ndarray:
+def row_words(seed: int, start: int, stop: int, per_row: int, stream: int = 0) -> NDArray[np.uint64]:
     """Random 64-bit words of rows start to stop, (stop - start, per_row); a function of seed, stream and row only."""
     key = np.random.SeedSequence([seed, stream]).generate_state(2, np.uint64)
     first = start * per_row
@@ -168,19 +176,17 @@ def row_words(seed: int, start: int, stop: int, per_row: int, stream: int = 0) -
     return words[first % 4 :].reshape(stop - start, per_row)
 
 
-def as_uniform(words: np.ndarray) -> np.ndarray:
+def as_uniform(words: NDArray[np.uint64]) -> Array:
     """64-bit words as float64 in the open interval (0, 1)."""
-    return ((words >> np.uint64(11)) + 0.5) * 2.0**-53
+    return np.asarray(((words >> np.uint64(11)) + 0.5) * 2.0**-53, dtype=np.float64)
 
 
-def row_uniforms(seed: int, start: int, stop: int, stream: int = 0) -> np.ndarray:
+def row_uniforms(seed: int, start: int, stop: int, stream: int = 0) -> Array:
     """Uniform variables of rows start to stop, shape (stop - start,), in (0, 1)."""
     return as_uniform(row_words(seed, start, stop, 1, stream)[:, 0])
 
 
-def poisson_sample(
-    probabilities: np.ndarray, seed: int, start: int = 0, stream: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def poisson_sample(probabilities: Array, seed: int, start: int = 0, stream: int = 0) -> tuple[NDArray[np.intp], Array]:
     """Keep each row by a coin of its own.
 
     Args:
@@ -194,23 +200,23 @@ def poisson_sample(
     return kept, 1 / np.minimum(probabilities[kept], 1.0)
 
 
-def _within(bits: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+def _within(bits: NDArray[np.uint32], bounds: NDArray[np.intp]) -> NDArray[np.int32]:
     """31-bit numbers (k, stripes) spread evenly over bounds[j] <= index < bounds[j + 1]."""
     spread = bits.astype(np.uint64) * np.diff(bounds).astype(np.uint64) >> np.uint64(31)
     return (spread + bounds[:-1].astype(np.uint64)).astype(np.int32)
 
 
-def _multiply(S: Any, X: Any) -> np.ndarray:
+def _multiply(S: Any, X: Any) -> Array:
     if not sp.issparse(X):
-        return S @ X
-    return (sp.csr_array(S) @ X).toarray() if sp.issparse(S) else np.ascontiguousarray((X.T @ S.T).T)
+        return np.asarray(S @ X)
+    return np.asarray((sp.csr_array(S) @ X).toarray()) if sp.issparse(S) else np.ascontiguousarray((X.T @ S.T).T)
 
 
 def sketch_blocks(
     blocks: Iterator[Block], S: Sketch, *, intercept: bool = False, target: bool = False, weight_power: float = 0.5
-) -> np.ndarray:
+) -> Array:
     """Sum over blocks of S [1 | X | y], with rows times weight ** weight_power; for `map_reduce`."""
-    total = None
+    total: Array | None = None
     for block in blocks:
         columns = S.matrix(block.start, block.stop)
         if block.weight is not None:
@@ -224,6 +230,7 @@ def sketch_blocks(
             parts.append(columns @ block.targets())
         part = parts[0] if len(parts) == 1 else np.hstack(parts)
         total = part if total is None else total + part
+    assert total is not None, "a fragment has rows"
     return total
 
 
@@ -236,11 +243,11 @@ def sketch(
     p: float = 1.0,
     random_state: Any = None,
     executor: Executor = "serial",
-) -> np.ndarray:
+) -> Array:
     """S A for a random S with few rows.
 
     Args:
-        A: shape (n, d), array or CSR, or a `RowSource` (its X).
+        A: shape (n, d), array or CSR, a `RowSource` (its X), or a Dask collection.
         size: rows of the sketch; 20 d when omitted.
         kind: one of `KINDS`; the module's table says what each preserves and costs.
         nnz: non-zeros in a column of sparse_sign.
@@ -254,10 +261,11 @@ def sketch(
     Raises:
         ValueError: as `Sketch`, or a table with NaN or infinity.
     """
-    source = A if isinstance(A, RowSource) else ArraySource(A)
-    seed = int(check_random_state(random_state).randint(2**31))
+    source = as_source(A) or ArraySource(A)
+    seed = random_seed(random_state)
     S = Sketch(kind, 20 * source.n_cols if size is None else size, seed, nnz, source.n_rows, p)
     if kind == "srht" and isinstance(source, ArraySource) and not sp.issparse(source.X):
         source.n_passes += 1
         return S.apply(source.X.astype(np.float64, copy=False))
-    return map_reduce(source, partial(sketch_blocks, S=S), executor=executor)
+    sketched: Array = map_reduce(source, partial(sketch_blocks, S=S), executor=executor)
+    return sketched

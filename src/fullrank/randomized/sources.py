@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from fullrank.extras import needs
-from fullrank.randomized.blocks import Block, block_size, check_block, check_weights
+from fullrank.randomized.blocks import Array, Block, block_size, check_block, check_weights
 
 
 class RowSource(ABC):
@@ -35,13 +36,15 @@ class RowSource(ABC):
         feature_names: names of the columns of X.
         n_targets: columns of y, 0 without a target.
         single_target: y has one dimension.
+        named: whether the table has names of its own; else `feature_names` are made up.
         n_passes: how often the table has been read as a whole.
     """
 
     n_cols: int
     n_targets: int
     single_target: bool
-    starts: np.ndarray
+    named: bool = True
+    starts: NDArray[np.int64]
     feature_names: list[str]
     n_passes: int = 0
 
@@ -117,6 +120,7 @@ class ArraySource(RowSource):
         self.n_targets = 0 if self.y is None else 1 if self.y.ndim == 1 else self.y.shape[1]
         self.single_target = self.y is not None and self.y.ndim == 1
         self.feature_names = list(feature_names) if feature_names is not None else [f"x{j}" for j in range(self.n_cols)]
+        self.named = feature_names is not None
         self.block_rows = block_size(self.n_cols, block_rows)
         self.starts = np.append(np.arange(0, n, fragment_rows), n)
         if self.sample_weight is not None:
@@ -147,9 +151,7 @@ def _rows(X: Any, start: int, stop: int) -> Any:
     return sp.csr_array(parts, shape=(stop - start, X.shape[1]))
 
 
-def _array_blocks(
-    X: Any, y: np.ndarray | None, weight: np.ndarray | None, start: int, block_rows: int
-) -> Iterator[Block]:
+def _array_blocks(X: Any, y: Array | None, weight: Array | None, start: int, block_rows: int) -> Iterator[Block]:
     for low in range(0, X.shape[0], block_rows):
         high = min(low + block_rows, X.shape[0])
         rows = _rows(X, low, high)
@@ -248,7 +250,8 @@ def _parquet_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
 def _numeric(kind: Any) -> bool:
     from pyarrow import types
 
-    return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind)
+    kinds = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal)
+    return any(holds(kind) for holds in kinds)
 
 
 def _parquet_blocks(
@@ -308,8 +311,9 @@ class DaskSource(RowSource):
         block_rows: int | None = None,
     ) -> None:
         with needs("randomized", "DaskSource"):
-            import dask
             import dask.array as da
+            from dask.base import compute
+            from dask.delayed import delayed
 
         if hasattr(X, "columns"):
             targets = [] if y is None else [y] if isinstance(y, str) else list(y)
@@ -321,6 +325,7 @@ class DaskSource(RowSource):
         else:
             if isinstance(y, str) or isinstance(sample_weight, str):
                 raise ValueError("y and sample_weight are names, but X is an array and has no columns of that name")
+            self.named = bool(features)
             self.feature_names = list(features) if features else [f"x{j}" for j in range(X.shape[1])]
         if len(X.chunks[1]) > 1:
             X = X.rechunk({1: -1})
@@ -328,7 +333,7 @@ class DaskSource(RowSource):
         aligned = [_align(part, X.chunks[0], da) if rows_known else part for part in (y, sample_weight)]
         self._X = X.to_delayed().ravel()
         self._y, self._weight = (None if part is None else part.to_delayed().ravel() for part in aligned)
-        sizes = X.chunks[0] if rows_known else dask.compute(*[dask.delayed(len)(part) for part in self._X])
+        sizes = X.chunks[0] if rows_known else compute(*[delayed(len)(part) for part in self._X])  # type: ignore[no-untyped-call]
         self._filled = np.flatnonzero(sizes)
         if not len(self._filled):
             raise ValueError("X has no rows")
@@ -346,10 +351,10 @@ class DaskSource(RowSource):
         return _checked_blocks, (self._X[part], y, weight, *place)
 
     def iter_blocks(self, fragment: int) -> Iterator[Block]:
-        import dask
+        from dask.base import compute
 
         read, arguments = self.task(fragment)
-        return read(*dask.compute(*arguments, scheduler="synchronous"))
+        return read(*compute(*arguments, scheduler="synchronous"))  # type: ignore[no-untyped-call]
 
 
 def _align(part: Any, row_chunks: tuple[int, ...], da: Any) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 from scipy import sparse
 from scipy.special import gammaincinv, gammaln, kve, ndtri
 
+from fullrank.randomized.blocks import Array, squared
 from fullrank.randomized.sequences import uniform_points
 
 KERNELS = ("rbf", "laplacian", "matern")
@@ -15,7 +16,7 @@ KERNELS = ("rbf", "laplacian", "matern")
 PAIR_BLOCK = 512
 
 
-def kernel_values(U: np.ndarray | sparse.csr_array, kernel: str, gamma: np.ndarray | float, nu: float) -> np.ndarray:
+def kernel_values(U: Array | sparse.csr_array, kernel: str, gamma: Array | float, nu: float) -> Array:
     """k(u) of each difference u = x - x'.
 
     Args:
@@ -30,11 +31,10 @@ def kernel_values(U: np.ndarray | sparse.csr_array, kernel: str, gamma: np.ndarr
     """
     gamma_d = np.broadcast_to(np.asarray(gamma, dtype=np.float64), (U.shape[1],))
     if kernel == "laplacian":
-        return np.exp(-np.asarray(abs(U) @ gamma_d))
-    squares = U.multiply(U) if sparse.issparse(U) else np.square(U)
-    distance = np.asarray(squares @ gamma_d)
+        return np.asarray(np.exp(-np.asarray(abs(U) @ gamma_d)))
+    distance = np.asarray(squared(U) @ gamma_d)
     if kernel == "rbf":
-        return np.exp(-distance)
+        return np.asarray(np.exp(-distance))
     z = 2 * np.sqrt(nu * distance)
     with np.errstate(divide="ignore", invalid="ignore"):
         log_k = (1 - nu) * np.log(2) - gammaln(nu) + nu * np.log(z) + np.log(kve(nu, z)) - z
@@ -44,7 +44,7 @@ def kernel_values(U: np.ndarray | sparse.csr_array, kernel: str, gamma: np.ndarr
 
 def spectral_frequencies(
     kernel: str,
-    gamma: np.ndarray | float,
+    gamma: Array | float,
     nu: float,
     sequence: str,
     s: int,
@@ -52,7 +52,7 @@ def spectral_frequencies(
     rng: np.random.Generator,
     *,
     scramble: bool = True,
-) -> np.ndarray:
+) -> Array:
     """Frequencies that represent the kernel's spectral distribution: points of a sequence through its inverse.
 
     Args:
@@ -81,16 +81,16 @@ def spectral_frequencies(
         normal, radius = ndtri(points[:, :d]), points[:, d:]
     if kernel == "matern":
         normal = normal / np.sqrt(gammaincinv(nu, radius) / nu)
-    return (normal * np.sqrt(2 * np.asarray(gamma))).T
+    return np.asarray(normal * np.sqrt(2 * np.asarray(gamma))).T
 
 
-def mean_cosines(U: np.ndarray | sparse.csr_array, W: np.ndarray) -> np.ndarray:
+def mean_cosines(U: Array | sparse.csr_array, W: Array) -> Array:
     """mean_l cos(u'w_l), shape (P,): the kernel that frequencies (d, s) give to differences (P, d)."""
     starts = range(0, U.shape[0], PAIR_BLOCK)
     return np.concatenate([np.cos(U[start : start + PAIR_BLOCK] @ W).mean(axis=1) for start in starts])
 
 
-def _orthogonal(s: int, d: int, rng: np.random.Generator) -> np.ndarray:
+def _orthogonal(s: int, d: int, rng: np.random.Generator) -> Array:
     """s standard normal vectors, those of each block of d orthogonal, shape (s, d)."""
     blocks = []
     for _ in range(-(-s // d)):

@@ -5,37 +5,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
+
+from fullrank.randomized.blocks import Array
 
 try:
-    from numba import njit
+    import numba
 except ImportError:
+    numba = None  # type: ignore[assignment]
 
-    def njit(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Leave the function as it is: slow and right."""
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(**options: Any) -> Callable[[Function], Function]:
+    """Numba's `njit`; without Numba the function as it is, slow and right."""
+    if numba is None:
         return lambda function: function
+    decorate: Callable[[Function], Function] = numba.njit(cache=True, **options)
+    return decorate
 
 
 SQUARED, PINBALL = 0, 1
 FREE, BOX, BALL = 0, 1, 2
 
 
-@njit(cache=True)
+@compiled()
 def descend(
-    U: np.ndarray,
-    target: np.ndarray,
-    importance: np.ndarray,
-    order: np.ndarray,
-    point: np.ndarray,
+    U: Array,
+    target: Array,
+    importance: Array,
+    order: NDArray[np.int64],
+    point: Array,
     kind: int,
     tau: float,
     eta: float,
     half_life: float,
     first: int,
     averaged_from: int,
-) -> np.ndarray:
+) -> Array:
     """Steps from `point`, which is changed, and the mean of the points from step `averaged_from` on.
 
     Args:
@@ -61,26 +71,26 @@ def descend(
     return mean
 
 
-@njit(cache=True)
+@compiled()
 def descend_constrained(
-    rows: np.ndarray,
-    target: np.ndarray,
-    importance: np.ndarray,
-    order: np.ndarray,
-    point: np.ndarray,
+    rows: Array,
+    target: Array,
+    importance: Array,
+    order: NDArray[np.int64],
+    point: Array,
     kind: int,
     tau: float,
     eta: float,
     half_life: float,
     first: int,
     averaged_from: int,
-    metric: np.ndarray,
-    inverse: np.ndarray,
+    metric: Array,
+    inverse: Array,
     free: int,
     constraint: int,
     low: float,
     high: float,
-) -> np.ndarray:
+) -> Array:
     """`descend` in the coordinates of the weights, with every step projected in the norm of `metric`, shape (r, r).
 
     Args:
@@ -120,7 +130,7 @@ def descend_constrained(
     return mean
 
 
-@njit(cache=True, inline="always")
+@compiled(inline="always")
 def _slope(residual: float, kind: int, tau: float) -> float:
     if kind == SQUARED:
         return 2.0 * residual
@@ -131,15 +141,15 @@ def _slope(residual: float, kind: int, tau: float) -> float:
     return 0.0
 
 
-@njit(cache=True, inline="always")
+@compiled(inline="always")
 def _length(eta: float, half_life: float, t: int, kind: int) -> float:
     if kind == SQUARED:
         return eta / (1.0 + t / half_life)
-    return eta / np.sqrt(t + 1.0)
+    return float(eta / np.sqrt(t + 1.0))
 
 
-@njit(cache=True)
-def _project_on_box(metric: np.ndarray, wish: np.ndarray, found: np.ndarray, low: float, high: float) -> None:
+@compiled()
+def _project_on_box(metric: Array, wish: Array, found: Array, low: float, high: float) -> None:
     """Minimise (found - wish)' metric (found - wish) over the box, coordinate by coordinate."""
     inside = True
     for j in range(len(found)):
@@ -163,8 +173,8 @@ def _project_on_box(metric: np.ndarray, wish: np.ndarray, found: np.ndarray, low
             return
 
 
-@njit(cache=True)
-def _project_on_ball(lengths: np.ndarray, axes: np.ndarray, found: np.ndarray, radius: float) -> None:
+@compiled()
+def _project_on_ball(lengths: Array, axes: Array, found: Array, radius: float) -> None:
     """Minimise (x - found)' metric (x - found) over ||x|| <= radius; the metric is axes diag(lengths) axes'."""
     if np.sqrt(found @ found) <= radius:
         return
@@ -173,10 +183,10 @@ def _project_on_ball(lengths: np.ndarray, axes: np.ndarray, found: np.ndarray, r
     mu = 0.0
     for _ in range(100):
         share = image / (lengths + mu)
-        norm = np.sqrt(share @ share)
+        norm = float(np.sqrt(share @ share))
         if norm <= radius * (1.0 + 1e-14):
             break
-        mu += (norm / radius - 1.0) * norm * norm / ((share * share) @ (1.0 / (lengths + mu)))
+        mu += (norm / radius - 1.0) * norm * norm / float((share * share) @ (1.0 / (lengths + mu)))
     share = image / (lengths + mu)
-    norm = np.sqrt(share @ share)
+    norm = float(np.sqrt(share @ share))
     found[:] = axes @ (share * min(1.0, radius / norm))

@@ -21,10 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
-from fullrank.randomized.blocks import Block
-from fullrank.randomized.conditioning import RankDeficientError, l1_conditioner
+from fullrank.randomized.blocks import Array, Block
+from fullrank.randomized.conditioning import RankDeficientError, l1_conditioner, triangular
 from fullrank.randomized.engine import Executor, map_reduce
-from fullrank.randomized.interior_point import Array
 from fullrank.randomized.pinball import Objective, Rows, combine_rows, take
 from fullrank.randomized.preprocessing import Start
 from fullrank.randomized.sketches import Sketch, row_uniforms, sketch_blocks
@@ -133,8 +132,16 @@ def score_sample(
     target = len(R) > source.n_cols + intercept
     if estimate:
         T = T @ np.random.default_rng([seed, stream]).standard_cauchy((len(R), count))
-    draws = {"size": size, "seed": seed, "stream": stream}
-    score = partial(score_blocks, T=T, **draws, intercept=intercept, target=target, estimate=estimate)
+    score = partial(
+        score_blocks,
+        T=T,
+        size=size,
+        seed=seed,
+        stream=stream,
+        intercept=intercept,
+        target=target,
+        estimate=estimate,
+    )
     total, kept = map_reduce(source, score, combine_rows, executor)
     rows = kept.pick(kept.dual * size > total)
     columns = np.column_stack([rows.A, rows.b]) if target else rows.A
@@ -150,28 +157,21 @@ def conditioner(
     Raises:
         DependentColumnsError: columns of A depend on each other.
     """
-    R: Array | None = None
-    for target in (True, False):
-        try:
-            R = l1_conditioner(
-                source,
-                kind,
-                sketch_size=embedding_size,
-                intercept=intercept,
-                target=target,
-                seed=seed,
-                executor=executor,
-            )
-        except RankDeficientError:
-            if not target:
-                D = source.n_cols + intercept
-                S = Sketch("sparse_sign", 20 * D, seed, nnz=min(8, 20 * D), stream=_RANK)
-                columns = partial(sketch_blocks, S=S, intercept=intercept, weight_power=1.0)
-                refuse_rank(source, np.linalg.qr(map_reduce(source, columns, executor=executor), mode="r"), intercept)
-                raise
-        else:
-            break
-    return R
+    condition = partial(
+        l1_conditioner, source, kind, sketch_size=embedding_size, intercept=intercept, seed=seed, executor=executor
+    )
+    try:
+        return condition(target=True)
+    except RankDeficientError:
+        pass
+    try:
+        return condition(target=False)
+    except RankDeficientError:
+        D = source.n_cols + intercept
+        S = Sketch("sparse_sign", 20 * D, seed, nnz=min(8, 20 * D), stream=_RANK)
+        columns = partial(sketch_blocks, S=S, intercept=intercept, weight_power=1.0)
+        refuse_rank(source, triangular(map_reduce(source, columns, executor=executor)), intercept)
+        raise
 
 
 def conditioned_start(

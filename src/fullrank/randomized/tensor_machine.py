@@ -9,31 +9,52 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from numbers import Integral, Real
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
-import scipy.sparse as sp
 from scipy.special import expit
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, validate_data
 
-from fullrank.randomized.blocks import Block
+from fullrank.randomized.blocks import Array, Block, squared
 from fullrank.randomized.engine import Executor, map_reduce
-from fullrank.randomized.losses import LOSSES, Vector
+from fullrank.randomized.inputs import (
+    TableEstimator,
+    array_source,
+    check_classes,
+    class_codes,
+    given_source,
+    on_rows,
+    training_source,
+)
+from fullrank.randomized.losses import LOSSES
+from fullrank.randomized.parameters import FLAG, check_parameters, integer, number, one_of, random_generator
 from fullrank.randomized.polynomial import Fit, Polynomial, Scaling
 from fullrank.randomized.polynomial_training import Rules, adam, lbfgs
-from fullrank.randomized.sources import ArraySource, RowSource, as_source
+from fullrank.randomized.sources import ArraySource, RowSource
 
 NORMALIZE = ("auto", "l2", "homogeneous", "columns", None)
+_RULES = {
+    "degree": integer(1),
+    "rank": integer(1),
+    "alpha": number(least=0),
+    "normalize": one_of(*NORMALIZE),
+    "init_scale": one_of("auto") | number(above=0),
+    "warm_start_linear": FLAG,
+    "solver": one_of("lbfgs", "adam"),
+    "max_iter": integer(1),
+    "tol": number(least=0),
+    "early_stopping": FLAG | one_of("auto"),
+    "validation_fraction": number(above=0, below=1),
+    "n_iter_no_change": integer(1),
+}
 _LINEAR_ITERATIONS = 100
 _HOLD_OUT_FROM = 2_000  # rows; fewer are all trained on unless asked otherwise
 
 
-class _TensorMachine(BaseEstimator):
+class _TensorMachine(TableEstimator):
     """What both estimators share: arguments, preparation of rows, the optimiser."""
 
     _loss: str
@@ -79,7 +100,7 @@ class _TensorMachine(BaseEstimator):
         return self._polynomial.n_parameters
 
     @property
-    def factors_(self) -> list[np.ndarray]:
+    def factors_(self) -> list[Array]:
         """Vectors of each degree from 2 on, shape ([K,] r, i, d)."""
         check_is_fitted(self)
         axes = (0, 2, 1, 3)
@@ -87,18 +108,20 @@ class _TensorMachine(BaseEstimator):
         return [self._shaped(np.stack(parts).transpose(axes)) for parts in zip(*by_machine, strict=True)]
 
     @property
-    def coef_linear_(self) -> np.ndarray:
+    def coef_linear_(self) -> Array:
         """Vector of degree 1, shape ([K,] d)."""
         check_is_fitted(self)
-        return self._shaped(np.stack([self._polynomial.vectors(flat)[0] for flat in self._flat]))
+        vectors: Array = self._shaped(np.stack([self._polynomial.vectors(flat)[0] for flat in self._flat]))
+        return vectors
 
     @property
-    def intercept_(self) -> np.ndarray | float:
+    def intercept_(self) -> Array | float:
         """Shape ([K,])."""
         check_is_fitted(self)
-        return self._shaped(np.array([flat[0] for flat in self._flat]))
+        constants: Array | float = self._shaped(np.array([flat[0] for flat in self._flat]))
+        return constants
 
-    def monomial_coef(self, columns: Sequence[int]) -> np.ndarray | float:
+    def monomial_coef(self, columns: Sequence[int]) -> Array | float:
         """Coefficient of the monomial prod_k x_{columns[k]} in the polynomial of the normalised columns, shape ([K,]).
 
         Args:
@@ -110,38 +133,27 @@ class _TensorMachine(BaseEstimator):
         check_is_fitted(self)
         if not 1 <= len(columns) <= self._polynomial.degree:
             raise ValueError(f"a monomial has 1 to {self._polynomial.degree} columns here, got {len(columns)}")
+        coef: Array | float
         if len(columns) == 1:
-            return self.coef_linear_[..., columns[0]]
+            coef = self.coef_linear_[..., columns[0]]
+            return coef
         factors = self.factors_[len(columns) - 2]
         orders = set(itertools.permutations(columns))
         places = np.arange(len(columns))
-        return sum(np.prod(factors[..., places, list(order)], axis=-1).sum(axis=-1) for order in orders)
+        coef = sum(np.prod(factors[..., places, list(order)], axis=-1).sum(axis=-1) for order in orders)
+        return coef
 
-    def _margins(self, X: Any) -> np.ndarray:
+    def _margins(self, X: Any) -> Array:
         """Values of the K polynomials, shape (n, K)."""
         check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse="csr", dtype=np.float64, reset=False)
-        X = self._scaling.apply(X)
-        return np.column_stack([self._polynomial.values(flat, X) for flat in self._flat])
-
-    def _given_source(self, X: Any, y: Any, sample_weight: Any) -> RowSource | None:
-        """X as a source if it is one or a Dask collection, else None."""
-        source = as_source(X, y, sample_weight)
-        if source is not None:
-            if source.n_targets != 1:
-                raise ValueError(f"the source has {source.n_targets} targets, expected 1")
-            self.n_features_in_ = source.n_cols
-        return source
-
-    def _array_source(self, X: Any, y: np.ndarray, sample_weight: Any) -> ArraySource:
-        """Validated arrays as a source."""
-        weight = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
-        return ArraySource(X, y, weight, check_finite=False)
+        return on_rows(self, X, partial(_margins, self._scaling, self._polynomial, self._flat), dtype=np.float64)
 
     def _fit(self, source: RowSource, classes: Sequence[float | None]) -> None:
         """Train one machine for each class (None: targets are numbers)."""
-        self._check_parameters(source)
-        draws = check_random_state(self.random_state)
+        check_parameters(self, _RULES)
+        if self.solver == "adam" and not isinstance(source, ArraySource):
+            raise ValueError('solver "adam" shuffles rows and needs them in memory; "lbfgs" reads a source in passes')
+        draws = random_generator(self.random_state)
         seed = int(draws.randint(2**31))
         weight, squares, target, target_squares = map_reduce(source, _moments, executor=self.executor)
         if not weight > 0:
@@ -190,7 +202,7 @@ class _TensorMachine(BaseEstimator):
         self.loss_curve_ = [curve.objective for curve in curves]
         self.validation_curve_ = [curve.held_out for curve in curves] if held_out else None
 
-    def _start(self, draws: np.random.RandomState, center: float, spread: float, row_length: float) -> Vector:
+    def _start(self, draws: np.random.RandomState, center: float, spread: float, row_length: float) -> Array:
         """b at the mean target, w at zero, other vectors normal, so that each product has the target's scale."""
         polynomial = self._polynomial
         flat = np.zeros(polynomial.n_parameters)
@@ -203,34 +215,8 @@ class _TensorMachine(BaseEstimator):
     def _holds_out(self, n: int) -> bool:
         return n >= _HOLD_OUT_FROM if isinstance(self.early_stopping, str) else bool(self.early_stopping)
 
-    def _check_parameters(self, source: RowSource) -> None:
-        for name in ("degree", "rank", "max_iter", "n_iter_no_change"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        for name in ("alpha", "tol"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be 0 or more, got {value!r}")
-        if self.init_scale != "auto" and not (isinstance(self.init_scale, Real) and 0 < self.init_scale < math.inf):
-            raise ValueError(f'init_scale must be positive or "auto", got {self.init_scale!r}')
-        if self.early_stopping not in (True, False, "auto"):
-            raise ValueError(f'early_stopping must be True, False or "auto", got {self.early_stopping!r}')
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction!r}")
-        for name, allowed in (("normalize", NORMALIZE), ("solver", ("lbfgs", "adam"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {allowed}")
-        if self.solver == "adam" and not isinstance(source, ArraySource):
-            raise ValueError('solver "adam" shuffles rows and needs them in memory; "lbfgs" reads a source in passes')
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = True
-        return tags
-
-
-class TensorMachineRegressor(RegressorMixin, _TensorMachine):
+class TensorMachineRegressor(RegressorMixin, _TensorMachine):  # type: ignore[misc]
     """Least squares by a polynomial of low rank: (1/2) mean (y - f(x))^2 + (alpha/2) sum of squares of all vectors.
 
     Args:
@@ -280,22 +266,19 @@ class TensorMachineRegressor(RegressorMixin, _TensorMachine):
             y: shape (n,).
             sample_weight: shape (n,), at least 0.
         """
-        source = self._given_source(X, y, sample_weight)
-        if source is None:
-            X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64, y_numeric=True)
-            source = self._array_source(X, y, sample_weight)
+        source = training_source(self, X, y, sample_weight, dtype=np.float64)
         self._fit(source, [None])
         return self
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: Any) -> Array:
         """f(x) of each row, shape (n,)."""
         return self._margins(X)[:, 0]
 
-    def _shaped(self, values: np.ndarray) -> Any:
+    def _shaped(self, values: Array) -> Any:
         return values[0]
 
 
-class TensorMachineClassifier(ClassifierMixin, _TensorMachine):
+class TensorMachineClassifier(ClassifierMixin, _TensorMachine):  # type: ignore[misc]
     """Logistic regression by a polynomial of low rank: mean log loss of f(x) + (alpha/2) sum of squares of all vectors.
 
     Two classes are one machine; more are one machine each, against the rest.
@@ -323,53 +306,59 @@ class TensorMachineClassifier(ClassifierMixin, _TensorMachine):
             y: shape (n,).
             sample_weight: shape (n,), at least 0.
         """
-        source = self._given_source(X, y, sample_weight)
+        source = given_source(self, X, y, sample_weight)
         if source is None:
             X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64)
-            check_classification_targets(y)
-            self.classes_, codes = np.unique(y, return_inverse=True)
-            source = self._array_source(X, codes.astype(np.float64), sample_weight)
+            self.classes_, codes = class_codes(self, y)
+            source = array_source(self, X, codes, sample_weight)
             found = np.arange(len(self.classes_))
         else:
             self.classes_ = found = map_reduce(source, _labels, np.union1d, self.executor)
-        if len(found) < 2:
-            raise ValueError(f"{type(self).__name__} needs two classes, the target has one class: {self.classes_[0]!r}")
+            check_classes(self, found)
         self._fit(source, [float(label) for label in (found[1:] if len(found) == 2 else found)])
         return self
 
-    def decision_function(self, X: Any) -> np.ndarray:
+    def decision_function(self, X: Any) -> Array:
         """Log-odds of the second class, shape (n,), or of each class against the rest, shape (n, K)."""
         margins = self._margins(X)
         return margins[:, 0] if len(self.classes_) == 2 else margins
 
-    def predict_proba(self, X: Any) -> np.ndarray:
+    def predict_proba(self, X: Any) -> Array:
         """Probabilities of the classes, shape (n, classes); those of several machines are divided by their sum."""
         p = expit(self._margins(X))
         if len(self.classes_) == 2:
             return np.hstack([1 - p, p])
         total = p.sum(axis=1, keepdims=True)
-        return np.divide(p, total, out=np.full_like(p, 1 / p.shape[1]), where=total > 0)
+        shares: Array = np.divide(p, total, out=np.full_like(p, 1 / p.shape[1]), where=total > 0)
+        return shares
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: Any) -> Array:
         """The class with the largest log-odds, shape (n,)."""
         margins = self._margins(X)
-        return self.classes_[(margins[:, 0] > 0).astype(int) if len(self.classes_) == 2 else margins.argmax(axis=1)]
+        return np.asarray(
+            self.classes_[(margins[:, 0] > 0).astype(int) if len(self.classes_) == 2 else margins.argmax(axis=1)]
+        )
 
-    def _shaped(self, values: np.ndarray) -> Any:
+    def _shaped(self, values: Array) -> Any:
         return values
+
+
+def _margins(scaling: Scaling, polynomial: Polynomial, flat: Sequence[Array], X: Any) -> Array:
+    """Values of the K polynomials at the rows of X, shape (n, K)."""
+    X = scaling.apply(X)
+    return np.column_stack([polynomial.values(machine, X) for machine in flat])
 
 
 def _moments(blocks: Iterator[Block]) -> tuple[Any, ...]:
     """Sums over rows of weights, weighted squares of columns, weighted targets and their squares."""
     total = [0.0, 0.0, 0.0, 0.0]
     for block in blocks:
-        weight = np.ones(block.X.shape[0]) if block.weight is None else block.weight
-        squares = block.X.multiply(block.X) if sp.issparse(block.X) else np.square(block.X)
-        assert block.y is not None
-        for i, part in enumerate((weight.sum(), squares.T @ weight, weight @ block.y, weight @ block.y**2)):
+        weight, target = block.weights(), block.target
+        squares = squared(block.X)
+        for i, part in enumerate((weight.sum(), squares.T @ weight, weight @ target, weight @ target**2)):
             total[i] = total[i] + part
     return tuple(total)
 
 
-def _labels(blocks: Iterator[Block]) -> np.ndarray:
-    return np.unique(np.concatenate([block.y for block in blocks if block.y is not None]))
+def _labels(blocks: Iterator[Block]) -> Array:
+    return np.unique(np.concatenate([block.target for block in blocks]))
