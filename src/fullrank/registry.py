@@ -10,7 +10,8 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, SerializeAsAny, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, model_serializer, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 T = TypeVar("T")
 
@@ -138,9 +139,12 @@ class Spec(BaseModel):
             value = {"name": value}
         if not isinstance(value, Mapping) or isinstance(value.get("config"), BaseModel):
             return value
-        if "name" not in value:
-            raise ValueError(f'expected "name" with one of {", ".join(cls.registry)}')
-        kind = cls.registry.find(value["name"])
+        try:
+            if "name" not in value:
+                raise ValueError(f"expected one of {', '.join(cls.registry)}")
+            kind = cls.registry.find(value["name"])
+        except ValueError as error:
+            raise _at("name", str(error), value.get("name")) from None
         # Errors of a validator inside a validator keep their places: model.hidden.0, not a text about a model.
         config = kind.Config.model_validate({key: item for key, item in value.items() if key != "name"})
         return {"name": value["name"], "config": config}
@@ -162,6 +166,12 @@ class Spec(BaseModel):
     def kind(self) -> Any:
         """The class."""
         return self.registry[self.name]
+
+
+def _at(field: str, message: str, value: Any) -> ValidationError:
+    """An error of a field that a validator of the whole finds."""
+    kind = PydanticCustomError("value_error", "{text}", {"text": message})
+    return ValidationError.from_exception_data("Spec", [InitErrorDetails(type=kind, loc=(field,), input=value)])
 
 
 def import_modules(names: Iterable[str], place: str) -> None:

@@ -11,7 +11,6 @@ import torch
 
 from fullrank.data.formats import open_format
 from fullrank.data.formats.published import PUBLISHED
-from fullrank.models import MODELS
 from fullrank.schema import Schema
 from fullrank.training.recipe import Recipe, read_recipe
 
@@ -117,8 +116,9 @@ def imported_schema(recipe: Recipe, benchmark: str, tmp_path: Path) -> Schema:
 
 
 def parameters(recipe: Recipe, schema: Schema, sizes: dict[str, int]) -> int:
+    assert recipe.model is not None
     with torch.device("meta"):  # the largest model has 73 million parameters
-        model = MODELS[recipe.model_name].from_config(schema.with_table_sizes(sizes), recipe.model_config_values)
+        model = recipe.model.build(schema.with_table_sizes(sizes))
     return model.num_parameters().total
 
 

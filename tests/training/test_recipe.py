@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fullrank.models import MODELS
+from fullrank.models import RANKERS, RankerSpec
 from fullrank.schema import EventId, Schema, Sequence
 from fullrank.training.recipe import Recipe, read_recipe
 
@@ -33,7 +33,7 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
     )
     assert recipe.training.epochs == 5
     assert recipe.training.learning_rate == 1e-3  # YAML 1.1 reads 1e-3 as text
-    assert recipe.model_name == "dcn_v2" and recipe.model_config_values == {"num_cross_layers": 2, "hidden": [8]}
+    assert recipe.model == RankerSpec.of({"name": "dcn_v2", "num_cross_layers": 2, "hidden": [8]})
     assert recipe.data.source is not None and recipe.data.source.format == "csv"
     assert recipe.embedding.kind == "row_wise_adagrad"
 
@@ -53,7 +53,8 @@ def test_an_empty_section_is_as_good_as_none(tmp_path: Path) -> None:
             GOOD.replace("num_cross_layers", "num_cross_layer"),
             'model.num_cross_layer: unknown key; did you mean "num_c',
         ),
-        (GOOD.replace("dcn_v2", "dcnv2"), "model.name: expected one of lr, .*, got 'dcnv2'; did you mean \"dcn_v2\""),
+        (GOOD.replace("dcn_v2", "dcnv2"), 'model.name: ranker "dcnv2" is unknown; .*; did you mean "dcn_v2"'),
+        (GOOD.replace("name: dcn_v2, ", ""), "model.name: expected one of lr, "),
         (GOOD.replace("epochs: 3", "epochs: 0"), "training.epochs: expected greater than or equal to 1, got 0"),
         (GOOD.replace("epochs: 3", "epochs: two"), "training.epochs: expected a valid integer.*got 'two'"),
         (GOOD.replace("{dataset: logs/clicks}", "{}"), "data.dataset: Field required"),
@@ -83,6 +84,31 @@ def test_every_wrong_field_has_its_line(tmp_path: Path) -> None:
     lines = str(caught.value).split("\n")
     assert [line.split(": ")[1] for line in lines] == ["training.epochs", "training.precison", "embedding.kind"]
     assert 'did you mean "precision"?' in lines[1]
+
+
+def test_a_wrong_field_inside_a_model_inside_a_model_is_found(tmp_path: Path) -> None:
+    text = "data: {dataset: d}\nmodel: {name: cetnet, members: [lr, {name: dcn_v2, hiden: [3]}]}\n"
+    with pytest.raises(ValueError, match=r'model.members.1.hiden: unknown key; did you mean "hidden"') as caught:
+        _read(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+def test_modules_of_ones_own_are_imported_before_the_model_is_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_rankers_of_a_test.py").write_text(
+        "from fullrank.models import register\nfrom fullrank.models.lr import LR\n\n\n"
+        '@register\nclass Mine(LR):\n    name = "mine_of_a_recipe"\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "data: {dataset: d}\nmodel: {name: mine_of_a_recipe}\n"
+    with pytest.raises(ValueError, match="has to be registered first"):
+        _read(tmp_path, text)
+    recipe = _read(tmp_path, "imports: [my_rankers_of_a_test]\n" + text)
+    assert recipe.model is not None and recipe.model.kind.__name__ == "Mine"
+    RANKERS.unregister("mine_of_a_recipe")
+    with pytest.raises(ValueError, match=r"recipe.yaml: imports: cannot import no_such_module"):
+        _read(tmp_path, "imports: [no_such_module]\n" + text)
 
 
 @pytest.mark.parametrize("override", ["training.epochs", "=3", "model.name.x=3", "training.epochs=[1"])
@@ -118,7 +144,8 @@ def test_every_recipe_of_a_table_builds_its_model_on_its_schema() -> None:
             for feature in schema.features
         ]  # fmt: skip
         schema = schema.model_copy(update={"features": tuple(sized)})
-        model = MODELS[recipe.model_name].from_config(schema, recipe.model_config_values)
+        assert recipe.model is not None
+        model = recipe.model.build(schema)
         assert model.num_parameters().dense > 0, path.name
         built += 1
     assert built >= 30

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -14,7 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fullrank.data.splits import SplitSpec
 from fullrank.embeddings import EmbeddingOptimizer
-from fullrank.models import MODELS
+from fullrank.models import RankerSpec
+from fullrank.registry import Spec, import_modules
 from fullrank.schema import describe_errors
 from fullrank.training.config import TrainerConfig
 from fullrank.training.shipped import find_recipe, here_or_shipped
@@ -62,15 +62,19 @@ class Recipe(Section):
     """One run of `fullrank train`: one model, or a whole funnel.
 
     Attributes:
-        data: the rows.
+        imports: modules to import first, such as `my_package.models`: they register rankers, retrievers, formats or
+            table kinds of one's own.
+        data: where the rows are.
         model: `name` and the fields of that model's `Config`.
         funnel: instead of `model`: the stages, each with its own model and training (`fullrank.funnel.FunnelConfig`).
-        training, embedding: of `model`.
+        training: how `model` is fitted.
+        embedding: how the tables of `model` learn.
         threads: of PyTorch; default one per core.
     """
 
+    imports: tuple[str, ...] = ()
     data: DataSpec
-    model: dict[str, Any] | None = None
+    model: RankerSpec | None = None
     funnel: dict[str, Any] | None = None
     training: TrainerConfig = TrainerConfig()
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
@@ -85,14 +89,9 @@ class Recipe(Section):
         return self
 
     @property
-    def model_name(self) -> str:
-        assert self.model is not None
-        return str(self.model["name"])
-
-    @property
-    def model_config_values(self) -> dict[str, Any]:
-        assert self.model is not None
-        return {key: value for key, value in self.model.items() if key != "name"}
+    def section(self) -> str:
+        """The section that says what is trained: a name in `fullrank.training.run.RUNS`."""
+        return "model" if self.model is not None else "funnel"
 
 
 def read_recipe(path: Path, overrides: Sequence[str] | None = None) -> Recipe:
@@ -112,45 +111,62 @@ def read_recipe(path: Path, overrides: Sequence[str] | None = None) -> Recipe:
         raise ValueError(f"{path}: expected a mapping with data, model, ...; got {type(values).__name__}")
     for override in overrides or []:
         _override(values, override)
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], place: str = "recipe") -> Recipe:
+    """A recipe from its content.
+
+    Raises:
+        ValueError: one line per wrong field, with `place` and the path of the field.
+    """
     values = {key: value for key, value in values.items() if value is not None}  # a section left empty is not there
+    names = values.get("imports", [])
+    if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+        import_modules(names, f"{place}: imports")
     try:
-        recipe = Recipe.model_validate(values)
+        return Recipe.model_validate(values)
     except ValidationError as error:
-        raise ValueError(explain(error, str(path), Recipe)) from None
-    if recipe.model is None:
-        return recipe
-    name = recipe.model.get("name")
-    if name not in MODELS:
-        raise ValueError(
-            f"{path}: model.name: expected one of {', '.join(MODELS)}, got {name!r}" + _near(str(name), list(MODELS))
-        )
-    try:
-        MODELS[str(name)].Config.model_validate(recipe.model_config_values)
-    except ValidationError as error:
-        raise ValueError(explain(error, f"{path}: model", MODELS[str(name)].Config, separator=".")) from None
-    return recipe
+        raise ValueError(explain(error, place, Recipe, values)) from None
 
 
-def explain(error: ValidationError, place: str, base: type[BaseModel], *, separator: str = ": ") -> str:
-    """One line per wrong field: what was expected, what was found, and for an unknown key the nearest known one."""
+def explain(error: ValidationError, place: str, base: type[BaseModel], values: Any, *, separator: str = ": ") -> str:
+    """One line per wrong field: what was expected, what was found, and for an unknown key the nearest known one.
+
+    Args:
+        values: what `base` was made from.
+        separator: between `place` and the path of a field.
+    """
     lines = describe_errors(error, "").split("\n")
     for index, item in enumerate(error.errors()):
         lines[index] = lines[index].replace("Input should be ", "expected ", 1)
         if item["type"] == "extra_forbidden":
-            owner = base
+            owner: type[BaseModel] | None = base
+            found = values
             for step in item["loc"][:-1]:
-                owner = _section(owner, str(step)) or owner
+                found = _within(found, step)
+                if isinstance(step, str) and owner is not None:
+                    owner = _section(owner, step)
+                if owner is not None and issubclass(owner, Spec):
+                    owner = owner.registry[found["name"]].Config if isinstance(found, Mapping) else owner
             wrong = str(item["loc"][-1])
-            known = list(owner.model_fields)
+            known = list(owner.model_fields) if owner is not None else []
             elsewhere = [f"{section}.{wrong}" for section, keys in _sections(base) if wrong in keys]
             lines[index] += (
                 _near(wrong, known)
                 or (f'; did you mean "{elsewhere[0]}"?' if elsewhere else "")
-                or f"; known are {', '.join(known)}"
+                or (f"; known are {', '.join(known)}" if known else "")
             )
     return "\n".join(
         f"{place}{separator if item['loc'] else ': '}{line}" for line, item in zip(lines, error.errors(), strict=True)
     )
+
+
+def _within(value: Any, step: str | int) -> Any:
+    try:
+        return value[step]
+    except (KeyError, IndexError, TypeError):
+        return None
 
 
 def _near(wrong: str, known: list[str]) -> str:
@@ -170,7 +186,7 @@ def _section(owner: type[BaseModel], name: str) -> type[BaseModel] | None:
     if name not in owner.model_fields:
         return None
     annotation = owner.model_fields[name].annotation
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    options = typing.get_args(annotation) or (annotation,)
     return next((kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 

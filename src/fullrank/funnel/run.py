@@ -1,0 +1,49 @@
+"""A whole run of a recipe that trains a funnel."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fullrank.data.dataset import Dataset
+from fullrank.funnel.bundle import save_bundle
+from fullrank.funnel.evaluation import evaluate_funnel
+from fullrank.funnel.training import FunnelConfig, train_funnel
+from fullrank.training.recipe import Recipe, explain
+from fullrank.training.run import Progress, Report, defined
+
+
+def run_funnel(
+    recipe: Recipe,
+    dataset: Dataset,
+    directory: Path | None,
+    *,
+    source: str,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Train the stages of a recipe's section `funnel`, evaluate them, and save them as `<directory>/bundle`."""
+    try:
+        config = FunnelConfig.model_validate(recipe.funnel)
+    except ValidationError as error:
+        raise ValueError(explain(error, f"{source}: funnel", FunnelConfig, recipe.funnel, separator=".")) from None
+
+    def tell(stage: str, step: int, steps: int, loss: float) -> None:
+        if progress is not None:
+            progress(f"training {stage}", step, steps, loss)
+
+    begin = time.perf_counter()
+    funnel, results = train_funnel(dataset, config, run_directory=directory, progress=tell)
+    fitted = time.perf_counter() - begin
+    splits = [split for split in ("valid", "test") if split in dataset.splits and dataset.rows(split)]
+    metrics: dict[str, Any] = {split: evaluate_funnel(funnel, dataset, split) for split in splits}
+    bundle = None
+    if directory is not None:
+        bundle = directory / "bundle"
+        save_bundle(funnel, bundle, about={"recipe": source, "metrics": defined(metrics)}, overwrite=True)
+    speeds = {stage: result.samples_per_second for stage, result in results.items()}
+    details = {**metrics, "samples_per_second": speeds}
+    return Report(funnel, dataset, metrics, details, {"fit": fitted}, bundle=bundle)

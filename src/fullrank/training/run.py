@@ -1,0 +1,298 @@
+"""A whole training run as a function: a recipe in, a trained model and its metrics out."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fullrank.data import atomic
+from fullrank.data.dataset import Dataset
+from fullrank.data.importing import import_dataset
+from fullrank.data.loader import Loader
+from fullrank.embeddings import EmbeddingOptimizer
+from fullrank.models import Ranker, RankerSpec
+from fullrank.registry import Registry
+from fullrank.schema import Schema
+from fullrank.training.callbacks import Callback
+from fullrank.training.config import TrainerConfig
+from fullrank.training.engine import Engine
+from fullrank.training.evaluation import evaluate
+from fullrank.training.memory import return_freed_memory
+from fullrank.training.recipe import DataSpec, Recipe, parse_recipe, read_recipe
+from fullrank.training.saving import save_model
+from fullrank.training.trainer import Trainer, TrainingResult
+
+# Told what is going on, the step, the number of steps (0 if unknown) and the loss (NaN if there is none).
+Progress = Callable[[str, int, int, float], None]
+
+
+@dataclass
+class Report:
+    """What a run did.
+
+    Attributes:
+        content: what was trained: a `Ranker`, or a `Funnel`.
+        dataset: what it was trained on.
+        metrics: by split; of a ranker then by label, as `evaluate` gives them, of a funnel as `evaluate_funnel` does.
+        details: what else is in `metrics.json`: sizes, speed, steps.
+        seconds: wall time of the parts of the run.
+        directory: where the run's files are; None if none were written.
+        bundle: what can be served.
+    """
+
+    content: Any
+    dataset: Dataset
+    metrics: dict[str, Any]
+    details: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    directory: Path | None = None
+    bundle: Path | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """All of it but the trained thing, as `metrics.json` has it: numbers that are not finite are None."""
+        places = {"bundle": self.bundle, "run": self.directory}
+        shown = {name: None if place is None else str(place) for name, place in places.items()}
+        summary: dict[str, Any] = defined({**self.details, "seconds": self.seconds, **shown})
+        return summary
+
+
+class Runner(Protocol):
+    """What runs one kind of recipe. It writes into `directory`, if there is one, which exists."""
+
+    def __call__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        directory: Path | None,
+        *,
+        source: str,
+        resume: bool,
+        progress: Progress | None,
+    ) -> Report: ...
+
+
+# Section of a recipe -> what runs it; imported when a recipe has it.
+RUNS: Registry[Runner] = Registry(
+    "run", "fullrank.runs", {"model": f"{__name__}:run_model", "funnel": "fullrank.funnel.run:run_funnel"}
+)
+
+
+def run(
+    recipe: Recipe | Mapping[str, Any] | Path | str,
+    directory: Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    source: str | None = None,
+) -> Report:
+    """Import the log if that is not done yet, train what the recipe says, test it, and write a bundle.
+
+    Args:
+        recipe: a recipe, its content, its file, or the name of one that comes with the package.
+        directory: for checkpoints, the bundle, `recipe.json` and `metrics.json`; nothing is written without it.
+        resume: continue from the newest checkpoint in `directory`.
+        overwrite: replace an earlier run in `directory`.
+        source: where the recipe comes from, for messages and the bundle; default its file.
+
+    Raises:
+        ValueError: if the recipe is wrong (one line per wrong field), the data lacks what it needs, or `directory`
+            holds an earlier run and neither `resume` nor `overwrite` is set.
+    """
+    begin = time.perf_counter()
+    source = source or ("recipe" if isinstance(recipe, Recipe | Mapping) else str(recipe))
+    if isinstance(recipe, Mapping):
+        recipe = parse_recipe(dict(recipe), source)
+    elif not isinstance(recipe, Recipe):
+        recipe = read_recipe(Path(recipe))
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    if directory is not None:
+        _make_way(directory, resume=resume, overwrite=overwrite)
+    dataset = open_dataset(recipe.data, progress)
+    imported = time.perf_counter()
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(directory / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
+    report = RUNS[recipe.section](recipe, dataset, directory, source=source, resume=resume, progress=progress)
+    now = time.perf_counter()
+    report.directory = directory
+    report.seconds = {"import": imported - begin, **report.seconds, "total": now - begin}
+    if directory is not None:
+        atomic.write_text(directory / "metrics.json", json.dumps(report.summary(), indent=2, allow_nan=False) + "\n")
+    return report
+
+
+def run_model(
+    recipe: Recipe,
+    dataset: Dataset,
+    directory: Path | None,
+    *,
+    source: str,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Train the ranker of a recipe's section `model`, test it, and save it as `<directory>/model`."""
+    assert recipe.model is not None
+    training = recipe.training
+
+    def tell(step: int, steps: int, loss: float) -> None:
+        if progress is not None:
+            progress("training", step, steps, loss)
+
+    model, result = train_ranker(
+        recipe.model,
+        dataset,
+        training,
+        recipe.embedding,
+        workers=recipe.data.workers,
+        directory=directory,
+        resume=resume,
+        progress=tell,
+    )
+    metrics = {"valid": result.best_tasks} if _has(dataset, "valid") else {}
+    if _has(dataset, "test"):
+        metrics["test"] = evaluate(model, Loader(dataset, "test", 2 * training.batch_size))
+    bundle = None
+    if directory is not None:
+        bundle = directory / "model"
+        about = {"recipe": source, "metrics": defined(metrics)}
+        save_model(model, bundle, dataset.encoders, about=about, overwrite=True)
+    parameters = model.num_parameters()
+    first = dataset.schema.labels[0].name
+    details = {
+        "model": recipe.model.name,
+        **{split: {"label": first, **values[first]} for split, values in metrics.items()},
+        "tasks": metrics,
+        "parameters": {"dense": parameters.dense, "embedding": parameters.embedding, "total": parameters.total},
+        "samples_per_second": result.samples_per_second,
+        "precision": result.precision,
+        "epochs": result.epochs,
+        "steps": result.steps,
+        "best": result.best,
+    }
+    return Report(model, dataset, metrics, details, {"fit": result.seconds}, bundle=bundle)
+
+
+def train_ranker(
+    spec: RankerSpec | Mapping[str, Any] | str,
+    dataset: Dataset,
+    training: TrainerConfig | None = None,
+    embedding: EmbeddingOptimizer | None = None,
+    *,
+    workers: int = 1,
+    directory: Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    engine: Engine | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> tuple[Ranker, TrainingResult]:
+    """Build a ranker from `training.seed` and fit it to a dataset: `fit_ranker` with a name for the model."""
+    training = training or TrainerConfig()
+    torch.manual_seed(training.seed)
+    model = RankerSpec.of(spec).build(dataset.schema)
+    result = fit_ranker(
+        model,
+        dataset,
+        training,
+        embedding,
+        workers=workers,
+        directory=directory,
+        resume=resume,
+        callbacks=callbacks,
+        engine=engine,
+        progress=progress,
+    )
+    return model, result
+
+
+def fit_ranker(
+    model: Ranker,
+    dataset: Dataset,
+    training: TrainerConfig,
+    embedding: EmbeddingOptimizer | None = None,
+    *,
+    workers: int = 1,
+    directory: Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    engine: Engine | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> TrainingResult:
+    """Fit a ranker to the training part of a dataset, shuffled, and validate it on the validation part if there is one.
+
+    Args:
+        workers: threads that put training batches together.
+        directory: where checkpoints go.
+
+    Raises:
+        ValueError: as `Trainer.fit`.
+    """
+    # A last batch of one row would have no variance for batch norm to learn from.
+    rows = dataset.rows("train")
+    lonely = rows > 1 and rows % training.batch_size == 1
+    train = Loader(
+        dataset, "train", training.batch_size, shuffle=True, seed=training.seed, workers=workers, drop_last=lonely
+    )
+    valid = Loader(dataset, "valid", 2 * training.batch_size) if _has(dataset, "valid") else None
+    trainer = Trainer(training, embedding, callbacks, engine)
+    return trainer.fit(model, train, valid, run_directory=directory, resume=resume, progress=progress)
+
+
+def open_dataset(data: DataSpec, progress: Progress | None = None) -> Dataset:
+    """The dataset of a recipe, imported first if it is not there yet."""
+    place, source = data.dataset, data.source
+    if source is not None and not place.exists():
+
+        def show(good: int, bad: int) -> None:
+            if progress is not None:
+                rejected = f", {bad:,} bad" if bad else ""
+                progress(f"importing {source.path}: {good:,} rows read{rejected}", 0, 0, math.nan)
+
+        place.parent.mkdir(parents=True, exist_ok=True)
+        schema = None if source.schema_file is None else Schema.read(source.schema_file)
+        import_dataset(
+            source.format,
+            source.path,
+            place,
+            schema=schema,
+            split=source.split,
+            max_bad=source.max_bad,
+            progress=show,
+        )
+        return_freed_memory()
+    return Dataset.open(place)
+
+
+def defined(value: Any) -> Any:
+    """The same with None for numbers that JSON lacks, such as the AUC of one class."""
+    if isinstance(value, dict):
+        return {key: defined(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [defined(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _has(dataset: Dataset, split: str) -> bool:
+    return split in dataset.splits and dataset.rows(split) > 0
+
+
+def _make_way(directory: Path, *, resume: bool, overwrite: bool) -> None:
+    names = ("checkpoints", "model", "bundle", "metrics.json")
+    earlier = [directory / name for name in names if (directory / name).exists()]
+    if not earlier or resume:
+        return
+    if not overwrite:
+        raise ValueError(
+            f"{directory} holds an earlier run: pass --resume to continue it, --overwrite, or another --out"
+        )
+    for path in earlier:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
