@@ -35,7 +35,8 @@ schema = encoders.schema  # now it knows the sizes of the tables
 
 model = MODELS["lr"].from_config(schema, {"embedding_init": 0.0})
 term = model.terms[0]
-first_row = term.weights.groups[0].first_row  # all tables lie behind one another, one number for each id
+# All tables lie behind one another, one number for each id.
+first_row = {table: places[0].rows.start for table, places in term.weights.layout.places.items()}
 
 
 def design(batch: Batch) -> sp.csr_array:
