@@ -9,36 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fullrank.randomized import (
-    ArraySource,
-    LADRegressor,
-    ParquetSource,
-    PreconditionedSGDRegressor,
-    QMCFeatures,
-    QuantileRegressor,
-    RandomizedLinearRegression,
-    RandomizedRidge,
-    SubsampledNewtonClassifier,
-    SubsampledNewtonRegressor,
-    TensorMachineClassifier,
-    TensorMachineRegressor,
-)
+import fullrank.randomized
+from fullrank.randomized import ArraySource, ParquetSource, PreconditionedSGDRegressor, QMCFeatures
+from fullrank.randomized.inputs import TableEstimator
 
 NAMES = ["a", "b", "c"]
+PUBLIC = {name: getattr(fullrank.randomized, name) for name in fullrank.randomized.__all__}
 ESTIMATORS = {
-    kind.__name__: kind
-    for kind in (
-        LADRegressor,
-        PreconditionedSGDRegressor,
-        QMCFeatures,
-        QuantileRegressor,
-        RandomizedLinearRegression,
-        RandomizedRidge,
-        SubsampledNewtonClassifier,
-        SubsampledNewtonRegressor,
-        TensorMachineClassifier,
-        TensorMachineRegressor,
-    )
+    name: thing for name, thing in PUBLIC.items() if isinstance(thing, type) and issubclass(thing, TableEstimator)
 }
 
 

@@ -7,36 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fullrank.randomized import (
-    LADRegressor,
-    LogitCalibrator,
-    PreconditionedSGDRegressor,
-    QMCFeatures,
-    QuantileRegressor,
-    RandomizedLinearRegression,
-    RandomizedRidge,
-    SubsampledNewtonClassifier,
-    SubsampledNewtonRegressor,
-    TensorMachineClassifier,
-    TensorMachineRegressor,
-    leverage_scores,
-    lstsq,
-    sketch,
-)
+import fullrank.randomized
+from fullrank.randomized import LogitCalibrator, leverage_scores, lstsq, sketch
+from fullrank.randomized.inputs import TableEstimator
 from fullrank.randomized.parameters import FLAG, NONE, integer, number, one_of
 
-ESTIMATORS = (
-    LADRegressor,
-    PreconditionedSGDRegressor,
-    QMCFeatures,
-    QuantileRegressor,
-    RandomizedLinearRegression,
-    RandomizedRidge,
-    SubsampledNewtonClassifier,
-    SubsampledNewtonRegressor,
-    TensorMachineClassifier,
-    TensorMachineRegressor,
-)
+PUBLIC = [getattr(fullrank.randomized, name) for name in fullrank.randomized.__all__]
+ESTIMATORS = [thing for thing in PUBLIC if isinstance(thing, type) and issubclass(thing, TableEstimator)]
 
 
 @pytest.mark.parametrize("kind", ESTIMATORS)

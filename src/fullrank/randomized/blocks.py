@@ -60,10 +60,20 @@ class Block:
         joined: Array = X if len(parts) == 1 else np.hstack(parts)
         return joined if self.weight is None else joined * (self.weight**weight_power)[:, None]
 
+    def fitted(self, coef: Array, *, intercept: bool = False) -> Array:
+        """[1 | X] coef, without forming [1 | X], for coef of shape (columns,) or (columns, J)."""
+        values: Array = self.X @ coef[1:] + coef[0] if intercept else self.X @ coef
+        return values
+
     def product(self, M: Array, *, intercept: bool = False, weight_power: float = 0.5) -> Array:
-        """[1 | X] M with rows times weight ** weight_power, without forming [1 | X]; shape (k, columns of M)."""
-        result: Array = self.X @ M[1:] + M[0] if intercept else self.X @ M
+        """`fitted` of a matrix with rows times weight ** weight_power, shape (k, columns of M)."""
+        result = self.fitted(M, intercept=intercept)
         return result if self.weight is None else result * (self.weight**weight_power)[:, None]
+
+    def transposed(self, r: Array, *, intercept: bool = False) -> Array:
+        """[1 | X]' r, for r of shape (k,) or (k, J)."""
+        sums: Array = self.X.T @ r
+        return np.concatenate([r.sum(axis=0, keepdims=True), sums]) if intercept else sums
 
     def targets(self) -> Array:
         """y as a matrix, shape (k, t)."""

@@ -30,7 +30,7 @@ _EXECUTOR = one_of(*EXECUTORS) | Rule("a distributed.Client", lambda value: hasa
 
 
 def add(first: Any, second: Any) -> Any:
-    """Sum of two partial results: arrays, numbers, or tuples of such; None means nothing on either side."""
+    """Sum of two partial results: whatever has a sum, or tuples of such; None means nothing on either side."""
     if first is None or second is None:
         return second if first is None else first
     if isinstance(first, tuple):

@@ -411,9 +411,9 @@ def _gradient(blocks: Iterator[Block], intercept: bool, x: Array) -> tuple[Array
     """[1 | X]'r and |r|^2 of r = b - [1 | X] x."""
     total: tuple[Array, Array] | None = None
     for block in blocks:
-        r = block.targets() - block.product(x, intercept=intercept, weight_power=0)
+        r = block.targets() - block.fitted(x, intercept=intercept)
         weighted = r if block.weight is None else r * block.weight[:, None]
-        part = (_transposed_product(block, weighted, intercept), (r * weighted).sum(axis=0))
+        part = (block.transposed(weighted, intercept=intercept), (r * weighted).sum(axis=0))
         total = part if total is None else add(total, part)
     return total
 
@@ -422,10 +422,5 @@ def _normal_product(blocks: Iterator[Block], intercept: bool, v: Array) -> Array
     """[1 | X]'[1 | X] v."""
     total = np.zeros_like(v)
     for block in blocks:
-        total += _transposed_product(block, block.product(v, intercept=intercept, weight_power=1), intercept)
+        total += block.transposed(block.product(v, intercept=intercept, weight_power=1), intercept=intercept)
     return total
-
-
-def _transposed_product(block: Block, r: Array, intercept: bool) -> Array:
-    product = block.X.T @ r
-    return np.vstack([r.sum(axis=0), product]) if intercept else product

@@ -100,6 +100,6 @@ def _median_scores(blocks: Iterator[Block], N: Array) -> Array:
     """A combination of Cauchy variables is Cauchy; its scale, and median size, is the l1 norm of the coefficients."""
     parts = []
     for block in blocks:
-        medians = np.median(np.abs(block.product(N, weight_power=0)), axis=1)
+        medians = np.median(np.abs(block.fitted(N)), axis=1)
         parts.append(medians if block.weight is None else medians * block.weight)
     return np.concatenate(parts)

@@ -44,6 +44,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.b)
 
+    def __add__(self, below: Rows) -> Rows:
+        """These rows with others under them; for `map_reduce`."""
+        return Rows.gather([self, below], self.A.shape[1])
+
     def pick(self, which: NDArray[Any]) -> Rows:
         """Some of the rows, by mask or position."""
         return Rows(*(getattr(self, field.name)[which] for field in fields(self)))
@@ -73,26 +77,6 @@ def take(block: Block, index: NDArray[np.intp], intercept: bool, dual: Array | N
         A[:, 0] = 1
     weight = np.ones(len(index)) if block.weight is None else block.weight[index]
     return Rows(A, block.target[index], weight, np.zeros(len(index)) if dual is None else dual, block.start + index)
-
-
-def fitted(block: Block, coef: Array, intercept: bool) -> Array:
-    """[1 | X] @ coef, for coef of shape (D,) or (D, J)."""
-    values: Array = block.X @ coef[1:] + coef[0] if intercept else block.X @ coef
-    return values
-
-
-def slope(block: Block, z: Array, intercept: bool) -> Array:
-    """[1 | X]' z, shape (D,)."""
-    return np.append(z.sum(), block.X.T @ z) if intercept else block.X.T @ z
-
-
-def combine_rows(first: Any, second: Any) -> Any:
-    """Rows are put under each other, everything else is added; for `map_reduce`."""
-    if isinstance(first, Rows):
-        return Rows.gather([first, second], first.A.shape[1])
-    if isinstance(first, tuple):
-        return tuple(combine_rows(a, b) for a, b in zip(first, second, strict=True))
-    return first + second
 
 
 @dataclass(frozen=True)
@@ -197,6 +181,6 @@ def objective_blocks(
     t = np.repeat([objective.quantile for objective in objectives], len(points[0]))
     total = np.zeros(flat.shape[1])
     for block in blocks:
-        value = rho(block.target[:, None] - fitted(block, flat, intercept), t)
+        value = rho(block.target[:, None] - block.fitted(flat, intercept=intercept), t)
         total += value.sum(axis=0) if block.weight is None else block.weight @ value
     return total.reshape(len(objectives), -1)

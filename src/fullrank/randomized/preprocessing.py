@@ -35,7 +35,7 @@ from scipy.linalg import LinAlgError, solve, solve_triangular
 from fullrank.randomized.blocks import Array, Block
 from fullrank.randomized.certificate import Certificate
 from fullrank.randomized.engine import Executor, map_reduce
-from fullrank.randomized.pinball import Objective, Rows, combine_rows, fitted, rho, slope, take
+from fullrank.randomized.pinball import Objective, Rows, rho, take
 from fullrank.randomized.sources import RowSource
 
 WIDENINGS = 8  # bands tried before all rows are taken
@@ -103,7 +103,7 @@ class Band:
     def split(self, block: Block, objective: Objective, coef: Array | None = None) -> tuple[Any, Array, Array]:
         """Mask of the block's rows in the band, z of all of them as if outside, and their residuals at `coef`."""
         points = [self.center] if coef is None else [self.center, coef]
-        fit = fitted(block, np.column_stack([*points, self.projection]), objective.intercept)
+        fit = block.fitted(np.column_stack([*points, self.projection]), intercept=objective.intercept)
         ahead = fit[:, len(points) :]
         r = block.target - fit[:, 0]
         z = np.where(r < 0, objective.quantile - 1, objective.quantile)
@@ -126,7 +126,7 @@ def newton_blocks(
     D, t = len(coef), objective.quantile
     gradient, hessian, loss, count = np.zeros(D), np.zeros((D, D)), 0.0, 0
     for block in blocks:
-        r = block.target - fitted(block, coef, objective.intercept)
+        r = block.target - block.fitted(coef, intercept=objective.intercept)
         z = np.clip(r * (0.5 / window), -0.5, 0.5) + (t - 0.5)
         near = take(block, np.flatnonzero(np.abs(r) < window), objective.intercept)
         if block.weight is None:
@@ -134,7 +134,7 @@ def newton_blocks(
         else:
             z *= block.weight
             loss += float(rho(r, t) @ block.weight)
-        gradient -= slope(block, z, objective.intercept)
+        gradient -= block.transposed(z, intercept=objective.intercept)
         A = near.A @ basis
         hessian += A.T @ (A * (near.weight * (0.5 / window))[:, None])
         count += len(near)
@@ -152,9 +152,9 @@ def band_blocks(blocks: Iterator[Block], band: Band, objective: Objective, basis
         loss += float(z @ r)
         z[inside] = 0
         if apart:
-            total += fitted(block, basis, objective.intercept).T @ z
+            total += block.fitted(basis, intercept=objective.intercept).T @ z
         else:
-            total += basis.T @ slope(block, z, objective.intercept)
+            total += basis.T @ block.transposed(z, intercept=objective.intercept)
     return Rows.gather(parts, len(total)), total, loss
 
 
@@ -230,7 +230,7 @@ def solve_in_passes(
             width = np.inf
         band = Band(center, projection, width, np.empty(0, dtype=np.int64))
         collect = partial(band_blocks, band=band, objective=objective, basis=basis)
-        rows, outside, loss = map_reduce(source, collect, combine_rows, executor)
+        rows, outside, loss = map_reduce(source, collect, executor=executor)
         everything = bool(np.isinf(width))
         loss += objective.penalty(center)
         if best is None and loss > previous[1] and not everything:
@@ -258,7 +258,7 @@ def solve_in_passes(
             n_iter += small.n_iter
             coef = basis @ small.coef
             verify = partial(verify_blocks, band=band, coef=coef, objective=objective, limit=len(rows))
-            sums, wrong = map_reduce(source, verify, combine_rows, executor)
+            sums, wrong = map_reduce(source, verify, executor=executor)
             certificate = objective.certificate(sums[0], sums[1], rows, small, outside, start.R @ basis)
             if best is None or certificate.objective < best.certificate.objective:
                 converged = certificate.relative_gap <= tol or certificate.objective <= nothing(start)
@@ -291,7 +291,7 @@ def _newton_steps(
     points: list[tuple[Array, float, float]] = []
     for _ in range(2):
         step = partial(newton_blocks, coef=coef, window=window, objective=objective, basis=basis)
-        gradient, hessian, loss, count = map_reduce(source, step, combine_rows, executor)
+        gradient, hessian, loss, count = map_reduce(source, step, executor=executor)
         loss += objective.penalty(coef)
         if points and loss > points[-1][1]:
             return points[-1][0], points[-1], 2 * points[-1][2]

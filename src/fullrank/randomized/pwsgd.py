@@ -14,7 +14,6 @@ from numbers import Real
 from typing import Any, Self
 
 import numpy as np
-import scipy.sparse as sp
 from numpy.typing import NDArray
 from sklearn.base import RegressorMixin
 from sklearn.utils.metaestimators import available_if
@@ -60,6 +59,10 @@ class DrawnRows:
     importance: Array
     count: NDArray[np.int64]
 
+    def __add__(self, below: DrawnRows) -> DrawnRows:
+        """These rows with others under them; for `map_reduce`."""
+        return DrawnRows.gather([self, below])
+
     @classmethod
     def gather(cls, parts: Sequence[DrawnRows]) -> DrawnRows:
         """All rows of the parts, in order."""
@@ -96,16 +99,10 @@ def _drawn(
         uniform = row_uniforms(seed, block.start, block.stop, stream=1)
         count = np.floor(steps * share + uniform).astype(np.int64)
         kept = np.flatnonzero(count)
-        X = block.X[kept]
-        X = X.toarray() if sp.issparse(X) else X
-        rows = np.column_stack([np.ones(len(kept)), X]) if intercept else X
+        rows = Block(block.X[kept], None, None, block.start).columns(intercept=intercept)
         weight = 1.0 if block.weight is None else block.weight[kept]
         parts.append(DrawnRows(rows, block.target[kept], weight / share[kept], count[kept]))
     return DrawnRows.gather(parts)
-
-
-def _joined(first: DrawnRows, second: DrawnRows) -> DrawnRows:
-    return DrawnRows.gather([first, second])
 
 
 def _continues(model: PreconditionedSGDRegressor) -> bool:
@@ -232,7 +229,7 @@ class PreconditionedSGDRegressor(RegressorMixin, TableEstimator):  # type: ignor
             raise ValueError("all rows are zero: there is nothing to draw from")
         steps = 2 * source.n_rows if self.n_steps is None else int(self.n_steps)
         collect = partial(_drawn, basis=basis, power=power, intercept=intercept, mass=mass, steps=steps, seed=seed)
-        drawn = map_reduce(source, collect, _joined, self.executor)
+        drawn = map_reduce(source, collect, executor=self.executor)
         order = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(drawn.count)), drawn.count))
         if self.preconditioner == "full":
             N = solution

@@ -189,7 +189,7 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TableEstima
         d = source.n_cols
         seed = random_seed(self.random_state)
         odds = SAMPLE_ROWS / source.n_rows
-        total, squares, rows = map_reduce(source, partial(_sample, odds=odds, seed=seed), _joined, self.executor)
+        total, squares, rows = map_reduce(source, partial(_sample, odds=odds, seed=seed), executor=self.executor)
         X = sparse.vstack(rows, format="csr") if sparse.issparse(rows[0]) else np.concatenate(rows)
         rng = np.random.default_rng(seed)
         if isinstance(self.gamma, str):
@@ -330,10 +330,6 @@ def _sample(blocks: Iterator[Block], *, odds: float, seed: int) -> tuple[float, 
         squares += float(X.multiply(X).sum() if sparse.issparse(X) else np.vdot(X, X))
         kept.append(X if odds >= 1 else X[row_uniforms(seed, block.start, block.stop) < odds])
     return total, squares, kept
-
-
-def _joined(first: tuple[float, float, list[Any]], second: tuple[float, float, list[Any]]) -> Any:
-    return first[0] + second[0], first[1] + second[1], first[2] + second[2]
 
 
 def _pairs(rows: NDArray[np.intp], pairs: int, rng: np.random.Generator) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

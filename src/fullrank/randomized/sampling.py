@@ -28,7 +28,7 @@ def row_scores(block: Block, N: Array, p: int, *, intercept: bool = False) -> Ar
     if N.shape[0] > block.X.shape[1] + intercept:
         conditioned = block.columns(intercept=intercept, target=True, weight_power=0) @ N
     else:
-        conditioned = block.product(N, intercept=intercept, weight_power=0)
+        conditioned = block.fitted(N, intercept=intercept)
     scores: Array = np.einsum("kr,kr->k", conditioned, conditioned) if p == 2 else np.abs(conditioned).sum(axis=1)
     return scores if block.weight is None else scores * block.weight
 

@@ -24,7 +24,7 @@ from scipy.linalg import solve_triangular
 from fullrank.randomized.blocks import Array, Block
 from fullrank.randomized.conditioning import RankDeficientError, l1_conditioner, triangular
 from fullrank.randomized.engine import Executor, map_reduce
-from fullrank.randomized.pinball import Objective, Rows, combine_rows, take
+from fullrank.randomized.pinball import Objective, Rows, take
 from fullrank.randomized.preprocessing import Start
 from fullrank.randomized.sketches import Sketch, row_uniforms, sketch_blocks
 from fullrank.randomized.sources import RowSource
@@ -77,7 +77,7 @@ def uniform_start(source: RowSource, objective: Objective, size: float, seed: in
     D = source.n_cols + objective.intercept
     share = min(1.0, size / source.n_rows)
     draw = partial(sample_blocks, share=share, seed=seed, intercept=objective.intercept, D=D)
-    rows = map_reduce(source, draw, combine_rows, executor)
+    rows = map_reduce(source, draw, executor=executor)
     R = objective.triangular(rows)
     penalised = objective.absolute or objective.ridge
     spread = objective.triangular(rows, share) if penalised and share < 1 else R
@@ -142,7 +142,7 @@ def score_sample(
         target=target,
         estimate=estimate,
     )
-    total, kept = map_reduce(source, score, combine_rows, executor)
+    total, kept = map_reduce(source, score, executor=executor)
     rows = kept.pick(kept.dual * size > total)
     columns = np.column_stack([rows.A, rows.b]) if target else rows.A
     q = scores(columns * rows.weight[:, None], T, estimate)
