@@ -84,6 +84,7 @@ class EmbeddingCollection(nn.Module):
         self.pooled = (*bags, *events) if pool_sequences else bags
         self.event_keys = () if pool_sequences else events
         width_of = {name: feature.embedding_dim or tables.embedding_dim for name, feature in self.columns.items()}
+        self._width_of = {name: width_of[name] for name in (*self.single, *self.jagged)}
         self.widths = tuple(width_of[name] for name in (*self.single, *self.pooled))
         self._rows_of = {name: rows_of[self.columns[name].table_name] for name in (*self.single, *self.jagged)}
         self.layout = Layout()
@@ -133,6 +134,27 @@ class EmbeddingCollection(nn.Module):
     def num_parameters(self) -> int:
         """Stored numbers, and what the kinds have beside them."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def table_widths(self) -> dict[str, int]:
+        """Width of the vectors of each table that is looked up here."""
+        return {self.columns[name].table_name: width for name, width in self._width_of.items()}
+
+    @torch.no_grad()
+    def vectors(self, table: str, ids_N: Tensor) -> Tensor:
+        """What ids of a table become, whatever its kind; shape (N, width).
+
+        Raises:
+            KeyError: if there is no such table.
+        """
+        self.flush()
+        places = self.layout.places[table]
+        kind = self.kinds.get(table)
+        asks = [Ask(0, ids_N)] if kind is None else kind.asks(ids_N)
+        found = []
+        for ask in asks:
+            buffer, rows = places[ask.part]
+            found.append(self._buffer(buffer).weight_RD.detach().index_select(0, ask.rows + rows.start))
+        return found[0] if kind is None else kind.combine(ids_N, asks, found)
 
     def weights(self) -> list[nn.Parameter]:
         """The rows of all tables, one parameter per buffer; what else kinds have is not in it."""
