@@ -213,7 +213,7 @@ class SubsampledNewtonClassifier(ClassifierMixin, _SubsampledNewton):  # type: i
         return self
 
     def decision_function(self, X: Any) -> Array:
-        """Log-odds of the second class, shape (n,)."""
+        """Log-odds of the second class, shape (n,); this and the methods below take whatever `fit` takes as X."""
         return self._margin(X)
 
     def predict_proba(self, X: Any) -> Array:
@@ -301,7 +301,7 @@ class SubsampledNewtonRegressor(RegressorMixin, _SubsampledNewton):  # type: ign
         return self
 
     def predict(self, X: Any) -> Array:
-        """Expected target, shape (n,)."""
+        """Expected target, shape (n,), for whatever `fit` takes as X."""
         margin = self._margin(X)
         return np.exp(margin) if self.loss == "poisson" else margin
 

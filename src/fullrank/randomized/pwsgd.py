@@ -208,7 +208,7 @@ class PreconditionedSGDRegressor(RegressorMixin, TableEstimator):  # type: ignor
         return self
 
     def predict(self, X: Any) -> Array:
-        """Mean, median or quantile of the target, shape (n,)."""
+        """Mean, median or quantile of the target, shape (n,), for whatever `fit` takes as X."""
         check_is_fitted(self)
         return on_rows(self, X, partial(linear_values, coef=self.coef_, intercept=self.intercept_))
 

@@ -212,8 +212,8 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TableEstima
         self._n_features_out = 2 * self.frequencies_.shape[1]
         return self
 
-    def transform(self, X: ArrayLike | sparse.csr_array) -> NDArray[np.floating]:
-        """Features of X (n, d), shape (n, 2s), cosines first, in the precision of X."""
+    def transform(self, X: Any) -> NDArray[np.floating]:
+        """Features of X (n, d), shape (n, 2s), cosines first, in the precision of X; those of a source are float64."""
         check_is_fitted(self)
         return on_rows(self, X, partial(_features, self.frequencies_))
 

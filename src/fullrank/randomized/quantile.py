@@ -104,7 +104,7 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         dual_gap_: proved bound on (objective_ - optimum) / objective_; None by "sketch", which proves nothing.
         n_iter_: Newton systems; n_sampled_, n_band_: rows of the small problems; n_passes_: over the table, in all.
         solver_used_: what "auto" chose.
-        n_features_in_, feature_names_in_: as in scikit-learn.
+        n_features_in_, feature_names_in_: of the last fit, to a source too; predictions refuse columns of other names.
 
     Raises:
         ValueError: parameters out of range, NaN or infinity, weights that are negative or all zero.
@@ -215,7 +215,7 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         return self
 
     def predict(self, X: Any) -> Array:
-        """Quantiles for X (n, d): shape (n,), or (n, T) for several."""
+        """Quantiles for whatever `fit` takes as X: shape (n,), or (n, T) for several."""
         check_is_fitted(self)
         fitted = on_rows(self, X, partial(linear_values, coef=np.transpose(self.coef_), intercept=self.intercept_))
         return np.sort(fitted, axis=1) if self.non_crossing and fitted.ndim == 2 else fitted

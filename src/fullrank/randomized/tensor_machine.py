@@ -271,7 +271,7 @@ class TensorMachineRegressor(RegressorMixin, _TensorMachine):  # type: ignore[mi
         return self
 
     def predict(self, X: Any) -> Array:
-        """f(x) of each row, shape (n,)."""
+        """f(x) of each row, shape (n,), for whatever `fit` takes as X."""
         return self._margins(X)[:, 0]
 
     def _shaped(self, values: Array) -> Any:
@@ -319,7 +319,10 @@ class TensorMachineClassifier(ClassifierMixin, _TensorMachine):  # type: ignore[
         return self
 
     def decision_function(self, X: Any) -> Array:
-        """Log-odds of the second class, shape (n,), or of each class against the rest, shape (n, K)."""
+        """Log-odds of the second class, shape (n,), or of each class against the rest, shape (n, K).
+
+        This and what follows takes whatever `fit` takes as X.
+        """
         margins = self._margins(X)
         return margins[:, 0] if len(self.classes_) == 2 else margins
 
