@@ -27,9 +27,9 @@ types: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
 
+# Lists the benchmarks; runs one with NAME=ctr_throughput, which gets ARGS.
 bench: $(STAMP)
-	$(BIN)/python benchmarks/embedding_backends.py
-	$(BIN)/python benchmarks/loader_throughput.py
+	@$(BIN)/python -m benchmarks$(addprefix .,$(NAME)) $(ARGS)
 
 install: $(STAMP)
 

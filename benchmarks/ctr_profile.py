@@ -1,7 +1,7 @@
 """Where a training step's time goes: matrix products against the machine's peak, lookups against its memory, the rest.
 
-    python benchmarks/tables.py --data DIR --out tables
-    python benchmarks/ctr_profile.py --tables tables
+    python -m benchmarks.tables --data DIR --out tables
+    python -m benchmarks.ctr_profile --tables tables
 
 Each case is a recipe's model on its table. `--steps` training steps are timed as they are, and as many again under
 PyTorch's profiler, whose operations are sorted into four kinds by their own time on the training thread: `products`
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import table, write
+from benchmarks.machine import table, write
 
 RECIPES = ("movielens-1m-deepfm", "movielens-1m-dcn_v2", "movielens-1m-dlrm", "movielens-1m-finalmlp", "globo-din")
 TABLES = {"movielens-1m": "ml1m_ctr", "globo": "globo_seq"}

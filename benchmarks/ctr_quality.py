@@ -1,7 +1,7 @@
 """Test AUC of our rankers and of FuxiCTR's own, same split, same tuning grid, several seeds.
 
-    python benchmarks/tables.py --data DIR --out tables
-    python benchmarks/ctr_quality.py --tables tables --fuxictr-python P --fuxictr-zoo CHECKOUT/model_zoo
+    python -m benchmarks.tables --data DIR --out tables
+    python -m benchmarks.ctr_quality --tables tables --fuxictr-python P --fuxictr-zoo CHECKOUT/model_zoo
 
 Protocol, both sides: one epoch, batch 4096, dim 16, hidden 256-128-64, no dropout, no regularisation, Adam, tables
 from N(0, 1e-4²), gradient norm clipped at 10. Grid of two settings: batch norm off and on at 1e-3; for LR and FM, which
@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from machine import table, write
+from benchmarks.machine import table, write
 
 HERE = Path(__file__).parent
 FLOORS = {"ml1m_ctr": 0.8611, "globo_seq": 0.571}

@@ -1,7 +1,7 @@
 """Training speed, CSV-to-tested-model time and memory, against FuxiCTR, RecBole and DeepCTR-Torch.
 
-    python benchmarks/tables.py --data DIR --out tables
-    python benchmarks/ctr_throughput.py --tables tables --fuxictr-python P --fuxictr-zoo CHECKOUT/model_zoo \
+    python -m benchmarks.tables --data DIR --out tables
+    python -m benchmarks.ctr_throughput --tables tables --fuxictr-python P --fuxictr-zoo CHECKOUT/model_zoo \
         --recbole-python P --deepctr-python P
 
 Each program reads the CSV files, encodes them, trains one epoch at batch 4096 (dim 16, hidden 256-128-64) and tests.
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import table, write
+from benchmarks.machine import table, write
 
 HERE = Path(__file__).parent
 # case -> recipe, FuxiCTR model and its batch norm, RecBole model, DeepCTR-Torch model

@@ -1,6 +1,6 @@
 """`fullrank demo` as a user runs it: seconds, how near the final stage comes to the oracle, and recall.
 
-    python benchmarks/demo.py [--seeds 0 1 2] [--impressions 1000000] [--keep]
+    python -m benchmarks.demo [--seeds 0 1 2] [--impressions 1000000] [--keep]
 
 Each seed is one run of the command in a process of its own, and before it one run of `fullrank data simulate` for the
 speed of the simulator alone. `gap_closed` is the share of the way from predicting the mean (NE 1) to the NE of the true
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import RESULTS, machine, table, write
+from benchmarks.machine import RESULTS, machine, table, write
 
 MOST_DEMO_SECONDS, MOST_SIMULATION_SECONDS, LEAST_GAP = 180.0, 20.0, 0.6
 

@@ -1,6 +1,6 @@
 """Training steps on large tables: our collection against `nn.Embedding` with PyTorch's own optimisers.
 
-    python benchmarks/embedding_backends.py
+    python -m benchmarks.embedding_backends
 
 A step is DeepFM on single-id fields (dim 16, hidden 256-128-64, batch 4096): forward, backward, update. The dense rows
 (`nn.Embedding`, Adam over all parameters) are what FuxiCTR and RecBole do with their tables; the sparse row is
@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from machine import table, write
 from torch import Tensor, nn
 
+from benchmarks.machine import table, write
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection, EmbeddingOptimizer
 from fullrank.layers.factorization import pairwise_term

@@ -1,6 +1,6 @@
 """Memory of an import against the size of the log: Criteo-shaped files of several gigabytes.
 
-    python benchmarks/import_memory.py --scratch DIR [--gigabytes 1 3 6 11]
+    python -m benchmarks.import_memory --scratch DIR [--gigabytes 1 3 6 11]
 
 Each file is generated, imported by `fullrank data import criteo` in a process of its own, and deleted. It has the
 columns of the Criteo log (a label, 13 counts, 26 categories of 8 hexadecimal digits), about its shares of missing
@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import process_tree
 import pyarrow as pa
-from machine import RESULTS, machine, table, write
+
+from benchmarks import process_tree
+from benchmarks.machine import RESULTS, machine, table, write
 
 # Of the counts: share of missing values, mean and deviation of the logarithm.
 COUNTS = (

@@ -1,17 +1,17 @@
 """Time and memory of turning the comparison tables (CSV) into ids: ours, FuxiCTR's preprocessing, and by hand.
 
-    python benchmarks/tables.py --data DIR --out tables
-    python benchmarks/import_speed.py --tables tables --fuxictr-python P --deepctr-python P [--fuxictr-zoo DIR]
+    python -m benchmarks.tables --data DIR --out tables
+    python -m benchmarks.import_speed --tables tables --fuxictr-python P --deepctr-python P [--fuxictr-zoo DIR]
 
 fullrank                `fullrank data import csv`: rows checked, encoders fitted on train, Parquet written
 fuxictr                 FuxiCTR's `build_dataset`: encoders fitted on train, Parquet written
 label-encoder, polars   arrays in memory, nothing checked or written (see peers/by_hand_import.py)
 
 The programs take turns, `--repeats` times, and medians are reported. `cpu_s` counts every process that a program
-starts, Ray's workers included (see process_tree.py). A program is measured as a whole, from its start to its end; for
-the peers, `work_s` and `work_cpu_s` leave out the start of Python, the imports and the end. Ratios compare our whole
-program with the peer's work alone, which favours the peer. FuxiCTR's preprocessing lies in its wheel: the checkout
-named by --fuxictr-zoo is only needed for its commit to be recorded.
+starts, Ray's workers included (see `benchmarks.process_tree`). A program is measured as a whole, from its start to its
+end; for the peers, `work_s` and `work_cpu_s` leave out the start of Python, the imports and the end. Ratios compare our
+whole program with the peer's work alone, which favours the peer. FuxiCTR's preprocessing lies in its wheel: the
+checkout named by --fuxictr-zoo is only needed for its commit to be recorded.
 
 A run replaces the results of its tables in the JSON and keeps those of others.
 """
@@ -28,8 +28,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import process_tree
-from machine import RESULTS, table, write
+from benchmarks import process_tree
+from benchmarks.machine import RESULTS, table, write
 
 HERE = Path(__file__).parent
 SCHEMAS = {"ml1m_ctr": "movielens-1m", "globo_seq": "globo"}

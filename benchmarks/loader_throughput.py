@@ -1,6 +1,6 @@
 """Rows per second of the loader on Criteo-shaped data: 39 categorical columns and a label, from the page cache.
 
-    python benchmarks/loader_throughput.py [--rows 2000000] [--workers 1]
+    python -m benchmarks.loader_throughput [--rows 2000000] [--workers 1]
 
 The ids follow a power law over tables of 10 to 1,000,000 rows, as Criteo's do. Each case is timed over whole epochs:
 the first of a fresh loader decodes Parquet, later ones of a split that is held in memory only put batches together.
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
-from machine import table, write
 
+from benchmarks.machine import table, write
 from fullrank.data.dataset import Dataset, write_dataset
 from fullrank.data.loader import Loader
 from fullrank.schema import Categorical, Label, Schema

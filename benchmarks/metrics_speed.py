@@ -1,6 +1,6 @@
 """AUC and GAUC of a large log: ours, scikit-learn, a loop over users, TorchRec and FuxiCTR.
 
-    python benchmarks/metrics_speed.py --fuxictr ENVIRONMENT/bin/python
+    python -m benchmarks.metrics_speed --fuxictr ENVIRONMENT/bin/python
 
 Logits are float32 and normal, clicks are drawn from them, so are users: with equal odds, or by a power law (user
 u of U has odds proportional to u ** -1/2). All sides get the same arrays and must agree on the value to 1e-9, but for
@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import table, write
 from scipy.stats import kendalltau, rankdata
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from benchmarks.machine import table, write
 from fullrank import metrics
 
 PEER = Path(__file__).parent / "peers" / "fuxictr_metrics.py"
@@ -169,7 +169,7 @@ def main() -> None:
     rows += rank_agreement(2000, 50, args.seed) + rank_agreement(200, 1000, args.seed)
     table(rows, ["users", "metric", "side", "value", "ms", "times_ours"])
     settings = {"rows": args.rows, "users": args.users, "seed": args.seed, "threads": torch.get_num_threads()}
-    write("metrics_speed", {"settings": settings, "command": "metrics_speed.py", "results": rows})
+    write("metrics_speed", {"settings": settings, "command": "benchmarks.metrics_speed", "results": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Latency of /v1/recommend over 100,000 items with 200 final candidates, against a server as one writes it by hand.
 
-    python benchmarks/serving_latency.py
+    python -m benchmarks.serving_latency
 
 All servers run the same trained weights, in turn, each in a process of its own; another process asks over loopback with
 keep-alive connections, each sending its next request when the answer has come. Two funnels are served by both sides:
@@ -255,11 +255,11 @@ def main() -> None:
         load(arguments.port, arguments.seconds, arguments.connections[0])
         return
 
-    from machine import table, write
+    from benchmarks.machine import table, write
 
     print(f"preparing {arguments.items:,} items", file=sys.stderr)
     prepare(arguments.work, arguments.items, arguments.impressions)
-    this = [sys.executable, __file__]
+    this = [sys.executable, "-m", "benchmarks.serving_latency"]
     cli = [sys.executable, "-c", "from fullrank.cli.main import main; main()"]
     records: list[dict[str, Any]] = []
     for attempt in range(arguments.repeat):

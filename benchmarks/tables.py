@@ -1,7 +1,7 @@
 """Make the CTR comparison tables (CSV) from a folder of the public datasets.
 
-    python benchmarks/tables.py --data DIR_WITH_movielens-1m_AND_globo-clicks --out tables
-    python benchmarks/tables.py --data DIR_WITH_amazon-beauty --out tables --tables amazon_beauty
+    python -m benchmarks.tables --data DIR_WITH_movielens-1m_AND_globo-clicks --out tables
+    python -m benchmarks.tables --data DIR_WITH_amazon-beauty --out tables --tables amazon_beauty
 
 ml1m_ctr   MovieLens-1M as binary CTR: rating 4-5 -> 1, rating 1-2 -> 0, rating 3 dropped (the AutoInt convention).
            fold 1-4 of the published 5-fold split = train; fold 5 = valid (even user_id) and test (odd user_id).

@@ -1,6 +1,6 @@
 """A comparison table encoded by hand, as users of DeepCTR-Torch do: arrays in memory; one JSON line.
 
-    python by_hand_import.py --data TABLES/ml1m_ctr --how label-encoder|polars
+    python benchmarks/peers/by_hand_import.py --data TABLES/ml1m_ctr --how label-encoder|polars
 
 label-encoder   what the library's documentation shows: pandas, scikit-learn's LabelEncoder, a Python loop for lists
 polars          what somebody who knows polars writes: Enum codes, lists exploded, coded at once and padded with NumPy

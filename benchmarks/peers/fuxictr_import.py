@@ -1,6 +1,6 @@
 """FuxiCTR 2.3.10's own preprocessing of a comparison table, and nothing else; one JSON line with its begin and end.
 
-    python fuxictr_import.py --data TABLES/ml1m_ctr --work SCRATCH
+    python benchmarks/peers/fuxictr_import.py --data TABLES/ml1m_ctr --work SCRATCH
 
 Times are of `time.monotonic()`, which all processes of a machine share; begin comes after the imports.
 """

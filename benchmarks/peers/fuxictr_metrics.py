@@ -1,6 +1,6 @@
 """Time FuxiCTR's own AUC and gAUC on saved arrays; prints one JSON line.
 
-python fuxictr_metrics.py FOLDER     (scores.npy, labels.npy, users.npy)
+python benchmarks/peers/fuxictr_metrics.py FOLDER     (scores.npy, labels.npy, users.npy)
 """
 
 import json

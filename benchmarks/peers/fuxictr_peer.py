@@ -1,6 +1,7 @@
 """Train and test FuxiCTR 2.3.10 rankers through its public API; one JSON line for each.
 
-    python fuxictr_peer.py --jobs DeepFM:0.001:1:2024 ... --data TABLES/ml1m_ctr --zoo CHECKOUT/model_zoo --work SCRATCH
+    python benchmarks/peers/fuxictr_peer.py --jobs DeepFM:0.001:1:2024 ... --data TABLES/ml1m_ctr \
+        --zoo CHECKOUT/model_zoo --work SCRATCH
 
 A job is model:learning_rate:batch_norm:seed. All jobs share one preprocessing of the table.
 

@@ -1,26 +1,16 @@
-"""Timing for the benchmarks of the randomised room: one thread, CPU seconds beside wall seconds, peers interleaved.
-
-Import this before NumPy: it pins the threads of every BLAS and OpenMP to one.
-"""
+"""Timing for the benchmarks of the randomised room: one thread, CPU seconds beside wall seconds, peers interleaved."""
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-THREADS = 1
-for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ[_name] = str(THREADS)
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from machine import RESULTS, table, write  # noqa: E402
+from benchmarks.machine import RESULTS, table, write
+from benchmarks.randomized import THREADS
 
 __all__ = ["THREADS", "interleaved", "merge", "seconds", "table"]
 
@@ -54,4 +44,6 @@ def merge(
     kept = [row for row in kept if tuple(row.get(key) for key in keys) not in new]
     versions = {package: metadata.version(package) for package in packages}
     settings = {**settings, "threads": THREADS, "versions": versions}
-    write(f"randomized/{name}", {"settings": settings, "command": f"randomized/{name}.py", "results": kept + rows})
+    write(
+        f"randomized/{name}", {"settings": settings, "command": f"benchmarks.randomized.{name}", "results": kept + rows}
+    )

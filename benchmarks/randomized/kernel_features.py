@@ -1,6 +1,6 @@
 """Fourier features of the Gaussian kernel: error at equal size, error of refined frequencies, time to a given error.
 
-    python benchmarks/randomized/kernel_features.py --only error refined time
+    python -m benchmarks.randomized.kernel_features --only error refined time
 
 Columns are standardised, gamma = 1 / d. "error": ||ZZ' - K|| / ||K|| (Frobenius) over 400 rows, mean of the seeds; s
 frequencies make 2s features, and scikit-learn's RBFSampler is given 2s components. "refined": frequencies that look
@@ -9,8 +9,6 @@ at the data, fitted on half of the rows and judged on the other half. "time": CP
 average of the seeds; for Nystroem features are landmarks. One thread. Sets of --data are left out where they are
 missing; those of scikit-learn are always there.
 """
-
-# ruff: noqa: I001 - cpu_seconds pins threads, before NumPy.
 
 from __future__ import annotations
 
@@ -22,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cpu_seconds import interleaved, merge, table
-
 import numpy as np
 import polars as pl
 from sklearn.base import clone
@@ -31,6 +27,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, loa
 from sklearn.kernel_approximation import Nystroem, RBFSampler
 from sklearn.metrics.pairwise import rbf_kernel
 
+from benchmarks.randomized.cpu_seconds import interleaved, merge, table
 from fullrank.randomized import QMCFeatures, kernel_error
 
 SEQUENCES = ("mc", "orthogonal", "lattice", "halton", "digital_net", "sobol", "auto")

@@ -1,11 +1,11 @@
 """Plots of the pages on kernel features and tensor machines, from the results of their benchmarks.
 
-python benchmarks/randomized/kernel_plots.py
+python -m benchmarks.randomized.kernel_plots
 """
 
 from __future__ import annotations
 
-from pages import plt, results, write_plot
+from benchmarks.randomized.pages import plt, results, write_plot
 
 STYLES = {
     "mc": ("drawn", "#888888", "o"),

@@ -1,6 +1,6 @@
 """Least absolute deviations at condition 1e2 to 1e9: ours, linear programming, iteratively reweighted least squares.
 
-    python benchmarks/randomized/l1_regression.py --sizes 100000x50 --conditions 1e2 1e6 1e9
+    python -m benchmarks.randomized.l1_regression --sizes 100000x50 --conditions 1e2 1e6 1e9
 
 A = Z W: Z is normal, W has singular values 1 to 1 / condition; b = Z g + Laplace noise of the same size, and one
 response of a thousand is replaced by 500 times its noise. No intercept. LP is scikit-learn's HiGHS interior point, run
@@ -15,14 +15,11 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from cpu_seconds import interleaved, merge, table
-
-# isort: split
-
 import numpy as np
-from quantile_regression import apart, pyfixest_solver, timed
 from scipy.linalg import LinAlgError
 
+from benchmarks.randomized.cpu_seconds import interleaved, merge, table
+from benchmarks.randomized.quantile_regression import apart, pyfixest_solver, timed
 from fullrank.randomized import LADRegressor
 
 PACKAGES = ["numpy", "scipy", "scikit-learn", "statsmodels", "pyfixest"]

@@ -1,6 +1,6 @@
 """Least squares at condition 1e2 to 1e10: ours, LAPACK's gelsd, scikit-learn, plain normal equations; and from Parquet.
 
-    python benchmarks/randomized/least_squares.py --conditions 1e2 1e9
+    python -m benchmarks.randomized.least_squares --conditions 1e2 1e9
 
 A = Z W: rows of Z are normal times Student's t with 3 degrees of freedom, W has singular values 1 to 1 / condition.
 b = Z g + noise of the same size, so that every direction of A matters, the weak ones as much as the strong. "excess" is
@@ -22,25 +22,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cpu_seconds import interleaved, merge, table
-
-# isort: split
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.linalg
 from sklearn.linear_model import LinearRegression
 
+from benchmarks.randomized.cpu_seconds import interleaved, merge, table
 from fullrank.randomized import lstsq
 
 FROM_PARQUET = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import cpu_seconds, json
+import json, sys
+from benchmarks.randomized.cpu_seconds import seconds
 from fullrank.randomized import ParquetSource, lstsq
-source = ParquetSource(sys.argv[2], target="y")
-result, cpu, wall = cpu_seconds.seconds(lambda: lstsq(source, method=sys.argv[3], random_state=0))
+source = ParquetSource(sys.argv[1], target="y")
+result, cpu, wall = seconds(lambda: lstsq(source, method=sys.argv[2], random_state=0))
 print(json.dumps({"x": result.x.tolist(), "cpu": cpu, "wall": wall, "passes": result.n_passes}))
 """
 
@@ -92,7 +88,7 @@ def from_parquet(A: np.ndarray, b: np.ndarray, method: str) -> dict[str, Any]:
             pq.write_table(
                 pa.table(columns), Path(folder) / f"{part}.parquet", 2**16, compression="none", use_dictionary=False
             )
-        command = [sys.executable, "-c", FROM_PARQUET, str(Path(__file__).parent), folder, method]
+        command = [sys.executable, "-c", FROM_PARQUET, folder, method]
         return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 

@@ -1,11 +1,11 @@
 """Plot of the page on least squares, from the results of its benchmark.
 
-python benchmarks/randomized/least_squares_plots.py
+python -m benchmarks.randomized.least_squares_plots
 """
 
 from __future__ import annotations
 
-from pages import plt, results, write_plot
+from benchmarks.randomized.pages import plt, results, write_plot
 
 METHODS = {
     "fullrank auto": "fullrank, auto",

@@ -1,6 +1,6 @@
 """Ridge logistic regression: CPU time to a relative suboptimality, sub-sampled Newton against scikit-learn's solvers.
 
-    python benchmarks/randomized/logistic_newton.py --only tall wide
+    python -m benchmarks.randomized.logistic_newton --only tall wide
 
 Every solver minimises sum log-loss + lambda / 2 ||w||^2 and stops after a given number of iterations. For each it is
 first found how many reach 1e-6 and 1e-10 of the minimum, which full Newton finds to machine precision; then that call
@@ -32,13 +32,11 @@ import sklearn
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+from benchmarks.machine import RESULTS, table, write
 from fullrank.randomized import ArraySource, SubsampledNewtonClassifier
 from fullrank.randomized.curvature import Problem
 from fullrank.randomized.losses import LOSSES
 from fullrank.randomized.newton import subsampled_newton
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import RESULTS, table, write
 
 
 class Task(NamedTuple):
@@ -273,7 +271,7 @@ def main() -> None:
         settings = {"rounds": args.rounds, "budget_s": args.budget, "threads": 1, "scikit-learn": sklearn.__version__}
         write(
             "randomized/logistic_newton",
-            {"settings": settings, "command": "randomized/logistic_newton.py", "results": results},
+            {"settings": settings, "command": "benchmarks.randomized.logistic_newton", "results": results},
         )
 
 

@@ -1,11 +1,11 @@
 """Plots of the pages on sub-sampled Newton and pwSGD, from the results of their benchmarks.
 
-python benchmarks/randomized/newton_plots.py
+python -m benchmarks.randomized.newton_plots
 """
 
 from __future__ import annotations
 
-from pages import plt, results, write_plot
+from benchmarks.randomized.pages import plt, results, write_plot
 
 SETS = {"small": "100,000 x 100", "tall": "500,000 x 100", "a9a": "a9a: 32,561 x 124, sparse"}
 GOALS = {"1e-06": "to 1e-6", "1e-10": "to 1e-10"}

@@ -1,7 +1,7 @@
 """A Parquet table larger than memory: rows per second of a fit, as a share of what reading and decoding alone reaches.
 
-    python benchmarks/randomized/out_of_core.py generate --folder DIR            # 1e8 rows x 20, about 17 GB
-    python benchmarks/randomized/out_of_core.py measure --folder DIR
+    python -m benchmarks.randomized.out_of_core generate --folder DIR            # 1e8 rows x 20, about 17 GB
+    python -m benchmarks.randomized.out_of_core measure --folder DIR
 
 The table: 20 correlated float64 features of condition about 1e6, one target; row groups of 2^18 rows, plain encoding,
 no compression, so that decoding is as fast as it can be. `measure` runs each job in a process of its own and reports
@@ -20,14 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cpu_seconds import merge, seconds, table
-
-# isort: split
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.randomized.cpu_seconds import merge, seconds, table
 from fullrank.randomized import ParquetSource, QuantileRegressor, RandomizedLinearRegression, sketch
 
 FILE_ROWS, GROUP_ROWS = 1_000_000, 2**18
@@ -113,7 +110,16 @@ def main() -> None:
     size["gb"] = round(sum(path.stat().st_size for path in source.paths) / 1e9, 1)
     rows = []
     for name in args.only:
-        command = [sys.executable, __file__, "job", "--folder", str(args.folder), "--only", name]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.randomized.out_of_core",
+            "job",
+            "--folder",
+            str(args.folder),
+            "--only",
+            name,
+        ]
         done = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
         passes = done.get("passes", 1)
         rate = {"million_rows_per_s": source.n_rows * passes / done["wall_s"] / 1e6}

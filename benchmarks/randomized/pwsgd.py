@@ -1,6 +1,6 @@
 """pwSGD against plain SGD and randomised Kaczmarz: error over the minimum after two draws per row.
 
-    python benchmarks/randomized/pwsgd.py
+    python -m benchmarks.randomized.pwsgd
 
 n rows of lognormal length, correlated columns of the given condition. Errors are relative, medians of the seeds. "auto"
 is the estimator as it comes; "tuned" is the best first step of a grid of 15 (a factor of 10 from each to the next, the
@@ -14,16 +14,13 @@ import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from benchmarks.machine import RESULTS, table, write
 from fullrank.randomized import PreconditionedSGDRegressor, QuantileRegressor
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import RESULTS, table, write
 
 METHODS = {
     "SGD, tuned": ("none", "uniform", True),
@@ -92,7 +89,7 @@ def main() -> None:
     table(results, list(results[0]))
     (RESULTS / "randomized").mkdir(parents=True, exist_ok=True)
     settings = vars(args) | {"threads": 1}
-    write("randomized/pwsgd", {"settings": settings, "command": "randomized/pwsgd.py", "results": results})
+    write("randomized/pwsgd", {"settings": settings, "command": "benchmarks.randomized.pwsgd", "results": results})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Whether a certificate is ever wrong, and how often an exact solver cannot give one: random problems against HiGHS.
 
-    python benchmarks/randomized/quantile_certificates.py --problems 1000
+    python -m benchmarks.randomized.quantile_certificates --problems 1000
 
 Problem i has 60 to 400 rows and 1 to 8 columns of one of five kinds (normal; rows times Cauchy variables; one-hot
 columns down to two rows; integers, with ties and repeated rows; Student's t responses rounded to one digit), weights
@@ -14,14 +14,11 @@ from __future__ import annotations
 import argparse
 import warnings
 
-from cpu_seconds import merge, seconds, table
-
-# isort: split
-
 import numpy as np
 import scipy.sparse as sp
 from scipy.optimize import linprog
 
+from benchmarks.randomized.cpu_seconds import merge, seconds, table
 from fullrank.randomized import QuantileRegressor
 
 KINDS = ("normal", "heavy rows", "rare features", "integers", "rounded responses")

@@ -1,11 +1,11 @@
 """Plots of the page on quantile regression, from the results of its benchmarks.
 
-python benchmarks/randomized/quantile_plots.py
+python -m benchmarks.randomized.quantile_plots
 """
 
 from __future__ import annotations
 
-from pages import plt, results, write_plot
+from benchmarks.randomized.pages import plt, results, write_plot
 
 SIDES = {
     "fullrank": ("fullrank", "#00796b", "o"),

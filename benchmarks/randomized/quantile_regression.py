@@ -1,8 +1,8 @@
 """Quantile regression: CPU seconds and objective of ours, scikit-learn, statsmodels and pyfixest.
 
-    python benchmarks/randomized/quantile_regression.py --sizes 100000x20 1000000x20
-    python benchmarks/randomized/quantile_regression.py --sizes protein --data FOLDER
-    python benchmarks/randomized/quantile_regression.py --sizes 100000x20 --sides "scikit-learn highs" --limit 100
+    python -m benchmarks.randomized.quantile_regression --sizes 100000x20 1000000x20
+    python -m benchmarks.randomized.quantile_regression --sizes protein --data FOLDER
+    python -m benchmarks.randomized.quantile_regression --sizes 100000x20 --sides "scikit-learn highs" --limit 100
 
 A size is ROWSxCOLUMNS, or the name of a table of FOLDER/uci-regression, whose columns are standardised. Otherwise
 responses are linear in standard normal columns plus Laplace noise of a fifth of the signal's norm; in one row of a
@@ -27,13 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cpu_seconds import merge, seconds, table
-
-# isort: split
-
 import numpy as np
 import pyarrow.parquet as pq
 
+from benchmarks.randomized.cpu_seconds import merge, seconds, table
 from fullrank.randomized import QuantileRegressor
 
 PACKAGES = ["numpy", "scipy", "scikit-learn", "statsmodels", "pyfixest"]

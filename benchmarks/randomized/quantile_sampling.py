@@ -1,6 +1,6 @@
 """Samples for quantile regression on rare features: error of the coefficients and of the objective by sample size.
 
-    python benchmarks/randomized/quantile_sampling.py --rows 200000 --trials 25
+    python -m benchmarks.randomized.quantile_sampling --rows 200000 --trials 25
 
 Rows are unit vectors: column j is the feature of a block of rows, and blocks shrink geometrically to 161 rows. Laplace
 noise of a fifth of the signal, one response of a thousand replaced by 500 times its noise. Each trial draws a new
@@ -14,13 +14,10 @@ import argparse
 import warnings
 from typing import Any
 
-from cpu_seconds import merge, seconds, table
-
-# isort: split
-
 import numpy as np
 from scipy.optimize import brentq
 
+from benchmarks.randomized.cpu_seconds import merge, seconds, table
 from fullrank.randomized import QuantileRegressor
 from fullrank.randomized.conditioning import RankDeficientError
 

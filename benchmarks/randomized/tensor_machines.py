@@ -1,6 +1,6 @@
 """Tensor machines against polynomial sketches, Nystroem features and kernel ridge: test error, size, training time.
 
-    python benchmarks/randomized/tensor_machines.py --data FOLDER --sets forest a9a kin40k
+    python -m benchmarks.randomized.tensor_machines --data FOLDER --sets forest a9a kin40k
 
 Every method sees the training rows only. A tenth of them chooses its hyper-parameters, by the highest AUC or the lowest
 error; that candidate is then judged on the test rows, once. (The tensor machine stops by another tenth of the rest.)
@@ -15,8 +15,6 @@ with logistic regression of C 1, 100, 1e4 (this library's Newton, to the optimum
 1e-1; kernel ridge, gamma .5, 2 by ridge 1e-3, 1e-1.
 """
 
-# ruff: noqa: I001 - cpu_seconds pins threads, before NumPy.
-
 from __future__ import annotations
 
 import argparse
@@ -26,8 +24,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from cpu_seconds import merge, seconds, table
 
 import numpy as np
 import polars as pl
@@ -39,6 +35,7 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
+from benchmarks.randomized.cpu_seconds import merge, seconds, table
 from fullrank.randomized import SubsampledNewtonClassifier, TensorMachineClassifier, TensorMachineRegressor
 from fullrank.randomized.polynomial import Scaling
 

@@ -1,10 +1,10 @@
 """All rankers under one protocol: quality, size, operations and speed on real and planted tables.
 
-    python benchmarks/tables.py --data DIR --out tables
-    python benchmarks/ranking/compare.py --set ml1m_ctr --tables tables
-    python benchmarks/tables.py --data DIR --out tables --tables census globo_time amazon_beauty
-    python benchmarks/ranking/compare.py --set globo_seq --tables tables
-    python benchmarks/ranking/compare.py --set order-3
+    python -m benchmarks.tables --data DIR --out tables
+    python -m benchmarks.ranking.compare --set ml1m_ctr --tables tables
+    python -m benchmarks.tables --data DIR --out tables --tables census globo_time amazon_beauty
+    python -m benchmarks.ranking.compare --set globo_seq --tables tables
+    python -m benchmarks.ranking.compare --set order-3
 
 Protocol: at most `--epochs` epochs (see EPOCHS), the one with the best validation AUC is kept; batch 4096 (1024 below
 400,000 training rows), dim 16, heads 256-128-64, Adam 1e-3, no dropout, no regularisation. Tuning budget, the same for
@@ -22,13 +22,11 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import table, write
+from benchmarks.machine import table, write
 
 HIDDEN = (256, 128, 64)
 RECIPES = Path(__file__).parents[2] / "recipes"

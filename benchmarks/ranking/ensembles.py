@@ -1,12 +1,13 @@
 """CETNet against what it must beat: its members alone, twice as wide, and an average of members trained apart.
 
-    python benchmarks/tables.py --data DIR --out tables
-    python benchmarks/ranking/ensembles.py --set ml1m_ctr --tables tables
-    python benchmarks/ranking/ensembles.py --set globo_time --tables tables
+    python -m benchmarks.tables --data DIR --out tables
+    python -m benchmarks.ranking.ensembles --set ml1m_ctr --tables tables
+    python -m benchmarks.ranking.ensembles --set globo_time --tables tables
 
-Protocol of compare.py: one epoch, batch 4096, dim 16, Adam 1e-3, several seeds; batch norm where the member alone is
-better with it on validation. "Member in CETNet" is the member's own prediction inside the ensemble; "+ intercept" fits
-one number to the fused logit on the validation rows, after training. Calibration is predicted clicks over clicks.
+Protocol of `benchmarks.ranking.compare`: one epoch, batch 4096, dim 16, Adam 1e-3, several seeds; batch norm where the
+member alone is better with it on validation. "Member in CETNet" is the member's own prediction inside the ensemble;
+"+ intercept" fits one number to the fused logit on the validation rows, after training. Calibration is predicted clicks
+over clicks.
 
 Finished runs are kept in `--work` and not repeated, so an interrupted run goes on.
 """
@@ -17,14 +18,12 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import compare
-from machine import table, write
+from benchmarks.machine import table, write
+from benchmarks.ranking import compare
 
 HIDDEN = compare.HIDDEN
 MEMBERS: dict[str, dict[str, dict[str, Any]]] = {

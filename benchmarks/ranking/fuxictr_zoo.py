@@ -1,7 +1,7 @@
-"""FuxiCTR's own models under the protocol of compare.py, on the same tables.
+"""FuxiCTR's own models under the protocol of `benchmarks.ranking.compare`, on the same tables.
 
-    python benchmarks/ranking/fuxictr_zoo.py --set ml1m_ctr --tables tables --fuxictr-python P --fuxictr-zoo C/model_zoo
-    python benchmarks/ranking/fuxictr_zoo.py --set amazon_beauty ...
+    python -m benchmarks.ranking.fuxictr_zoo --set ml1m_ctr --tables tables --fuxictr-python P --fuxictr-zoo C/model_zoo
+    python -m benchmarks.ranking.fuxictr_zoo --set amazon_beauty ...
 
 Same epochs, batch, dim, widths and learning rate, and the same budget: batch norm off and on with the first seed, the
 better one on validation with the others. On sets with histories its DIN runs, which reads them as ours does.
@@ -14,17 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import compare
-from machine import table, write
+from benchmarks.machine import table, write
+from benchmarks.ranking import compare
 
 PEER = Path(__file__).parents[1] / "peers" / "fuxictr_peer.py"
-# LR, FM, DeepFM, DCN-V2, DLRM, AutoInt+ and FinalMLP are in ctr_quality.py.
+# LR, FM, DeepFM, DCN-V2, DLRM, AutoInt+ and FinalMLP are in benchmarks.ctr_quality.
 TABULAR = ("MaskNet", "FinalNet", "WuKong")
 NO_CHOICE = ("MaskNet",)
 

@@ -1,6 +1,6 @@
 """Write the tables of the documentation from the committed results.
 
-    python benchmarks/ranking/pages.py
+    python -m benchmarks.ranking.pages
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a file of benchmarks/results.
 """
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import RESULTS
+from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parents[2] / "docs"
 # heading -> key of a summary row, digits after the point

@@ -1,12 +1,12 @@
 """Do HiLoMoE's experts find the segments of the planted task? Paths of the trained router against the true segments.
 
-    python benchmarks/ranking/routing.py
+    python -m benchmarks.ranking.routing
 
 DCN-V2 with experts in every hidden layer, hierarchical and flat routing of as many experts, and both again without the
-three stages; protocol of compare.py. A row's path in a layer is its first choice at every level. NMI is the mutual
-information of path and segment over the mean of their entropies, on the test rows, for the layer where it is largest;
-"chance" is the same with the segments shuffled. Path entropy is a share of that of as many equally frequent paths as
-there are segments (4), cut at 1.
+three stages; protocol of `benchmarks.ranking.compare`. A row's path in a layer is its first choice at every level. NMI
+is the mutual information of path and segment over the mean of their entropies, on the test rows, for the layer where it
+is largest; "chance" is the same with the segments shuffled. Path entropy is a share of that of as many equally frequent
+paths as there are segments (4), cut at 1.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import compare
-from machine import table, write
+from benchmarks.machine import table, write
+from benchmarks.ranking import compare
 
 KINDS: dict[str, dict[str, Any]] = {
     "hierarchical": {},

@@ -1,8 +1,8 @@
 """Normalised entropy against operations of InterFormer and Kunlun at four sizes, with their fitted laws and a plot.
 
-    python benchmarks/tables.py --data DIR --out tables
-    python benchmarks/ranking/scaling.py --tables tables            # news clicks with histories
-    python benchmarks/ranking/scaling.py --set heterogeneous        # a planted task
+    python -m benchmarks.tables --data DIR --out tables
+    python -m benchmarks.ranking.scaling --tables tables            # news clicks with histories
+    python -m benchmarks.ranking.scaling --set heterogeneous        # a planted task
 
 A size multiplies the width of all vectors and the layers of the backbone together. One epoch (3 on planted tasks),
 Adam 1e-3, batch norm in the head on for both, no other tuning: the question is how each falls, not which is better
@@ -17,15 +17,13 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import compare
-from machine import table, write
+from benchmarks.machine import table, write
+from benchmarks.ranking import compare
 
 # width, layers
 SIZES = ((4, 1), (8, 1), (16, 2), (32, 3))

@@ -1,8 +1,8 @@
 """Forward and backward of each ranker: time, share of the measured matrix-product peak, torch.compile, top costs.
 
-    python benchmarks/ranking/step_profile.py
-    python benchmarks/ranking/step_profile.py --models wukong dhen
-    python benchmarks/ranking/step_profile.py --models wukong --eager
+    python -m benchmarks.ranking.step_profile
+    python -m benchmarks.ranking.step_profile --models wukong dhen
+    python -m benchmarks.ranking.step_profile --models wukong --eager
 
 One batch of B=1024 rows, dim 16, 39 id fields of 1,000 rows each and a history of 50 events of the same table. The
 optimiser's step is not in it. FLOPs are PyTorch's count of the matrix products of forward and backward; the peak is
@@ -22,11 +22,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import RESULTS, table, write
+from benchmarks.machine import RESULTS, table, write
 
 ROWS, WIDTH, FIELDS, TABLE_ROWS, EVENTS = 1024, 16, 39, 1000, 50
 # label -> model and what to change of its defaults; every model of `fullrank models` that is not here runs as it is.

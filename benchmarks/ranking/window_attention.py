@@ -1,6 +1,6 @@
 """Attention within a window against attention over the whole history: forward and backward, time by length.
 
-    python benchmarks/ranking/window_attention.py
+    python -m benchmarks.ranking.window_attention
 
 One layer, 64 rows, width 64, 4 heads, window 32, no padding. The three variants take turns; medians are reported.
 "masked" is how a window is done without chunks: full attention under a band mask.
@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import table, write
+from benchmarks.machine import table, write
 
 ROWS, WIDTH, HEADS, WINDOW = 64, 64, 4, 32
 

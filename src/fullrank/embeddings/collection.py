@@ -50,7 +50,7 @@ class EmbeddingCollection(nn.Module):
     Args:
         tables: widths, start and kinds; kinds of tables that the schema does not have are left aside.
         backend: what updates rows in the fused kinds: `torch`, or FBGEMM's CPU kernels, whose results agree to float32
-            rounding and which were no faster on any machine measured (benchmarks/embedding_backends.py).
+            rounding and which were no faster on any machine measured (benchmarks.embedding_backends).
         sequences: look up the events of sequences too.
         pool_sequences: give each id field of each sequence as one mean-pooled token in `flat` instead of `events`.
         check_ids: raise on an id outside its table, which costs one pass over the ids.

@@ -1,0 +1,1 @@
+"""Quality, size and speed of the rankers, and the tables of their pages."""
