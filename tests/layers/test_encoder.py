@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fullrank.layers.encoder import EncoderLayer, LengthGroups, Padding
+from fullrank.embeddings.padding import Padding
+from fullrank.layers.encoder import EncoderLayer, LengthGroups
 
 LENGTHS = torch.tensor([3, 0, 5, 1])
 WIDTH, HEADS, INNER = 6, 2, 9

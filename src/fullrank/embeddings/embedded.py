@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
+
+from fullrank.embeddings.padding import Padding
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,5 @@ class Embedded:
 
     def padded(self, key: str) -> tuple[Tensor, Tensor]:
         """history_BLD and mask_BL of one sequence field; L is the longest history of the batch (at least 1)."""
-        return pad(self.events[key], self.lengths[key])
-
-
-def pad(values: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Jagged rows (sum of lengths, D) to (B, L, D), zero beyond each row's end, and the mask of real entries."""
-    longest = max(1, int(lengths_B.max())) if lengths_B.numel() else 1
-    mask_BL = torch.arange(longest, device=values.device) < lengths_B[:, None]
-    places = mask_BL.view(-1).nonzero().squeeze(1)
-    padded = values.new_zeros((mask_BL.numel(), values.shape[1])).index_copy(0, places, values)
-    return padded.view(*mask_BL.shape, values.shape[1]), mask_BL
+        padding = Padding.of(self.lengths[key])
+        return padding.pad(self.events[key]), padding.mask_BL

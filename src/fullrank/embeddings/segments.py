@@ -1,4 +1,4 @@
-"""Sums over the vectors of each row of a jagged tensor."""
+"""Sums and softmax over the values of each row of a jagged tensor."""
 
 # Shapes: B rows, E values of all rows together, D width.
 
@@ -39,6 +39,14 @@ def segment_sum(values_ED: Tensor, lengths_B: Tensor, *, weights_E: Tensor | Non
         row_E = row_of(lengths_B, values_ED.shape[0])
         pooled = weighted_ED.new_zeros(lengths_B.numel(), values_ED.shape[1]).index_add(0, row_E, weighted_ED)
     return pooled / lengths_B.clamp_min(1).to(pooled.dtype)[:, None] if mean else pooled
+
+
+def segment_softmax(score_E: Tensor, row_E: Tensor, rows: int) -> Tensor:
+    """Softmax of the scores of each row; `row_E` is the row of each score, in any order."""
+    top_B = score_E.new_full((rows,), -torch.inf).scatter_reduce(0, row_E, score_E.detach(), "amax")
+    weight_E = torch.exp(score_E - top_B.index_select(0, row_E))
+    total_B = weight_E.new_zeros(rows).index_add(0, row_E, weight_E)
+    return weight_E / total_B.index_select(0, row_E)
 
 
 def _on_cpu(values: Tensor) -> bool:

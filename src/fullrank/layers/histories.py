@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection, Tables
-from fullrank.embeddings.embedded import pad
+from fullrank.embeddings.padding import Padding
 from fullrank.schema import Schema, Sequence
 
 
@@ -82,15 +82,15 @@ class FeaturesAndHistories(nn.Module):
             }
         )
         self.channels = [embedding_dim * len(sequence.fields) for sequence in schema.sequences]
-        self.targets = [_targets(schema, sequence) for sequence in schema.sequences]
+        self.targets = [candidate_tokens(schema, sequence) for sequence in schema.sequences]
 
     def forward(self, batch: Batch) -> tuple[Tensor, list[History]]:
         tokens_BFD, jagged = self.events(batch)
         histories = []
         for events in jagged:
-            channels_BLC, mask_BL = pad(events.channels_EC, events.lengths_B)
-            age_BL = None if events.age_E is None else pad(events.age_E[:, None], events.lengths_B)[0].squeeze(2)
-            histories.append(History(channels_BLC, mask_BL, age_BL))
+            padding = Padding.of(events.lengths_B)
+            age_BL = None if events.age_E is None else padding.pad(events.age_E[:, None]).squeeze(2)
+            histories.append(History(padding.pad(events.channels_EC), padding.mask_BL, age_BL))
         return tokens_BFD, histories
 
     def events(self, batch: Batch) -> tuple[Tensor, list[Events]]:
@@ -129,7 +129,14 @@ def latest(tokens_BLD: Tensor, mask_BL: Tensor, count: int) -> tuple[Tensor, Ten
     return tokens_BLD.gather(1, index_BKD).masked_fill(~exists_BK[:, :, None], 0.0), exists_BK
 
 
-def _targets(schema: Schema, sequence: Sequence) -> list[int]:
+def candidate_tokens(schema: Schema, sequence: Sequence) -> list[int]:
+    """The tokens that share the tables of a sequence's id fields, field by field: what events are compared with.
+
+    Empty unless every id field has one.
+
+    Raises:
+        ValueError: if the sequence has no id field.
+    """
     if not sequence.id_fields:
         raise ValueError(f'sequence "{sequence.name}" has no id field: a model of histories needs one')
     single = [feature.table_name for feature in schema.categorical]

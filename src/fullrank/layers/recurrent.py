@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fullrank.embeddings.segments import segment_softmax
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -73,11 +75,7 @@ class Steps:
 
     def softmax(self, score_E: Tensor) -> Tensor:
         """Softmax over the events of each row."""
-        top_B = score_E.new_full(self.last_B.shape, -torch.inf)
-        top_B = top_B.scatter_reduce(0, self.row_E, score_E.detach(), "amax")
-        weight_E = torch.exp(score_E - top_B[self.row_E])
-        total_B = weight_E.new_zeros(self.last_B.shape).index_add(0, self.row_E, weight_E)
-        return weight_E / total_B[self.row_E]
+        return segment_softmax(score_E, self.row_E, self.last_B.numel())
 
 
 class AttentionalGRU(nn.Module):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fullrank.batch import Batch
-from fullrank.layers.encoder import EncoderLayer, LengthGroups, Padding
+from fullrank.embeddings.padding import Padding
+from fullrank.layers.encoder import EncoderLayer, LengthGroups
 from fullrank.layers.histories import Events, FeaturesAndHistories
 from fullrank.layers.mlp import MLP
 from fullrank.models.base import BatchNorm, Dropout, Hidden, InitStd, Ranker, RankerOutput

@@ -16,12 +16,13 @@ from torch.nn import functional as F
 
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection
-from fullrank.embeddings.segments import row_of, segment_sum, spread
+from fullrank.embeddings.segments import row_of, segment_softmax, segment_sum, spread
 from fullrank.layers.dice import Dice, dice_scores
+from fullrank.layers.histories import candidate_tokens
 from fullrank.layers.mlp import ACTIVATIONS, MLP
 from fullrank.layers.tokens import NumberVectors
 from fullrank.models.base import BatchNorm, Dropout, Hidden, Ranker, RankerOutput
-from fullrank.schema import EventId, Schema, Sequence
+from fullrank.schema import Schema
 
 
 class TargetAttention(nn.Module):
@@ -57,7 +58,7 @@ class TargetAttention(nn.Module):
             return torch.zeros_like(query_BD) + 0 * self.score_bias
         score_E = self._scores(query_BD, events_ED, lengths_B) + self.score_bias
         if self.softmax:
-            score_E = _softmax_by_row(score_E, row_of(lengths_B, score_E.shape[0]), lengths_B.numel())
+            score_E = segment_softmax(score_E, row_of(lengths_B, score_E.shape[0]), lengths_B.numel())
         return segment_sum(events_ED, lengths_B, weights_E=score_E)
 
     def _scores(self, query_BD: Tensor, events_ED: Tensor, lengths_B: Tensor) -> Tensor:
@@ -76,13 +77,6 @@ class TargetAttention(nn.Module):
             return dice_scores(z_EI, weights[-1], biases[-1], last, self.score_A[0])
         hidden_EA: Tensor = self.dropout(last(F.linear(z_EI, weights[-1], biases[-1])))
         return hidden_EA.float() @ self.score_A[0]
-
-
-def _softmax_by_row(score_E: Tensor, row_E: Tensor, size: int) -> Tensor:
-    top_B = score_E.new_full((size,), -torch.inf).scatter_reduce(0, row_E, score_E.detach(), "amax")
-    weight_E = torch.exp(score_E - top_B.index_select(0, row_E))
-    total_B = weight_E.new_zeros(size).index_add(0, row_E, weight_E)
-    return weight_E / total_B.index_select(0, row_E)
 
 
 def _several(widths: Any) -> Any:
@@ -125,7 +119,11 @@ class DIN(Ranker):
         super().__init__(schema, config)
         self.embeddings = EmbeddingCollection(schema, config.embeddings)
         self.numbers = NumberVectors(schema, config.embeddings)
-        self.plans = [_plan(schema, sequence) for sequence in schema.sequences]
+        # Of each sequence the keys of its id fields, and the tokens that they are compared with.
+        self.plans = [
+            ([sequence.column(field) for field in sequence.id_fields], candidate_tokens(schema, sequence))
+            for sequence in schema.sequences
+        ]
         widths = [config.embedding_dim * len(keys) for keys, _ in self.plans]
         self.attentions = nn.ModuleList(
             TargetAttention(
@@ -168,14 +166,3 @@ class DIN(Ranker):
         if batch.numeric_BN.shape[1]:
             parts.append(self.numbers(batch).flatten(1))
         return RankerOutput(self.mlp(torch.cat(parts, 1)))
-
-
-def _plan(schema: Schema, sequence: Sequence) -> tuple[list[str], list[int]]:
-    """Event keys of a sequence, and the token that each is compared with (none unless every field has one)."""
-    single = [feature.table_name for feature in schema.categorical]
-    fields: list[EventId] = list(sequence.id_fields)
-    if not fields:
-        raise ValueError(f'DIN needs id fields, sequence "{sequence.name}" has none')
-    keys = [sequence.column(field) for field in fields]
-    targets = [single.index(field.table_name) for field in fields if field.table_name in single]
-    return keys, targets if len(targets) == len(fields) else []

@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
+from fullrank.embeddings.padding import Padding
 from fullrank.layers.crosses import CrossNetwork
-from fullrank.layers.encoder import EncoderLayer, LengthGroups, Padding
+from fullrank.layers.encoder import EncoderLayer, LengthGroups
 from fullrank.layers.histories import Events, FeaturesAndHistories, latest
 from fullrank.layers.mlp import MLP
 from fullrank.models.base import BatchNorm, Dropout, Hidden, InitStd, Ranker, RankerOutput
