@@ -60,7 +60,6 @@ def measure(recipe: str, dataset_path: Path, threads: int, steps: int) -> dict[s
 
     from fullrank.data.dataset import Dataset
     from fullrank.data.loader import Loader
-    from fullrank.models import MODELS
     from fullrank.training import Trainer
     from fullrank.training.callbacks import Callback
     from fullrank.training.recipe import read_recipe
@@ -87,10 +86,12 @@ def measure(recipe: str, dataset_path: Path, threads: int, steps: int) -> dict[s
                 self.profiler.stop()
 
     torch.manual_seed(0)
-    model = MODELS[settings.model_name].from_config(dataset.schema, settings.model_config_values)
+    assert settings.model is not None
+    model = settings.model.build(dataset.schema)
     loader = Loader(dataset, "train", BATCH, shuffle=True)
     config = settings.training.model_copy(update={"epochs": 100, "max_steps": warm + 2 * steps, "batch_size": BATCH})
     watch = Watch()
+    # Not `fit_ranker`: its validation after each epoch would stand among the steps.
     result = Trainer(config, settings.embedding, [watch]).fit(model, loader)
 
     seconds = {"products": 0.0, "lookups": 0.0, "elementwise": 0.0}
@@ -102,7 +103,7 @@ def measure(recipe: str, dataset_path: Path, threads: int, steps: int) -> dict[s
     own = {name: share * watch.plain for name, share in shares.items()}
     batch = next(iter(loader))
     ids = batch.ids_BF.numel() + batch.jagged_values.numel()
-    width = model.config.model_dump()["embedding_dim"]
+    width = model.config.embedding_dim
     bytes_per_step = ids * width * 4 * (1 + 1 + 1 + 6)
     products = 3 * model.flops_per_example() * BATCH * steps / 1e9
     return {

@@ -17,7 +17,6 @@ import math
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -50,28 +49,27 @@ TABLES = {
 
 def ours(name: str, folder: Path, models: list[str], seeds: list[int], own: bool, done: Done) -> list[dict[str, Any]]:
     """Import the table once and train every job on it."""
-    import torch
-
     from fullrank.data.importing import import_dataset
     from fullrank.data.loader import Loader
     from fullrank.embeddings import EmbeddingOptimizer
-    from fullrank.models import MODELS as RANKERS
+    from fullrank.models import RankerSpec
     from fullrank.schema import Schema
-    from fullrank.training import Trainer, TrainerConfig, evaluate
+    from fullrank.training import TrainerConfig, evaluate
     from fullrank.training.recipe import read_recipe
+    from fullrank.training.run import train_ranker
 
     recipes = HERE.parent / "recipes"
     schema = Schema.read(recipes / f"{SCHEMAS[name]}.schema.json")
     records = []
     with tempfile.TemporaryDirectory() as scratch:
         dataset = import_dataset("csv", folder, Path(scratch) / "dataset", schema=schema)
-        valid, test = (Loader(dataset, split, 16384) for split in ("valid", "test"))
+        test = Loader(dataset, "test", 16384)
         for model_name in models:
             _, config, tunable = MODELS[model_name]
-            jobs: list[tuple[str, dict[str, Any], TrainerConfig, EmbeddingOptimizer]] = [
+            jobs: list[tuple[str, RankerSpec, TrainerConfig, EmbeddingOptimizer]] = [
                 (
                     "same",
-                    {**config, **({"batch_norm": norm} if tunable else {})},
+                    RankerSpec.of({"name": model_name, **config, **({"batch_norm": norm} if tunable else {})}),
                     TrainerConfig(learning_rate=rate),
                     EmbeddingOptimizer(),
                 )
@@ -80,19 +78,19 @@ def ours(name: str, folder: Path, models: list[str], seeds: list[int], own: bool
             recipe_file = recipes / f"{SCHEMAS[name]}-{model_name}.yaml"
             if own and recipe_file.exists():
                 recipe = read_recipe(recipe_file)
-                jobs.append(("own", recipe.model_config_values, recipe.training, recipe.embedding))
-            for protocol, values, training, embedding in jobs:
+                assert recipe.model is not None
+                jobs.append(("own", recipe.model, recipe.training, recipe.embedding))
+            for protocol, spec, training, embedding in jobs:
                 program = "fullrank" if protocol == "same" else "fullrank, own recipe"
-                norm, rate = bool(values.get("batch_norm")), training.learning_rate
+                norm, rate = bool(getattr(spec.config, "batch_norm", False)), training.learning_rate
                 for seed in seeds:
                     if (program, name, model_name, norm, rate, seed) in done:
                         continue
-                    torch.manual_seed(seed)
-                    model = RANKERS[model_name].from_config(dataset.schema, values)
-                    train = Loader(dataset, "train", training.batch_size, shuffle=True, seed=seed)
                     settings = training.model_copy(update={"seed": seed})
-                    Trainer(settings, embedding).fit(model, train)
-                    checked, tested = (next(iter(evaluate(model, part).values())) for part in (valid, test))
+                    model, result = train_ranker(spec, dataset, settings, embedding)
+                    checked, tested = (
+                        next(iter(found.values())) for found in (result.best_tasks, evaluate(model, test))
+                    )
                     records.append({
                         "program": program, "table": name,
                         "model": model_name, "batch_norm": norm, "learning_rate": rate, "seed": seed,
@@ -192,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

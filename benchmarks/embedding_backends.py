@@ -24,7 +24,7 @@ from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection, EmbeddingOptimizer
 from fullrank.layers.factorization import pairwise_term
 from fullrank.layers.mlp import MLP
-from fullrank.models import MODELS
+from fullrank.models import RankerSpec
 from fullrank.schema import Categorical, Label, Schema
 
 CASES = {"26 tables of 100k rows": (26, 100_000), "8 tables, one of 10M rows": (8, 10_000_000)}
@@ -83,7 +83,7 @@ def ours(rows: list[int], kind: str, backend: str, precision: str) -> Callable[[
         features=tuple(Categorical(name=f"f{i}", num_embeddings=n) for i, n in enumerate(rows)),
         labels=(Label(name="click"),),
     )
-    model = MODELS["deepfm"].from_config(schema).train()
+    model = RankerSpec.of("deepfm").build(schema).train()
     for module in model.modules():
         if isinstance(module, EmbeddingCollection):
             for buffer in module._row_buffers():

@@ -126,28 +126,34 @@ def with_batch_norm(model: str, config: dict[str, Any], norm: bool) -> dict[str,
 
 
 def tunable(model: str) -> bool:
-    from fullrank.models import MODELS
+    from fullrank.models import RANKERS
 
-    return model in ("hilomoe", "multi_embedding", "cetnet") or "batch_norm" in MODELS[model].Config.model_fields
+    return model in ("hilomoe", "multi_embedding", "cetnet") or "batch_norm" in RANKERS[model].Config.model_fields
+
+
+def training_config(dataset: Any, seed: int, epochs: int) -> Any:
+    """Of the protocol: Adam 1e-3, small batches for small tables."""
+    from fullrank.training import TrainerConfig
+
+    return TrainerConfig(seed=seed, epochs=epochs, batch_size=4096 if dataset.rows("train") >= 400_000 else 1024)
 
 
 def run(dataset: Any, model_name: str, config: dict[str, Any], seed: int, epochs: int) -> dict[str, Any]:
     import torch
 
     from fullrank.data.loader import Loader
-    from fullrank.models import MODELS
-    from fullrank.training import Trainer, TrainerConfig, evaluate
+    from fullrank.models import RANKERS
+    from fullrank.training import evaluate
+    from fullrank.training.run import fit_ranker
 
     torch.manual_seed(seed)
     ages_as_input = config.get("ages_as_input", True)
     config = {key: value for key, value in config.items() if key != "ages_as_input"}
-    model = MODELS[model_name].from_config(dataset.schema, config)
+    model = RANKERS[model_name].from_config(dataset.schema, config)
     if not ages_as_input:  # the age is the only number of an event
         for vector_ND in model.features.event_numbers.values():
             vector_ND.requires_grad_(False).zero_()
-    rows = dataset.rows("train")
-    train = Loader(dataset, "train", 4096 if rows >= 400_000 else 1024, shuffle=True, seed=seed)
-    result = Trainer(TrainerConfig(seed=seed, epochs=epochs)).fit(model, train, Loader(dataset, "valid", 8192))
+    result = fit_ranker(model, dataset, training_config(dataset, seed, epochs))
     record: dict[str, Any] = {
         "best_epoch": 1 + max(range(len(result.history)), key=lambda epoch: result.history[epoch]["auc"]),
         "samples_per_s": result.samples_per_second,

@@ -76,18 +76,16 @@ def intercept(logit: Any, label: Any) -> float:
 def run(dataset: Any, members: dict[str, dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     import torch
 
-    from fullrank.data.loader import Loader
-    from fullrank.models import MODELS
-    from fullrank.training import Trainer, TrainerConfig
+    from fullrank.training import TrainerConfig
+    from fullrank.training.run import train_ranker
 
     records: list[dict[str, Any]] = []
     alone: dict[str, list[Any]] = {"valid": [], "test": []}
-    jobs: dict[str, tuple[str, dict[str, Any]]] = {}
+    jobs: dict[str, dict[str, Any]] = {}
     for name, values in members.items():
-        config = {key: value for key, value in values.items() if key != "name"}
-        jobs[f"{name} alone"] = (values["name"], config)
-        jobs[f"{name} alone, dim 32"] = (values["name"], {**config, "embedding_dim": 32})
-    jobs["cetnet"] = ("cetnet", {"members": list(members.values())})
+        jobs[f"{name} alone"] = values
+        jobs[f"{name} alone, dim 32"] = {**values, "embedding_dim": 32}
+    jobs["cetnet"] = {"name": "cetnet", "members": list(members.values())}
     labels: dict[str, Any] = {}
 
     def record(label: str, valid: Any, test: Any, model: Any = None) -> None:
@@ -99,10 +97,8 @@ def run(dataset: Any, members: dict[str, dict[str, Any]], seed: int) -> list[dic
         records.append({"label": label, "seed": seed, **sizes, **scores})
         print(json.dumps(records[-1]), flush=True)
 
-    for label, (name, config) in jobs.items():
-        torch.manual_seed(seed)
-        model = MODELS[name].from_config(dataset.schema, config)
-        Trainer(TrainerConfig(seed=seed)).fit(model, Loader(dataset, "train", 4096, shuffle=True, seed=seed))
+    for label, spec in jobs.items():
+        model, _ = train_ranker(spec, dataset, TrainerConfig(seed=seed))
         logits = {}
         for part in ("valid", "test"):
             logits[part], labels[part] = logits_of(model, dataset, part)
@@ -110,7 +106,7 @@ def run(dataset: Any, members: dict[str, dict[str, Any]], seed: int) -> list[dic
         if label.endswith(" alone"):
             for part in ("valid", "test"):
                 alone[part].append(logits[part][0])
-        if name == "cetnet":
+        if label == "cetnet":
             for index, own in enumerate(members, 1):
                 record(f"{own} in cetnet", logits["valid"][index], logits["test"][index])
             shift = intercept(logits["valid"][0], labels["valid"])

@@ -36,16 +36,15 @@ def run(dataset: Any, options: dict[str, Any], seed: int) -> dict[str, Any]:
     from sklearn.metrics import normalized_mutual_info_score as nmi
 
     from fullrank.data.loader import Loader
-    from fullrank.models import HiLoMoE
     from fullrank.models.hilomoe import expert_usage
-    from fullrank.training import Trainer, TrainerConfig, evaluate
+    from fullrank.training import evaluate
+    from fullrank.training.run import train_ranker
 
-    torch.manual_seed(seed)
     backbone = {"name": "dcn_v2", "hidden": compare.HIDDEN, "batch_norm": True}
-    model = HiLoMoE.from_config(dataset.schema, {"backbone": backbone, **options})
-    train, valid, test = (Loader(dataset, part, 8192) for part in ("train", "valid", "test"))
-    train = Loader(dataset, "train", 1024, shuffle=True, seed=seed)
-    Trainer(TrainerConfig(seed=seed, epochs=compare.EPOCHS["segments"])).fit(model, train, valid)
+    training = compare.training_config(dataset, seed, compare.EPOCHS["segments"])
+    model: Any
+    model, _ = train_ranker({"name": "hilomoe", "backbone": backbone, **options}, dataset, training)
+    test = Loader(dataset, "test", 8192)
     scores: dict[str, list[Any]] = {}
     for batch in test:
         for layer, found in model.routing(batch).items():

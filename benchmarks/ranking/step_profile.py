@@ -19,7 +19,6 @@ import datetime
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -113,13 +112,13 @@ def measure(label: str, *, compiled: bool, seconds: float) -> dict[str, Any]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from fullrank.models import MODELS
+    from fullrank.models import RankerSpec
     from fullrank.models.base import RankerOutput
 
     torch.manual_seed(0)
     schema, batch = example()
     name, changes = CONFIGS.get(label, (label, {}))
-    model = MODELS[name].from_config(schema, {"embedding_dim": WIDTH, **changes}).train()
+    model = RankerSpec.of({"name": name, "embedding_dim": WIDTH, **changes}).build(schema).train()
     # A start at zero output weights would leave most gradients zero.
     for parameter in model.parameters():
         if parameter.dim() > 1 and not bool(parameter.any()):
@@ -173,9 +172,9 @@ def measure(label: str, *, compiled: bool, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    from fullrank.models import MODELS
+    from fullrank.models import RANKERS
 
-    labels = list(dict.fromkeys([*MODELS, *CONFIGS]))
+    labels = list(dict.fromkeys([*RANKERS, *CONFIGS]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=labels, choices=labels)
     parser.add_argument("--threads", type=int, default=1)
@@ -199,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
