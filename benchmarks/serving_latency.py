@@ -152,7 +152,7 @@ def peer(bundle: Path, port: int) -> None:
             _, found = index.search(retriever.user_vectors(user).numpy(), retrieve)
             rows = found[0][found[0] >= 0]
             if len(rows) > FINAL:
-                early = torch.sigmoid(funnel.early(pairs(user, rows)).logits_BT[:, 0]).numpy()
+                early = torch.sigmoid(funnel.early["early"](pairs(user, rows)).logits_BT[:, 0]).numpy()
                 rows = rows[np.argsort(-early * bids[rows])[:FINAL]]
             click = torch.sigmoid(model(pairs(user, rows)).logits_BT[:, 0]).numpy()
         value = click * bids[rows]

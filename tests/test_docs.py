@@ -22,6 +22,7 @@ from fullrank.data.formats import FORMATS
 from fullrank.data.simulate import SimulationConfig, simulate, simulate_dataset
 from fullrank.embeddings import TABLE_KINDS
 from fullrank.fields import field_rows
+from fullrank.funnel import FunnelConfig
 from fullrank.models import RANKERS, Ranker, RankerSpec
 from fullrank.models.dhen import INTERACTIONS
 from fullrank.retrieval import RETRIEVERS
@@ -155,6 +156,8 @@ def test_the_recipes_of_a_page_are_valid(page: Path, reader: Path) -> None:
             values = yaml.safe_load(block.text)
             if set(values) == {"model"}:
                 RankerSpec.of(values["model"])
+            elif set(values) == {"funnel"}:
+                FunnelConfig.model_validate(values["funnel"])
             else:
                 Recipe.model_validate(values)
 

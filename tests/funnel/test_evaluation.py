@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import xml.dom.minidom
@@ -15,7 +16,7 @@ import torch
 from fullrank.data.dataset import Dataset
 from fullrank.data.loader import batch_from_frame
 from fullrank.data.simulate import World, simulate_dataset
-from fullrank.funnel import Funnel, FunnelConfig, evaluate_funnel, train_funnel
+from fullrank.funnel import Funnel, FunnelConfig, evaluate_funnel, save_bundle, train_funnel
 from fullrank.funnel.evaluation import clicked_requests
 from fullrank.funnel.report import render
 from fullrank.funnel.true_value import true_value
@@ -154,3 +155,23 @@ def test_a_log_without_bids_is_ranked_by_the_first_task(tmp_path: Path) -> None:
         train_funnel(dataset, FunnelConfig(value="bid * click"))
     with pytest.raises(ValueError, match="active_days needs a timestamp"):
         train_funnel(dataset, FunnelConfig(active_days=1))
+
+
+def test_a_single_ranker_is_evaluated_on_a_simulated_log(
+    funnel: Funnel,
+    dataset: Dataset,
+    report: dict,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],  # type: ignore[type-arg]
+) -> None:
+    """It recommends nothing, so there is no list whose true value could be asked for."""
+    from fullrank.cli.evaluate import evaluate
+
+    save_bundle(funnel.scorer, tmp_path / "model")
+    evaluate(tmp_path / "model", dataset.path, split="test", requests=10, seed=0, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    for task, metrics in report["stages"]["final"].items():
+        assert found["stages"]["final"][task] == pytest.approx(metrics, nan_ok=True)
+    assert "true_value" not in found
+    evaluate(tmp_path / "model", dataset.path, split="test", requests=10, seed=0, as_json=False)
+    assert f"{found['stages']['final']['click']['auc']:.4f}" in capsys.readouterr().out

@@ -37,6 +37,7 @@ def demo(
     from fullrank.funnel.report import write_report
     from fullrank.funnel.training import train_funnel
     from fullrank.funnel.true_value import true_value
+    from fullrank.retrieval import TwoTower
 
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file())):
         raise ValueError(f"{out} exists and is not the directory of an earlier demo: choose another one with --out")
@@ -79,16 +80,19 @@ def demo(
         about = {"simulated": {"impressions": impressions, "seed": seed}, "ne": final["ne"], "auc": final["auc"]}
         save_bundle(funnel, out / "bundle", about=about, overwrite=True)
         total = time.perf_counter() - began
-        parameters = {
-            stage: model.num_parameters() for stage, model in (("early", funnel.early), ("final", funnel.final))
+        early = {
+            f"{stage} stage": f"{model.num_parameters().total:,} parameters, {_epochs(results[stage].epochs)}"
+            for stage, model in funnel.early.items()
         }
+        towers = config.retrieval.config
+        assert isinstance(towers, TwoTower.Config)
         facts = {
             "log": f"simulated, {impressions:,} impressions, seed {seed}",
             "users, items": f"{world.config.num_users:,}, {world.config.num_items:,} "
             f"({funnel.retriever.cost():,} still shown)",
-            "retrieval": f"two towers, {_epochs(config.retrieval.epochs)} over the clicks",
-            "early stage": f"{parameters['early'].total:,} parameters, {_epochs(results['early'].epochs)}",
-            "final stage": f"{funnel.final.name}, {parameters['final'].total:,} parameters, "
+            "retrieval": f"two towers, {_epochs(towers.epochs)} over the clicks",
+            **early,
+            "final stage": f"{funnel.final.name}, {funnel.final.num_parameters().total:,} parameters, "
             f"{_epochs(results['final'].epochs)}, {results['final'].samples_per_second:,.0f} rows/s",
             "value": funnel.value.text,
             "seconds": f"{total:.0f}: "

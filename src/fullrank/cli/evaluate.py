@@ -28,6 +28,7 @@ def evaluate(
     from fullrank.data.simulate import World
     from fullrank.funnel.bundle import load_bundle
     from fullrank.funnel.evaluation import evaluate_funnel
+    from fullrank.funnel.funnel import Funnel
     from fullrank.funnel.true_value import true_value
 
     funnel, dataset = load_bundle(bundle), Dataset.open(data)
@@ -35,7 +36,7 @@ def evaluate(
     with console.status(f"evaluating {split}"):
         report = evaluate_funnel(funnel, dataset, split, requests=requests, seed=seed)
         world = dataset.path / "world.npz"
-        if world.is_file():
+        if isinstance(funnel, Funnel) and world.is_file():
             report["true_value"] = true_value(funnel, dataset, World.load(world), split, seed=seed)
     if as_json:
         print(json.dumps(report))
@@ -57,7 +58,7 @@ def evaluate(
         recalls.add_row(name.replace("_", " "), f"{recall:,.0f}" if name == "requests" else f"{recall:.3f}")
     for name, recall in report.get("early_recall", {}).items():
         if name != "requests":
-            recalls.add_row(f"early stage keeps of the final stage's {name.replace('_', ' ')}", f"{recall:.3f}")
+            recalls.add_row(f"kept by the early stages of the final stage's {name.replace('_', ' ')}", f"{recall:.3f}")
     for name in ("random", "log", "funnel", "best"):
         if "true_value" in report:
             recalls.add_row(f"true value per request: {name}", f"{report['true_value'][name]:.3f}")

@@ -89,7 +89,8 @@ def _print(report: dict[str, Any]) -> None:
     for split in ("valid", "test"):
         recall = report.get(split, {}).get("recall", {})
         if recall:
-            text = ", ".join(f"{name} {recall[key]:.3f}" for key, name in _RECALLS.items())
+            stages = {stage: f"after the {stage} stage" for stage in report[split]["stages"] if stage != "final"}
+            text = ", ".join(f"{name} {recall[key]:.3f}" for key, name in (_RECALLS | stages).items())
             print(f"{split}: share of {recall['requests']:,.0f} positive rows' items found: {text}", file=sys.stderr)
     print(f"run written to {report['run']}; serve it: fullrank serve {report['bundle']}", file=sys.stderr)
 
@@ -98,5 +99,4 @@ _RECALLS = {
     "popularity_at_100": "100 most popular",
     "retrieval_at_100": "first 100 of retrieval",
     "retrieval": "all of retrieval",
-    "early": "after the early stage",
 }

@@ -2,20 +2,25 @@
 
 from fullrank.funnel.bundle import load_bundle, save_bundle
 from fullrank.funnel.evaluation import evaluate_funnel
-from fullrank.funnel.funnel import Funnel, Recommendation, StageSizes
+from fullrank.funnel.funnel import Funnel, Ranking, Recommendation
 from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import ScoredItem, Scorer
-from fullrank.funnel.training import FunnelConfig, train_funnel
+from fullrank.funnel.stages import StageSizes, TwoSided
+from fullrank.funnel.training import EarlyConfig, FinalConfig, FunnelConfig, train_funnel
 from fullrank.funnel.value import ValueFormula
 
 __all__ = [
+    "EarlyConfig",
+    "FinalConfig",
     "Funnel",
     "FunnelConfig",
+    "Ranking",
     "Recommendation",
     "Request",
     "ScoredItem",
     "Scorer",
     "StageSizes",
+    "TwoSided",
     "ValueFormula",
     "evaluate_funnel",
     "load_bundle",

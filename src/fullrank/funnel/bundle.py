@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from fullrank.data import atomic
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
 from fullrank.funnel.catalogue import ACTIVE, BID, Catalogue
-from fullrank.funnel.funnel import Funnel, StageSizes
+from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import Scorer
-from fullrank.models.early_stage import EarlyStageRanker
+from fullrank.funnel.stages import FINAL, RETRIEVAL, StageSizes, check_names
+from fullrank.models import Ranker
 from fullrank.retrieval import RETRIEVERS, Retriever
 from fullrank.schema import Role, Schema, describe_errors
 from fullrank.training.manifest import MANIFEST, Stage, read_manifest, write_manifest
@@ -32,45 +32,61 @@ from fullrank.training.saving import (
     write_weights,
 )
 
-RANKER_FILES = {"early": "early.safetensors", "final": "final.safetensors"}
-
 
 def save_bundle(
     content: Funnel | Scorer, path: Path, *, about: dict[str, Any] | None = None, overwrite: bool = False
 ) -> None:
     """Write a bundle directory; it appears whole or not at all.
 
-    The bundle of a single ranker is also what `fullrank.training.load_model` reads.
+    The bundle of a single ranker is also what `fullrank.training.load_model` reads. That of a funnel has the weights of
+    each ranker in a file of the name of its stage.
 
     Args:
         about: where it comes from, for people: data, seed, metrics.
 
     Raises:
-        ValueError: if `path` exists and `overwrite` is not set.
+        ValueError: if `path` exists and `overwrite` is not set, or a part could not be loaded again, because its class
+            is not registered.
     """
     if isinstance(content, Scorer):
         value = content.value.text
         save_model(content.model, path, content.encoders, value=value, about=about, overwrite=overwrite)
         return
-    rankers = [stage_of("early", content.early), stage_of("final", content.final)]
+    rankers = [stage_of(name, ranker) for name, ranker in _rankers(content).items()]
+    stages = [_retrieval_stage(content.retriever), *rankers]
     with atomic.new_directory(path, overwrite=overwrite) as partial:
-        stages = [_write_funnel(content, partial), *rankers]
-        write_manifest(partial, stages, value=content.value.text, sizes=content.sizes.model_dump(), about=about)
+        _write_funnel(content, partial)
+        sizes = content.sizes.model_dump(mode="json")
+        write_manifest(partial, stages, value=content.value.text, sizes=sizes, about=about)
 
 
-def _write_funnel(funnel: Funnel, directory: Path) -> Stage:
-    """All files but the manifest; the description of the retriever."""
+def _rankers(funnel: Funnel) -> dict[str, Ranker]:
+    return {**funnel.early, FINAL: funnel.final}
+
+
+def _retrieval_stage(retriever: Retriever) -> Stage:
+    kind, name = type(retriever), retriever.name
+    if name not in RETRIEVERS or RETRIEVERS[name] is not kind:
+        taken = f'another class is registered as "{name}"' if name in RETRIEVERS else "it is not registered"
+        raise ValueError(
+            f"{kind.__module__}.{kind.__qualname__} could not be loaded again, {taken}: give it a name of its own and "
+            "register it with fullrank.retrieval.register"
+        )
+    config = retriever.config.model_dump(mode="json")
+    return Stage(stage=RETRIEVAL, kind=name, config=config, defined_in=kind.__module__)
+
+
+def _write_funnel(funnel: Funnel, directory: Path) -> None:
+    """All files but the manifest."""
     atomic.write_text(directory / "schema.json", funnel.schema.to_json())
     funnel.encoders.save(directory / "encoders")
     funnel.items.frame.write_parquet(directory / "items.parquet", compression="zstd")
     if funnel.users is not None:
         funnel.users.frame.write_parquet(directory / "users.parquet", compression="zstd")
     funnel.context.write_parquet(directory / "context.parquet")
-    funnel.retriever.save(directory / "retrieval")
-    for stage, model in (("early", funnel.early), ("final", funnel.final)):
-        write_weights(model, directory / RANKER_FILES[stage])
-    config = json.loads((directory / "retrieval" / "retriever.json").read_text(encoding="utf-8"))["config"]
-    return Stage(stage="retrieval", kind=funnel.retriever.name, config=config)
+    funnel.retriever.save(directory / RETRIEVAL)
+    for name, ranker in _rankers(funnel).items():
+        write_weights(ranker, directory / f"{name}.safetensors")
 
 
 def load_bundle(path: Path) -> Funnel | Scorer:
@@ -81,58 +97,79 @@ def load_bundle(path: Path) -> Funnel | Scorer:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    stages = {stage.stage: stage for stage in manifest.stages}
-    single = set(stages) == {"final"}
-    needed = [WEIGHTS] if single else ["items.parquet", "context.parquet", *RANKER_FILES.values()]
-    require_files(path, manifest, ["schema.json", *needed])
-    absent = set() if single else {"retrieval", "early", "final"} - set(stages)
-    if absent:
-        raise ValueError(f"{path / MANIFEST}: no stage {min(absent)}")
-    schema = Schema.read(path / "schema.json")
-    encoders = Encoders.load(path / "encoders")
-    if encoders.schema != schema:
-        raise ValueError(f"{path}: schema.json and encoders differ")
-    if single:
-        model = load_ranker(path, stages["final"], schema, path / WEIGHTS)
-        return Scorer(encoders, model, manifest.value)
-    early = load_ranker(path, stages["early"], schema, path / RANKER_FILES["early"])
-    if not isinstance(early, EarlyStageRanker):
-        raise ValueError(f"{path / MANIFEST}: stage early: expected {EarlyStageRanker.name}, got {early.name}")
+    names = [stage.stage for stage in manifest.stages]
+    if names == [FINAL]:
+        require_files(path, manifest, ["schema.json", WEIGHTS])
+        schema, encoders = _encoders(path)
+        return Scorer(encoders, load_ranker(path, manifest.stages[0], schema, path / WEIGHTS), manifest.value)
+    for place, name in ((0, RETRIEVAL), (-1, FINAL)):
+        if name not in names:
+            raise ValueError(f"{path / MANIFEST}: no stage {name}")
+        if names[place] != name:
+            raise ValueError(f"{path / MANIFEST}: stage {name} is not the {'last' if place else 'first'}")
+    early = names[1:-1]
     try:
+        check_names(early)
         sizes = StageSizes.model_validate(manifest.sizes or {})
+        sizes.keeps(len(early))
     except ValidationError as error:
         raise ValueError(describe_errors(error, f"{path / MANIFEST}: sizes").splitlines()[0]) from None
+    except ValueError as error:
+        raise ValueError(f"{path / MANIFEST}: {error}") from None
+    weights = {name: f"{name}.safetensors" for name in names[1:]}
+    require_files(path, manifest, ["schema.json", "items.parquet", "context.parquet", *weights.values()])
+    for name in manifest.files:
+        if "/" not in name and name.endswith(".safetensors") and name not in weights.values():
+            raise ValueError(f"{path / name} belongs to no stage of {MANIFEST}")
+    schema, encoders = _encoders(path)
+    rankers = {
+        stage.stage: load_ranker(path, stage, schema, path / weights[stage.stage]) for stage in manifest.stages[1:]
+    }
     has_users = "users.parquet" in manifest.files
     funnel = Funnel(
         encoders=encoders,
         items=_catalogue(path / "items.parquet", schema, "item"),
         users=_catalogue(path / "users.parquet", schema, "user") if has_users else None,
         context=_context(path / "context.parquet", schema),
-        retriever=_retriever(path, stages["retrieval"], schema),
-        early=early,
-        final=load_ranker(path, stages["final"], schema, path / RANKER_FILES["final"]),
+        retriever=_retriever(path, manifest.stages[0], schema),
+        early={name: rankers[name] for name in early},
+        final=rankers[FINAL],
         value=manifest.value,
         sizes=sizes,
     )
-    found = funnel.retriever.search(funnel.encode([Request()]), len(funnel.items)).item_keys_BK
-    if not found.numel():
-        raise ValueError(f"{path / 'retrieval'}: the index holds no item")
-    if not bool(torch.isin(found, funnel.items.keys_I).all()):
-        raise ValueError(f"{path / 'retrieval'}: the index holds an item that items.parquet has not")
+    found = funnel.retriever.search(funnel.encode([Request()]), len(funnel.items))
+    found_keys = found.item_keys_BK[found.found_BK]
+    if not found_keys.numel() and not funnel.retriever.cost():
+        raise ValueError(f"{path / RETRIEVAL}: the index holds no item")
+    if not bool(torch.isin(found_keys, funnel.items.keys_I).all()):
+        raise ValueError(f"{path / RETRIEVAL}: the index holds an item that items.parquet has not")
     return funnel
 
 
+def _encoders(path: Path) -> tuple[Schema, Encoders]:
+    schema, encoders = Schema.read(path / "schema.json"), Encoders.load(path / "encoders")
+    if encoders.schema != schema:
+        raise ValueError(f"{path}: schema.json and encoders differ")
+    return schema, encoders
+
+
 def _retriever(path: Path, stage: Stage, schema: Schema) -> Retriever:
-    if stage.kind not in RETRIEVERS:
-        raise ValueError(f'{path / MANIFEST}: retriever "{stage.kind}" is unknown; known: {", ".join(RETRIEVERS)}')
-    place = path / "retrieval"
+    place = path / RETRIEVAL
     try:
-        return RETRIEVERS[stage.kind].load(place, schema)
+        kind = RETRIEVERS.find(stage.kind, stage.defined_in)
+    except ValueError as error:
+        raise ValueError(f"{path / MANIFEST}: {error}") from None
+    try:
+        retriever = kind.load(place, schema)
+        same = kind.Config.model_validate(stage.config) == retriever.config
     except ValidationError as error:
         raise ValueError(describe_errors(error, f"{place / 'retriever.json'}: config").splitlines()[0]) from None
     except (ValueError, RuntimeError, SafetensorError) as error:  # RecursionError is a RuntimeError
         text = last_line(error)
         raise ValueError(text if text.startswith(str(place)) else f"{place} is damaged: {text}") from None
+    if not same:
+        raise ValueError(f"{place / 'retriever.json'} and {MANIFEST} differ in the configuration")
+    return retriever
 
 
 def _catalogue(path: Path, schema: Schema, role: Role) -> Catalogue:

@@ -16,12 +16,14 @@ from fullrank.batch import RowGather
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.data.loader import partial_batch
-from fullrank.retrieval.base import item_keys
+from fullrank.retrieval.base import NO_ITEM, item_keys
 from fullrank.schema import Schema
 
 BID = KEY_COLUMNS["bid"]
 # Whether an item may be retrieved; the others can still be scored by name.
 ACTIVE = "__active"
+# Row of no item.
+NO_ROW = -1
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,22 @@ class Catalogue:
         low, high = int(self.keys_I[0]), int(self.keys_I[-1])
         if low < 0 or high >= 4 * len(self) + 1024:
             return None
-        table = torch.zeros(high + 1, dtype=torch.int64)
+        table = torch.full((high + 1,), NO_ROW, dtype=torch.int64)
         table[self.keys_I] = torch.arange(len(self))
         return table
 
     def places(self, keys: Tensor) -> Tensor:
-        """Rows of keys that are all in the catalogue."""
+        """Row of each key, `NO_ROW` for a key that is not in the catalogue."""
         if self._row_of_key is not None:
-            return self._row_of_key.index_select(0, keys.reshape(-1)).view_as(keys)
-        return torch.searchsorted(self.keys_I, keys)
+            inside = keys.clamp(0, self._row_of_key.numel() - 1)
+            rows = self._row_of_key.index_select(0, inside.reshape(-1)).view_as(keys)
+            return rows.masked_fill_(inside != keys, NO_ROW)
+        rows = torch.searchsorted(self.keys_I, keys).clamp_max_(len(self) - 1)
+        return rows.masked_fill(self.keys_I[rows] != keys, NO_ROW)
+
+    def keys_of(self, rows: Tensor) -> Tensor:
+        """Key of each row; of `NO_ROW` that of no item."""
+        return self.keys_I[rows].masked_fill_(rows == NO_ROW, NO_ITEM)
 
     @cached_property
     def bid_I(self) -> Tensor | None:

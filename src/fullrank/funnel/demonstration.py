@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from fullrank.funnel.training import EarlyConfig, FinalConfig, FunnelConfig
-from fullrank.models.early_stage import EarlyStageRanker
-from fullrank.retrieval import TwoTower
+from fullrank.retrieval import RetrieverSpec
 from fullrank.training import TrainerConfig
 
 
@@ -20,9 +19,9 @@ def demo_config(rows: int, seed: int = 0) -> FunnelConfig:
         batch_size=batch_size, epochs=epochs, patience=1, learning_rate=2e-3, monitor="ne", seed=seed
     )
     return FunnelConfig(
-        retrieval=TwoTower.Config(batch_size=min(1024, batch_size), seed=seed),
-        early=EarlyConfig(model=EarlyStageRanker.Config(), training=training),
-        final=FinalConfig(model={"name": "din", "hidden": [128, 64], "batch_norm": True}, training=training),
+        retrieval=RetrieverSpec.of({"name": "two_tower", "batch_size": min(1024, batch_size), "seed": seed}),
+        early=(EarlyConfig(training=training),),
+        final=FinalConfig(training=training),
         # The log has ten days; an ad that was not shown in the last two is taken to be retired.
         active_days=2.0,
         seed=seed,

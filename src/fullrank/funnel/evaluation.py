@@ -15,12 +15,15 @@ from fullrank.batch import Batch
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.data.loader import Loader, batch_from_frame
+from fullrank.funnel.catalogue import NO_ROW
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
-from fullrank.metrics import BinaryMetrics, ads_recall, reliability, value_recall
+from fullrank.funnel.stages import FINAL
+from fullrank.metrics import BinaryMetrics, reliability
 from fullrank.models.base import Ranker
 from fullrank.retrieval import Popularity, item_keys
 from fullrank.retrieval.base import Items
+from fullrank.retrieval.exact import top_k
 
 ROWS_AT_ONCE = 16_384
 REQUESTS_AT_ONCE = 256
@@ -35,14 +38,16 @@ def evaluate_funnel(
         requests: clicked rows, drawn at random, for the recalls.
 
     Returns:
-        `stages.<early|final>.<task>`: what `BinaryMetrics.compute` gives; with the simulator's true
-        probabilities also `oracle_ne`, `oracle_auc` and `gap_closed`, the share of the way from predicting the mean
-        (NE 1) to the oracle. `calibration_curve`: predicted and observed click rate of ten equal bins.
+        `stages.<stage>.<task>`, the stage being `final` or an early one: what `BinaryMetrics.compute` gives; with the
+        simulator's true probabilities also `oracle_ne`, `oracle_auc` and `gap_closed`, the share of the way from
+        predicting the mean (NE 1) to the oracle. `calibration_curve`: predicted and observed click rate of ten equal
+        bins.
         `recall`: share of the clicked items, among those that may be retrieved, that are in the first 100 of
-        retrieval (and of the most clicked items), among all that retrieval hands on, among those that the early stage
+        retrieval (and of the most clicked items), among all that retrieval hands on, among those that each early stage
         keeps, and in the final list. The later stages sort by value, not by click, so they do drop cheap clicks.
-        `early_recall`: how well the early stage stands in for the final one, which for this scores everything that was
-        retrieved: share of its 10 most valuable items that the early stage keeps, and of their value.
+        `early_recall`: how well the early stages stand in for the final one, which for this scores everything that was
+        retrieved: share of its 10 most valuable items that they keep, and of their value.
+        `cost`: items that retrieval scored for a request: `mean` and `largest`.
 
     Raises:
         ValueError: if the dataset has another schema or was encoded by other encoders than the funnel's, or has no
@@ -53,9 +58,8 @@ def evaluate_funnel(
         raise ValueError(f'{dataset.path}: split "{split}" is empty')
     report: dict[str, Any] = {"split": split, "rows": dataset.rows(split), "stages": {}}
     oracle = _oracle(dataset, split)
-    models: dict[str, Ranker] = {"final": funnel.model} if isinstance(funnel, Scorer) else {}
-    if isinstance(funnel, Funnel):
-        models = {"early": funnel.early, "final": funnel.final}
+    models: dict[str, Ranker] = {} if isinstance(funnel, Scorer) else dict(funnel.early)
+    models[FINAL] = funnel.model if isinstance(funnel, Scorer) else funnel.final
     for stage, model in models.items():
         metrics, logits_n, labels_n = _rows(model, dataset, split)
         for task, values in metrics.items():
@@ -63,7 +67,7 @@ def evaluate_funnel(
                 values["oracle_ne"], values["oracle_auc"] = oracle[task]["ne"], oracle[task]["auc"]
                 values["gap_closed"] = (1 - values["ne"]) / (1 - values["oracle_ne"])
         report["stages"][stage] = metrics
-        if stage == "final" and logits_n.numel():
+        if stage == FINAL and logits_n.numel():
             curve = reliability(logits_n, labels_n, bins=10)
             report["calibration_curve"] = {
                 "predicted": curve.predicted_K.tolist(),
@@ -71,7 +75,7 @@ def evaluate_funnel(
                 "rows": curve.rows_K.tolist(),
             }
     if isinstance(funnel, Funnel):
-        report["recall"] = _recall(funnel, dataset, split, requests, seed)
+        report["recall"], report["cost"] = _recall(funnel, dataset, split, requests, seed)
         report["early_recall"] = _early_recall(funnel, dataset, split, max(1, requests // 20), seed)
     return report
 
@@ -95,21 +99,29 @@ def check_same_encoding(funnel: Funnel | Scorer, dataset: Dataset) -> None:
 
 
 def _early_recall(funnel: Funnel, dataset: Dataset, split: str, requests: int, seed: int) -> dict[str, float]:
-    drawn = clicked_requests(dataset, split, requests, seed)
+    drawn = clicked_requests(dataset, split, requests, seed) if funnel.early else None
     if drawn is None:
         return {}
     users = drawn[0]
-    kept: list[Tensor] = []
-    final: list[Tensor] = []
+    shares: list[float] = []
+    best, reached, lowest = 0.0, 0.0, math.inf
     for row in range(len(users)):
-        early_1C, final_1C = funnel.stage_values(users[row : row + 1])
-        kept.append(early_1C)
-        final.append(final_1C)
-    early_RC, final_RC = torch.cat(kept), torch.cat(final)
-    keep = funnel.sizes.keep
-    result = {"requests": float(len(users)), "top_10": ads_recall(final_RC, early_RC, 10, keep)}
-    if bool((final_RC >= 0).all()):
-        result["value_of_top_10"] = value_recall(final_RC, early_RC, 10, keep)
+        items_1C, values = funnel.stage_values(users[row : row + 1])
+        there_C = items_1C[0] != NO_ROW
+        if not bool(there_C.any()):
+            continue
+        final_C = values.pop(FINAL)[0, there_C].double()
+        kept_C = torch.arange(final_C.numel())
+        for value_1C, keep in zip(values.values(), funnel.sizes.keeps(len(values)), strict=True):
+            kept_C = kept_C[top_k(value_1C[:, there_C][:, kept_C], keep)[1][0]]
+        best_C = top_k(final_C[None], 10)[1][0]
+        shares.append(float(torch.isin(best_C, kept_C).double().mean()))
+        lowest = min(lowest, float(final_C.min()))
+        best += float(final_C[best_C].sum())
+        reached += float(top_k(final_C[kept_C][None], 10)[0].sum())
+    result = {"requests": float(len(users)), "top_10": sum(shares) / len(shares) if shares else math.nan}
+    if lowest >= 0 and best > 0:
+        result["value_of_top_10"] = reached / best
     return result
 
 
@@ -169,10 +181,12 @@ def clicked_requests(dataset: Dataset, split: str, requests: int, seed: int) -> 
     return batch_from_frame(frame, dataset.schema), frame
 
 
-def _recall(funnel: Funnel, dataset: Dataset, split: str, requests: int, seed: int) -> dict[str, float]:
+def _recall(
+    funnel: Funnel, dataset: Dataset, split: str, requests: int, seed: int
+) -> tuple[dict[str, float], dict[str, float]]:
     drawn = clicked_requests(dataset, split, requests, seed)
     if drawn is None:
-        return {}
+        return {}, {}
     users, frame = drawn
     wanted_R = item_keys(frame[KEY_COLUMNS["item_id"]])
     retrievable_R = torch.isin(wanted_R, funnel.items.keys_I[funnel.items.active_I])
@@ -181,18 +195,20 @@ def _recall(funnel: Funnel, dataset: Dataset, split: str, requests: int, seed: i
     popularity.index(Items(funnel.items.keys_I[active_I], funnel.items.rows.batch[:0]))
     popular_K = popularity.search(users[:1], 100).item_keys_BK[0]
     found: dict[str, list[Tensor]] = {}
+    costs: list[Tensor] = []
+    sizes, keys_of = funnel.sizes, funnel.items.keys_of
     for begin in range(0, len(users), REQUESTS_AT_ONCE):
         part, wanted_B1 = users[begin : begin + REQUESTS_AT_ONCE], wanted_R[begin : begin + REQUESTS_AT_ONCE, None]
         # A list longer than the final stage's share would widen the stages before it, and flatter them.
-        ranking = funnel.rank(part, min(100, funnel.sizes.keep))
-        retrieved_BC = funnel.retriever.search(part, max(100, funnel.sizes.retrieve)).item_keys_BK
-        kept_BC = funnel.items.keys_I[ranking.kept_UC]
-        ranked_BK = funnel.items.keys_I[ranking.items_UK]
+        ranking = funnel.rank(part, min(100, sizes.finalists(len(funnel.early))))
+        searched = funnel.retriever.search(part, max(100, sizes.retrieve))
+        retrieved_BC, ranked_BK = searched.item_keys_BK, keys_of(ranking.items_UK)
+        costs.append(searched.cost_B)
         hits = {
             "retrieval_at_100": retrieved_BC[:, :100] == wanted_B1,
             "popularity_at_100": popular_K[None] == wanted_B1,
-            "retrieval": retrieved_BC[:, : funnel.sizes.retrieve] == wanted_B1,
-            "early": kept_BC == wanted_B1,
+            "retrieval": retrieved_BC[:, : sizes.retrieve] == wanted_B1,
+            **{stage: keys_of(ranking.passed[stage]) == wanted_B1 for stage in funnel.early},
             "final_at_100": ranked_BK == wanted_B1,
             "final_at_10": ranked_BK[:, :10] == wanted_B1,
         }
@@ -202,4 +218,5 @@ def _recall(funnel: Funnel, dataset: Dataset, split: str, requests: int, seed: i
     for name, parts in found.items():
         # An item that may not be retrieved cannot be found: that is the catalogue's matter, not the model's.
         result[name] = float(torch.cat(parts)[retrievable_R].double().mean())
-    return result
+    cost_R = torch.cat(costs)
+    return result, {"mean": float(cost_R.double().mean()), "largest": float(cost_R.max())}

@@ -51,7 +51,7 @@ def render(title: str, report: dict[str, Any], facts: dict[str, str]) -> str:
     """The page as text."""
     stages = report["stages"]
     task = next(iter(stages["final"]))
-    final, early = stages["final"][task], stages["early"][task]
+    final, early = stages["final"][task], {stage: tasks[task] for stage, tasks in stages.items() if stage != "final"}
     recall, value = report.get("recall", {}), report.get("true_value")
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
@@ -73,7 +73,7 @@ def render(title: str, report: dict[str, Any], facts: dict[str, str]) -> str:
         _task_table(stages),
         "<h2>Calibration and recall</h2><div class=pair>",
         _calibration(report["calibration_curve"]) if "calibration_curve" in report else "",
-        _recall_chart(recall) if recall else "",
+        _recall_chart(recall, list(early)) if recall else "",
         "</div>",
         _early_text(report.get("early_recall", {})),
     ]
@@ -99,16 +99,17 @@ def _cards(final: dict[str, float], recall: dict[str, float], value: dict[str, A
     return f"<div class=cards>{items}</div>"
 
 
-def _stage_bars(metric: str, early: dict[str, float], final: dict[str, float], mean: float) -> list[Bar]:
-    bars = [("predict the mean", mean, "soft"), ("early stage", early[metric], "second")]
+def _stage_bars(metric: str, early: dict[str, dict[str, float]], final: dict[str, float], mean: float) -> list[Bar]:
+    bars = [("predict the mean", mean, "soft")]
+    bars += [(f"{stage} stage", values[metric], "second") for stage, values in early.items()]
     bars.append(("final stage", final[metric], "main"))
     if f"oracle_{metric}" in final:
         bars.append(("oracle", final[f"oracle_{metric}"], "good"))
     return bars
 
 
-def _floor(early: dict[str, float], final: dict[str, float]) -> float:
-    lowest = min(final["ne"], early["ne"], final.get("oracle_ne", 1.0))
+def _floor(early: dict[str, dict[str, float]], final: dict[str, float]) -> float:
+    lowest = min(final["ne"], *(values["ne"] for values in early.values()), final.get("oracle_ne", 1.0))
     return max(0.0, math.floor(lowest * 10 - 1) / 10)
 
 
@@ -195,19 +196,17 @@ def _calibration(curve: dict[str, list[float]]) -> str:
     )
 
 
-_RECALLS = {
-    "popularity_at_100": ("100 most clicked", "soft"),
-    "retrieval_at_100": ("retrieval, first 100", "main"),
-    "retrieval": ("retrieval, all", "main"),
-    "early": ("after the early stage", "second"),
-    "final_at_100": ("final list, first 100", "good"),
-}
-
-
-def _recall_chart(recall: dict[str, float]) -> str:
-    bars = [(name, recall[key], colour) for key, (name, colour) in _RECALLS.items() if key in recall]
+def _recall_chart(recall: dict[str, float], early: Sequence[str]) -> str:
+    shown = {
+        "popularity_at_100": ("100 most clicked", "soft"),
+        "retrieval_at_100": ("retrieval, first 100", "main"),
+        "retrieval": ("retrieval, all", "main"),
+        **{stage: (f"after the {stage} stage", "second") for stage in early},
+        "final_at_100": ("final list, first 100", "good"),
+    }
+    bars = [(name, recall[key], colour) for key, (name, colour) in shown.items() if key in recall]
     text = (
-        "Share of clicked items that are still there. From the early stage on candidates are sorted by value, not by "
+        "Share of clicked items that are still there. After retrieval candidates are sorted by value, not by "
         "click, so cheap items that were clicked do drop out."
     )
     return _bars(text, bars, digits=3)
@@ -217,9 +216,9 @@ def _early_text(early: dict[str, float]) -> str:
     if "top_10" not in early:
         return ""
     text = (
-        f"The early stage keeps {early['top_10']:.1%} of the ten items that the final stage, scoring everything that "
+        f"What is before the final stage keeps {early['top_10']:.1%} of the ten items that the final stage, scoring "
+        "everything that retrieval found, would put first"
     )
-    text += "retrieval found, would put first"
     if "value_of_top_10" in early:
         text += f", and {early['value_of_top_10']:.1%} of their value"
     return f"<p>{text}.</p>"

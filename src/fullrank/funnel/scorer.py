@@ -61,10 +61,7 @@ class Scorer:
         self.value = ValueFormula(value or default_formula(self.schema), formula_names(self.schema))
         self.tasks = tuple(label.name for label in self.schema.labels)
         self._binary_T = torch.tensor([label.kind == "binary" for label in self.schema.labels])
-        for module in model.modules():
-            if isinstance(module, EmbeddingCollection):
-                # Ids come from encoders that know the tables' sizes; a lookup refuses what is outside in any case.
-                module.check_ids = False
+        trust_ids(model)
         self.columns = _columns(self.schema)
 
     def predictions(self, logits_XT: Tensor) -> Tensor:
@@ -139,6 +136,13 @@ class Scorer:
                 there = next(name for name in fields if name in given)
                 raise ValueError(f'"{there}" is given without "{absent[0]}": give all fields of {sequence.name}')
         return pl.DataFrame(columns)
+
+
+def trust_ids(model: Ranker) -> None:
+    """Ids come from encoders that know the tables' sizes; a lookup refuses what is outside in any case."""
+    for module in model.modules():
+        if isinstance(module, EmbeddingCollection):
+            module.check_ids = False
 
 
 def _columns(schema: Schema) -> dict[str, Callable[[Sequence[Any]], pl.Series]]:

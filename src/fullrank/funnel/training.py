@@ -2,81 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import polars as pl
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fullrank.data.dataset import Dataset
 from fullrank.data.loader import Loader
 from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.funnel.catalogue import Catalogue, all_rows, usual_context, with_market
-from fullrank.funnel.funnel import Funnel, StageSizes
+from fullrank.funnel.funnel import Funnel
+from fullrank.funnel.stages import FINAL, RETRIEVAL, StageSizes, check_names
 from fullrank.funnel.value import ValueFormula, default_formula, formula_names
-from fullrank.models import MODELS, Ranker
-from fullrank.models.early_stage import EarlyStageRanker
-from fullrank.retrieval import TwoTower
-from fullrank.schema import Schema, describe_errors
+from fullrank.models import Ranker, RankerSpec
+from fullrank.registry import Spec
+from fullrank.retrieval import RetrieverSpec
 from fullrank.training import Trainer, TrainerConfig, TrainingResult
 
 
+def _called(name: str) -> BeforeValidator:
+    """What is given without a name is of this kind; so is a Config alone."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, BaseModel) and not isinstance(value, Spec):
+            return {"name": name, "config": value}
+        return {"name": name, **value} if isinstance(value, Mapping) and "name" not in value else value
+
+    return BeforeValidator(named)
+
+
 class EarlyConfig(BaseModel):
-    """The early stage: its model, and how it learns.
+    """An early stage: its model, and how it learns.
 
     Attributes:
-        model: its size.
+        name: of the stage, in reports, metrics and the bundle.
+        model: a ranker; without a name it is the early-stage ranker.
         training: how it learns.
         embedding: how its tables learn.
+        keep: items that the stage hands on; default what `sizes` says.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: EarlyStageRanker.Config = EarlyStageRanker.Config()
+    name: str = "early"
+    model: Annotated[RankerSpec, _called("early_stage")] = RankerSpec.of("early_stage")
     training: TrainerConfig = TrainerConfig(batch_size=4096, learning_rate=2e-3, monitor="ne")
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
+    keep: int | None = Field(default=None, ge=1)
 
 
 class FinalConfig(BaseModel):
-    """The final stage.
+    """The final stage: its model, and how it learns.
 
     Attributes:
-        model: `name` and the fields of that model's `Config`.
+        model: a ranker.
         training: how it learns.
         embedding: how its tables learn.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: dict[str, Any] = {"name": "din", "hidden": [128, 64], "batch_norm": True}
+    model: RankerSpec = RankerSpec.of({"name": "din", "hidden": [128, 64], "batch_norm": True})
     training: TrainerConfig = TrainerConfig(batch_size=2048, learning_rate=2e-3, monitor="ne")
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
-
-    @field_validator("model")
-    @classmethod
-    def _known(cls, model: dict[str, Any]) -> dict[str, Any]:
-        if model.get("name") not in MODELS:
-            raise ValueError(f"name must be one of {', '.join(MODELS)}, got {model.get('name')!r}")
-        try:
-            MODELS[model["name"]].Config.model_validate({k: v for k, v in model.items() if k != "name"})
-        except ValidationError as error:
-            raise ValueError(describe_errors(error, "").splitlines()[0]) from None
-        return model
-
-    def build(self, schema: Schema) -> Ranker:
-        return MODELS[self.model["name"]].from_config(schema, {k: v for k, v in self.model.items() if k != "name"})
 
 
 class FunnelConfig(BaseModel):
     """The section `funnel` of a recipe.
 
     Attributes:
-        retrieval: the two towers.
-        early: the early stage.
+        retrieval: a retriever; without a name it is the two towers.
+        early: the early stages in order, or one of them alone; none where the list is empty.
         final: the final stage.
-        sizes: how many candidates pass each stage.
+        sizes: how many candidates pass; what an early stage says of itself goes before it.
         value: value formula; default `bid * <first task>`, or the first task where the log has no bid.
         active_days: items not shown in the last so many days of the log are not retrieved; None retrieves all.
         seed: of initial weights and of the order of the rows.
@@ -84,13 +85,41 @@ class FunnelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    retrieval: TwoTower.Config = TwoTower.Config()
-    early: EarlyConfig = EarlyConfig()
+    retrieval: Annotated[RetrieverSpec, _called("two_tower")] = RetrieverSpec.of("two_tower")
+    early: Annotated[
+        tuple[EarlyConfig, ...],
+        BeforeValidator(lambda value: (value,) if isinstance(value, Mapping | EarlyConfig) else value),
+    ] = (EarlyConfig(),)
     final: FinalConfig = FinalConfig()
     sizes: StageSizes = StageSizes()
     value: str | None = None
     active_days: float | None = Field(default=None, gt=0)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        check_names(stage.name for stage in self.early)
+        self.stage_sizes.keeps(len(self.early))
+        return self
+
+    @property
+    def stage_sizes(self) -> StageSizes:
+        """`sizes`, with what the early stages say of themselves.
+
+        Raises:
+            ValueError: if it is not known how many items each early stage hands on.
+        """
+        if all(stage.keep is None for stage in self.early):
+            return self.sizes
+        several = len(self.early) > 1
+        if several and not isinstance(self.sizes.keep, tuple):
+            keeps = [stage.keep for stage in self.early]
+        else:
+            keeps = [own.keep or size for own, size in zip(self.early, self.sizes.keeps(len(self.early)), strict=True)]
+        known = tuple(keep for keep in keeps if keep is not None)
+        if len(known) < len(keeps):
+            raise ValueError("each of several early stages needs a keep: how many items it hands on")
+        return StageSizes(retrieve=self.sizes.retrieve, keep=known if several else known[0])
 
 
 # Told the stage, the step, the number of steps and the loss.
@@ -104,13 +133,13 @@ def train_funnel(
     run_directory: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Funnel, dict[str, TrainingResult]]:
-    """Train retrieval, early and final stage on the training part of a log.
+    """Train retrieval, early stages and final stage on the training part of a log.
 
     Args:
         run_directory: where checkpoints of the rankers go.
 
     Returns:
-        The funnel, with the active items indexed, and what happened in training the two rankers.
+        The funnel, with the active items indexed, and what happened in training the rankers, by stage.
 
     Raises:
         ValueError: if the schema lacks what a stage needs: an item_id, a binary label, features of users and items.
@@ -131,12 +160,14 @@ def train_funnel(
         return lambda step, steps, loss: told(stage, step, steps, loss)
 
     if progress is not None:
-        progress("retrieval", 0, 0, float("nan"))
-    retriever = TwoTower(schema, config.retrieval)
-    retriever.fit(dataset, progress=report("retrieval"))
+        progress(RETRIEVAL, 0, 0, float("nan"))
+    retriever = config.retrieval.build(schema)
+    retriever.fit(dataset, progress=report(RETRIEVAL))
     results: dict[str, TrainingResult] = {}
 
-    def fit(stage: str, model: Ranker, settings: EarlyConfig | FinalConfig) -> None:
+    def fitted(stage: str, settings: EarlyConfig | FinalConfig) -> Ranker:
+        torch.manual_seed(config.seed)
+        model = settings.model.build(schema)
         training = settings.training
         # A last batch of one row would have no variance for batch norm to learn from.
         lonely = dataset.rows("train") % training.batch_size == 1
@@ -147,14 +178,11 @@ def train_funnel(
         results[stage] = Trainer(training, settings.embedding).fit(
             model, train, valid, run_directory=run, progress=report(stage)
         )
+        return model
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        early = EarlyStageRanker.from_config(schema, config.early.model)
-        fit("early", early, config.early)
-        torch.manual_seed(config.seed)
-        final = config.final.build(schema)
-        fit("final", final, config.final)
+        early = {stage.name: fitted(stage.name, stage) for stage in config.early}
+        final = fitted(FINAL, config.final)
     funnel = Funnel(
         encoders=dataset.encoders,
         items=items,
@@ -164,7 +192,7 @@ def train_funnel(
         early=early,
         final=final,
         value=config.value,
-        sizes=config.sizes,
+        sizes=config.stage_sizes,
     )
     funnel.index_active()
     return funnel, results

@@ -14,6 +14,7 @@ from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
 from fullrank.data.loader import batch_from_frame
 from fullrank.data.simulate import World
+from fullrank.funnel.catalogue import NO_ROW
 from fullrank.funnel.funnel import Funnel
 from fullrank.schema import FIRST_VOCABULARY_ID
 
@@ -54,7 +55,7 @@ def true_value(
     def earned(items: Ints) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         p = world.click_probability(users, items, times, device, slot, history)
         living = np.take_along_axis(alive, items, axis=1)
-        return (p * bid[items] * living).sum(1), p
+        return (p * bid[items] * living * (items != NO_ROW)).sum(1), p
 
     log_items = frame[KEY_COLUMNS["item_id"]].to_numpy().astype(np.int64).reshape(count, slots)
     rng = np.random.default_rng(seed)
@@ -73,9 +74,12 @@ def true_value(
         )
         # The slot shifts all logits alike, so the order by value in the first slot is all but the best order.
         best_items[part] = np.argsort(-(p * bid * alive[part]), axis=1)[:, :slots]
-    ids = np.array([int(name) for name in funnel.items.ids])
+    # Behind the last of a list that is too short stands nothing, which earns nothing.
+    ids = np.array([*(int(name) for name in funnel.items.ids), NO_ROW])
     ranking = funnel.rank(batch_from_frame(first, dataset.schema), slots)
-    funnel_items = ids[ranking.items_UK.numpy()]
+    rows = np.full((count, slots), NO_ROW)
+    rows[:, : ranking.items_UK.shape[1]] = ranking.items_UK.numpy()
+    funnel_items = ids[rows]
     value, p_funnel = earned(funnel_items)
     result: dict[str, Any] = {
         "requests": count,
@@ -99,6 +103,7 @@ def true_value(
                     "best": bool(funnel_items[row, place] in best_items[row]),
                 }
                 for place in range(slots)
+                if funnel_items[row, place] != NO_ROW
             ],
         }
         for row in range(min(4, count))

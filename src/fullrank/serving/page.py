@@ -65,8 +65,7 @@ def page(content: Funnel | Scorer) -> str:
         facts = {
             "value": content.value.text,
             "retrieval": f"{content.retriever.name}, {content.retriever.cost():,} items",
-            "early stage": f"{content.early.name}, {content.sizes.retrieve:,} candidates",
-            "final stage": f"{content.final.name}, {content.sizes.keep:,} candidates",
+            **_stages(content),
             "tasks": tasks,
             "known users": f"{len(content.users):,}" if content.users is not None else "none",
         }
@@ -96,6 +95,16 @@ def page(content: Funnel | Scorer) -> str:
         "<p><a href=docs>API</a> · <a href=metrics>metrics</a></p>"
         f"<script>{script}{_SCRIPT}</script></html>"
     )
+
+
+def _stages(funnel: Funnel) -> dict[str, str]:
+    """What each stage after retrieval is, and how many candidates it gets."""
+    handed = (funnel.sizes.retrieve, *funnel.sizes.keeps(len(funnel.early)))
+    rankers = {**funnel.early, "final": funnel.final}
+    return {
+        f"{stage} stage": f"{ranker.name}, {count:,} candidates"
+        for (stage, ranker), count in zip(rankers.items(), handed, strict=True)
+    }
 
 
 def blank_row(scorer: Scorer) -> dict[str, Any]:
