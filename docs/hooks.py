@@ -1,7 +1,7 @@
 """Tables of configuration, made from the pydantic classes when the site is built; what mkdocs.yml calls a hook.
 
 A page of `fields/` asks by a line of its own: `{{ fields fullrank.training.recipe:Recipe }}`, or, for everything in a
-registry, `{{ rankers }}`, `{{ retrievers }}`, `{{ tables }}`.
+registry, `{{ rankers }}`, `{{ retrievers }}`, `{{ tables }}`. `{{ names }}` are those of `import fullrank`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+import fullrank
 from fullrank.embeddings import TABLE_KINDS, EmbeddingOptimizer, TableConfig
 from fullrank.fields import field_rows, type_text
 from fullrank.models import RANKERS, Ranker
@@ -58,6 +59,8 @@ def answer(question: str, page: str) -> str:
     Raises:
         ValueError: if there is no such thing.
     """
+    if question == "names":
+        return names()
     if question in LISTS:
         return "\n\n".join(registered(*LISTS[question], page))
     if question.startswith("fields "):
@@ -65,6 +68,17 @@ def answer(question: str, page: str) -> str:
         config = attrgetter(name)(import_module(module))
         return "\n\n".join(tables(config, places(config, page)))
     raise ValueError(f"{page}.md: there is nothing called {question!r} to put here")
+
+
+def names() -> str:
+    """What `import fullrank` offers, and where each thing is described."""
+    lines = ["| name | what |", "| --- | --- |"]
+    for name in fullrank.__all__:
+        thing = getattr(fullrank, name)
+        if not isinstance(thing, str):
+            first = cleandoc(thing.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+            lines.append(f"| [`fr.{name}`][{thing.__module__}.{name}] | {first} |")
+    return "\n".join(lines)
 
 
 def registered(things: Mapping[str, Any], base: type[BaseModel], page: str) -> Iterator[str]:

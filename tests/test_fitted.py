@@ -108,7 +108,7 @@ def test_a_funnel_recommends_reports_and_is_the_same_when_loaded(funnel: fr.Fitt
     assert found["item_id"].is_in(range(40)).all()
     assert fr.load(funnel.save(tmp_path / "bundle")).recommend(["u1", "never seen"], k=3).equals(found)
     assert "recall" in funnel.evaluate()
-    page = funnel.report(tmp_path / "report.html").read_text()
+    page = funnel.report(tmp_path / "new" / "report.html").read_text()
     assert "<svg" in page and "Normalized entropy" in page
 
 

@@ -155,10 +155,10 @@ class Fitted:
         """Write an HTML page with the metrics on a split of the dataset of training; the path."""
         dataset = self._own_dataset("report")
         facts = {"log": str(dataset.path), "ranker": repr(self)}
-        write_report(
-            Path(path), f"{self.ranker.name} on {split}", evaluate_funnel(self._content, dataset, split), facts
-        )
-        return Path(path)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_report(path, f"{self.ranker.name} on {split}", evaluate_funnel(self._content, dataset, split), facts)
+        return path
 
     def save(self, path: Path | str, *, overwrite: bool = False) -> Path:
         """Write a bundle, which `fullrank.load` opens and `fullrank serve` serves; the path.
