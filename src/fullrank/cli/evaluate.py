@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from fullrank.cli.options import ImportOption
+
 
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="The bundle directory.")],
@@ -15,6 +17,7 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="train, valid or test.")] = "test",
     requests: Annotated[int, typer.Option("--requests", min=1, help="Clicked rows to take recalls over.")] = 2000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of requests.")] = 0,
+    imports: ImportOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Metrics of every stage: NE, AUC, calibration, recall; on simulated data also against the oracle.
@@ -30,7 +33,9 @@ def evaluate(
     from fullrank.funnel.evaluation import evaluate_funnel
     from fullrank.funnel.funnel import Funnel
     from fullrank.funnel.true_value import true_value
+    from fullrank.registry import import_modules
 
+    import_modules(imports or (), "--import")
     funnel, dataset = load_bundle(bundle), Dataset.open(data)
     console = Console(stderr=True, markup=False)
     with console.status(f"evaluating {split}"):
