@@ -59,6 +59,16 @@ def test_rows_name_the_type_with_its_bounds_the_default_and_the_meaning() -> Non
     assert field_rows(Base)[1] == FieldRow("rate", "float", "required", "of the base; over two lines.")
 
 
+def test_a_default_that_is_a_configuration_says_what_differs_from_its_own_defaults() -> None:
+    from fullrank.funnel import FunnelConfig
+    from fullrank.funnel.training import FinalConfig
+
+    defaults = {row.name: row.default for row in (*field_rows(FunnelConfig), *field_rows(FinalConfig))}
+    assert defaults["retrieval"] == '{"name": "two_tower"}'
+    assert defaults["early"] == "[{}]"
+    assert defaults["model"] == '{"name": "din", "hidden": [128, 64], "batch_norm": true}'
+
+
 def test_a_docstring_may_begin_with_its_attributes() -> None:
     class Short(BaseModel):
         """Attributes:

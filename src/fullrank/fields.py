@@ -122,8 +122,4 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
-    if isinstance(value, str):
-        return json.dumps(value)
-    if isinstance(value, BaseModel):
-        return json.dumps(value.model_dump(mode="json", exclude_defaults=True))
-    return json.dumps(TypeAdapter(Any).dump_python(value, mode="json"))
+    return json.dumps(TypeAdapter(Any).dump_python(value, mode="json", exclude_defaults=True))

@@ -10,7 +10,15 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializationInfo,
+    SerializeAsAny,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 T = TypeVar("T")
@@ -150,8 +158,8 @@ class Spec(BaseModel):
         return {"name": value["name"], "config": config}
 
     @model_serializer
-    def _as_mapping(self) -> dict[str, Any]:
-        return {"name": self.name, **self.config.model_dump(mode="json")}
+    def _as_mapping(self, info: SerializationInfo) -> dict[str, Any]:
+        return {"name": self.name, **self.config.model_dump(mode="json", exclude_defaults=info.exclude_defaults)}
 
     @classmethod
     def of(cls, value: Self | str | Mapping[str, Any]) -> Self:
