@@ -112,6 +112,11 @@ def test_a_funnel_recommends_reports_and_is_the_same_when_loaded(funnel: fr.Fitt
     assert "<svg" in page and "Normalized entropy" in page
 
 
+def test_a_report_of_a_single_ranker(fitted: fr.Fitted, tmp_path: Path) -> None:
+    page = fitted.report(tmp_path / "report.html").read_text()
+    assert "<svg" in page and "Normalized entropy" in page and "final stage" not in page
+
+
 def test_wrong_use_is_one_line(tmp_path: Path) -> None:
     table = log(300, 1)
     with pytest.raises(ValueError, match="no label found"):

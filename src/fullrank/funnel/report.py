@@ -1,4 +1,4 @@
-"""One HTML page about a trained funnel: no script, no outside file, charts as inline SVG."""
+"""One HTML page about a trained funnel or ranker: no script, no outside file, charts as inline SVG."""
 
 from __future__ import annotations
 
@@ -53,13 +53,15 @@ def render(title: str, report: dict[str, Any], facts: dict[str, str]) -> str:
     task = next(iter(stages["final"]))
     final, early = stages["final"][task], {stage: tasks[task] for stage, tasks in stages.items() if stage != "final"}
     recall, value = report.get("recall", {}), report.get("true_value")
+    judge = "final stage" if "recall" in report else "ranker"
+    against = " against the oracle" if "oracle_ne" in final else ""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>{escape(title)}</title><style>{_STYLE}</style><h1>{escape(title)}</h1>",
         f"<p class=soft>Measured on the {escape(report['split'])} split: {report['rows']:,} impressions that come "
         "after everything the models were trained on.</p>",
-        _cards(final, recall, value),
-        f"<h2>Each stage against the oracle: {escape(task)}</h2>",
+        _cards(judge, final, recall, value),
+        f"<h2>{'Each stage' if early else f'The {judge}'}{against}: {escape(task)}</h2>",
         "<p>Normalized entropy is the cross-entropy of the predictions over that of always predicting the mean rate: "
         "1 is the mean, lower is better. The oracle predicts the true probability of every impression; what remains "
         "there is chance, and no model can go below it.</p>"
@@ -67,12 +69,12 @@ def render(title: str, report: dict[str, Any], facts: dict[str, str]) -> str:
         else "<p>Normalized entropy is the cross-entropy of the predictions over that of always predicting the mean "
         "rate: 1 is the mean, lower is better.</p>",
         "<div class=pair>",
-        _bars("Normalized entropy", _stage_bars("ne", early, final, 1.0), low=_floor(early, final)),
-        _bars("AUC", _stage_bars("auc", early, final, 0.5), low=0.5),
+        _bars("Normalized entropy", _stage_bars("ne", early, judge, final, 1.0), low=_floor(early, final)),
+        _bars("AUC", _stage_bars("auc", early, judge, final, 0.5), low=0.5),
         "</div>",
         _task_table(stages),
-        "<h2>Calibration and recall</h2><div class=pair>",
-        _calibration(report["calibration_curve"]) if "calibration_curve" in report else "",
+        f"<h2>Calibration{' and recall' if recall else ''}</h2><div class=pair>",
+        _calibration(judge, report["calibration_curve"]) if "calibration_curve" in report else "",
         _recall_chart(recall, list(early)) if recall else "",
         "</div>",
         _early_text(report.get("early_recall", {})),
@@ -84,12 +86,12 @@ def render(title: str, report: dict[str, Any], facts: dict[str, str]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _cards(final: dict[str, float], recall: dict[str, float], value: dict[str, Any] | None) -> str:
-    cards = [(f"{final['ne']:.4f}", "normalized entropy, final stage")]
+def _cards(judge: str, final: dict[str, float], recall: dict[str, float], value: dict[str, Any] | None) -> str:
+    cards = [(f"{final['ne']:.4f}", f"normalized entropy, {judge}")]
     if "oracle_ne" in final:
-        cards[0] = (cards[0][0], f"normalized entropy, final stage; the oracle has {final['oracle_ne']:.4f}")
+        cards[0] = (cards[0][0], f"normalized entropy, {judge}; the oracle has {final['oracle_ne']:.4f}")
         cards.append((f"{final['gap_closed']:.0%}", "of the way from the mean to the oracle"))
-    cards.append((f"{final['auc']:.4f}", "AUC, final stage"))
+    cards.append((f"{final['auc']:.4f}", f"AUC, {judge}"))
     cards.append((f"{final['calibration']:.3f}", "predicted over observed clicks; 1 is unbiased"))
     if "retrieval_at_100" in recall:
         cards.append((f"{recall['retrieval_at_100']:.0%}", "recall@100 of retrieval"))
@@ -99,10 +101,12 @@ def _cards(final: dict[str, float], recall: dict[str, float], value: dict[str, A
     return f"<div class=cards>{items}</div>"
 
 
-def _stage_bars(metric: str, early: dict[str, dict[str, float]], final: dict[str, float], mean: float) -> list[Bar]:
+def _stage_bars(
+    metric: str, early: dict[str, dict[str, float]], judge: str, final: dict[str, float], mean: float
+) -> list[Bar]:
     bars = [("predict the mean", mean, "soft")]
     bars += [(f"{stage} stage", values[metric], "second") for stage, values in early.items()]
-    bars.append(("final stage", final[metric], "main"))
+    bars.append((judge, final[metric], "main"))
     if f"oracle_{metric}" in final:
         bars.append(("oracle", final[f"oracle_{metric}"], "good"))
     return bars
@@ -151,7 +155,7 @@ def _step(span: float) -> float:
     return max(power * digit for digit in (1, 2, 5) if power * digit <= span / 2 * (1 + 1e-9))
 
 
-def _calibration(curve: dict[str, list[float]]) -> str:
+def _calibration(judge: str, curve: dict[str, list[float]]) -> str:
     """Predicted against observed rate of ten equal bins, both axes logarithmic."""
     points = [(p, o) for p, o in zip(curve["predicted"], curve["observed"], strict=True) if p > 0]
     positive = [number for pair in points for number in pair if number > 0]
@@ -191,7 +195,7 @@ def _calibration(curve: dict[str, list[float]]) -> str:
     )
     return (
         f"<figure><svg viewBox='0 0 {width} {height}' role=img aria-label='Calibration'>{''.join(drawn)}</svg>"
-        "<figcaption>Calibration of the final stage: observed rate (up) against predicted rate, in ten bins of "
+        f"<figcaption>Calibration of the {judge}: observed rate (up) against predicted rate, in ten bins of "
         "equally many impressions.</figcaption></figure>"
     )
 
