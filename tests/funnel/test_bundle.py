@@ -43,6 +43,16 @@ def test_an_opened_bundle_answers_as_the_funnel_that_was_saved(funnel: Funnel, s
     assert read_manifest(saved).about == {"seed": 3}
 
 
+def test_a_bundle_of_the_first_version_is_read(funnel: Funnel, bundle: Path) -> None:
+    def older(manifest: dict[str, Any]) -> None:
+        manifest["version"] = 1
+        for stage in manifest["stages"]:
+            del stage["defined_in"]
+
+    change(bundle, older)
+    assert load_bundle(bundle).recommend([Request(3)], 5) == funnel.recommend([Request(3)], 5)
+
+
 def test_every_single_changed_byte_is_refused_and_named(saved: Path, bundle: Path) -> None:
     for name in json.loads((saved / "manifest.json").read_text())["files"]:
         content = (saved / name).read_bytes()
@@ -89,8 +99,8 @@ def test_a_link_out_of_the_bundle_is_refused(bundle: Path, name: str) -> None:
     ("edit", "message"),
     [
         (
-            lambda m: m.update(version=2, made_by="fullrank 9"),
-            "version is 2 (made by fullrank 9), this release reads 1",
+            lambda m: m.update(version=9, made_by="fullrank 9"),
+            "version is 9 (made by fullrank 9), this release reads 1 and 2",
         ),
         (lambda m: m.update(extra=1), "extra: unknown key"),
         (lambda m: m.pop("stages"), "stages: Field required"),

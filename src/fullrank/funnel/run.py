@@ -36,7 +36,15 @@ def run_funnel(
             progress(f"training {stage}", step, steps, loss)
 
     begin = time.perf_counter()
-    funnel, results = train_funnel(dataset, config, run_directory=directory, progress=tell)
+    funnel, results = train_funnel(
+        dataset,
+        config,
+        workers=recipe.data.workers,
+        extra=recipe.data.extra,
+        run_directory=directory,
+        resume=resume,
+        progress=tell,
+    )
     fitted = time.perf_counter() - begin
     splits = [split for split in ("valid", "test") if split in dataset.splits and dataset.rows(split)]
     metrics: dict[str, Any] = {split: evaluate_funnel(funnel, dataset, split) for split in splits}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -11,7 +11,6 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fullrank.data.dataset import Dataset
-from fullrank.data.loader import Loader
 from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.funnel.catalogue import Catalogue, all_rows, usual_context, with_market
 from fullrank.funnel.funnel import Funnel
@@ -20,7 +19,8 @@ from fullrank.funnel.value import ValueFormula, default_formula, formula_names
 from fullrank.models import Ranker, RankerSpec
 from fullrank.registry import Spec
 from fullrank.retrieval import RetrieverSpec
-from fullrank.training import Trainer, TrainerConfig, TrainingResult
+from fullrank.training import TrainerConfig, TrainingResult
+from fullrank.training.run import STAGES, fit_ranker
 
 
 def _called(name: str) -> BeforeValidator:
@@ -130,13 +130,20 @@ def train_funnel(
     dataset: Dataset,
     config: FunnelConfig | None = None,
     *,
+    workers: int = 1,
+    extra: Sequence[str] = (),
     run_directory: Path | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Funnel, dict[str, TrainingResult]]:
     """Train retrieval, early stages and final stage on the training part of a log.
 
     Args:
-        run_directory: where checkpoints of the rankers go.
+        workers: threads that put training batches together.
+        extra: further columns of the dataset that rankers are trained with.
+        run_directory: where checkpoints of the rankers go, into `stages/<stage>`.
+        resume: continue each ranker from its newest checkpoint there; one that was finished is so at once. Retrieval
+            has none and is trained again.
 
     Returns:
         The funnel, with the active items indexed, and what happened in training the rankers, by stage.
@@ -168,15 +175,17 @@ def train_funnel(
     def fitted(stage: str, settings: EarlyConfig | FinalConfig) -> Ranker:
         torch.manual_seed(config.seed)
         model = settings.model.build(schema)
-        training = settings.training
-        # A last batch of one row would have no variance for batch norm to learn from.
-        lonely = dataset.rows("train") % training.batch_size == 1
-        train = Loader(dataset, "train", training.batch_size, shuffle=True, seed=training.seed, drop_last=lonely)
-        has_valid = "valid" in dataset.splits and dataset.rows("valid") > 0
-        valid = Loader(dataset, "valid", 4 * training.batch_size) if has_valid else None
-        run = None if run_directory is None else run_directory / stage
-        results[stage] = Trainer(training, settings.embedding).fit(
-            model, train, valid, run_directory=run, progress=report(stage)
+        place = None if run_directory is None else run_directory / STAGES / stage
+        results[stage] = fit_ranker(
+            model,
+            dataset,
+            settings.training,
+            settings.embedding,
+            workers=workers,
+            extra=extra,
+            directory=place,
+            resume=resume,
+            progress=report(stage),
         )
         return model
 

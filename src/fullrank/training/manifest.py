@@ -15,7 +15,9 @@ import fullrank
 from fullrank.data import atomic
 from fullrank.schema import describe_errors
 
-VERSION = 1
+VERSION = 2
+# The first had no module of a class, and in a funnel one early stage.
+READABLE = (1, VERSION)
 MANIFEST = "manifest.json"
 # A manifest is a few kilobytes; nobody waits for one that fills the memory.
 LARGEST_MANIFEST = 16 << 20
@@ -111,9 +113,10 @@ def read_manifest(path: Path) -> Manifest:
         version = values["version"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{manifest_path} is damaged: {error!r}") from None
-    if version != VERSION:
+    if version not in READABLE:
         maker = f" (made by {values['made_by']})" if isinstance(values.get("made_by"), str) else ""
-        raise ValueError(f"{manifest_path}: version is {version!r}{maker[:80]}, this release reads {VERSION}")
+        readable = " and ".join(map(str, READABLE))
+        raise ValueError(f"{manifest_path}: version is {version!r}{maker[:80]}, this release reads {readable}")
     try:
         manifest = Manifest.model_validate(values)
     except ValidationError as error:

@@ -51,11 +51,13 @@ class DataSpec(Section):
         dataset: a dataset directory; made from `source` first if it does not exist yet.
         source: the log.
         workers: threads that put training batches together.
+        extra: further columns of the dataset that a model or a loss wants, for `Batch.extra`; kept by the import.
     """
 
     dataset: Path
     source: ImportSpec | None = None
     workers: int = Field(default=1, ge=0)
+    extra: tuple[str, ...] = ()
 
 
 class Recipe(Section):

@@ -33,6 +33,9 @@ from fullrank.training.trainer import Trainer, TrainingResult
 # Told what is going on, the step, the number of steps (0 if unknown) and the loss (NaN if there is none).
 Progress = Callable[[str, int, int, float], None]
 
+# Where a run of several rankers has the checkpoints of each.
+STAGES = "stages"
+
 
 @dataclass
 class Report:
@@ -154,13 +157,14 @@ def run_model(
         training,
         recipe.embedding,
         workers=recipe.data.workers,
+        extra=recipe.data.extra,
         directory=directory,
         resume=resume,
         progress=tell,
     )
     metrics = {"valid": result.best_tasks} if _has(dataset, "valid") else {}
     if _has(dataset, "test"):
-        metrics["test"] = evaluate(model, Loader(dataset, "test", 2 * training.batch_size))
+        metrics["test"] = evaluate(model, Loader(dataset, "test", 2 * training.batch_size, extra=recipe.data.extra))
     bundle = None
     if directory is not None:
         bundle = directory / "model"
@@ -189,6 +193,7 @@ def train_ranker(
     embedding: EmbeddingOptimizer | None = None,
     *,
     workers: int = 1,
+    extra: Sequence[str] = (),
     directory: Path | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
@@ -205,6 +210,7 @@ def train_ranker(
         training,
         embedding,
         workers=workers,
+        extra=extra,
         directory=directory,
         resume=resume,
         callbacks=callbacks,
@@ -221,6 +227,7 @@ def fit_ranker(
     embedding: EmbeddingOptimizer | None = None,
     *,
     workers: int = 1,
+    extra: Sequence[str] = (),
     directory: Path | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
@@ -231,6 +238,7 @@ def fit_ranker(
 
     Args:
         workers: threads that put training batches together.
+        extra: further columns of the dataset, for `Batch.extra`.
         directory: where checkpoints go.
 
     Raises:
@@ -240,15 +248,26 @@ def fit_ranker(
     rows = dataset.rows("train")
     lonely = rows > 1 and rows % training.batch_size == 1
     train = Loader(
-        dataset, "train", training.batch_size, shuffle=True, seed=training.seed, workers=workers, drop_last=lonely
+        dataset,
+        "train",
+        training.batch_size,
+        shuffle=True,
+        seed=training.seed,
+        workers=workers,
+        drop_last=lonely,
+        extra=extra,
     )
-    valid = Loader(dataset, "valid", 2 * training.batch_size) if _has(dataset, "valid") else None
+    valid = Loader(dataset, "valid", 2 * training.batch_size, extra=extra) if _has(dataset, "valid") else None
     trainer = Trainer(training, embedding, callbacks, engine)
     return trainer.fit(model, train, valid, run_directory=directory, resume=resume, progress=progress)
 
 
 def open_dataset(data: DataSpec, progress: Progress | None = None) -> Dataset:
-    """The dataset of a recipe, imported first if it is not there yet."""
+    """The dataset of a recipe, imported first if it is not there yet, with its further columns.
+
+    Raises:
+        ValueError: if the log cannot be imported, or the dataset is damaged or lacks a further column.
+    """
     place, source = data.dataset, data.source
     if source is not None and not place.exists():
 
@@ -265,11 +284,26 @@ def open_dataset(data: DataSpec, progress: Progress | None = None) -> Dataset:
             place,
             schema=schema,
             split=source.split,
+            keep=_kept(data.extra, schema),
             max_bad=source.max_bad,
             progress=show,
         )
         return_freed_memory()
-    return Dataset.open(place)
+    dataset = Dataset.open(place)
+    columns = dataset.scan(dataset.splits[0]).collect_schema().names() if data.extra else []
+    for name in data.extra:
+        if name not in columns:
+            kept = ", ".join(dataset.extra) or "none"
+            raise ValueError(f'data.extra: {place} has no column "{name}"; further columns that were kept: {kept}')
+    return dataset
+
+
+def _kept(extra: Sequence[str], schema: Schema | None) -> list[str]:
+    """Those of the further columns that a dataset has only if its import is told to keep them."""
+    own: set[object] = set()
+    if schema is not None:
+        own |= {feature.name for feature in (*schema.features, *schema.labels)} | set(schema.keys.model_dump().values())
+    return [name for name in extra if name not in own and not name.startswith("__")]
 
 
 def defined(value: Any) -> Any:
@@ -286,7 +320,7 @@ def _has(dataset: Dataset, split: str) -> bool:
 
 
 def _make_way(directory: Path, *, resume: bool, overwrite: bool) -> None:
-    names = ("checkpoints", "model", "bundle", "metrics.json")
+    names = ("checkpoints", STAGES, "model", "bundle", "metrics.json")
     earlier = [directory / name for name in names if (directory / name).exists()]
     if not earlier or resume:
         return
