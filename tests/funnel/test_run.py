@@ -46,3 +46,22 @@ def test_a_run_that_was_cut_off_between_stages_is_continued(
     assert resumed.metrics == whole.metrics
     again = runs.run(recipe, tmp_path / "run", overwrite=True)
     assert again.content.recommend(asked, 10) == whole.content.recommend(asked, 10)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"retrieval": {"output": 8}}, 'funnel.retrieval.output: unknown key; did you mean "output_dim"?'),
+        ({"early": {"model": {"hiden": [8]}}}, 'funnel.early.0.model.hiden: unknown key; did you mean "hidden"?'),
+        ({"early": [{"kept": 8}]}, 'funnel.early.0.kept: unknown key; did you mean "keep"?'),
+        ({"final": {"model": {"hiden": [8]}}}, "funnel.final.model.name: expected one of lr, fm"),
+        ({"sizes": {"keep": "few"}}, "funnel.sizes.keep: expected an integer >= 1, or a list of them, got 'few'"),
+    ],
+)
+def test_what_is_wrong_in_a_section_is_one_line_with_its_place(
+    dataset: Dataset, section: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        runs.run({"data": {"dataset": dataset.path}, "funnel": section}, source="r.yaml")
+    assert str(caught.value).startswith(f"r.yaml: {message}")
+    assert "\n" not in str(caught.value)

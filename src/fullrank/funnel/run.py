@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from fullrank.data.dataset import Dataset
 from fullrank.funnel.bundle import save_bundle
 from fullrank.funnel.evaluation import evaluate_funnel
-from fullrank.funnel.training import FunnelConfig, train_funnel
+from fullrank.funnel.training import FunnelConfig, train_funnel, written_out
 from fullrank.training.recipe import Recipe, explain
 from fullrank.training.run import Progress, Report, defined
 
@@ -26,10 +26,11 @@ def run_funnel(
     progress: Progress | None = None,
 ) -> Report:
     """Train the stages of a recipe's section `funnel`, evaluate them, and save them as `<directory>/bundle`."""
+    section = written_out(recipe.funnel)
     try:
-        config = FunnelConfig.model_validate(recipe.funnel)
+        config = FunnelConfig.model_validate(section)
     except ValidationError as error:
-        raise ValueError(explain(error, f"{source}: funnel", FunnelConfig, recipe.funnel, separator=".")) from None
+        raise ValueError(explain(error, f"{source}: funnel", FunnelConfig, section, separator=".")) from None
 
     def tell(stage: str, step: int, steps: int, loss: float) -> None:
         if progress is not None:

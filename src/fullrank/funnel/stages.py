@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from fullrank.batch import Batch
@@ -30,7 +30,15 @@ class StageSizes(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     retrieve: int = Field(default=1000, ge=1)
-    keep: PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=2)] = 200
+    keep: int | tuple[int, ...] = 200
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _sizes(cls, value: Any) -> Any:
+        sizes = value if isinstance(value, list | tuple) and value else [value]
+        if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in sizes):
+            raise ValueError(f"expected an integer >= 1, or a list of them, got {value!r}")
+        return sizes[0] if len(sizes) == 1 else tuple(sizes)
 
     def keeps(self, stages: int) -> tuple[int, ...]:
         """What each of so many early stages hands on.

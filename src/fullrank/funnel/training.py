@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -22,16 +23,24 @@ from fullrank.retrieval import RetrieverSpec
 from fullrank.training import TrainerConfig, TrainingResult
 from fullrank.training.run import STAGES, fit_ranker
 
+# What a stage is that does not say it.
+RETRIEVAL_KIND, EARLY_KIND = "two_tower", "early_stage"
 
-def _called(name: str) -> BeforeValidator:
+
+def _named(name: str, value: Any) -> Any:
     """What is given without a name is of this kind; so is a Config alone."""
+    if isinstance(value, BaseModel) and not isinstance(value, Spec):
+        return {"name": name, "config": value}
+    return {"name": name, **value} if isinstance(value, Mapping) and "name" not in value else value
 
-    def named(value: Any) -> Any:
-        if isinstance(value, BaseModel) and not isinstance(value, Spec):
-            return {"name": name, "config": value}
-        return {"name": name, **value} if isinstance(value, Mapping) and "name" not in value else value
 
-    return BeforeValidator(named)
+def _usually(name: str) -> BeforeValidator:
+    return BeforeValidator(partial(_named, name))
+
+
+def _listed(value: Any) -> Any:
+    """One early stage may stand alone."""
+    return [value] if isinstance(value, Mapping | EarlyConfig) else value
 
 
 class EarlyConfig(BaseModel):
@@ -48,7 +57,7 @@ class EarlyConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "early"
-    model: Annotated[RankerSpec, _called("early_stage")] = RankerSpec.of("early_stage")
+    model: Annotated[RankerSpec, _usually(EARLY_KIND)] = RankerSpec.of(EARLY_KIND)
     training: TrainerConfig = TrainerConfig(batch_size=4096, learning_rate=2e-3, monitor="ne")
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
     keep: int | None = Field(default=None, ge=1)
@@ -85,11 +94,10 @@ class FunnelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    retrieval: Annotated[RetrieverSpec, _called("two_tower")] = RetrieverSpec.of("two_tower")
-    early: Annotated[
-        tuple[EarlyConfig, ...],
-        BeforeValidator(lambda value: (value,) if isinstance(value, Mapping | EarlyConfig) else value),
-    ] = (EarlyConfig(),)
+    retrieval: Annotated[RetrieverSpec, BeforeValidator(partial(_named, RETRIEVAL_KIND))] = RetrieverSpec.of(
+        RETRIEVAL_KIND
+    )
+    early: Annotated[tuple[EarlyConfig, ...], BeforeValidator(_listed)] = (EarlyConfig(),)
     final: FinalConfig = FinalConfig()
     sizes: StageSizes = StageSizes()
     value: str | None = None
@@ -120,6 +128,22 @@ class FunnelConfig(BaseModel):
         if len(known) < len(keeps):
             raise ValueError("each of several early stages needs a keep: how many items it hands on")
         return StageSizes(retrieve=self.sizes.retrieve, keep=known if several else known[0])
+
+
+def written_out(section: Any) -> Any:
+    """The section of a recipe with all that `FunnelConfig` takes as said."""
+    if not isinstance(section, Mapping):
+        return section
+    written = dict(section)
+    if "retrieval" in written:
+        written["retrieval"] = _named(RETRIEVAL_KIND, written["retrieval"])
+    if isinstance(stages := _listed(written.get("early")), list | tuple):
+        with_model = [isinstance(stage, Mapping) and "model" in stage for stage in stages]
+        written["early"] = [
+            {**stage, "model": _named(EARLY_KIND, stage["model"])} if named else stage
+            for stage, named in zip(stages, with_model, strict=True)
+        ]
+    return written
 
 
 # Told the stage, the step, the number of steps and the loss.

@@ -149,8 +149,9 @@ def explain(error: ValidationError, place: str, base: type[BaseModel], values: A
                 found = _within(found, step)
                 if isinstance(step, str) and owner is not None:
                     owner = _section(owner, step)
-                if owner is not None and issubclass(owner, Spec):
-                    owner = owner.registry[found["name"]].Config if isinstance(found, Mapping) else owner
+                if owner is not None and issubclass(owner, Spec) and isinstance(found, Mapping):
+                    name = found.get("name")
+                    owner = owner.registry[str(name)].Config if name in owner.registry else None
             wrong = str(item["loc"][-1])
             known = list(owner.model_fields) if owner is not None else []
             elsewhere = [f"{section}.{wrong}" for section, keys in _sections(base) if wrong in keys]
