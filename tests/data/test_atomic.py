@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -64,3 +65,54 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(tmp_path
         pass
     assert not dead.exists()
     assert living.exists()
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_wherever_an_overwrite_is_killed_a_whole_directory_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+
+    class Killed(BaseException):
+        pass
+
+    for killed_at in range(6):
+        final = tmp_path / f"home{killed_at}" / "data"
+        with atomic.new_directory(final) as partial:
+            (partial / "which").write_text("old")
+        left = [killed_at]
+
+        def dying(call: object, left: list[int] = left) -> object:
+            def called(*arguments: object, **more: object) -> object:
+                if not left[0]:
+                    raise Killed
+                left[0] -= 1
+                return call(*arguments, **more)  # type: ignore[operator]
+
+            return called
+
+        with monkeypatch.context() as patch:
+            # The dead do nothing more: from the fatal call on, no name is changed and nothing removed.
+            for module, name in ((os, "rename"), (atomic, "_exchange"), (atomic.shutil, "rmtree")):
+                patch.setattr(module, name, dying(getattr(module, name)))
+            with contextlib.suppress(Killed), atomic.new_directory(final, overwrite=True) as partial:
+                (partial / "which").write_text("new")
+        for leftover in final.parent.glob(".data.partial*"):
+            leftover.rename(leftover.with_name(leftover.name.replace(str(os.getpid()), "999999999")))
+        with contextlib.suppress(RuntimeError), atomic.new_directory(final, overwrite=True):
+            raise RuntimeError("the next command fails")
+        assert (final / "which").read_text() in ("old", "new")
+        assert list(final.parent.iterdir()) == [final]
+
+
+def test_a_file_or_a_link_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("notes")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    before = sorted(tmp_path.iterdir())
+    for name, what in (("file", "is a file"), ("link", "is a symbolic link"), ("dangling", "is a symbolic link")):
+        with pytest.raises(ValueError, match=what), atomic.new_directory(tmp_path / name, overwrite=True):
+            pytest.fail("nothing should be built")
+    assert sorted(tmp_path.iterdir()) == before

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from fullrank.data.dataset import Dataset
+    from fullrank.data.formats.options import ReadOptions
 
 app = typer.Typer(
     help="Make datasets: import a log, simulate one, look at a file.",
@@ -24,6 +25,19 @@ app = typer.Typer(
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+SeparatorOption = Annotated[
+    str | None, typer.Option("--separator", help='Between fields of text, such as ";", "::", tab. Default: guessed.')
+]
+EncodingOption = Annotated[
+    str | None, typer.Option("--encoding", help="Of text, such as latin-1. Default: UTF-8, or what the file says.")
+]
+QuoteOption = Annotated[
+    str | None, typer.Option("--quote", help='Character around texts that hold separators, or none. Default: ".')
+]
+HeaderOption = Annotated[bool, typer.Option("--no-header", help="The first line holds values, not names.")]
+ColumnsOption = Annotated[
+    str | None, typer.Option("--columns", metavar="NAME,...", help="Names of all columns, in order.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 
 
@@ -47,6 +61,11 @@ def import_(
     split_column: Annotated[
         str | None, typer.Option("--split-column", help='Column with train, valid or test, for "given".')
     ] = None,
+    separator: SeparatorOption = None,
+    encoding: EncodingOption = None,
+    quote: QuoteOption = None,
+    no_header: HeaderOption = False,
+    columns: ColumnsOption = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,6 +95,7 @@ def import_(
     from fullrank.schema import Schema, describe_errors
 
     import_modules(imports or (), "--import")
+    options = _read_options(separator, encoding, quote, columns, header=not no_header)
     began = time.perf_counter()
     values: dict[str, Any] = {"kind": split, "valid": valid, "test": test, "seed": seed, "column": split_column}
     values["protocol"] = protocol
@@ -95,6 +115,7 @@ def import_(
             out,
             schema=None if schema is None else Schema.read(schema),
             split=spec,
+            options=options,
             keep=tuple(dict.fromkeys(keep or ())),
             max_bad=max_bad,
             overwrite=overwrite,
@@ -151,6 +172,11 @@ def inspect(
         str | None, typer.Option("--format", help="Default: parquet for .parquet, csv for anything else.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the schema to this file.")] = None,
+    separator: SeparatorOption = None,
+    encoding: EncodingOption = None,
+    quote: QuoteOption = None,
+    no_header: HeaderOption = False,
+    columns: ColumnsOption = None,
     imports: ImportOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -160,36 +186,52 @@ def inspect(
     """
     from fullrank.data import atomic
     from fullrank.data.formats import open_format, usual_format
-    from fullrank.data.formats.base import Sampled
+    from fullrank.data.formats.base import Noted, Sampled
     from fullrank.data.inference import ColumnProfile, profile
     from fullrank.registry import import_modules
 
     import_modules(imports or (), "--import")
-    source = open_format(format or usual_format(file))
+    options = _read_options(separator, encoding, quote, columns, header=not no_header)
+    source = open_format(format or usual_format(file), options)
     if not file.exists():
         raise ValueError(f"{file} does not exist")
     rows = 0
-    columns: list[ColumnProfile] = []
+    profiles: list[ColumnProfile] = []
     if isinstance(source, Sampled):
         sample = source.sample(file)
         rows = sample.height
-        schema, columns = profile(sample)
+        schema, profiles = profile(sample)
     else:
         schema = source.default_schema(file)
+    notes = source.notes(file) if isinstance(source, Noted) else []
     if out is not None:
         atomic.write_text(out, schema.to_json())
     if as_json:
-        listed = [vars(column) for column in columns]
-        print(json.dumps({"rows_seen": rows, "columns": listed, "schema": schema.model_dump()}))
+        listed = [vars(column) for column in profiles]
+        print(json.dumps({"rows_seen": rows, "notes": notes, "columns": listed, "schema": schema.model_dump()}))
         return
-    if columns:
-        _print_columns(columns, file, rows)
+    if profiles:
+        _print_columns(profiles, file, rows)
+    for note in notes:
+        print(note, file=sys.stderr)
     if out is None:
         print(schema.to_json(), end="")
     else:
         print(f"schema written to {out}", file=sys.stderr)
     if not schema.labels:
         print('no label found: add one to "labels", such as {"name": "click"}', file=sys.stderr)
+
+
+def _read_options(
+    separator: str | None, encoding: str | None, quote: str | None, columns: str | None, *, header: bool
+) -> ReadOptions:
+    from fullrank.data.formats.options import ReadOptions
+
+    given: dict[str, Any] = {"separator": separator, "encoding": encoding, "quote": quote}
+    given = {name: value for name, value in given.items() if value is not None}
+    if columns is not None:
+        given["columns"] = tuple(columns.split(","))
+    return ReadOptions.of(**given, **({} if header else {"header": False}))
 
 
 def _print_columns(columns: list[Any], file: Path, rows: int) -> None:

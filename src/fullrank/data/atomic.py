@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+# Of Linux's renameat2.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -42,24 +47,28 @@ def write_text(path: Path, content: str) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `path` to be filled; it is renamed to `path` when the block ends without an exception.
+    """A temporary sibling of `path` to be filled; it takes the name `path` when the block ends without an exception.
 
-    Siblings left by a process that was killed while it built the same `path` are removed first. A sibling of a
-    process that still runs is left alone.
+    Whenever the process is killed, the old or the new directory is whole under its name, or, where the system cannot
+    exchange two directories in one step and the kill fell between two steps, it is put back under it by the next call.
+    Siblings left by a process that was killed while it built the same `path` are removed. A sibling of a process that
+    still runs is left alone.
 
     Args:
         path: the final name.
         overwrite: replace an existing directory, which stays in place until the new one is complete.
 
     Raises:
-        ValueError: if `path` exists and `overwrite` is not set.
+        ValueError: if `path` exists and `overwrite` is not set, or is a file or a symbolic link.
     """
+    if path.is_symlink():
+        raise ValueError(f"{path} is a symbolic link: name the directory itself, or choose another name")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, and a directory is to be made: choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(path)
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists already: choose another name or pass --overwrite")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.partial-*"):
-        if not _is_running(leftover.name.rpartition("-")[2]):
-            shutil.rmtree(leftover, ignore_errors=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -70,19 +79,48 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 with open(os.path.join(parent, name), "rb") as file:
                     os.fsync(file.fileno())
             _sync_directory(Path(parent))
-        if path.exists():
-            # A directory cannot be replaced in one step; the old one is moved aside first, so that a crash in
-            # between leaves it recoverable under the hidden name rather than half deleted.
-            aside = path.with_name(f".{path.name}.partial-old-{os.getpid()}")
-            os.rename(path, aside)
+        if not path.exists():
             os.rename(partial, path)
-            shutil.rmtree(aside)
+        elif _exchange(partial, path):
+            shutil.rmtree(partial, ignore_errors=True)
         else:
-            os.rename(partial, path)
+            _replace_in_two_steps(partial, path)
         _sync_directory(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Put back a directory that was moved aside for one that never came, and remove what else killed processes left."""
+    for leftover in sorted(path.parent.glob(f".{glob.escape(path.name)}.partial-*")):
+        if _is_running(leftover.name.rpartition("-")[2]):
+            continue
+        if leftover.name.startswith(f".{path.name}.partial-old-") and not path.exists():
+            os.rename(leftover, path)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange the names of two directories in one step; False where the system or its file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0)
+
+
+def _replace_in_two_steps(partial: Path, path: Path) -> None:
+    aside = path.with_name(f".{path.name}.partial-old-{os.getpid()}")
+    os.rename(path, aside)
+    try:
+        os.rename(partial, path)
+    except BaseException:
+        if not path.exists():
+            os.rename(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _is_running(process: str) -> bool:

@@ -20,6 +20,7 @@ from fullrank.data.checks import check
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
 from fullrank.data.formats import open_format, usual_format
 from fullrank.data.formats.base import Format, Sampled
+from fullrank.data.formats.options import ReadOptions
 from fullrank.data.frames import FrameLog, polars_frame
 from fullrank.data.inference import infer_schema
 from fullrank.data.raw import RawChunk, rejected_text
@@ -101,6 +102,7 @@ class Dataset:
         timestamp: str | None = None,
         path: Path | str | None = None,
         split: SplitSpec | str | None = None,
+        options: ReadOptions | None = None,
         keep: Collection[str] = (),
         max_bad: float = 0.001,
         overwrite: bool = False,
@@ -118,6 +120,7 @@ class Dataset:
             path: the directory to make. Default: a temporary one, which is deleted with the returned object; a frame
                 that `scan` gives lazily has to be collected before.
             split: the kind of split, or all of it. Default: by time if there is a timestamp, else at random.
+            options: how a text file is laid out, where that is not to be guessed.
             keep: further columns to have in the dataset; see `import_dataset`.
             max_bad: share of bad rows above which it fails.
             overwrite: replace an existing dataset at `path`.
@@ -133,13 +136,15 @@ class Dataset:
         if isinstance(frame, (str, Path)):
             place = Path(frame)
             if (place / "dataset.json").is_file():
-                if schema or labels or keys or path or split or keep:
+                if schema or labels or keys or path or split or options or keep:
                     raise ValueError(f"{place} is a dataset already: its labels, keys, columns and split are made")
                 return cls.open(place)
             if not place.exists():
                 raise ValueError(f"{place} does not exist")
-            source = open_format(usual_format(place))
+            source = open_format(usual_format(place), options)
         else:
+            if options is not None:
+                raise ValueError("options are for files of text: the columns of a table are known")
             place = Path("table")
             source = FrameLog(polars_frame(frame))
         if schema is None:

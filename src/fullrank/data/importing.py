@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fullrank.data.dataset import Dataset
 from fullrank.data.formats import open_format
+from fullrank.data.formats.options import ReadOptions
 from fullrank.data.reading import read_log
 from fullrank.data.splits import SplitSpec
 from fullrank.schema import Schema
@@ -19,6 +20,7 @@ def import_dataset(
     *,
     schema: Schema | None = None,
     split: SplitSpec | None = None,
+    options: ReadOptions | None = None,
     keep: Collection[str] = (),
     max_bad: float = 0.001,
     overwrite: bool = False,
@@ -36,6 +38,7 @@ def import_dataset(
         schema: what to read; the format's own when omitted.
         split: when the source comes already split into files, only the share of validation rows (where it has no file
             of them) and the protocol.
+        options: how a text file is laid out, where that is not to be guessed.
         keep: further columns of the log to have in the dataset, and not as features: numbers (int64 if all are whole
             and none is missing, else float32), or lists of equally many numbers. What is not such a number is a bad
             row.
@@ -48,7 +51,7 @@ def import_dataset(
             listed in `<out>.rejected.tsv`.
     """
     path, out = Path(path), Path(out)
-    source = open_format(format)
+    source = open_format(format, options)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     schema = schema or source.default_schema(path).without(keep)

@@ -14,6 +14,7 @@ from fullrank.data.building import DatasetBuilder, encoded_columns
 from fullrank.data.checks import check
 from fullrank.data.chunk import Chunk
 from fullrank.data.formats.base import Format, SplitsRows
+from fullrank.data.formats.lines import ENCODING_CURE
 from fullrank.data.formats.published import fingerprints
 from fullrank.data.held_out import validation
 from fullrank.data.lookahead import prefetched
@@ -135,10 +136,11 @@ def _check_rejected(path: Path, builder: DatasetBuilder, max_bad: float, row_nam
     if report is not None:
         atomic.replace(rejected.path, report)
     limit = "max_bad" if report is None else "--max-bad"
+    cure = f"; {ENCODING_CURE}" if any(reason == "not UTF-8" for reason in rejected.reasons) else ""
     first = "; ".join(
         f"{row_name} {line}: {rejected_text(column, reason, value)}" for line, column, reason, value in rejected.first
     )
     raise ValueError(
         f"{path}: {rejected.count:,} of {total:,} rows are bad ({rejected.count / total:.2%}, {max_bad:.2%} allowed by "
-        f"{limit}): {first}" + (f"; all are listed in {report}" if report is not None else "")
+        f"{limit}): {first}{cure}" + (f"; all are listed in {report}" if report is not None else "")
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from fullrank.data.formats.base import Format
+from fullrank.data.formats.base import Format, TakesOptions
+from fullrank.data.formats.lines import bare_name
+from fullrank.data.formats.options import ReadOptions
 from fullrank.registry import Registry
 
 FORMATS: Registry[Callable[[], Format]] = Registry(
@@ -16,7 +19,7 @@ FORMATS: Registry[Callable[[], Format]] = Registry(
         "amazon": "fullrank.data.formats.amazon:Amazon",
         "avazu": "fullrank.data.formats.avazu:Avazu",
         "criteo": "fullrank.data.formats.criteo:Criteo",
-        "csv": "fullrank.data.formats.delimited:Csv",
+        "csv": "fullrank.data.formats.csv_log:Csv",
         "ipinyou": "fullrank.data.formats.ipinyou:IPinYou",
         "kuaivideo": "fullrank.data.formats.kuaivideo:KuaiVideo",
         "libfm": "fullrank.data.formats.libfm:LibFM",
@@ -39,15 +42,32 @@ def register(opener: Opener) -> Opener:
     return opener
 
 
-def open_format(name: str) -> Format:
+def open_format(name: str, options: ReadOptions | None = None) -> Format:
     """The format called `name`.
 
+    Args:
+        options: how its text is laid out, where that is not to be guessed.
+
     Raises:
-        ValueError: if there is none; the message lists the names.
+        ValueError: if there is none (the message lists the names), or it takes no such options.
     """
-    return FORMATS.find(name)()
+    found = FORMATS.find(name)()
+    if options is None or options == ReadOptions():
+        return found
+    if not isinstance(found, TakesOptions):
+        given = ", ".join(f"--{option}" for option in sorted(options.model_fields_set))
+        raise ValueError(f'the format "{name}" takes no {given}: it knows how its files are laid out')
+    return found.with_options(options)
+
+
+_USUAL = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
 
 
 def usual_format(path: Path) -> str:
-    """Name of the format that a path is in when nobody says: Parquet by its ending, else CSV."""
-    return "parquet" if path.suffix == ".parquet" or (path / "train.parquet").is_file() else "csv"
+    """Name of the format that a path is in when nobody says: by its ending, or that of its first files; else CSV."""
+    files = sorted(itertools.islice(path.rglob("*.*"), 100)) if path.is_dir() else [path]
+    names = [bare_name(file) for file in files if not file.name.startswith((".", "_"))]
+    return next((_USUAL[ending] for name in names for ending in _USUAL if name.endswith(ending)), "csv")

@@ -14,7 +14,8 @@ from fullrank.data.arrow import as_array, as_series, list_array
 from fullrank.data.formats.amazon_files import ITEM, TIME, USER, AmazonFiles, Known, amazon_files
 from fullrank.data.formats.base import split_files
 from fullrank.data.formats.by_user import ByUser
-from fullrank.data.formats.delimited import named_chunks, read_header
+from fullrank.data.formats.delimited import named_chunks
+from fullrank.data.formats.layout import text_layout
 from fullrank.data.formats.next_item import NextItems, next_items
 from fullrank.data.raw import LINE_COLUMN, RawChunk, only_rejected, raw_columns
 from fullrank.schema import Categorical, EventId, Feature, Keys, Label, MultiCategorical, Schema, Sequence
@@ -44,8 +45,8 @@ class Amazon:
     def default_schema(self, path: Path) -> Schema:
         files = self.parts(path)
         if files is not None or _is_csv(path):
-            names = read_header((files or {"train": path})["train"])[0]
-            if names != list(COLUMNS):
+            names = text_layout((files or {"train": path})["train"]).named
+            if names != COLUMNS:
                 raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}; it has {', '.join(names)}")
             return _schema("category_id", timed=False)
         layout = amazon_files(path)
@@ -59,7 +60,7 @@ class Amazon:
     def parts(self, path: Path) -> dict[str, Path] | None:
         if not path.is_dir() or not any((path / f"train{ending}").is_file() for ending in (".csv", ".csv.gz")):
             return None
-        return split_files(path, (".csv", ".csv.gz"))
+        return split_files(path, (".csv",))
 
 
 def _is_csv(path: Path) -> bool:

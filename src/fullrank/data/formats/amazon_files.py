@@ -180,7 +180,7 @@ class SequenceText:
 
     def events(self) -> Iterator[RawChunk]:
         line = 1
-        for block in read_blocks(self._sequences, quotes=False):
+        for block in read_blocks(self._sequences, quote=b""):
             users: list[str] = []
             items: list[list[str]] = []
             lines: list[int] = []

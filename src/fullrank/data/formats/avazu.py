@@ -9,7 +9,8 @@ from pathlib import Path
 import polars as pl
 
 from fullrank.data.formats.base import split_files, training_file
-from fullrank.data.formats.delimited import delimited_chunks, read_header
+from fullrank.data.formats.delimited import delimited_chunks
+from fullrank.data.formats.layout import text_layout
 from fullrank.data.raw import RawChunk, check_columns, raw_columns
 from fullrank.schema import Categorical, Keys, Label, Role, Schema
 
@@ -45,7 +46,7 @@ class Avazu:
     name = "avazu"
 
     def default_schema(self, path: Path) -> Schema:
-        names, _ = read_header(training_file(self, path))
+        names = text_layout(training_file(self, path)).named
         if "feat_1" in names:
             check_columns(path, ANONYMOUS, names, _OF)
             fields = [Categorical(name=name) for name in ANONYMOUS[1:]]
@@ -57,20 +58,18 @@ class Avazu:
         return Schema(features=(*times, *others), labels=(Label(name="click"),), keys=keys)
 
     def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
-        names, separator = read_header(path)
+        layout = text_layout(path)
         named = list(dict.fromkeys([*raw_columns(schema), *extra]))
         derived = [name for name in named if name in FROM_HOUR]
         wanted = [name for name in named if name not in FROM_HOUR]
         if derived:
             wanted.append("hour")
-        check_columns(path, wanted, names, _OF)
-        chunks = delimited_chunks(
-            path, names, list(dict.fromkeys(wanted)), separator=separator, header=True, plain=frozenset({"id"})
-        )
+        check_columns(path, wanted, layout.named, _OF)
+        chunks = delimited_chunks(path, layout, list(dict.fromkeys(wanted)), plain=frozenset({"id"}))
         return (_with_times(chunk, derived) for chunk in chunks)
 
     def parts(self, path: Path) -> dict[str, Path] | None:
-        return split_files(path, (".csv", ".csv.gz"))
+        return split_files(path, (".csv",))
 
 
 def _with_times(chunk: RawChunk, derived: list[str]) -> RawChunk:

@@ -8,10 +8,12 @@ with a fraction; where the first rows have such, they are read as numbers, and e
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from fullrank.data.formats.base import split_files, training_file
-from fullrank.data.formats.delimited import delimited_chunks, read_header
+from fullrank.data.formats.delimited import delimited_chunks
+from fullrank.data.formats.layout import Layout, text_layout
 from fullrank.data.formats.lines import first_line, read_blocks
 from fullrank.data.raw import RawChunk, check_columns, raw_columns
 from fullrank.schema import Categorical, Feature, Label, Numeric, Schema
@@ -39,34 +41,34 @@ class Criteo:
         return Schema(features=(*counts, *categories), labels=(Label(name="label"),))
 
     def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
-        names, separator, header = self._layout(path)
+        layout = self._layout(path)
         wanted = list(dict.fromkeys([*raw_columns(schema), *extra]))
-        check_columns(path, wanted, names, " of Criteo's format")
-        return delimited_chunks(path, names, wanted, separator=separator, header=header)
+        check_columns(path, wanted, layout.names, " of Criteo's format")
+        return delimited_chunks(path, layout, wanted)
 
     def parts(self, path: Path) -> dict[str, Path] | None:
-        return split_files(path, (".txt", ".txt.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz"))
+        return split_files(path, (".txt", ".csv", ".tsv"))
 
     def _scaled(self, path: Path) -> bool:
         """Whether the counts have fractions, by the first rows."""
-        names, separator, header = self._layout(path)
-        lines = next(read_blocks(path, _SAMPLE_BYTES)).decode("utf-8", "replace").splitlines()[header:]
-        places = [names.index(name) for name in COUNTS]
-        rows = (line.split(separator) for line in lines)
-        return any("." in row[place] for row in rows if len(row) == len(names) for place in places)
+        layout = self._layout(path)
+        lines = next(read_blocks(path, _SAMPLE_BYTES)).decode("utf-8", "replace").split("\n")[layout.skipped :]
+        places = [layout.names.index(name) for name in COUNTS]
+        rows = (line.split(layout.separator) for line in lines)
+        return any("." in row[place] for row in rows if len(row) == len(layout.names) for place in places)
 
-    def _layout(self, path: Path) -> tuple[list[str], str, bool]:
+    def _layout(self, path: Path) -> Layout:
         line = first_line(path)
         if line.lower().startswith("label"):
-            names, separator = read_header(path)
-            names[0] = "label"
+            layout = text_layout(path)
+            names = ("label", *layout.names[1:])
             if sorted(names) != sorted(COLUMNS):
                 raise ValueError(f"{path} line 1: expected the columns label, I1 to I13, C1 to C26")
-            return names, separator, True
+            return replace(layout, names=names)
         fields = line.count("\t") + 1
         if fields != len(COLUMNS):
             raise ValueError(
                 f"{path} line 1: {fields} tab-separated fields, expected {len(COLUMNS)} (the label, 13 counts, 26 "
                 "categories): this is not Criteo's format"
             )
-        return list(COLUMNS), "\t", False
+        return Layout(COLUMNS, "\t", skipped=0)

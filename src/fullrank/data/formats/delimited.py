@@ -1,8 +1,9 @@
-"""Logs in text with separated fields (CSV, TSV)."""
+"""Rows of text with separated fields: a block at a time, whatever is odd in it record by record."""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,63 +14,46 @@ import pyarrow as pa
 import pyarrow.csv
 
 from fullrank.data.arrow import as_one_array, as_series
-from fullrank.data.formats.base import split_files, training_file
-from fullrank.data.formats.lines import BLOCK_BYTES, first_line, read_blocks
-from fullrank.data.inference import infer_schema
+from fullrank.data.formats.layout import Layout, text_layout
+from fullrank.data.formats.lines import BLOCK_BYTES, MOST_QUOTED_BYTES, read_blocks
 from fullrank.data.lookahead import mapped
 from fullrank.data.raw import LINE_COLUMN, RawChunk, check_columns, raw_columns, rejected_table
 from fullrank.schema import Schema
 
 _OPEN_QUOTE = "quote is not closed, or field is too long"
-_SEPARATORS = (",", "\t", ";", "|")
+# Where texts are usually quoted, a stray quote is a mistake; elsewhere it is a character.
+_QUOTING = ",;"
+# Characters that stand for a separator of several, for a parser that knows one.
+_STAND_INS = ("\x1f", "\x1e", "\x1d", "\x1c", "\x02", "\x03")
+# Lines after which a quote that should join lines is judged by what it joins.
+_JOINED_LINES = 16
 _SHOWN = 200
-
-
-def read_header(path: Path) -> tuple[list[str], str]:
-    """Column names in the first line of a text file, and the separator, guessed from it.
-
-    Raises:
-        ValueError: if the file is empty, not UTF-8, or names a column twice.
-    """
-    line = first_line(path)
-    separator = max(_SEPARATORS, key=line.count)
-    names = next(csv.reader([line], delimiter=separator), [])
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f'{path} line 1: the column "{name}" appears twice (is the header line missing?)')
-        if not name:
-            raise ValueError(f"{path} line 1: column {names.index(name) + 1} has no name")
-    return names, separator
 
 
 def delimited_chunks(
     path: Path,
-    names: Sequence[str],
+    layout: Layout,
     wanted: Sequence[str],
     *,
-    separator: str,
-    header: bool,
     plain: frozenset[str] = frozenset(),
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[RawChunk]:
     """Rows of a text file with separated fields.
 
     Args:
-        names: every column, in the file's order.
         wanted: the columns to read.
-        separator: between fields.
-        header: the first line holds names, not values.
         plain: columns whose values are mostly distinct: read as text, the others as codes into their distinct texts.
 
     Raises:
-        ValueError: if the file is empty or its gzip stream is damaged. Lines with a wrong number of fields, or that
+        ValueError: if the file is empty or its packed stream is damaged. Lines with a wrong number of fields, or that
             are not UTF-8, are reported in the chunks.
     """
 
     def parsed(block: _Block) -> RawChunk:
-        return _parse_block(block, names, wanted, separator, plain)
+        return _parse_block(block, layout, wanted, plain)
 
-    return mapped(parsed, _numbered(read_blocks(path, block_bytes), header=header))
+    blocks = read_blocks(path, block_bytes, quote=layout.quote.encode(), encoding=layout.encoding)
+    return mapped(parsed, _numbered(blocks, layout.skipped))
 
 
 class _Block(NamedTuple):
@@ -80,44 +64,50 @@ class _Block(NamedTuple):
     lines: int
 
 
-def _numbered(blocks: Iterable[bytes], *, header: bool) -> Iterator[_Block]:
-    """Blocks with their line numbers, without a byte order mark and the header line."""
-    line, first = 1, True
+def _numbered(blocks: Iterable[bytes], skipped: int) -> Iterator[_Block]:
+    """Blocks with their line numbers, without the lines before the first row."""
+    line = 1
     for block in blocks:
         data = block
-        if first:
-            data = data.removeprefix(b"\xef\xbb\xbf")
-            if header:
-                # The header is a single line: names with line ends in them are not supported.
-                data, line = data.partition(b"\n")[2], 2
-            first = False
+        if line <= skipped:
+            before = min(skipped - line + 1, data.count(b"\n") + (not data.endswith(b"\n")))
+            data = data.split(b"\n", before)[before] if data.count(b"\n") >= before else b""
+            line += before
         if data:
             lines = data.count(b"\n") + (not data.endswith(b"\n"))
             yield _Block(data, line, lines)
             line += lines
 
 
-def _parse_block(
-    block: _Block, names: Sequence[str], wanted: Sequence[str], separator: str, plain: frozenset[str]
-) -> RawChunk:
-    data, lines = block.data, block.lines
+def _parse_block(block: _Block, layout: Layout, wanted: Sequence[str], plain: frozenset[str]) -> RawChunk:
+    data, lines, separator = block.data, block.lines, layout.separator
     if data.endswith((b"\n\n", b"\n\r\n")):
         # Blank lines at the end are common, and no reason to leave the fast path.
         data = data.rstrip(b"\r\n") + b"\n"
         lines = data.count(b"\n")
+    if len(separator.encode()) > 1:
+        separator = next((each for each in _STAND_INS if each.encode() not in data), "")
+        if not separator:
+            raise ValueError(f"line {block.first_line}: too many control characters for a separator {layout.separator}")
+        data = data.replace(layout.separator.encode(), separator.encode())
+    quoted = bool(layout.quote) and layout.quote.encode() in data
+    if layout.trimmed and not quoted:
+        mark = re.escape(separator.encode())
+        data = re.sub(rb"[ \t]*(" + mark + rb"|\n)[ \t]*", rb"\1", data).strip(b" ")
     skipped: list[Any] = []
-    try:
-        table = _parse(data, names, wanted, separator, plain, skipped)
-        if not skipped and table.num_rows == lines:
-            frame, dictionaries = _frame(table)
-            return RawChunk(frame, first_line=block.first_line, dictionaries=dictionaries)
-    except pa.ArrowInvalid:
-        pass  # reading record by record finds out where
-    return _parse_exactly(data, block.first_line, names, wanted, separator)
+    if not (layout.trimmed and quoted):
+        try:
+            table = _parse(data, layout, wanted, separator, plain, skipped)
+            if not skipped and table.num_rows == lines:
+                frame, dictionaries = _frame(table)
+                return RawChunk(frame, first_line=block.first_line, dictionaries=dictionaries)
+        except pa.ArrowInvalid:
+            pass  # reading record by record finds out where
+    return _parse_exactly(data, block.first_line, layout, wanted, separator)
 
 
 def _parse(
-    data: bytes, names: Sequence[str], wanted: Sequence[str], separator: str, plain: frozenset[str], skipped: list[Any]
+    data: bytes, layout: Layout, wanted: Sequence[str], separator: str, plain: frozenset[str], skipped: list[Any]
 ) -> pa.Table:
     def skip(row: Any) -> str:
         skipped.append(row)
@@ -127,10 +117,13 @@ def _parse(
     return pyarrow.csv.read_csv(
         pa.BufferReader(data),
         read_options=pyarrow.csv.ReadOptions(
-            column_names=list(names), use_threads=False, block_size=max(len(data), 1) + 1
+            column_names=list(layout.names), use_threads=False, block_size=max(len(data), 1) + 1
         ),
         parse_options=pyarrow.csv.ParseOptions(
-            delimiter=separator, newlines_in_values=b'"' in data, invalid_row_handler=skip
+            delimiter=separator,
+            quote_char=layout.quote or False,
+            newlines_in_values=bool(layout.quote) and layout.quote.encode() in data,
+            invalid_row_handler=skip,
         ),
         convert_options=pyarrow.csv.ConvertOptions(
             column_types={name: pa.string() if name in plain else coded for name in wanted},
@@ -161,58 +154,109 @@ def _frame(table: pa.Table) -> tuple[pl.DataFrame, dict[str, pl.Series]]:
     return pl.DataFrame(columns), dictionaries
 
 
-def _parse_exactly(data: bytes, line: int, names: Sequence[str], wanted: Sequence[str], separator: str) -> RawChunk:
+def _parse_exactly(data: bytes, line: int, layout: Layout, wanted: Sequence[str], separator: str) -> RawChunk:
     """`_parse_block` for a block with something odd in it: one record at a time, each with its line number."""
+    names = layout.names
     rejected: list[tuple[int, str, str, str]] = []
     texts: list[str] = []
     for place, piece in enumerate(data.split(b"\n")):
         try:
-            texts.append(piece.decode("utf-8"))
+            texts.append(piece.decode("utf-8").removesuffix("\r"))
         except UnicodeDecodeError:
             column = _undecodable_column(piece, names, separator)
             rejected.append((line + place, column, "not UTF-8", piece[:_SHOWN].decode("utf-8", "backslashreplace")))
             texts.append("")
     bad_lines = {entry[0] for entry in rejected}
-    indices = [names.index(name) for name in wanted]
+    places = {name: place for place, name in enumerate(names)}
+    indices = [places[name] for name in wanted]
     rows: list[list[str]] = []
     lines: list[int] = []
-    for place, height, record in _records(texts, separator):
+
+    def shown(text: str) -> str:
+        return text.replace(separator, layout.separator)[:_SHOWN]
+
+    for place, height, record in _records(texts, separator, layout.quote, len(names), trimmed=layout.trimmed):
         number = line + place
         # Blank lines carry nothing; where they stand is kept by counting lines.
         if number in bad_lines or not record or (len(record) == 1 and not record[0].strip()):
             continue
-        if len(record) != len(names) or (height > 1 and number + height - 1 in bad_lines):
-            reason = f"{len(record)} fields, expected {len(names)}" if height else _OPEN_QUOTE
-            rejected.append((number, "", reason, separator.join(record)[:_SHOWN]))
+        broken = height > 1 and any(each in bad_lines for each in range(number, number + height))
+        if len(record) == len(names) and not broken:
+            rows.append([record[index] for index in indices])
+            lines.append(number)
             continue
-        rows.append([record[index] for index in indices])
-        lines.append(number)
-    frame = pl.DataFrame(rows, schema={name: pl.String for name in wanted}, orient="row")
+        if layout.comments and record[0].startswith("#"):
+            continue
+        reason = f"{len(record)} fields, expected {len(names)}" if height else _OPEN_QUOTE
+        # Every line of a record is counted, so that none is lost.
+        for each in range(place, place + max(height, 1)):
+            if line + each not in bad_lines:
+                rejected.append(
+                    (line + each, "", reason, shown(separator.join(record) if each == place else texts[each]))
+                )
+    columns: list[Sequence[str]] = [*zip(*rows, strict=True)] if rows else [[] for _ in wanted]
+    frame = pl.DataFrame(
+        [pl.Series(name, values, dtype=pl.String) for name, values in zip(wanted, columns, strict=True)]
+    )
     frame = frame.with_columns(pl.Series(LINE_COLUMN, lines, dtype=pl.Int64))
     return RawChunk(frame, rejected_table(rejected))
 
 
-def _records(texts: list[str], separator: str) -> Iterator[tuple[int, int, list[str]]]:
-    """Records of some lines: index of the first line, number of lines, fields. A quote that is not closed within
-    the longest field that `csv` reads spoils its own line alone: it gives a record of no height, and reading goes on
-    after it."""
+def _records(
+    texts: list[str], separator: str, quote: str, width: int, *, trimmed: bool
+) -> Iterator[tuple[int, int, list[str]]]:
+    """Records of some lines: index of the first line, number of lines, fields.
+
+    A quote that is not closed within the longest field that `csv` reads, or that would join lines of which most are
+    rows of their own, concerns its own line alone: where texts are usually quoted it gives a record of no height, and
+    elsewhere it is a character of its line.
+    """
     start = 0
     while start < len(texts):
-        reader = csv.reader((text + "\n" for text in texts[start:]), delimiter=separator)
-        begun = start
-        try:
-            for record in reader:
-                end = begun + reader.line_num
-                if end == len(texts) and record and record[-1].endswith("\n"):
-                    break
-                yield start, end - start, record
-                start = end
-            else:
-                return
-        except csv.Error:
-            pass
-        yield start, 0, [texts[start]]
-        start += 1
+        text, height = texts[start], 1
+        if not quote or quote not in text:
+            record = text.split(separator) if text else []
+        else:
+            record, height = _quoted_record(texts, start, separator, quote, width)
+            if not height:
+                record = text.split(separator)
+                if separator in _QUOTING or len(record) != width:
+                    record = [text]
+                else:
+                    height = 1
+        yield start, height, [field.strip() for field in record] if trimmed else record
+        start += max(height, 1)
+
+
+def _quoted_record(texts: list[str], start: int, separator: str, quote: str, width: int) -> tuple[list[str], int]:
+    """Fields and number of lines of the record that begins in a line; no lines if its quote is a stray one."""
+    is_open = False
+
+    def feed() -> Iterator[str]:
+        nonlocal is_open
+        size = alone = 0
+        for joined, place in enumerate(range(start, len(texts)), start=1):
+            yield texts[place] + "\n"
+            # The reader wants more: a quote is open.
+            size += len(texts[place])
+            alone += texts[place].count(separator) + 1 == width
+            if size > MOST_QUOTED_BYTES or (width > 1 and joined >= _JOINED_LINES and 4 * alone > 3 * joined):
+                break
+        is_open = True
+
+    reader = csv.reader(feed(), delimiter=separator, quotechar=quote, skipinitialspace=separator != " ")
+    try:
+        record = next(reader, [])
+    except csv.Error:
+        return [], 0
+    height = reader.line_num
+    if is_open:
+        return [], 0
+    if height > 1 and width > 1:
+        alone = sum(text.count(separator) + 1 == width for text in texts[start : start + height])
+        if 2 * alone > height:
+            return [], 0
+    return record, height
 
 
 def _undecodable_column(line: bytes, names: Sequence[str], separator: str) -> str:
@@ -236,11 +280,10 @@ def named_chunks(
     Raises:
         ValueError: if the file lacks one of the columns.
     """
-    names, separator = read_header(path)
+    layout = text_layout(path)
     wanted = {name: stored.get(name, name) for name in (*raw_columns(schema), *extra)}
-    check_columns(path, wanted.values(), names)
-    chunks = delimited_chunks(path, names, list(dict.fromkeys(wanted.values())), separator=separator, header=True)
-    for chunk in chunks:
+    check_columns(path, wanted.values(), layout.named)
+    for chunk in delimited_chunks(path, layout, list(dict.fromkeys(wanted.values()))):
         lines = [LINE_COLUMN] if LINE_COLUMN in chunk.frame.columns else []
         frame = chunk.frame.select(*(pl.col(old).alias(new) for new, old in wanted.items()), *lines)
         coded = {new: chunk.dictionaries[old] for new, old in wanted.items() if old in chunk.dictionaries}
@@ -256,32 +299,3 @@ def mostly_distinct(schema: Schema) -> frozenset[str]:
     keys = schema.keys
     names.update(name for name in (keys.request_id, keys.weight, keys.bid) if name is not None)
     return frozenset(names - set(schema.embedded()) | ({keys.request_id} if keys.request_id else set()))
-
-
-class Csv:
-    """Text with a header line; the separator (comma, tab, semicolon, bar) is read off the header; `.gz` is unpacked."""
-
-    name = "csv"
-    suffixes = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")
-
-    def default_schema(self, path: Path) -> Schema:
-        return infer_schema(self.sample(path))
-
-    def sample(self, path: Path) -> pl.DataFrame:
-        """The first rows of the training part, as text."""
-        path = training_file(self, path)
-        names, separator = read_header(path)
-        for raw in delimited_chunks(
-            path, names, names, separator=separator, header=True, plain=frozenset(names), block_bytes=4 << 20
-        ):
-            return raw.frame.drop(LINE_COLUMN, strict=False)
-        raise ValueError(f"{path} has a header and no rows")
-
-    def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
-        names, separator = read_header(path)
-        wanted = list(dict.fromkeys([*raw_columns(schema, names).values(), *extra]))
-        check_columns(path, wanted, names)
-        return delimited_chunks(path, names, wanted, separator=separator, header=True, plain=mostly_distinct(schema))
-
-    def parts(self, path: Path) -> dict[str, Path] | None:
-        return split_files(path, self.suffixes)

@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from fullrank.data.formats.delimited import delimited_chunks
+from fullrank.data.formats.layout import Layout
 from fullrank.data.raw import RawChunk
 from fullrank.schema import Categorical, Keys, Label, MultiCategorical, Numeric, Role, Schema
 
@@ -90,7 +91,7 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _rows(file: Path) -> Iterator[RawChunk]:
-    yield from delimited_chunks(file, COLUMNS, COLUMNS, separator="\t", header=False, plain=frozenset(COLUMNS))
+    yield from delimited_chunks(file, Layout(COLUMNS, "\t", skipped=0), COLUMNS, plain=frozenset(COLUMNS))
 
 
 def _derived(frame: pl.DataFrame, clicked: pl.Series) -> pl.DataFrame:

@@ -57,7 +57,7 @@ def json_chunks(
     """
     plain = parse is json.loads and wanted is None
     line = 1
-    for block in read_blocks(path, quotes=False):
+    for block in read_blocks(path, quote=b""):
         data = block.removeprefix(b"\xef\xbb\xbf") if line == 1 else block
         chunk = _parse_block(data, fields) if plain else None
         if chunk is None:

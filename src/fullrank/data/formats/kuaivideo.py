@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from fullrank.data.formats.base import split_files, training_file
-from fullrank.data.formats.delimited import named_chunks, read_header
+from fullrank.data.formats.delimited import named_chunks
+from fullrank.data.formats.layout import text_layout
 from fullrank.data.raw import RawChunk, check_columns
 from fullrank.schema import Categorical, EventId, Keys, Label, Schema, Sequence
 
@@ -30,7 +31,7 @@ class KuaiVideo:
     held_out: Literal["users", "rows"] = "users"
 
     def default_schema(self, path: Path) -> Schema:
-        names = read_header(training_file(self, path))[0]
+        names = text_layout(training_file(self, path)).named
         check_columns(path, COLUMNS, names, " of KuaiVideo's format")
         event = EventId(name="item", table="item_id", min_count=MIN_COUNT)
         return Schema(
@@ -48,4 +49,4 @@ class KuaiVideo:
         return named_chunks(path, schema, _STORED, extra)
 
     def parts(self, path: Path) -> dict[str, Path] | None:
-        return split_files(path, (".csv", ".csv.gz"))
+        return split_files(path, (".csv",))

@@ -15,7 +15,8 @@ from pathlib import Path
 import polars as pl
 
 from fullrank.data.formats.base import training_file
-from fullrank.data.formats.delimited import delimited_chunks, read_header
+from fullrank.data.formats.delimited import delimited_chunks
+from fullrank.data.formats.layout import Layout, text_layout
 from fullrank.data.formats.lines import first_line, read_blocks
 from fullrank.data.raw import LINE_COLUMN, RawChunk, check_columns, raw_columns, rejected_table
 from fullrank.data.splits import PARTS
@@ -37,7 +38,7 @@ class LibFM:
     def default_schema(self, path: Path) -> Schema:
         file = training_file(self, path)
         if _is_csv(file):
-            names, _ = read_header(file)
+            names = text_layout(file).named
             keys = Keys(
                 user_id=next((name for name in ("user_id", "user") if name in names), None),
                 item_id=next((name for name in ("item_id", "item") if name in names), None),
@@ -55,19 +56,19 @@ class LibFM:
     def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
         named = list(dict.fromkeys([*raw_columns(schema), *extra]))
         if _is_csv(path):
-            names, separator = read_header(path)
-            check_columns(path, named, names)
-            rows = delimited_chunks(path, names, named, separator=separator, header=True)
+            layout = text_layout(path)
+            check_columns(path, named, layout.named)
+            rows = delimited_chunks(path, layout, named)
             return (_labels_from_zero(chunk, schema) for chunk in rows)
         if "features" in named:
             check_columns(path, named, ["label", "features"])
-            lines = delimited_chunks(
-                path, ["line"], ["line"], separator=_NEVER, header=False, plain=frozenset({"line"})
-            )
+            layout = Layout(("line",), _NEVER, quote="", skipped=0)
+            lines = delimited_chunks(path, layout, ["line"], plain=frozenset({"line"}))
             return (_labels_from_zero(_bag_rows(chunk), schema) for chunk in lines)
         names = ["label", *(f"field_{n}" for n in range(1, (_fields(path) or len(schema.features)) + 1))]
         check_columns(path, named, names)
-        rows = delimited_chunks(path, names, named, separator=_separator(path), header=False)
+        layout = Layout(tuple(names), _separator(path), quote="", skipped=0)
+        rows = delimited_chunks(path, layout, named)
         return (_labels_from_zero(_field_rows(chunk), schema) for chunk in rows)
 
     def parts(self, path: Path) -> dict[str, Path] | None:

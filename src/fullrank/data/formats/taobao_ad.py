@@ -12,7 +12,8 @@ import polars as pl
 
 from fullrank.data.formats.base import split_files, training_file
 from fullrank.data.formats.by_user import ByUser, groups_for
-from fullrank.data.formats.delimited import delimited_chunks, named_chunks, read_header
+from fullrank.data.formats.delimited import delimited_chunks, named_chunks
+from fullrank.data.formats.layout import text_layout
 from fullrank.data.formats.lines import first_line
 from fullrank.data.histories import point_in_time
 from fullrank.data.raw import LINE_COLUMN, RawChunk, check_columns, only_rejected, raw_columns, rejected_table
@@ -62,7 +63,7 @@ class TaobaoAd:
         directory = _original(path)
         if directory is not None:
             return _schema(history=(directory / BEHAVIOR).is_file(), timed=True)
-        names = read_header(training_file(self, path))[0]
+        names = text_layout(training_file(self, path)).named
         check_columns(path, ("clk", *ROLES, "price", *_STORED.values()), names, " of TaobaoAd_x1")
         return _schema(history=True, timed=False)
 
@@ -71,7 +72,7 @@ class TaobaoAd:
         return named_chunks(path, schema, _STORED, extra) if directory is None else _rows(directory, schema)
 
     def parts(self, path: Path) -> dict[str, Path] | None:
-        return None if _original(path) is not None else split_files(path, (".csv", ".csv.gz"))
+        return None if _original(path) is not None else split_files(path, (".csv",))
 
 
 def _original(path: Path) -> Path | None:
@@ -165,10 +166,9 @@ def _with_histories(directory: Path, length: int, columns: list[str]) -> Iterato
 
 def _texts(file: Path, columns: list[str]) -> Iterator[RawChunk]:
     """Columns of one of the original files as text, with `__line`; "NULL" is missing."""
-    names, separator = read_header(file)
-    names = [name.strip() for name in names]
-    check_columns(file, columns, names)
-    for chunk in delimited_chunks(file, names, columns, separator=separator, header=True, plain=frozenset(columns)):
+    layout = text_layout(file)
+    check_columns(file, columns, layout.named)
+    for chunk in delimited_chunks(file, layout, columns, plain=frozenset(columns)):
         rejected = chunk.rejected
         if file.name != SAMPLE:
             rejected = rejected.with_columns((pl.col("column") + f" ({file.name})").str.strip_chars())
