@@ -26,7 +26,7 @@ from fullrank.retrieval.base import Items, Retriever, check_k
 from fullrank.retrieval.exact import top_k
 from fullrank.retrieval.pairing import Pairing
 
-# Rows of one forward pass of the final stage; more users than fit are served in turn.
+# Rows of one forward pass of a ranker; more users than fit are served in turn.
 PAIRS_AT_ONCE = 16_384
 
 
