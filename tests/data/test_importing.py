@@ -164,6 +164,7 @@ BAD_ROWS = [
     ("1,u,i,cheap,a,5\n", "price", "not a number", "cheap"),
     ("1,u,i,NaN,a,5\n", "price", "not a finite number", "NaN"),
     ("1,u,i,-inf,a,5\n", "price", "not a finite number", "-inf"),
+    ("1,u,i,1e39,a,5\n", "price", "not a finite number", "1e39"),
     ("1,u,i,1,a,yesterday\n", "time", "not a timestamp", "yesterday"),
     ("1,u,i,1,a,\n", "time", "not a timestamp", ""),
     ("1,u,i,1,a,1700000000000\n", "time", "timestamp is not in seconds since 1970", "1700000000000"),
@@ -230,6 +231,16 @@ def test_a_second_row_with_the_same_request_id_is_rejected(tmp_path: Path, monke
         ]
         kept = pl.concat([dataset.scan(name).collect() for name in dataset.splits])
         assert kept["__request_id"].to_list() == [*range(9), 10, 11]
+
+
+def test_a_row_without_a_weight_is_rejected(tmp_path: Path) -> None:
+    schema = Schema(features=(Categorical(name="c"),), labels=(Label(name="y"),), keys=Keys(weight="w"))
+    (tmp_path / "log.csv").write_text("c,y,w\na,1,2\nb,0,\nb,0,nan\nb,1,-1\nb,0,0.5\n")
+    dataset = bring(tmp_path / "log.csv", tmp_path / "out", schema=schema)
+    assert [(line, reason) for line, _, reason, _ in rejected(dataset)] == [
+        (3, "no weight"), (4, "not a finite number"), (5, "negative weight"),
+    ]  # fmt: skip
+    assert dataset.scan("train").collect()["__weight"].to_list() == [2.0, 0.5]
 
 
 def test_ids_out_of_range_and_events_of_unequal_length(tmp_path: Path) -> None:

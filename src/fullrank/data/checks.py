@@ -315,6 +315,7 @@ def _keys(source: _Source, chunk: Chunk, schema: Schema, absent: set[str]) -> No
         elif key in ("weight", "bid"):
             numbers = _numbers(source, name)
             if key == "weight":
+                source.reject(np.isnan(numbers), name, "no weight", partial(source.series, name))
                 source.reject(numbers < 0, name, "negative weight", partial(source.series, name))
             chunk.keys[key] = pl.Series(numbers).cast(pl.Float32)
         else:

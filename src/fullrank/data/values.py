@@ -16,6 +16,7 @@ from fullrank.data.chunk import Floats, Integers, Mask
 
 # Looking for distinct values among fewer rows than this costs more than it saves.
 _FEW_ROWS = 64
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def text_bytes(values: pl.Series) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -79,7 +80,8 @@ def as_numbers(values: pl.Series) -> tuple[Floats, Mask, Mask]:
     parsed = blank.cast(pl.Float64, strict=False)
     none = np.zeros(len(values), dtype=bool)
     wrong = (parsed.is_null() & blank.is_not_null()).to_numpy() if parsed.null_count() > blank.null_count() else none
-    finite = parsed.is_finite()
+    # What float32 cannot hold would be infinite in the dataset.
+    finite = parsed.abs() <= _LARGEST
     infinite = none if finite.all() else (~finite).fill_null(False).to_numpy()
     numbers = parsed.fill_null(float("nan")).to_numpy()
     if infinite.any():
