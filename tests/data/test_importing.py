@@ -165,6 +165,7 @@ BAD_ROWS = [
     ("1,u,i,NaN,a,5\n", "price", "not a finite number", "NaN"),
     ("1,u,i,-inf,a,5\n", "price", "not a finite number", "-inf"),
     ("1,u,i,1e39,a,5\n", "price", "not a finite number", "1e39"),
+    ("1,u,i,-1e38,a,5\n", "price", "number is beyond 2^64", "-1e38"),
     ("1,u,i,1,a,yesterday\n", "time", "not a timestamp", "yesterday"),
     ("1,u,i,1,a,\n", "time", "not a timestamp", ""),
     ("1,u,i,1,a,1700000000000\n", "time", "timestamp is not in seconds since 1970", "1700000000000"),

@@ -25,6 +25,7 @@ from fullrank.schema import Categorical, EventId, MultiCategorical, Schema, Sequ
 
 # Seconds since 1970 beyond this are the year 5138: surely milliseconds.
 LATEST_TIMESTAMP = 100_000_000_000
+_LARGEST_RAW = 2.0**64
 
 
 class _Source:
@@ -92,6 +93,10 @@ def check(
         chunk.numbers[numeric.name] = (
             np.full(source.rows, np.nan) if numeric.name in absent else _numbers(source, numeric.name)
         )
+        if numeric.transform == "none":
+            # A model squares what it reads as it is, and float32 ends at 2^128.
+            large = np.abs(chunk.numbers[numeric.name]) > _LARGEST_RAW
+            source.reject(large, numeric.name, "number is beyond 2^64", partial(source.series, numeric.name))
     for feature in schema.categorical:
         chunk.ids[feature.name] = (
             Coded(np.zeros(source.rows, np.int32), pl.Series([None], dtype=pl.String))
