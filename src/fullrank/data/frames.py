@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 
 from fullrank.data.inference import infer_schema
+from fullrank.data.plain import check_readable, plain_frame, with_known_types
 from fullrank.data.raw import RawChunk, stored_columns
 from fullrank.schema import Schema
 
@@ -23,7 +24,7 @@ class FrameLog:
     name = "frame"
 
     def __init__(self, frame: pl.DataFrame) -> None:
-        self._frame = frame
+        self._frame = plain_frame(frame)
 
     def default_schema(self, path: Path) -> Schema:
         return infer_schema(self.sample(path))
@@ -36,6 +37,7 @@ class FrameLog:
 
     def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
         wanted = self._frame.select(stored_columns(path, schema, self._frame.columns, extra))
+        check_readable(path, wanted)
         row = 1
         for frame in wanted.iter_slices(CHUNK_ROWS):
             yield RawChunk(frame, first_line=row)
@@ -65,8 +67,8 @@ def polars_frame(table: object) -> pl.DataFrame:
         if isinstance(table, pa.RecordBatchReader):
             table = table.read_all()
         if isinstance(table, (pa.Table, pa.RecordBatch)) or hasattr(table, "__arrow_c_stream__"):
-            return pl.DataFrame(table)
-    except (pl.exceptions.PolarsError, pa.ArrowException, TypeError) as error:
+            return pl.DataFrame(with_known_types(table) if isinstance(table, (pa.Table, pa.RecordBatch)) else table)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, TypeError) as error:
         raise ValueError(f"not a table: {str(error).splitlines()[0]}") from None
     raise ValueError(f"expected a path or a table of pandas, polars or Arrow, got {type(table).__name__}")
 
