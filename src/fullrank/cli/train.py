@@ -39,6 +39,8 @@ def train(
 
         directory = out or Path("runs") / recipe.stem
         report = run(settings, directory, resume=resume, overwrite=overwrite, progress=show, source=str(recipe))
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
     summary = report.summary()
     if as_json:
         print(json.dumps(summary, indent=2, allow_nan=False))
@@ -53,6 +55,11 @@ def _progress() -> Progress:
     console = Console(stderr=True, markup=False)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _number(metrics: dict[str, float | None], name: str) -> str:
+    value = metrics.get(name, math.nan)
+    return "undefined" if value is None else "" if math.isnan(value) else f"{value:.5f}"
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -79,7 +86,7 @@ def _print(report: dict[str, Any]) -> None:
     for heading in ("split", "label", *(columns[name] for name in shown)):
         table.add_column(heading, justify="left" if heading in ("split", "label") else "right")
     for split, label, metrics in rows:
-        table.add_row(split, label, *(f"{metrics[name]:.5f}" if name in metrics else "" for name in shown))
+        table.add_row(split, label, *(_number(metrics, name) for name in shown))
     if rows:
         console.print(table)
     else:

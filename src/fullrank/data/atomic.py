@@ -91,6 +91,21 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def replace_entry(new: Path, path: Path) -> None:
+    """Let `new`, a whole file or directory, take the name `path`; what has it is removed.
+
+    Where the system can exchange two names in one step, `path` is the old or the new one at every instant.
+    """
+    if not path.exists():
+        os.rename(new, path)
+    elif _exchange(new, path):
+        shutil.rmtree(new) if new.is_dir() else new.unlink()
+    elif new.is_dir():
+        _replace_in_two_steps(new, path)
+    else:
+        os.replace(new, path)
+
+
 def _clear_leftovers(path: Path) -> None:
     """Put back a directory that was moved aside for one that never came, and remove what else killed processes left."""
     for leftover in sorted(path.parent.glob(f".{glob.escape(path.name)}.partial-*")):

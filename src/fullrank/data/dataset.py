@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -201,6 +202,14 @@ class Dataset:
     def shards(self, split: str) -> list[Path]:
         self._check_split(split)
         return [self.path / name for name in self._shards[split]]
+
+    def fingerprint(self, split: str) -> str:
+        """A hash of the rows of a split: of the whole content of its shards, and of what the columns mean."""
+        digest = hashlib.sha256(self.schema.to_json().encode("utf-8"))
+        for shard in self.shards(split):
+            with shard.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def scan(self, split: str) -> pl.LazyFrame:
         """Encoded columns of a split, lazily, in stored order."""

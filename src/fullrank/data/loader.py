@@ -98,6 +98,7 @@ class Loader:
         if workers < 0:
             raise ValueError(f"workers is {workers}, expected at least 0")
         self.schema = schema or dataset.schema
+        self.split = split
         self._dataset = dataset  # which may be a temporary one that goes with its object
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -133,6 +134,11 @@ class Loader:
         self.epoch = 0
         self._batch = 0
         self._start = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the rows: see `Dataset.fingerprint`."""
+        return self._dataset.fingerprint(self.split)
 
     def __len__(self) -> int:
         """Number of batches of a whole epoch."""

@@ -28,10 +28,12 @@ class Checkpoint(NamedTuple):
     step: int
     state: dict[str, Any]
 
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors whose names begin with `prefix`, under the rest of their names."""
+    def tensors(self, prefix: str = "", *, without: str | None = None) -> dict[str, Tensor]:
+        """The tensors whose names begin with `prefix` and not with `without`, under the rest of their names."""
         with safe_open(self.path / _TENSORS, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a mapping)
+            if without is not None:
+                names = [name for name in names if not name.startswith(without)]
             return {name[len(prefix) :]: file.get_tensor(name) for name in names}
 
 
@@ -56,6 +58,8 @@ def write(
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial / _TENSORS)
         (partial / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         files = {name: describe_file(partial / name).sha256 for name in (_TENSORS, _STATE)}
+        # safetensors lets only its owner read the file.
+        shutil.copymode(partial / _STATE, partial / _TENSORS)
         manifest = {"format_version": FORMAT_VERSION, "step": step, "sha256": files}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     steps = list_steps(directory)

@@ -109,6 +109,8 @@ def read_recipe(path: Path, overrides: Sequence[str] | None = None) -> Recipe:
         values = yaml.load(find_recipe(path).read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply for a recipe") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping with data, model, ...; got {type(values).__name__}")
     for override in overrides or []:
@@ -207,7 +209,7 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise ValueError(f'--set {override}: "{parent}" is not a section')
     try:
         place[last] = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise ValueError(f"--set {override}: the value is not YAML") from None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from fullrank.training.engine import Engine
 from fullrank.training.evaluation import evaluate
 from fullrank.training.memory import return_freed_memory
 from fullrank.training.recipe import DataSpec, Recipe, parse_recipe, read_recipe
+from fullrank.training.run_directory import RECIPE, RunDirectory, run_directory
 from fullrank.training.saving import save_model
 from fullrank.training.trainer import Trainer, TrainingResult
 
@@ -49,6 +49,7 @@ class Report:
         seconds: wall time of the parts of the run.
         directory: where the run's files are; None if none were written.
         bundle: what can be served.
+        notes: what somebody who started the run should know.
     """
 
     content: Any
@@ -58,6 +59,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     directory: Path | None = None
     bundle: Path | None = None
+    notes: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """All of it but the trained thing, as `metrics.json` has it: numbers that are not finite are None."""
@@ -103,12 +105,13 @@ def run(
         recipe: a recipe, its content, its file, or the name of one that comes with the package.
         directory: for checkpoints, the bundle, `recipe.json` and `metrics.json`; nothing is written without it.
         resume: continue from the newest checkpoint in `directory`.
-        overwrite: replace an earlier run in `directory`.
+        overwrite: replace an earlier run in `directory`, once this one is complete.
         source: where the recipe comes from, for messages and the bundle; default its file.
 
     Raises:
-        ValueError: if the recipe is wrong (one line per wrong field), the data lacks what it needs, or `directory`
-            holds an earlier run and neither `resume` nor `overwrite` is set.
+        ValueError: if the recipe is wrong (one line per wrong field), the data lacks what it needs, `directory` holds
+            an earlier run and neither `resume` nor `overwrite` is set, it has no checkpoint to resume from, or another
+            process is at a run there.
     """
     begin = time.perf_counter()
     source = source or ("recipe" if isinstance(recipe, Recipe | Mapping) else str(recipe))
@@ -118,19 +121,31 @@ def run(
         recipe = read_recipe(Path(recipe))
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    if directory is not None:
-        _make_way(directory, resume=resume, overwrite=overwrite)
+    if directory is None:
+        return _run(recipe, None, source, begin, progress)
+    with run_directory(directory, resume=resume, overwrite=overwrite) as place:
+        report = _run(recipe, place, source, begin, progress)
+        place.publish()
+    if resume and not place.resume:
+        report.notes.append(f"there was no run in {directory} to resume: this one began at the beginning")
+    return report
+
+
+def _run(recipe: Recipe, place: RunDirectory | None, source: str, begin: float, progress: Progress | None) -> Report:
     dataset = open_dataset(recipe.data, progress)
     imported = time.perf_counter()
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(directory / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
-    report = RUNS[recipe.section](recipe, dataset, directory, source=source, resume=resume, progress=progress)
+    work = None if place is None else place.work
+    if work is not None:
+        atomic.write_text(work / RECIPE, recipe.model_dump_json(indent=2) + "\n")
+    resume = place is not None and place.resume
+    report = RUNS[recipe.section](recipe, dataset, work, source=source, resume=resume, progress=progress)
     now = time.perf_counter()
-    report.directory = directory
     report.seconds = {"import": imported - begin, **report.seconds, "total": now - begin}
-    if directory is not None:
-        atomic.write_text(directory / "metrics.json", json.dumps(report.summary(), indent=2, allow_nan=False) + "\n")
+    if place is not None:
+        report.directory = place.path
+        report.bundle = None if report.bundle is None else place.path / report.bundle.name
+        text = json.dumps(report.summary(), indent=2, allow_nan=False)
+        atomic.write_text(place.work / "metrics.json", text + "\n")
     return report
 
 
@@ -317,16 +332,3 @@ def defined(value: Any) -> Any:
 
 def _has(dataset: Dataset, split: str) -> bool:
     return split in dataset.splits and dataset.rows(split) > 0
-
-
-def _make_way(directory: Path, *, resume: bool, overwrite: bool) -> None:
-    names = ("checkpoints", STAGES, "model", "bundle", "metrics.json")
-    earlier = [directory / name for name in names if (directory / name).exists()]
-    if not earlier or resume:
-        return
-    if not overwrite:
-        raise ValueError(
-            f"{directory} holds an earlier run: pass --resume to continue it, --overwrite, or another --out"
-        )
-    for path in earlier:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -165,6 +165,7 @@ class _Run:
             self.checkpoints = run_directory / "checkpoints"
             if not isinstance(train, Resumable):
                 raise ValueError("checkpoints need a loader with state() and restore() to train on")
+            self.fingerprint = getattr(train, "fingerprint", None)
             if resume:
                 self._resume(self.checkpoints, train)
             elif checkpoint.list_steps(self.checkpoints):
@@ -335,6 +336,7 @@ class _Run:
             "training": self.config.model_dump(mode="json", exclude={"keep_checkpoints", "tensorboard"}),
             "embedding": self.embedding.model_dump(mode="json"),
             "schema": self.model.schema.model_dump(mode="json"),
+            "data": self.fingerprint,
         }
 
     def _save(self, directory: Path) -> None:
@@ -361,12 +363,19 @@ class _Run:
 
     def _resume(self, directory: Path, train: Resumable) -> None:
         found = checkpoint.latest(directory)
+        if found is None and checkpoint.list_steps(directory):
+            raise ValueError(f"{directory}: every checkpoint is damaged; start anew, in another directory or over it")
         if found is None:
             return
         state = found.state
         # Through JSON and back, so that tuples and lists compare equal.
         for part, own in json.loads(json.dumps(self._identity())).items():
-            before = state["identity"][part]
+            before = state["identity"].get(part)
+            if part == "data" and own != before:
+                raise ValueError(
+                    f"{found.path} is of a run on other data: the dataset has changed since; start anew, or bring the "
+                    "old one back"
+                )
             if own != before:
                 keys = sorted(key for key in {*own, *before} if own.get(key) != before.get(key))
                 raise ValueError(
@@ -374,7 +383,7 @@ class _Run:
                     "or start anew in another directory"
                 )
         self.model.load_state_dict(found.tensors("model|"))
-        self.engine.load({name: value for name, value in found.tensors().items() if not name.startswith("model|")})
+        self.engine.load(found.tensors(without="model|"))
         self.engine.precision = state["precision"]
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
         self.history, self.best_tasks = state["history"], state["best_tasks"]
