@@ -42,7 +42,7 @@ def run_funnel(
         config,
         workers=recipe.data.workers,
         extra=recipe.data.extra,
-        run_directory=None if directory is None else directory / "stages",
+        run_directory=directory,
         resume=resume,
         progress=tell,
     )

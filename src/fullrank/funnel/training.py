@@ -21,7 +21,8 @@ from fullrank.models import Ranker, RankerSpec
 from fullrank.registry import Spec
 from fullrank.retrieval import RetrieverSpec
 from fullrank.training import TrainerConfig, TrainingResult
-from fullrank.training.run import STAGES, fit_ranker
+from fullrank.training.run import fit_ranker
+from fullrank.training.run_directory import STAGES
 
 # What a stage is that does not say it.
 RETRIEVAL_KIND, EARLY_KIND = "two_tower", "early_stage"

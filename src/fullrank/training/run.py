@@ -34,7 +34,6 @@ from fullrank.training.trainer import Trainer, TrainingResult
 Progress = Callable[[str, int, int, float], None]
 
 # Where a run of several rankers has the checkpoints of each.
-STAGES = "stages"
 
 
 @dataclass

@@ -13,9 +13,11 @@ from fullrank.data import atomic
 from fullrank.training import checkpoint
 from fullrank.training.lock import locked
 
+# The checkpoints of a funnel's rankers: a directory for each stage.
+STAGES = "stages"
 # What a run writes; the recipe comes first and says that the rest is a run's.
 RECIPE = "recipe.json"
-OWN = ("model", "bundle", "checkpoints", "stages", "tensorboard", "metrics.json", RECIPE)
+OWN = ("model", "bundle", "checkpoints", STAGES, "tensorboard", "metrics.json", RECIPE)
 # Where a run that is to replace another one works until it is complete.
 NEXT = ".next"
 
@@ -92,7 +94,7 @@ def _prepared(path: Path, *, resume: bool, overwrite: bool, fresh: bool) -> RunD
 
 
 def _has_checkpoints(work: Path) -> bool:
-    places = [work / "checkpoints", *sorted(work.glob("stages/*/checkpoints"))]
+    places = [work / "checkpoints", *sorted(work.glob(f"{STAGES}/*/checkpoints"))]
     return any(checkpoint.list_steps(place) for place in places)
 
 
