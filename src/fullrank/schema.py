@@ -9,7 +9,7 @@ training part fills in every `num_embeddings`. Models need a fitted schema.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -35,15 +35,23 @@ class Numeric(Part):
     Attributes:
         name: of the column.
         role: whom it describes.
-        transform: how the raw number becomes a model input; `standard` and `quantile` are fitted on training rows. A
-            missing number becomes the transform of the training mean.
-        missing_indicator: add the column `<name>__missing`, which is 1 where the number is missing.
+        transform: how the raw number is bent before it is encoded; `standard` and `quantile` are fitted on training
+            rows.
+        encoding: what models read of the number. `scalar`: itself, times a learned vector. `piecewise_linear`: how
+            far it fills each of the bins between training quantiles, so that any continuous function of it with bends
+            at the quantiles is a linear one of its code. `periodic`: sines and cosines of it at learned frequencies.
+        bins: at most so many, for `piecewise_linear`. A value with more than a bin's share of the rows (the zero of a
+            zero-inflated number) has a bin's edge of its own.
+        missing_indicator: add the column `<name>__missing`, which is 1 where the number is missing. A missing number
+            becomes the training mean; a piecewise linear one has a code of its own where training rows miss some.
     """
 
     kind: Literal["numeric"] = "numeric"
     name: str = Field(min_length=1)
     role: Role = "context"
     transform: Literal["none", "log1p", "standard", "quantile"] = "none"
+    encoding: Literal["scalar", "piecewise_linear", "periodic"] = "piecewise_linear"
+    bins: int = Field(default=32, ge=1, le=1024)
     missing_indicator: bool = False
 
     @property
@@ -205,7 +213,7 @@ class Schema(Part):
     """Features, labels and keys of a log.
 
     Attributes:
-        version: of this format.
+        version: of this format. Where it is written, so are encodings: a number without one is a scalar there.
         features: their order is the order of columns in a `Batch`.
         labels: what there is to predict, the main task first.
         keys: columns that identify a row.
@@ -215,6 +223,22 @@ class Schema(Part):
     features: tuple[Feature, ...] = ()
     labels: tuple[Label, ...] = ()
     keys: Keys = Keys()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scalars_of_old(cls, written: Any) -> Any:
+        # Saved schemas say their version and every field; those that know no encodings are of models that knew none.
+        if not isinstance(written, Mapping) or written.get("version") != 1:
+            return written
+        features = written.get("features", ())
+        if isinstance(features, (list, tuple)):
+            features = [
+                {"encoding": "scalar", **feature}
+                if isinstance(feature, Mapping) and feature.get("kind") == "numeric"
+                else feature
+                for feature in features
+            ]
+        return {**written, "features": features}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -16,7 +16,7 @@ SCHEMA = Schema(
     features=(
         Categorical(name="item", role="item"),
         MultiCategorical(name="topics", role="item"),
-        Numeric(name="price", role="item"),
+        Numeric(name="price", role="item", encoding="scalar"),
         Categorical(name="age", role="user"),
         Categorical(name="slot"),
     ),

@@ -158,7 +158,7 @@ def numbers(feature: Numeric, train: list[float | None], rows: list[float | None
 
 def test_standard_equals_scikit_learn_over_chunks() -> None:
     train = list(np.random.default_rng(2).normal(5, 3, 1000))
-    found = numbers(Numeric(name="x", transform="standard"), train, train[:50])["x"].to_numpy()
+    found = numbers(Numeric(name="x", transform="standard", encoding="scalar"), train, train[:50])["x"].to_numpy()
     oracle = StandardScaler().fit(np.array(train)[:, None]).transform(np.array(train[:50])[:, None])[:, 0]
     np.testing.assert_allclose(found, oracle, rtol=1e-5, atol=1e-6)
 
@@ -167,19 +167,21 @@ def test_quantile_equals_scikit_learn() -> None:
     rng = np.random.default_rng(3)
     train = list(np.round(rng.lognormal(size=3000), 1))
     rows = [-1.0, 0.5, 1.0, 2.3, 99.0]
-    found = numbers(Numeric(name="x", transform="quantile"), train, rows)["x"].to_numpy()
+    found = numbers(Numeric(name="x", transform="quantile", encoding="scalar"), train, rows)["x"].to_numpy()
     oracle = QuantileTransformer(n_quantiles=1001, subsample=None).fit(np.array(train)[:, None])
     np.testing.assert_allclose(found, oracle.transform(np.array(rows)[:, None])[:, 0], atol=2e-3)
 
 
 def test_log1p_is_odd() -> None:
-    found = numbers(Numeric(name="x", transform="log1p"), [1.0], [0.0, np.e - 1, 1 - np.e])["x"].to_list()
+    found = numbers(Numeric(name="x", transform="log1p", encoding="scalar"), [1.0], [0.0, np.e - 1, 1 - np.e])[
+        "x"
+    ].to_list()
     assert found == pytest.approx([0.0, 1.0, -1.0])
 
 
 @pytest.mark.parametrize("transform", ["none", "log1p", "standard", "quantile"])
 def test_a_missing_number_is_the_transform_of_the_training_mean(transform: str) -> None:
-    feature = Numeric(name="x", transform=transform, missing_indicator=True)  # type: ignore[arg-type]
+    feature = Numeric(name="x", transform=transform, encoding="scalar", missing_indicator=True)  # type: ignore[arg-type]
     train = [1.0, 2.0, 6.0, None, 3.0, 3.0, 3.0, 3.0]
     frame = numbers(feature, train, [None, 3.0])
     assert frame["x"][0] == pytest.approx(frame["x"][1])
@@ -187,7 +189,9 @@ def test_a_missing_number_is_the_transform_of_the_training_mean(transform: str) 
 
 
 def test_a_constant_column_does_not_divide_by_zero() -> None:
-    assert numbers(Numeric(name="x", transform="standard"), [4.0, 4.0], [4.0, 5.0])["x"].to_list() == [0.0, 1.0]
+    assert numbers(Numeric(name="x", transform="standard", encoding="scalar"), [4.0, 4.0], [4.0, 5.0])[
+        "x"
+    ].to_list() == [0.0, 1.0]
 
 
 EVERYTHING = Schema(

@@ -36,7 +36,7 @@ SCHEMA = Schema(
     features=(
         Categorical(name="user", role="user"),
         Categorical(name="item", role="item"),
-        Numeric(name="price"),
+        Numeric(name="price", encoding="scalar"),
         MultiCategorical(name="tags", separator="^"),
     ),
     labels=(Label(name="clicked"),),

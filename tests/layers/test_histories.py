@@ -12,8 +12,8 @@ from fullrank.schema import Categorical, EventId, EventNumber, Label, Numeric, S
 
 SCHEMA = Schema(
     features=(
-        Numeric(name="price"),
-        Numeric(name="rank"),
+        Numeric(name="price", encoding="scalar"),
+        Numeric(name="rank", encoding="scalar"),
         Categorical(name="item", num_embeddings=9),
         Categorical(name="brand", num_embeddings=4),
         Sequence(

@@ -23,7 +23,7 @@ def schema(fields: int = 5, numbers: int = 0) -> Schema:
     return Schema(
         features=(
             *(Categorical(name=f"f{i}", num_embeddings=7) for i in range(fields)),
-            *(Numeric(name=f"x{i}") for i in range(numbers)),
+            *(Numeric(name=f"x{i}", encoding="scalar") for i in range(numbers)),
         ),
         labels=(Label(name="click"),),
     )

@@ -29,7 +29,7 @@ from fullrank.data.hashing import hash_series, hash_text
 from fullrank.data.raw import RawChunk, rejected_text
 from fullrank.data.transforms import BucketState, NumberState, State, bucket_ids, transformed, transformed_events
 from fullrank.data.vocabulary import Vocabulary
-from fullrank.schema import FIRST_VOCABULARY_ID, MISSING_ID, Schema, describe_errors
+from fullrank.schema import FIRST_VOCABULARY_ID, MISSING_ID, Feature, Numeric, Schema, describe_errors
 
 FORMAT_VERSION = 1
 KEY_COLUMNS = {
@@ -100,7 +100,7 @@ class Encoders:
 
     @classmethod
     def without_fitting(cls, schema: Schema) -> Encoders:
-        """Encoders of a schema that needs no training data.
+        """Encoders of a schema that needs no training data; numbers whose encoding it does not say are scalars.
 
         Raises:
             ValueError: if an id feature is not hashed or identical, or a number needs fitted state.
@@ -111,7 +111,9 @@ class Encoders:
         for numeric in schema.numeric:
             if numeric.transform not in ("none", "log1p"):
                 raise ValueError(f'feature "{numeric.name}": transform "{numeric.transform}" needs training data')
-        return cls(*Fitting(schema, Path()).finish())
+            if numeric.encoding == "piecewise_linear" and "encoding" in numeric.model_fields_set:
+                raise ValueError(f'feature "{numeric.name}": encoding "piecewise_linear" needs training data')
+        return cls(*Fitting(_scalar_by_default(schema), Path()).finish())
 
     def transform(self, frame: pl.DataFrame, *, allow_missing: bool = False) -> pl.DataFrame:
         """Encoded columns (features, labels, and keys under their fixed names) of a raw frame.
@@ -232,7 +234,19 @@ class Encoders:
         missing = {numeric.name for numeric in encoders.schema.numeric} - set(encoders.numbers)
         if missing:
             raise ValueError(f'{path}: no state for number "{min(missing)}"')
+        for numeric in encoders.schema.numeric:
+            if len(encoders.numbers[numeric.name].knots) > numeric.bins + 1:
+                raise ValueError(f'{path}: number "{numeric.name}" has more than {numeric.bins} bins')
         return encoders
+
+
+def _scalar_by_default(schema: Schema) -> Schema:
+    def said(feature: Feature) -> Feature:
+        if not isinstance(feature, Numeric) or "encoding" in feature.model_fields_set:
+            return feature
+        return feature.model_copy(update={"encoding": "scalar"})
+
+    return schema.model_copy(update={"features": tuple(said(feature) for feature in schema.features)})
 
 
 def _read_vocabulary(path: Path) -> Vocabulary:

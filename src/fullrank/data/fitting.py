@@ -12,7 +12,15 @@ import numpy.typing as npt
 import polars as pl
 
 from fullrank.data.chunk import Chunk, Integers
-from fullrank.data.transforms import QUANTILE_POINTS, BucketState, Moments, NumberState, Sample, log2_buckets
+from fullrank.data.transforms import (
+    KNOT_SAMPLE_SIZE,
+    QUANTILE_POINTS,
+    BucketState,
+    Moments,
+    NumberState,
+    Sample,
+    log2_buckets,
+)
 from fullrank.data.vocabulary import ValueCounts, Vocabulary
 from fullrank.schema import FIRST_VOCABULARY_ID, Categorical, EventId, MultiCategorical, Schema
 
@@ -57,6 +65,8 @@ class Fitting:
         for numeric in schema.numeric:
             if numeric.transform == "quantile":
                 self.samples[f"number {numeric.name}"] = Sample()
+            elif numeric.encoding == "piecewise_linear":
+                self.samples[f"number {numeric.name}"] = Sample(KNOT_SAMPLE_SIZE)
 
     def add(self, chunk: Chunk) -> None:
         for name, numbers in chunk.numbers.items():
@@ -124,7 +134,15 @@ class Fitting:
                 points = self.samples[f"number {numeric.name}"].quantiles(np.linspace(0, 1, QUANTILE_POINTS))
             # A constant column has no spread to divide by.
             deviation = moments.deviation if moments.deviation > 0 else 1.0
+            knots: list[float] = []
+            if numeric.encoding == "piecewise_linear":
+                knots = self.samples[f"number {numeric.name}"].knots(numeric.bins)
             numbers[numeric.name] = NumberState(
-                fill=moments.mean, mean=moments.mean, deviation=deviation, quantiles=tuple(points)
+                fill=moments.mean,
+                mean=moments.mean,
+                deviation=deviation,
+                quantiles=tuple(points),
+                knots=tuple(knots),
+                misses=moments.missing > 0,
             )
         return Fitted(self.schema.with_table_sizes(sizes), numbers, buckets, vocabularies)

@@ -211,7 +211,7 @@ def simulation_schema() -> Schema:
         features=(
             *ids(("user_id", "age_group", "gender", "country"), "user"),
             *ids(("item_id", "category", "brand", "campaign"), "item"),
-            Numeric(name="price", role="item", transform="log1p"),
+            Numeric(name="price", role="item", transform="log1p", encoding="scalar"),
             *ids(("hour", "weekday", "device", "position"), "context"),
             Sequence(
                 name="history",

@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Self
+
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 
 from fullrank.data.chunk import Floats, Integers
 from fullrank.data.hashing import splitmix
@@ -16,6 +19,10 @@ from fullrank.schema import FIRST_VOCABULARY_ID, MISSING_ID, EventNumber, Numeri
 QUANTILE_POINTS = 1001
 # A quantile is exact up to so many training rows, and estimated from a uniform sample of them beyond.
 SAMPLE_SIZE = 1 << 18
+# Bins of a `piecewise_linear` number need fewer.
+KNOT_SAMPLE_SIZE = 1 << 16
+# Place among its bins of a `piecewise_linear` number that is missing.
+MISSING_PLACE = -1.0
 # Counts at or below this keep a bucket of their own in `log2_bucket`; lower numbers share the lowest.
 LOWEST_COUNT = -8
 
@@ -33,12 +40,22 @@ class NumberState(State):
         fill: raw number that stands for a missing one: the training mean.
         mean, deviation: of the training numbers, for `standard`.
         quantiles: evenly spaced quantiles of the training numbers, lowest and highest included, for `quantile`.
+        knots: raw numbers where bins of `piecewise_linear` begin and end, increasing.
+        misses: whether training rows miss the number, so that a model of `piecewise_linear` knows what that means.
     """
 
     fill: float = 0.0
     mean: float = 0.0
     deviation: float = 1.0
     quantiles: tuple[float, ...] = ()
+    knots: tuple[FiniteFloat, ...] = ()
+    misses: bool = False
+
+    @model_validator(mode="after")
+    def _increasing(self) -> Self:
+        if any(low >= high for low, high in itertools.pairwise(self.knots)):
+            raise ValueError("knots do not increase")
+        return self
 
 
 class BucketState(State):
@@ -50,24 +67,28 @@ class BucketState(State):
 
 
 class Sample:
-    """A uniform sample of at most `SAMPLE_SIZE` numbers of a stream, the same for the same stream.
+    """A uniform sample of at most `size` (default `SAMPLE_SIZE`) numbers of a stream, the same for the same stream.
 
     Each number has the hash of its position as a priority; the smallest priorities are kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int | None = None) -> None:
+        self._size = SAMPLE_SIZE if size is None else size
         self._seen = 0
         self._numbers = np.zeros(0)
         self._priorities = np.zeros(0, dtype=np.uint64)
 
     def add(self, numbers: npt.NDArray[np.float64]) -> None:
         numbers = numbers[~np.isnan(numbers)]
-        position = np.arange(self._seen, self._seen + len(numbers), dtype=np.uint64)
+        priorities = splitmix(np.arange(self._seen, self._seen + len(numbers), dtype=np.uint64))
         self._seen += len(numbers)
+        if len(self._numbers) == self._size:
+            chosen = priorities < self._priorities.max()
+            numbers, priorities = numbers[chosen], priorities[chosen]
         self._numbers = np.concatenate([self._numbers, numbers])
-        self._priorities = np.concatenate([self._priorities, splitmix(position)])
-        if len(self._numbers) > SAMPLE_SIZE:
-            keep = np.sort(np.argpartition(self._priorities, SAMPLE_SIZE)[:SAMPLE_SIZE])
+        self._priorities = np.concatenate([self._priorities, priorities])
+        if len(self._numbers) > self._size:
+            keep = np.sort(np.argpartition(self._priorities, self._size)[: self._size])
             self._numbers, self._priorities = (self._numbers[keep], self._priorities[keep])
 
     def quantiles(self, points: npt.NDArray[np.float64]) -> list[float]:
@@ -75,15 +96,44 @@ class Sample:
             return []
         return [float(q) for q in np.quantile(self._numbers, points)]
 
+    def knots(self, bins: int) -> list[float]:
+        """Where at most `bins` bins begin and end.
+
+        These are the values themselves if there are few enough. Otherwise both ends; every value with more than a
+        bin's share of the rows and, for the commonest of them, the values next to it, so that its code is shared with
+        no other value; and quantiles of the rest.
+
+        Deviation: the paper's bins are quantiles only, which fall together on the zeros of a zero-inflated number.
+        """
+        values, counts = np.unique(self._numbers, return_counts=True)
+        room = bins + 1
+        if len(values) <= room:
+            return [float(value) for value in values]
+        atoms = np.flatnonzero(counts * bins > len(self._numbers))
+        atoms = atoms[np.argsort(-counts[atoms], kind="stable")]
+        chosen = {0, len(values) - 1, *atoms[: room - 2].tolist()}
+        for atom in atoms.tolist():
+            if len(chosen) + 2 <= (room + len(atoms)) // 2 + 1:
+                chosen |= {max(atom - 1, 0), min(atom + 1, len(values) - 1)}
+        rest = np.delete(np.arange(len(values)), atoms)
+        if len(rest) and len(chosen) < room:
+            share = (np.cumsum(counts[rest]) - counts[rest] / 2) / counts[rest].sum()
+            points = np.linspace(0, 1, room - len(chosen) + 2)[1:-1]
+            chosen |= set(rest[np.searchsorted(share, points).clip(max=len(rest) - 1)].tolist())
+        return [float(value) for value in values[sorted(chosen)]]
+
 
 class Moments:
-    """Mean and variance of a stream (Chan et al. 1979: pairwise update)."""
+    """Mean and variance of a stream (Chan et al. 1979: pairwise update), and how many are missing."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self.missing = 0
 
     def add(self, numbers: npt.NDArray[np.float64]) -> None:
+        rows = len(numbers)
         numbers = numbers[~np.isnan(numbers)]
+        self.missing += rows - len(numbers)
         if not len(numbers):
             return
         mean = float(numbers.mean())
@@ -111,14 +161,20 @@ def log2_buckets(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
 
 
 def transformed(feature: Numeric, state: NumberState, raw: Floats) -> npt.NDArray[np.float32]:
-    """Numbers as the feature's transform has them; NaN is missing and becomes that of the training mean."""
-    numbers = np.where(np.isnan(raw), state.fill, raw)
-    if feature.transform == "log1p":
-        numbers = _signed_log1p(numbers)
-    elif feature.transform == "standard":
-        numbers = (numbers - state.mean) / state.deviation
-    elif feature.transform == "quantile":
-        numbers = _rank(numbers, np.asarray(state.quantiles))
+    """Numbers as they are in a batch, bent by the feature's transform; NaN is missing.
+
+    A piecewise linear number becomes its place among the knots: bins that it has filled, and the share that it fills
+    of the next. Missing is -1 if the training rows miss some; otherwise, and without bins, it is the training mean.
+    """
+    missing = np.isnan(raw)
+    numbers = _bent(feature, state, np.where(missing, state.fill, raw))
+    if feature.encoding == "piecewise_linear":
+        if not state.knots:
+            return np.where(missing & state.misses, MISSING_PLACE, 0.0).astype(np.float32)
+        knots = _bent(feature, state, np.asarray(state.knots))
+        numbers = np.interp(numbers, knots, np.arange(len(knots)))
+        if state.misses:
+            numbers[missing] = MISSING_PLACE
     return numbers.astype(np.float32)
 
 
@@ -135,6 +191,16 @@ def bucket_ids(encoding: str, state: BucketState, numbers: Floats) -> Integers:
     else:
         places = np.searchsorted(np.asarray(state.edges), np.nan_to_num(numbers), side="right")
     return np.where(np.isnan(numbers), MISSING_ID, places + FIRST_VOCABULARY_ID).astype(np.int32)
+
+
+def _bent(feature: Numeric, state: NumberState, numbers: Floats) -> Floats:
+    if feature.transform == "log1p":
+        return _signed_log1p(numbers)
+    if feature.transform == "standard":
+        return (numbers - state.mean) / state.deviation
+    if feature.transform == "quantile":
+        return _rank(numbers, np.asarray(state.quantiles))
+    return numbers
 
 
 def _signed_log1p(numbers: Floats) -> Floats:

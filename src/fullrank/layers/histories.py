@@ -1,7 +1,7 @@
 """A batch as feature tokens and histories, jagged or padded: what models of behaviour sequences start from."""
 
 # Shapes: B rows, F tokens, D width, E events of all rows together, L longest history of the batch, C channels of an
-# event, N numbers.
+# event, N components of the numbers' codes.
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection, Tables
 from fullrank.embeddings.padding import Padding
+from fullrank.layers.numbers import CODE_START, SCALAR_START, NumberCodes
 from fullrank.schema import Schema, Sequence
 
 
@@ -50,7 +51,7 @@ class FeaturesAndHistories(nn.Module):
     """tokens_BFD of all features but sequences (all numbers together give one token), and a `History` per sequence.
 
     Args:
-        tables: their width is D, their start also that of number vectors.
+        tables: their width is D, their start also that of the vectors of events' numbers.
         age_field: name of the number field of an event that holds its age in seconds at request time, raw or log1p.
 
     Attributes:
@@ -73,7 +74,9 @@ class FeaturesAndHistories(nn.Module):
         self.num_tokens = len(self.ids.widths) + (numbers > 0)
         if not self.num_tokens and not schema.sequences:
             raise ValueError("the schema has no features")
-        self.number_token_ND = nn.Parameter(torch.randn(numbers, embedding_dim) * tables.init_std) if numbers else None
+        self.codes = NumberCodes(schema)
+        start = SCALAR_START if self.codes.width == numbers else CODE_START
+        self.number_token_ND = nn.Parameter(torch.randn(self.codes.width, embedding_dim) * start) if numbers else None
         self.event_numbers = nn.ParameterDict(
             {
                 sequence.name: nn.Parameter(torch.randn(len(sequence.number_fields), embedding_dim) * tables.init_std)
@@ -98,7 +101,7 @@ class FeaturesAndHistories(nn.Module):
         embedded = self.ids(batch)
         parts = [embedded.tokens_BFD] if embedded.widths else []
         if self.number_token_ND is not None:
-            parts.append((batch.numeric_BN @ self.number_token_ND)[:, None, :])
+            parts.append((self.codes(batch) @ self.number_token_ND)[:, None, :])
         tokens_BFD = torch.cat(parts, 1) if parts else batch.numeric_BN.new_zeros(len(batch), 0, self.width)
         jagged = []
         for sequence in self.sequences:

@@ -1,6 +1,6 @@
 """First-order part of factorisation-machine-like models."""
 
-# Shapes: B rows, N numeric columns.
+# Shapes: B rows, N components of the numbers' codes.
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection, Tables
+from fullrank.layers.numbers import NumberCodes
 from fullrank.schema import Schema, Sequence
 
 
 class LinearTerm(nn.Module):
-    """One weight per id and per number: z = Σ w_i x_i, plus a bias if asked for.
+    """One weight per id and per component of a number's code: z = Σ w_i x_i, plus a bias if asked for.
 
     Bags and sequences contribute the mean (or sum) of their ids' weights. Tables are plain, whatever their kind in the
     rest of the model.
@@ -22,14 +23,15 @@ class LinearTerm(nn.Module):
     def __init__(self, schema: Schema, tables: Tables, *, bias: bool) -> None:
         super().__init__()
         self.weights = EmbeddingCollection(_without_widths(schema), tables.of_width(1), pool_sequences=True)
-        self.numeric_N = nn.Parameter(torch.zeros(len(schema.numeric_columns)))
+        self.codes = NumberCodes(schema)
+        self.numeric_N = nn.Parameter(torch.zeros(self.codes.width))
         self.bias = nn.Parameter(torch.zeros(())) if bias else None
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of shape (B,)."""
         logits_B: Tensor = self.weights(batch).flat.sum(1)
         if self.numeric_N.numel():
-            logits_B = logits_B + batch.numeric_BN @ self.numeric_N
+            logits_B = logits_B + self.codes(batch) @ self.numeric_N
         return logits_B if self.bias is None else logits_B + self.bias
 
 

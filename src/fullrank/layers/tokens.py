@@ -10,36 +10,25 @@ from torch import Tensor, nn
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection, Tables
 from fullrank.layers.mlp import MLP
+from fullrank.layers.numbers import SCALAR_START, NumberCodes, NumberVectors
 from fullrank.schema import Schema
 
 
-class NumberVectors(nn.Module):
-    """x·v for each number x, with a learned vector v that starts as small as an embedding row does."""
-
-    def __init__(self, schema: Schema, tables: Tables) -> None:
-        super().__init__()
-        shape = (len(schema.numeric_columns), tables.embedding_dim)
-        self.weight_ND = nn.Parameter(torch.randn(*shape) * tables.init_std)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Shape (B, N, D)."""
-        return batch.numeric_BN[:, :, None] * self.weight_ND
-
-
 class NumberTokens(nn.Module):
-    """All numbers together through an MLP to a few tokens, which start about as small as embedding rows do."""
+    """The codes of all numbers together through an MLP to a few tokens."""
 
     def __init__(self, schema: Schema, tables: Tables, num_tokens: int, hidden: tuple[int, ...]) -> None:
         super().__init__()
         self.width = tables.embedding_dim
-        self.mlp = MLP(len(schema.numeric_columns), hidden)
+        self.codes = NumberCodes(schema)
+        self.mlp = MLP(self.codes.width, hidden)
         self.out = nn.Linear(self.mlp.out_features, num_tokens * self.width)
-        nn.init.normal_(self.out.weight, std=tables.init_std)
+        nn.init.normal_(self.out.weight, std=SCALAR_START)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, batch: Batch) -> Tensor:
         """Shape (B, num_tokens, D)."""
-        tokens: Tensor = self.out(self.mlp(batch.numeric_BN)).float()
+        tokens: Tensor = self.out(self.mlp(self.codes(batch))).float()
         return tokens.view(len(tokens), -1, self.width)
 
 
@@ -47,7 +36,7 @@ class FeatureTokens(nn.Module):
     """Every feature as a vector of one width: ids, bags and mean-pooled sequences first, then numbers.
 
     Args:
-        number_tokens: how many tokens all numbers together give, through an MLP; 0 for one token x·v per number.
+        number_tokens: how many tokens all numbers together give, through an MLP; 0 for one token per number.
         number_hidden: hidden widths of that MLP.
     """
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection, Tables
 from fullrank.layers.mlp import MLP
+from fullrank.layers.numbers import NumberCodes
 from fullrank.schema import Role, Schema
 
 
@@ -26,9 +27,10 @@ class Towers(nn.Module):
     def __init__(self, schema: Schema, tables: Tables, *, hidden: Sequence[int], output_dim: int) -> None:
         super().__init__()
         self.ids = EmbeddingCollection(schema, tables, pool_sequences=True)
+        self.numbers = NumberCodes(schema)
         self.sides: dict[str, tuple[list[int], list[int]]] = {}
         for side, roles in SIDES.items():
-            places, numbers = _columns(schema, self.ids.widths, roles)
+            places, numbers = _columns(schema, self.ids.widths, self.numbers.columns_C, roles)
             if not places and not numbers:
                 raise ValueError(f"the schema has no feature with role {' or '.join(sorted(roles))}: a tower needs one")
             self.sides[side] = (places, numbers)
@@ -57,14 +59,16 @@ class Towers(nn.Module):
         vectors = flat.index_select(1, places)
         if not numbers.numel():
             return vectors
-        return torch.cat([vectors, batch.numeric_BN.index_select(1, numbers)], 1)
+        return torch.cat([vectors, self.numbers(batch).index_select(1, numbers)], 1)
 
 
 SIDES: dict[str, set[Role]] = {"user": {"user", "context"}, "item": {"item"}}
 
 
-def _columns(schema: Schema, widths: tuple[int, ...], roles: set[Role]) -> tuple[list[int], list[int]]:
-    """Places in `Embedded.flat` and columns of `numeric_BN` of the features that have one of `roles`."""
+def _columns(
+    schema: Schema, widths: tuple[int, ...], columns_C: Sequence[int], roles: set[Role]
+) -> tuple[list[int], list[int]]:
+    """Places in `Embedded.flat` and in the codes of numbers of the features that have one of `roles`."""
     role_of = schema.roles()
     places: list[int] = []
     begin = 0
@@ -72,4 +76,5 @@ def _columns(schema: Schema, widths: tuple[int, ...], roles: set[Role]) -> tuple
         if role_of[column] in roles:
             places.extend(range(begin, begin + width))
         begin += width
-    return places, [i for i, name in enumerate(schema.numeric_columns) if role_of[name] in roles]
+    names = schema.numeric_columns
+    return places, [place for place, column in enumerate(columns_C) if role_of[names[column]] in roles]

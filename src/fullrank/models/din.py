@@ -20,7 +20,7 @@ from fullrank.embeddings.segments import row_of, segment_softmax, segment_sum, s
 from fullrank.layers.dice import Dice, dice_scores
 from fullrank.layers.histories import candidate_tokens
 from fullrank.layers.mlp import ACTIVATIONS, MLP
-from fullrank.layers.tokens import NumberVectors
+from fullrank.layers.numbers import NumberVectors
 from fullrank.models.base import BatchNorm, Dropout, Hidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection
 from fullrank.layers.mlp import MLP
+from fullrank.layers.numbers import NumberCodes
 from fullrank.models.base import BatchNorm, Dropout, Hidden, Ranker, RankerOutput
 from fullrank.schema import Schema
 
@@ -48,7 +49,8 @@ class DLRM(Ranker):
         width = config.embedding_dim
         self.embeddings = EmbeddingCollection(schema, config.embeddings, pool_sequences=True)
         numbers = len(schema.numeric_columns)
-        self.bottom = MLP(numbers, (*config.bottom_hidden, width)) if numbers else None
+        self.numbers = NumberCodes(schema)
+        self.bottom = MLP(self.numbers.width, (*config.bottom_hidden, width)) if numbers else None
         tokens = len(self.embeddings.widths) + (1 if numbers else 0)
         if tokens == 0 or (config.interaction == "dot" and tokens < 2):
             raise ValueError("DLRM needs at least two features to take dot products of")
@@ -68,7 +70,7 @@ class DLRM(Ranker):
 
     def forward(self, batch: Batch) -> RankerOutput:
         embedded = self.embeddings(batch)
-        numbers_BD = None if self.bottom is None else self.bottom(batch.numeric_BN).float()
+        numbers_BD = None if self.bottom is None else self.bottom(self.numbers(batch)).float()
         parts = [] if numbers_BD is None else [numbers_BD[:, None]]
         if embedded.widths:
             parts.append(embedded.tokens_BFD)
