@@ -12,7 +12,7 @@ from fullrank.schema import Categorical, Keys, Label, MultiCategorical, Numeric,
 
 SCHEMA = Schema(
     features=(
-        Numeric(name="price"),
+        Numeric(name="price", encoding="scalar"),
         Categorical(name="user", encoding="identity", num_embeddings=40),
         Categorical(name="item", encoding="identity", num_embeddings=60),
         MultiCategorical(name="tags", encoding="identity", num_embeddings=10),

@@ -35,7 +35,8 @@ class Criteo:
         file = training_file(self, path)
         scaled = self._scaled(file)
         counts: list[Feature] = [
-            Numeric(name=name) if scaled else Categorical(name=name, encoding="log2_bucket") for name in COUNTS
+            Numeric(name=name, encoding="scalar") if scaled else Categorical(name=name, encoding="log2_bucket")
+            for name in COUNTS
         ]
         categories = [Categorical(name=name, min_count=1 if scaled else MIN_COUNT) for name in CATEGORIES]
         return Schema(features=(*counts, *categories), labels=(Label(name="label"),))

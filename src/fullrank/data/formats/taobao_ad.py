@@ -92,7 +92,12 @@ def _schema(*, history: bool, timed: bool) -> Schema:
     ids = [name for name in ROLES if history or name != "btag"]
     features: list[Feature] = [Categorical(name=name, role=ROLES[name], min_count=MIN_COUNT) for name in ids]
     # The original prices go up to 10^8; those of the leaderboard's files are on a scale of their own.
-    features.append(Numeric(name="price", role="item", transform="log1p" if timed else "standard"))
+    # The leaderboard's models read a standardised scalar.
+    features.append(
+        Numeric(name="price", role="item", transform="log1p")
+        if timed
+        else Numeric(name="price", role="item", transform="standard", encoding="scalar")
+    )
     if history:
         tables = {"cate": "cate_id", "brand": "brand", "btag": "btag"}
         fields = tuple(EventId(name=name, table=table, min_count=MIN_COUNT) for name, table in tables.items())
