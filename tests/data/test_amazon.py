@@ -312,3 +312,22 @@ def test_public_files(shared_data: Path, tmp_path: Path, name: str, users: int, 
     assert test["label"].mean() == 0.5
     lengths = dataset.scan("train").collect()["history.item"].list.len()
     assert lengths.min() == 1 and int(lengths.max()) <= 100  # type: ignore[arg-type]
+
+
+def test_attributes_are_cut_before_they_are_put_together(tmp_path: Path) -> None:
+    # An item of 50,000 attributes in a history of 100 that 200 rows share: 10^9 elements if they were not cut.
+    (tmp_path / "Toys.txt").write_text("1 " + " ".join(str(n % 7) for n in range(200)) + "\n2 3 4 5\n")
+    attributes = {"0": [f"a{n}" for n in range(50_000)], **{str(n): [f"b{n}", "c"] for n in range(1, 7)}}
+    (tmp_path / "Toys_item2attributes.json").write_text(json.dumps(attributes))
+    source = open_format("amazon")
+    path = tmp_path / "Toys.txt"
+    chunks = list(source.chunks(path, source.default_schema(path)))
+    lists = pl.concat(
+        chunk.dictionaries["history_attributes.attribute"].gather(chunk.frame["history_attributes.attribute"])
+        for chunk in chunks
+    )
+    assert lists.list.len().max() == 400
+    # The latest items come last: item 0 gives its last attributes, the items after it theirs.
+    row = lists.filter(lists.list.len() == 400)[0].to_list()
+    assert row[-1] in ("c", "a49999")
+    assert row[0].startswith("a")

@@ -59,11 +59,49 @@ def test_an_import_by_time(tmp_path: Path) -> None:
     assert dataset.schema.tables()["item_id"] == 2 + 3  # 10, 12, 13, and the two reserved rows
 
 
-def test_a_broken_line_is_named(tmp_path: Path) -> None:
+def test_a_broken_line_is_set_aside_by_name(tmp_path: Path) -> None:
     path = one_million(tmp_path / "ml")
-    (path / "users.dat").write_text("1::F::25\n")
-    with pytest.raises(ValueError, match="users.dat line 1: expected 5 fields"):
-        open_format("movielens").default_schema(path)
+    (path / "users.dat").write_text("1::F::25\n2::M::1::10::00501\n")
+    none = SplitSpec(kind="none")
+    dataset = import_dataset("movielens", path, tmp_path / "out", split=none, max_bad=0.5)
+    rejected = pl.read_csv(dataset.path / "rejected.tsv", separator="\t")
+    assert rejected.rows() == [(1, "(users.dat)", "3 fields, expected 5", "1::F::25")]
+
+
+FAULTS = {
+    "good": ("", "", None),
+    "rating": ("1,2,good,2000\n", "", (9, "rating", "not a number", "good")),
+    "user": ("u1,2,5.0,2000\n", "", (9, "user_id", "not an integer", "u1")),
+    "time": ("1,2,5.0,2001-01-01\n", "", (9, "timestamp", "not an integer", "2001-01-01")),
+    "short": ("1,2,5.0\n", "", (9, "", "3 fields, expected 4", "1,2,5.0")),
+    "empty": ("1,2,,2000\n", "", (9, "rating", "missing", "")),
+    "movie twice": ("", "10,Again (2001),War\n", None),
+    "movie without id": ("", "x,Again (2001),War\n", (6, "item_id (movies.csv)", "not an integer", "x")),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_bad_line_is_counted_and_the_others_are_kept(tmp_path: Path, fault: str) -> None:
+    ratings, movies, expected = FAULTS[fault]
+    path = latest(tmp_path / "ml")
+    with (path / "ratings.csv").open("a") as file:
+        file.write(ratings)
+    with (path / "movies.csv").open("a") as file:
+        file.write(movies)
+    dataset = import_dataset("movielens", path, tmp_path / "out", split=SplitSpec(kind="none"), max_bad=0.5)
+    assert dataset.rows("train") == 6
+    listed = dataset.path / "rejected.tsv"
+    assert (pl.read_csv(listed, separator="\t").rows() if listed.exists() else []) == ([expected] if expected else [])
+
+
+def test_what_is_no_release_is_one_line(tmp_path: Path) -> None:
+    path = latest(tmp_path / "ml")
+    (path / "movies.csv").write_text("movieId,title,genres\n10,Caf\u00e9 (1999),War\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"movies\.csv line 2: not UTF-8"):
+        import_dataset("movielens", path, tmp_path / "out", split=SplitSpec(kind="none"))
+    (path / "ratings.csv").write_text("userId,movie,rating\n1,2,3\n")
+    with pytest.raises(ValueError, match='ratings.csv: column "item_id" is missing'):
+        import_dataset("movielens", path, tmp_path / "out", split=SplitSpec(kind="none"))
 
 
 def test_the_published_fold_gives_the_comparison_table(tmp_path: Path, shared_data: Path) -> None:

@@ -22,6 +22,7 @@ FORMATS: Registry[Callable[[], Format]] = Registry(
         "csv": "fullrank.data.formats.csv_log:Csv",
         "ipinyou": "fullrank.data.formats.ipinyou:IPinYou",
         "kuaivideo": "fullrank.data.formats.kuaivideo:KuaiVideo",
+        "letor": "fullrank.data.formats.letor:Letor",
         "libfm": "fullrank.data.formats.libfm:LibFM",
         "movielens": "fullrank.data.formats.movielens:MovieLens",
         "parquet": "fullrank.data.formats.parquet:ParquetLog",

@@ -23,7 +23,8 @@ from fullrank.schema import Categorical, EventId, Feature, Keys, Label, MultiCat
 HISTORY = 100
 # Attributes of an item, and of all items of a history.
 ATTRIBUTES, HISTORY_ATTRIBUTES = 16, 400
-CANDIDATES = 32_768
+# Rows come of so many events at a time; of fewer where items have attributes, each list of which is long.
+CANDIDATES, ATTRIBUTE_CANDIDATES = 32_768, 4096
 COLUMNS = ("label", "user_id", "item_id", "cate_id", "item_history", "cate_history")
 _STORED = {"category_id": "cate_id", "history.item": "item_history", "history.category": "cate_history"}
 
@@ -85,6 +86,7 @@ def _schema(known: Known, *, timed: bool) -> Schema:
 
 def _rows(layout: AmazonFiles, schema: Schema) -> Iterator[RawChunk]:
     lengths = {sequence.name: sequence.max_length for sequence in schema.sequences}
+    lengths["attributes"] = next((bag.max_length for bag in schema.bags if bag.name == "attributes"), ATTRIBUTES)
     columns = [*raw_columns(schema), "split"]
     ids: dict[Any, int] = {}
     with ByUser(USER, layout.groups()) as events:
@@ -107,7 +109,8 @@ def _rows(layout: AmazonFiles, schema: Schema) -> Iterator[RawChunk]:
             group = group.sort(first, *([TIME] if layout.timed else []), "__place").drop("__place")
             items = group[ITEM].cast(pl.Int64).to_numpy()
             longest = lengths.get("history", HISTORY)
-            for rows in next_items(group[USER], items, len(ids), max_length=longest, candidates=CANDIDATES):
+            candidates = ATTRIBUTE_CANDIDATES if layout.known == "attributes" else CANDIDATES
+            for rows in next_items(group[USER], items, len(ids), max_length=longest, candidates=candidates):
                 yield _chunk(group, rows, catalogue, about, lengths)
 
 
@@ -147,21 +150,39 @@ def _chunk(
     if "history" in lengths:
         lists["history.item"] = _lists(rows.offsets, catalogue.gather(taken))
     if about is not None:
-        columns[about.name] = about.gather(item)
+        columns[about.name] = (about.list.head(lengths["attributes"]) if about.name == "attributes" else about).gather(
+            item
+        )
         if "history" in lengths and about.name == "category_id":
             lists["history.category"] = _lists(rows.offsets, about.gather(taken))
         if "history_attributes" in lengths and about.name == "attributes":
-            lists["history_attributes.attribute"] = _flattened(rows.offsets, about.gather(taken))
+            lists["history_attributes.attribute"] = _flattened(
+                rows.offsets, taken.to_numpy(), about, lengths["history_attributes"]
+            )
     # The rows of a candidate share its lists.
     columns.update({name: pl.Series(rows.history) for name in lists})
     return RawChunk(pl.DataFrame(columns), dictionaries=lists)
 
 
-def _flattened(offsets: npt.NDArray[np.int32], attributes: pl.Series) -> pl.Series:
-    """Lists of the attributes of the items of each list."""
-    before = np.zeros(len(attributes) + 1, dtype=np.int32)
-    np.cumsum(attributes.list.len().fill_null(0).to_numpy(), out=before[1:])
-    return _lists(before[offsets], as_series(as_array(attributes).flatten(), attributes.name))
+def _flattened(
+    offsets: npt.NDArray[np.int32], items: npt.NDArray[np.int64], attributes: pl.Series, most: int
+) -> pl.Series:
+    """Lists of the last attributes of the items of each list, `most` at most.
+
+    Cut before they are put together: an item may have any number of attributes, and a list any such items.
+    """
+    counts = attributes.list.len().fill_null(0).to_numpy().astype(np.int64)
+    first = np.cumsum(counts) - counts
+    before = np.zeros(len(items) + 1, dtype=np.int64)
+    np.cumsum(counts[items], out=before[1:])
+    ends = before[offsets[1:]]
+    begins = np.maximum(before[offsets[:-1]], ends - most)
+    kept = np.zeros(len(offsets), dtype=np.int64)
+    np.cumsum(ends - begins, out=kept[1:])
+    places = np.repeat(begins - kept[:-1], ends - begins) + np.arange(kept[-1])
+    item = np.searchsorted(before, places, side="right") - 1
+    elements = as_series(as_array(attributes).flatten(), attributes.name)
+    return _lists(kept.astype(np.int32), elements.gather(first[items[item]] + places - before[item]))
 
 
 def _lists(offsets: npt.NDArray[np.int32], elements: pl.Series) -> pl.Series:

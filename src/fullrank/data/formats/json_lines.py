@@ -25,6 +25,8 @@ _SHOWN = 200
 def json_text(value: Any) -> str:
     """Text, or a whole number's digits."""
     if isinstance(value, str) and value:
+        # JSON may hold halves of characters (\ud800), which are no text.
+        value.encode("utf-8")
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -32,7 +34,7 @@ def json_text(value: Any) -> str:
 
 
 def json_integer(value: Any) -> int:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63 and value == int(value):
         return int(value)
     raise ValueError("expected an integer")
 
@@ -58,7 +60,7 @@ def json_chunks(
     plain = parse is json.loads and wanted is None
     line = 1
     for block in read_blocks(path, quote=b""):
-        data = block.removeprefix(b"\xef\xbb\xbf") if line == 1 else block
+        data = block
         chunk = _parse_block(data, fields) if plain else None
         if chunk is None:
             yield _parse_exactly(data, line, fields, parse, wanted)
@@ -79,7 +81,7 @@ def _parse_block(data: bytes, fields: Mapping[str, tuple[pa.DataType, Convert]])
                 unexpected_field_behavior="ignore",
             ),
         )
-    except (UnicodeDecodeError, pa.ArrowInvalid):
+    except (UnicodeDecodeError, pa.ArrowException):
         return None
     frame = as_frame(table)
     lines = data.count(b"\n") + (not data.endswith(b"\n"))
@@ -113,8 +115,9 @@ def _parse_exactly(
                     raise ValueError("missing")
                 row.append(convert(values[name]))
         except ValueError as error:
+            reason = "not text" if isinstance(error, UnicodeEncodeError) else str(error)
             shown = text if not column else str(values.get(column, "")).encode("utf-8", "backslashreplace")
-            rejected.append((number, column, str(error), shown[:_SHOWN].decode("utf-8", "backslashreplace")))
+            rejected.append((number, column, reason, shown[:_SHOWN].decode("utf-8", "backslashreplace")))
             continue
         for name, value in zip(fields, row, strict=True):
             columns[name].append(value)

@@ -7,6 +7,7 @@ varying length become a single bag. Only entries of value 1 are ids; a log with 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -17,7 +18,8 @@ import polars as pl
 from fullrank.data.formats.base import training_file
 from fullrank.data.formats.delimited import delimited_chunks
 from fullrank.data.formats.layout import Layout, text_layout
-from fullrank.data.formats.lines import first_line, read_blocks
+from fullrank.data.formats.letor import Letor
+from fullrank.data.formats.lines import bare_name, first_line, read_blocks
 from fullrank.data.raw import LINE_COLUMN, RawChunk, check_columns, raw_columns, rejected_table
 from fullrank.data.splits import PARTS
 from fullrank.schema import Categorical, Keys, Label, MultiCategorical, Schema
@@ -27,6 +29,7 @@ _SAMPLE_BYTES = 1 << 20
 _MOST_ROWS = 0.99
 # A character that no text of this format holds: lines are read whole.
 _NEVER = "\x01"
+_QUERY = re.compile(r"\S+\s+qid:")
 _ENDINGS = (".libfm", ".svm", ".libsvm", ".txt", ".csv")
 
 
@@ -37,6 +40,8 @@ class LibFM:
 
     def default_schema(self, path: Path) -> Schema:
         file = training_file(self, path)
+        if _is_ranking(file):
+            return Letor().default_schema(file)
         if _is_csv(file):
             names = text_layout(file).named
             keys = Keys(
@@ -54,6 +59,8 @@ class LibFM:
         return Schema(features=tuple(Categorical(name=f"field_{n}") for n in range(1, fields + 1)), labels=labels)
 
     def chunks(self, path: Path, schema: Schema, extra: Collection[str] = ()) -> Iterator[RawChunk]:
+        if _is_ranking(path):
+            return Letor().chunks(path, schema, extra)
         named = list(dict.fromkeys([*raw_columns(schema), *extra]))
         if _is_csv(path):
             layout = text_layout(path)
@@ -77,7 +84,7 @@ class LibFM:
             return None
         found: dict[str, Path] = {}
         for file in sorted(path.iterdir()):
-            name = file.name.removesuffix(".gz")
+            name = bare_name(file)
             part = next((part for part in PARTS if part in name), None)
             if part is not None and name.endswith(_ENDINGS):
                 if part in found:
@@ -86,6 +93,11 @@ class LibFM:
         if "train" not in found:
             raise ValueError(f"{path} is a directory without a train file ({', '.join(_ENDINGS)})")
         return {part: found[part] for part in PARTS if part in found}
+
+
+def _is_ranking(path: Path) -> bool:
+    """Whether lines name a query (`qid:`), so that they are the format letor's."""
+    return _QUERY.match(first_line(path)) is not None
 
 
 def _is_csv(path: Path) -> bool:

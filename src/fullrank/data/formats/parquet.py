@@ -52,7 +52,7 @@ class ParquetLog:
         for file in some:
 
             def rows(known: Collection[str], file: Path = file) -> Iterator[RawChunk]:
-                opened = _open_parquet(file)
+                opened = open_parquet(file)
                 return _batches(file, opened, opened.schema_arrow.names, _SAMPLE_ROWS // len(some))
 
             chunk = next(file_rows(path, file, rows, several=False), None)
@@ -66,7 +66,7 @@ class ParquetLog:
         for file in files:
 
             def rows(known: Collection[str], file: Path = file) -> Iterator[RawChunk]:
-                opened = _open_parquet(file)
+                opened = open_parquet(file)
                 names = plain_names(opened.schema_arrow)
                 wanted = stored_columns(file, schema, [*names, *known], extra)
                 stored = dict.fromkeys(names[name] for name in wanted if name in names)
@@ -99,7 +99,22 @@ def _batches(path: Path, file: pyarrow.parquet.ParquetFile, columns: list[str], 
         row += frame.height
 
 
-def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
+def parquet_rows(path: Path) -> Iterator[RawChunk]:
+    """All columns of a file.
+
+    Raises:
+        ValueError: if it is not readable.
+    """
+    file = open_parquet(path)
+    return _batches(path, file, file.schema_arrow.names, _BATCH_ROWS)
+
+
+def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
+    """A file whose footer is read.
+
+    Raises:
+        ValueError: if it is not Parquet, or has two columns of one name.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     try:

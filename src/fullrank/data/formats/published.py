@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fullrank.data.formats.lines import first_line, read_blocks
+from fullrank.data.formats.lines import bare_name, first_line, read_blocks
 
 _TEXT_ENDINGS = (".csv", ".txt", ".tsv", ".libfm", ".libsvm", ".svm")
 # `index:1` of libFM's text, the label before it, and nothing else on the line.
-_ENTRIES = re.compile(r"[-+]?\d+((?: \d+:1)+)")
+_ENTRIES = re.compile(r"[-+]?\d+(?:\.0+)?((?: \d+:1)+)")
+_MINUS, _PLUS = re.compile(rb"^-1(?:\.0+)?(?= )", re.MULTILINE), re.compile(rb"^\+?1(?:\.0+)?(?= )", re.MULTILINE)
 _VALUE = re.compile(rb":[^ \r\n]*")
 
 
@@ -165,7 +166,7 @@ def fingerprints(files: Iterable[Path]) -> dict[str, Fingerprint]:
 
 
 def _recognise(file: Path) -> Fingerprint | None:
-    if not file.is_file() or not file.name.removesuffix(".gz").endswith(_TEXT_ENDINGS):
+    if not file.is_file() or not bare_name(file).endswith(_TEXT_ENDINGS):
         return None
     try:
         line = first_line(file)
@@ -185,18 +186,29 @@ def _recognise(file: Path) -> Fingerprint | None:
 
 def _compare(published: Published, file: Path, header: tuple[str, ...] | None) -> Fingerprint:
     parts = {md5: part for part, md5 in published.md5.items()}
-    digests = [_md5(file, header, line_end) for line_end in published.line_ends]
-    known = next((digest for digest in digests if digest in parts), digests[0])
-    return Fingerprint(published.name, parts.get(known), known)
+    digests = (
+        _md5(file, header, line_end, zero)
+        for line_end in published.line_ends
+        for zero in ((False, True) if header is not None else (False,))
+    )
+    first = None
+    for digest in digests:
+        first = first or digest
+        if digest in parts:
+            return Fingerprint(published.name, parts[digest], digest)
+    return Fingerprint(published.name, None, first or "")
 
 
-def _md5(file: Path, header: tuple[str, ...] | None, line_end: bytes) -> str:
-    """Of a file's text with the given line ends; with a header, of libFM text as CSV."""
+def _md5(file: Path, header: tuple[str, ...] | None, line_end: bytes, zero: bool) -> str:
+    """Of a file's text with the given line ends; with a header, of libFM text as CSV, where labels -1 and +1 may be
+    spelled 0 and 1."""
     digest = hashlib.md5(usedforsecurity=False)
     if header is not None:
         digest.update(",".join(header).encode() + line_end)
     for block in read_blocks(file):
         if header is not None:
+            if zero:
+                block = _PLUS.sub(b"1", _MINUS.sub(b"0", block))
             block = _VALUE.sub(b"", block).replace(b" ", b",")
             block += b"" if block.endswith(b"\n") else b"\n"
         # Blocks end at line ends, so none of these is cut in two.
