@@ -9,13 +9,20 @@ training part fills in every `num_embeddings`. Models need a fitted schema.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Role = Literal["user", "item", "context"]
+TimeUnit = Literal["s", "ms", "us", "ns"]
+
+# Texts that stand for no value, beside the empty one, unless a schema says otherwise.
+MISSING_MARKERS = ("NULL", "null", "NA", "N/A", "NaN", "nan", "None", "<NA>", "\\N", "-")
+
+_TIME_PARTS = (*"YymdbBejHIMSpTRFDz%", ".f", "f", ":z", "#z")
 
 # Ids that every vocabulary reserves. PADDING is never looked up: lengths say where a bag or a sequence ends.
 MISSING_ID = 0
@@ -181,12 +188,28 @@ class Label(Part):
         kind: `binary` is in [0, 1] and predicted as log-odds, `regression` is any number.
         delay_seconds: how long after the impression the label is final; 0 when it is known at once.
         weight: weight of the task in the training loss.
+        positive: texts that mean 1 where the column does not hold numbers, such as `>50K` or `purchase`. Truth values
+            need none.
+        negative: texts that mean 0, any further one making a bad row; when empty, all that are not positive mean 0.
     """
 
     name: str = Field(min_length=1)
     kind: Literal["binary", "regression"] = "binary"
     delay_seconds: float = Field(default=0.0, ge=0)
     weight: float = Field(default=1.0, gt=0)
+    positive: tuple[str, ...] = ()
+    negative: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _mapped(self) -> Self:
+        if (self.positive or self.negative) and self.kind != "binary":
+            raise ValueError(f'label "{self.name}": only a binary label has positive and negative values')
+        if self.negative and not self.positive:
+            raise ValueError(f'label "{self.name}": negative values need positive ones')
+        both = set(self.positive) & set(self.negative)
+        if both:
+            raise ValueError(f'label "{self.name}": "{min(both)}" is both positive and negative')
+        return self
 
 
 class Keys(Part):
@@ -213,20 +236,39 @@ class Schema(Part):
     """Features, labels and keys of a log.
 
     Attributes:
-        version: of this format. Where it is written, so are encodings: a number without one is a scalar there.
+        version: of this format. Where it is written, so are encodings and missing markers: a number without one is a
+            scalar there, and only the empty text is missing.
         features: their order is the order of columns in a `Batch`.
         labels: what there is to predict, the main task first.
         keys: columns that identify a row.
+        missing: texts that stand for no value, beside the empty one, in logs and in requests.
+        time_unit: of timestamps that are numbers since 1970.
+        time_format: of timestamps that are texts, or dates written as numbers, such as `%Y%m%d`; ISO 8601 needs none.
     """
 
     version: Literal[1] = 1
     features: tuple[Feature, ...] = ()
     labels: tuple[Label, ...] = ()
     keys: Keys = Keys()
+    missing: tuple[str, ...] = MISSING_MARKERS
+    time_unit: TimeUnit = "s"
+    time_format: str | None = None
+
+    @field_validator("time_format")
+    @classmethod
+    def _known_format(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        unknown = [part for part in re.findall(r"%(\.?:?#?.?)", value) if part not in _TIME_PARTS]
+        if unknown:
+            raise ValueError(f'"%{unknown[0]}" is no part of a time; there are %{", %".join(_TIME_PARTS)}')
+        if not {"%Y", "%y", "%F", "%D"} & {f"%{part}" for part in re.findall(r"%(.)", value)}:
+            raise ValueError("expected a year in it, such as %Y")
+        return value
 
     @model_validator(mode="before")
     @classmethod
-    def _scalars_of_old(cls, written: Any) -> Any:
+    def _as_of_old(cls, written: Any) -> Any:
         # Saved schemas say their version and every field; those that know no encodings are of models that knew none.
         if not isinstance(written, Mapping) or written.get("version") != 1:
             return written
@@ -238,7 +280,8 @@ class Schema(Part):
                 else feature
                 for feature in features
             ]
-        return {**written, "features": features}
+        # Likewise, their models knew "NA" and the like as values.
+        return {"missing": (), **written, "features": features}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -42,8 +42,8 @@ def log(tmp_path: Path, *lines: str) -> Path:
 BAD_ROWS = {
     "wrong type": ("900,1,1,cheap,900\n", 'column "price" is "cheap": not a number'),
     "label outside {0,1}": ("900,2,1,1.5,900\n", 'column "click" is "2": label is not 0 or 1'),
-    "NaN": ("900,1,1,NaN,900\n", 'column "price" is "NaN": not a finite number'),
-    "NaN label": ("900,nan,1,1.5,900\n", 'column "click" is "nan": label is not a finite number'),
+    "infinity": ("900,1,1,inf,900\n", 'column "price" is "inf": not a finite number'),
+    "NaN label": ("900,nan,1,1.5,900\n", 'column "click" is "nan": no label'),
     "duplicate key": ("7,1,1,1.5,900\n", 'column "id" is "7": duplicate request id'),
     "id out of range": ("900,1,5,1.5,900\n", 'column "item" is "5": id is not an integer from 0 to 4'),
     "wrong number of fields": ("900,1,1\n", "3 fields, expected 5"),

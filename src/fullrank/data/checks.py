@@ -8,7 +8,7 @@ parsed 10^3 times.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,20 +19,21 @@ import polars as pl
 from fullrank.data.arrow import as_series
 from fullrank.data.chunk import Chunk, Coded, Floats, Integers, Jagged, JaggedNumbers, Mask
 from fullrank.data.raw import LINE_COLUMN, REJECTED_SCHEMA, TRUE_PREFIX, RawChunk, raw_columns
+from fullrank.data.spelling import as_text
 from fullrank.data.splits import by_name
-from fullrank.data.values import Lists, as_numbers, as_text, dictionary_codes, factorise, lists_of, parsed_times
-from fullrank.schema import Categorical, EventId, MultiCategorical, Schema, Sequence
+from fullrank.data.times import LATEST_TIMESTAMP, UNITS, date_layout, seconds_of
+from fullrank.data.values import Lists, as_numbers, dictionary_codes, factorise, lists_of
+from fullrank.schema import Categorical, EventId, Label, MultiCategorical, Schema, Sequence, TimeUnit
 
-# Seconds since 1970 beyond this are the year 5138: surely milliseconds.
-LATEST_TIMESTAMP = 100_000_000_000
 _LARGEST_RAW = 2.0**64
 
 
 class _Source:
     """Raw columns of a chunk, plain or dictionary-coded, and the bad rows found so far."""
 
-    def __init__(self, raw: RawChunk) -> None:
+    def __init__(self, raw: RawChunk, missing: Collection[str]) -> None:
         self.frame = raw.frame
+        self.missing = missing
         self.dictionaries: Mapping[str, pl.Series] = raw.dictionaries
         self.rows = raw.frame.height
         self.bad: list[tuple[npt.NDArray[np.int64], str, str, pl.Series]] = []
@@ -80,7 +81,7 @@ def check(
     Raises:
         ValueError: if a column is absent, or has a type that cannot hold what the schema says.
     """
-    source = _Source(raw)
+    source = _Source(raw, schema.missing)
     names = raw_columns(schema, raw.frame.columns)
     absent = {name for name, stored in names.items() if stored not in raw.frame.columns}
     if absent and not allow_missing:
@@ -109,7 +110,7 @@ def check(
         _sequence(source, chunk, sequence, names, absent)
     for label in schema.labels:
         if label.name not in absent:
-            chunk.labels[label.name] = _label(source, label.name, binary=label.kind == "binary")
+            chunk.labels[label.name] = _label(source, label)
     if schema.labels and not allow_missing:
         first_label = schema.labels[0].name
         unobserved = np.logical_and.reduce([np.isnan(values) for values in chunk.labels.values()])
@@ -159,21 +160,37 @@ def _without_bad_rows(source: _Source, chunk: Chunk) -> tuple[Chunk, pl.DataFram
 
 def _numbers(source: _Source, name: str) -> Floats:
     column = source.series(name)
-    numbers, wrong, infinite = as_numbers(column)
+    numbers, wrong, infinite = as_numbers(column, source.missing)
     source.reject(wrong, name, "not a number", lambda: column)
     source.reject(infinite, name, "not a finite number", lambda: column)
     return numbers
 
 
-def _label(source: _Source, name: str, *, binary: bool) -> npt.NDArray[np.float32]:
-    codes, values = source.coded(name, numeric=True)
-    numbers, wrong, infinite = as_numbers(values)
+def _label(source: _Source, label: Label) -> npt.NDArray[np.float32]:
+    name = label.name
+    codes, values = source.coded(name, numeric=not label.positive)
+    if label.positive:
+        numbers, wrong = _mapped(as_text(values, source.missing), label)
+        source.reject_codes(codes, values, wrong, name, "label is none of the schema's positive and negative values")
+        return numbers.astype(np.float32)[codes]
+    numbers, wrong, infinite = as_numbers(values, source.missing)
     source.reject_codes(codes, values, wrong, name, "label is not a number")
     source.reject_codes(codes, values, infinite, name, "label is not a finite number")
-    if binary:
+    if label.kind == "binary":
         outside = ~(np.isnan(numbers) | (numbers == 0) | (numbers == 1))
         source.reject_codes(codes, values, outside, name, "label is not 0 or 1")
     return numbers.astype(np.float32)[codes]
+
+
+def _mapped(text: pl.Series, label: Label) -> tuple[Floats, Mask]:
+    """0 and 1 of the label's own texts (NaN where missing), and which are neither."""
+    positive, negative = (
+        text.is_in(as_text(pl.Series(each, dtype=pl.String)).to_list()).fill_null(False).to_numpy()
+        for each in (label.positive, label.negative)
+    )
+    there = text.is_not_null().to_numpy()
+    wrong = there & ~positive & ~negative if label.negative else np.zeros(len(text), dtype=bool)
+    return np.where(there & ~wrong, positive.astype(np.float64), np.nan), wrong
 
 
 def _kept_numbers(source: _Source, name: str) -> npt.NDArray[Any]:
@@ -181,7 +198,7 @@ def _kept_numbers(source: _Source, name: str) -> npt.NDArray[Any]:
     integers = _integers(values)
     if integers is not None:
         return integers[codes]
-    numbers, wrong, infinite = as_numbers(values)
+    numbers, wrong, infinite = as_numbers(values, source.missing)
     source.reject_codes(codes, values, wrong, name, "not a number")
     source.reject_codes(codes, values, infinite, name, "not a finite number")
     return numbers.astype(np.float32)[codes]
@@ -197,7 +214,7 @@ def _kept_lists(source: _Source, name: str) -> npt.NDArray[Any]:
     elements = as_series(lists.elements, name)
     values = _integers(elements)
     if values is None:
-        numbers, wrong, infinite = as_numbers(elements)
+        numbers, wrong, infinite = as_numbers(elements, source.missing)
         rows = np.arange(source.rows, dtype=np.int32)
         for mask, reason in ((wrong, "not a number"), (infinite, "not a finite number")):
             _reject_lists(source, name, rows, lists, mask, reason)
@@ -216,13 +233,13 @@ def _integers(values: pl.Series) -> npt.NDArray[np.int64] | None:
 
 
 def _checked_values(
-    values: pl.Series, feature: Categorical | MultiCategorical | EventId
+    source: _Source, values: pl.Series, feature: Categorical | MultiCategorical | EventId
 ) -> tuple[pl.Series, Mask | None, str]:
     """Values as the feature's encoder takes them, which are wrong (None: none), and why."""
     if feature.encoding in ("log2_bucket", "quantile"):
-        numbers, wrong, infinite = as_numbers(values)
+        numbers, wrong, infinite = as_numbers(values, source.missing)
         return (pl.Series(numbers).fill_nan(None), wrong | infinite, "not a finite number")
-    text = as_text(values)
+    text = as_text(values, source.missing)
     if feature.encoding == "identity":
         ids = text.cast(pl.Int64, strict=False)
         assert feature.num_embeddings is not None
@@ -234,7 +251,7 @@ def _checked_values(
 
 def _ids(source: _Source, feature: Categorical) -> Coded:
     codes, values = source.coded(feature.name)
-    checked, wrong, reason = _checked_values(values, feature)
+    checked, wrong, reason = _checked_values(source, values, feature)
     if wrong is not None:
         source.reject_codes(codes, values, wrong, feature.name, reason)
     return Coded(codes, checked)
@@ -247,7 +264,7 @@ def _empty_lists(rows: int) -> Jagged:
 
 def _elements(source: _Source, column: str, rows: Integers, lists: Lists, feature: MultiCategorical | EventId) -> Coded:
     codes, distinct = dictionary_codes(lists.elements, column)
-    checked, wrong, reason = _checked_values(distinct, feature)
+    checked, wrong, reason = _checked_values(source, distinct, feature)
     if wrong is not None and wrong.any():
         _reject_lists(source, column, rows, lists, wrong[codes], reason)
     return Coded(codes, checked)
@@ -271,7 +288,11 @@ def _bag(source: _Source, bag: MultiCategorical) -> Jagged:
         rows, distinct = np.arange(source.rows, dtype=np.int32), column
     else:
         rows, distinct = source.coded(bag.name)
-    lists = lists_of(distinct, bag.separator).without_empty_texts().cut(bag.max_length, newest=False)
+    lists = (
+        lists_of(distinct, bag.separator, source.missing)
+        .without_missing(source.missing)
+        .cut(bag.max_length, newest=False)
+    )
     return Jagged(rows, lists.offsets, _elements(source, bag.name, rows, lists, bag))
 
 
@@ -295,13 +316,13 @@ def _sequence(source: _Source, chunk: Chunk, sequence: Sequence, names: Mapping[
             rows, distinct = (source.frame[stored].to_numpy(), source.dictionaries[stored])
         else:
             rows, distinct = (np.arange(source.rows, dtype=np.int32), source.frame[stored])
-        whole = lists_of(distinct, sequence.separator)
+        whole = lists_of(distinct, sequence.separator, source.missing)
         lengths[name] = whole.lengths[rows]
         lists = whole.cut(sequence.max_length, newest=True)
         if isinstance(part, EventId):
             chunk.bags[name] = Jagged(rows, lists.offsets, _elements(source, name, rows, lists, part))
         else:
-            numbers, wrong, infinite = as_numbers(as_series(lists.elements, name))
+            numbers, wrong, infinite = as_numbers(as_series(lists.elements, name), source.missing)
             for mask, reason in ((wrong, "not a number"), (infinite, "not a finite number")):
                 _reject_lists(source, name, rows, lists, mask, reason)
             chunk.event_numbers[name] = JaggedNumbers(rows, lists.offsets, numbers)
@@ -316,7 +337,7 @@ def _keys(source: _Source, chunk: Chunk, schema: Schema, absent: set[str]) -> No
         if name is None or name in absent:
             continue
         if key == "timestamp":
-            chunk.keys[key] = _timestamps(source, name)
+            chunk.keys[key] = _timestamps(source, name, schema.time_unit, schema.time_format)
         elif key in ("weight", "bid"):
             numbers = _numbers(source, name)
             if key == "weight":
@@ -328,7 +349,7 @@ def _keys(source: _Source, chunk: Chunk, schema: Schema, absent: set[str]) -> No
             if values.dtype.is_integer():
                 values = values.cast(pl.Int64)
             else:
-                values = as_text(values)
+                values = as_text(values, source.missing)
                 integers = values.cast(pl.Int64, strict=False)
                 # Text such as "007" is not an integer: it could not be written back.
                 if integers.null_count() == values.null_count() and integers.cast(pl.String).equals(values):
@@ -339,22 +360,23 @@ def _keys(source: _Source, chunk: Chunk, schema: Schema, absent: set[str]) -> No
             chunk.keys[key] = values.gather(codes)
 
 
-def _timestamps(source: _Source, name: str) -> pl.Series:
+def _timestamps(source: _Source, name: str, unit: TimeUnit, layout: str | None) -> pl.Series:
     codes, values = source.coded(name)
     raw = source.frame[name]
     if raw.dtype.is_temporal():
         codes, values = np.arange(source.rows, dtype=np.int32), raw
-    seconds: pl.Series
-    if values.dtype.is_temporal():
-        seconds = values.cast(pl.Datetime("ms")).dt.epoch("s")
-    elif values.dtype == pl.String:
-        seconds = values.cast(pl.Int64, strict=False)
-        if seconds.null_count():
-            seconds = seconds.zip_with(seconds.is_not_null(), parsed_times(values))
-    else:
-        numbers = values.cast(pl.Float64, strict=False)
-        seconds = numbers.fill_nan(None).floor().cast(pl.Int64, strict=False)
+    seconds = seconds_of(values, unit, layout, source.missing)
     source.reject_codes(codes, values, seconds.is_null().to_numpy(), name, "not a timestamp")
+    if layout is None and unit == "s" and not values.dtype.is_temporal():
+        date = date_layout(values)
+        if date is not None:
+            reason = f'timestamp is a date written as a number: set time_format (--time-format) to "{date}"'
+            source.reject_codes(codes, values, np.ones(len(values), dtype=bool), name, reason)
+        for finer in ("ms", "us", "ns"):
+            most = LATEST_TIMESTAMP * UNITS[finer]
+            late = seconds.is_between(most // 1000, min(most, 2**63) - 1).fill_null(False).to_numpy()
+            reason = f'timestamp is not in seconds since 1970: set time_unit (--time-unit) to "{finer}"'
+            source.reject_codes(codes, values, late, name, reason)
     late = (seconds.abs() >= LATEST_TIMESTAMP).fill_null(False).to_numpy()
     source.reject_codes(codes, values, late, name, "timestamp is not in seconds since 1970")
     return seconds.gather(codes)

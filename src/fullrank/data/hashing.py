@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from fullrank.data.values import as_text, text_bytes
+from fullrank.data.spelling import as_text, text_bytes
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -75,7 +75,7 @@ def splitmix(numbers: Hashes) -> Hashes:
 def stable_hash(values: pl.Series) -> pl.Series:
     """64-bit hash (UInt64) of each value's text; null stays null. Equal on every machine, version and process.
 
-    Integers hash like their decimal text, and integral floats like integers, so that 42, 42.0 and "42" agree.
+    The text is the one that `spelling` gives, so that 42, 42.0, "42", "42.0" and " 42" agree.
     """
     text = as_text(values)
     hashes = pl.Series(values.name, hash_series(text), dtype=pl.UInt64)

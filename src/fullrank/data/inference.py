@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import polars as pl
 
 from fullrank.data.raw import TRUE_PREFIX
-from fullrank.data.values import as_numbers, as_text, is_value
+from fullrank.data.spelling import as_text
+from fullrank.data.values import as_numbers, is_value
 from fullrank.schema import (
     Categorical,
     EventId,

@@ -1,9 +1,10 @@
-"""Reading raw values: texts and the codes of distinct ones, numbers, times, lists joined in one text."""
+"""Reading raw values: the codes of distinct ones, numbers, lists joined in one text."""
 
 # Shapes: n values of a column, u distinct ones.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,20 +14,12 @@ import pyarrow as pa
 
 from fullrank.data.arrow import as_array, as_numpy, as_series
 from fullrank.data.chunk import Floats, Integers, Mask
+from fullrank.data.spelling import as_text, text_bytes
 
 # Looking for distinct values among fewer rows than this costs more than it saves.
 _FEW_ROWS = 64
 _LARGEST = float(np.finfo(np.float32).max)
-
-
-def text_bytes(values: pl.Series) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """The bytes of a String column one after the other, and where each text begins, shape (n + 1,)."""
-    array = as_array(values)
-    _, starts, data = array.buffers()
-    offsets = np.frombuffer(starts, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
-    if len(array) == 0 or data is None:
-        return np.zeros(0, dtype=np.uint8), np.zeros(len(array) + 1, dtype=np.int64)
-    return np.frombuffer(data, dtype=np.uint8)[offsets[0] : offsets[-1]], offsets - offsets[0]
+_TRUTHS = {"true": "1", "false": "0"}
 
 
 def is_value(dtype: pl.DataType) -> bool:
@@ -57,54 +50,37 @@ def dictionary_codes(array: pa.Array, name: str) -> tuple[Integers, pl.Series]:
     return as_numpy(coded.indices), as_series(coded.dictionary, name)
 
 
-def as_text(values: pl.Series) -> pl.Series:
-    """The text that stands for each value in vocabularies and hashes: integral floats read like integers, and the
-    empty text is missing."""
-    if values.dtype == pl.String:
-        return values.replace("", None) if (values == "").any() else values
-    if values.dtype.is_float():
-        whole = values.is_finite() & (values == values.floor()) & (values.abs() < 2**53)
-        text = values.fill_nan(None).cast(pl.String)
-        if whole.any():
-            integers = values.cast(pl.Int64, strict=False).cast(pl.String)
-            text = text.to_frame("text").select(pl.when(whole).then(integers).otherwise(pl.col("text"))).to_series()
-        return text
-    return values.cast(pl.String)
+def as_numbers(values: pl.Series, missing: Collection[str] = ()) -> tuple[Floats, Mask, Mask]:
+    """Numbers (NaN where missing or wrong), which values are no numbers, and which are no finite numbers.
 
-
-def as_numbers(values: pl.Series) -> tuple[Floats, Mask, Mask]:
-    """Numbers (NaN where missing or wrong), which values are no numbers, and which are no finite numbers."""
-    blank = as_text(values) if values.dtype == pl.String else values
+    Texts are read as `spelling` says; truth values are 0 and 1.
+    """
     if values.dtype.is_nested() or values.dtype == pl.Binary or values.dtype.is_temporal():
         raise ValueError(f'column "{values.name}" holds {values.dtype}, expected a number per row')
-    parsed = blank.cast(pl.Float64, strict=False)
-    none = np.zeros(len(values), dtype=bool)
-    wrong = (parsed.is_null() & blank.is_not_null()).to_numpy() if parsed.null_count() > blank.null_count() else none
-    # What float32 cannot hold would be infinite in the dataset.
-    finite = parsed.abs() <= _LARGEST
-    infinite = none if finite.all() else (~finite).fill_null(False).to_numpy()
+    parsed = values.cast(pl.Float64, strict=False)
+    if values.dtype.is_float():
+        parsed = parsed.fill_nan(None)
     numbers = parsed.fill_null(float("nan")).to_numpy()
+    # What float32 cannot hold would be infinite in the dataset.
+    infinite = np.abs(numbers) > _LARGEST
+    wrong = np.zeros(len(values), dtype=bool)
+    if values.dtype == pl.String:
+        # What does not read as a number at once may be blank, a marker, or a truth value.
+        odd = np.flatnonzero((infinite | np.isnan(numbers)) & values.is_not_null().to_numpy())
+        if len(odd):
+            text = as_text(values.gather(odd), missing)
+            again = text.replace(_TRUTHS).cast(pl.Float64, strict=False)
+            numbers = numbers.copy()
+            numbers[odd] = again.fill_null(float("nan")).to_numpy()
+            wrong[odd] = (again.is_null() & text.is_not_null()).to_numpy()
+            infinite[odd] = (again.is_nan() | (again.abs() > _LARGEST)).fill_null(False).to_numpy()
+    marks = as_text(pl.Series(list(missing), dtype=pl.String)).cast(pl.Float64, strict=False).drop_nulls()
+    marks = marks.filter(marks.is_finite())
+    if len(marks):
+        numbers = np.where(np.isin(numbers, marks.to_numpy()), np.nan, numbers)
     if infinite.any():
         numbers = np.where(infinite, np.nan, numbers)
     return numbers, wrong, infinite
-
-
-def parsed_times(column: pl.Series) -> pl.Series:
-    """Seconds since 1970 of texts such as `2014-10-21 05:00:00`, `2014-10-21T05:00:00Z`, `2014-10-21` or `12.5`;
-    null where none fits."""
-    text = column.str.strip_chars().str.strip_suffix("Z").str.replace("T", " ", literal=True)
-    result = column.cast(pl.Float64, strict=False)
-    result = result.zip_with(result.is_finite().fill_null(False), pl.Series([None] * len(text), dtype=pl.Float64))
-    seconds = result.floor().cast(pl.Int64, strict=False)
-    for layout in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d"):
-        if not seconds.null_count():
-            break
-        if layout == "%Y-%m-%d":
-            parsed = text.str.to_date(layout, strict=False).cast(pl.Datetime("ms"))
-        else:
-            parsed = text.str.to_datetime(layout, time_unit="ms", strict=False)
-        seconds = seconds.zip_with(seconds.is_not_null(), parsed.dt.epoch("s"))
-    return seconds
 
 
 @dataclass(frozen=True)
@@ -134,28 +110,57 @@ class Lists:
         places = np.repeat(starts - offsets[:-1], kept) + np.arange(offsets[-1], dtype=np.int32)
         return Lists(offsets, self.elements.take(pa.array(places)))
 
-    def without_empty_texts(self) -> Lists:
+    def without_missing(self, missing: Collection[str] = ()) -> Lists:
+        """Without elements that are empty texts or markers of missing values."""
         if not (pa.types.is_large_string(self.elements.type) or pa.types.is_string(self.elements.type)):
             return self
-        empty = (as_series(self.elements, "") == "").fill_null(False).to_numpy()
+        texts = as_series(self.elements, "")
+        empty = (as_text(texts, missing).is_null() & texts.is_not_null()).to_numpy()
         if not empty.any():
             return self
         before = np.concatenate([[0], np.cumsum(empty)])
         return Lists((self.offsets - before[self.offsets]).astype(np.int32), self.elements.filter(pa.array(~empty)))
 
 
-def lists_of(column: pl.Series, separator: str) -> Lists:
-    """Lists of a column of lists, or of text joined with a separator; null and the empty text are empty lists."""
+def lists_of(column: pl.Series, separator: str, missing: Collection[str] = ()) -> Lists:
+    """Lists of a column of lists, or of text joined with a separator; null, the empty text and markers of missing
+    values are empty lists.
+
+    Texts may stand in square brackets, as JSON and NumPy print lists: then commas separate too, and quotes around
+    elements do not count.
+    """
     if isinstance(column.dtype, (pl.List, pl.Array)):
         array = as_array(column.cast(pl.List(column.dtype.inner)))
         return Lists(_offsets(as_numpy(array.value_lengths().fill_null(0))), array.flatten())
-    text = column if column.dtype == pl.String else as_text(column)
+    text = _unwrapped(as_text(column, missing), separator)
     text = text.fill_null("") if text.null_count() else text
     if len(separator) == 1 and separator.isascii():
         return _split(text, ord(separator))
     array = as_array(text.str.split(separator))
     filled = (text != "").to_numpy()
     return Lists(_offsets(as_numpy(array.value_lengths()) * filled), array.filter(pa.array(filled)).flatten())
+
+
+def _unwrapped(text: pl.Series, separator: str) -> pl.Series:
+    """Texts in square brackets as texts joined with the separator; several blanks that separate are one."""
+    data, _ = text_bytes(text)
+    if (data == ord("[")).any():
+        inner = pl.col("text").str.slice(1, pl.col("text").str.len_chars() - 2).str.strip_chars()
+        for quote in ('"', "'"):
+            inner = (
+                pl.when(inner.str.starts_with(quote))
+                .then(inner.str.replace_all(quote, "", literal=True))
+                .otherwise(inner)
+            )
+        if separator != ",":
+            joined = inner.str.replace_all(r"\s*,\s*", separator.replace("$", "$$"))
+            own = inner.str.contains(separator, literal=True) if separator.strip() else pl.lit(False)
+            inner = pl.when(own).then(inner).otherwise(joined)
+        wrapped = pl.col("text").str.contains(r"^(?s)\[.*\]$")
+        text = text.to_frame("text").select(pl.when(wrapped).then(inner).otherwise(pl.col("text"))).to_series()
+    if separator == " ":
+        text = text.str.strip_chars(" ").str.replace_all("  +", " ")
+    return text
 
 
 def _offsets(lengths: npt.NDArray[np.integer]) -> Integers:

@@ -7,7 +7,9 @@ from typing import Any
 
 import polars as pl
 
-from fullrank.data.values import as_text
+from fullrank.data.arrow import as_series
+from fullrank.data.spelling import as_text
+from fullrank.data.values import lists_of
 
 _LARGEST_INTEGER = 2**63 - 1
 
@@ -22,7 +24,7 @@ def scalar_column(name: str, values: Sequence[Any], *, numeric: bool) -> pl.Seri
         ValueError: if a value is not text, a number or null; names the column and, of several rows, the row.
     """
     for row, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        if not isinstance(value, str | int | float | None):
             place = f"row {row + 1}: " if len(values) > 1 else ""
             expected = "one number" if numeric else "one text or number"
             raise ValueError(f'{place}feature "{name}" is {shown(value)}, expected {expected}')
@@ -41,13 +43,19 @@ def list_column(name: str, values: Sequence[Any], separator: str, *, numeric: bo
         place = f"row {row + 1}: " if len(values) > 1 else ""
         if value is not None and not isinstance(value, list | str):
             raise ValueError(f'{place}feature "{name}" is {shown(value)}, expected a list')
-        elements = value if isinstance(value, list) else value.split(separator) if value else []
+        elements = value if isinstance(value, list) else _elements(value or "", separator)
         for element in elements:
-            if isinstance(element, bool) or not isinstance(element, str | int | float | None):
+            if not isinstance(element, str | int | float | None):
                 raise ValueError(f'{place}feature "{name}" has {shown(element)} in its list, expected text or numbers')
         lists.append(elements)
     dtype, change = _type_of([element for elements in lists for element in elements], numeric=numeric)
     return pl.Series(name, [[change(element) for element in elements] for elements in lists], dtype=pl.List(dtype))
+
+
+def _elements(text: str, separator: str) -> list[Any]:
+    if text[:1] != "[" and separator != " ":
+        return text.split(separator) if text else []
+    return as_series(lists_of(pl.Series([text]), separator).elements, "").to_list()
 
 
 def shown(value: Any) -> str:
@@ -62,6 +70,12 @@ def _type_of(values: Iterable[Any], *, numeric: bool) -> tuple[Any, Any]:
     for value in values:
         kinds.add(str if isinstance(value, int) and abs(value) > _LARGEST_INTEGER else type(value))
     kinds.discard(type(None))
+    if bool in kinds:
+        return (
+            (pl.Float64, lambda value: None if value is None else float(value))
+            if numeric and str not in kinds
+            else (pl.String, _text)
+        )
     if kinds <= {int}:
         return pl.Int64, lambda value: value
     if kinds <= {float} or (numeric and kinds <= {int, float}):
@@ -73,4 +87,6 @@ def _text(value: Any) -> str | None:
     if isinstance(value, float):
         text: str | None = as_text(pl.Series([value]))[0]
         return text
+    if isinstance(value, bool):
+        return "true" if value else "false"
     return None if value is None else str(value)
