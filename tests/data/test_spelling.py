@@ -63,12 +63,14 @@ def test_markers_are_missing(marker: str) -> None:
 def test_a_request_gets_the_ids_of_the_log() -> None:
     schema = Schema(
         features=(
-            Categorical(name="item"), MultiCategorical(name="tags", separator=","), Numeric(name="age", encoding="scalar")
+            Categorical(name="item"),
+            MultiCategorical(name="tags", separator=","),
+            Numeric(name="age", encoding="scalar"),
         ),
         labels=(Label(name="bought", positive=("yes",), negative=("no",)),),
         keys=Keys(user_id="user"),
         missing=("?",),
-    )  # fmt: skip
+    )
     log = pl.DataFrame(
         {"item": ["3.0", "NULL", "?"], "tags": ["[3, 5]", "3,5.0", "?"], "age": ["20.0", " 30", "?"],
          "user": ["7.0", "8", "7"], "bought": ["yes", " no", "yes"]}
