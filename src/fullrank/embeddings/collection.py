@@ -254,7 +254,8 @@ class EmbeddingCollection(nn.Module):
         if buffer.single:
             whole = len(buffer.single) == len(self.single)
             ids_BF = batch.ids_BF if whole else batch.ids_BF[:, buffer.single]
-            ids.append((ids_BF + self.get_buffer(f"_single_offset_{index}")).view(-1))
+            single_offset: Tensor = getattr(self, f"_single_offset_{index}")  # five times cheaper than get_buffer
+            ids.append((ids_BF + single_offset).view(-1))
             sizes.append(ids[0].numel())
         jagged_sizes = [counts[i] for i in buffer.jagged]
         if buffer.jagged:
@@ -263,7 +264,7 @@ class EmbeddingCollection(nn.Module):
                 values = batch.jagged_values[:total]
             else:
                 values = torch.cat([batch.jagged_values[begins[i] : begins[i] + counts[i]] for i in buffer.jagged])
-            offset = self.get_buffer(f"_jagged_offset_{index}")
+            offset: Tensor = getattr(self, f"_jagged_offset_{index}")
             if len(jagged_sizes) > 1:
                 offset = offset.repeat_interleave(torch.tensor(jagged_sizes), output_size=total)
             ids.append(values + offset)

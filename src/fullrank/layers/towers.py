@@ -55,7 +55,8 @@ class Towers(nn.Module):
         return vectors
 
     def _inputs(self, side: str, flat: Tensor, batch: Batch) -> Tensor:
-        places, numbers = self.get_buffer(f"_{side}_places"), self.get_buffer(f"_{side}_numbers")
+        places: Tensor = getattr(self, f"_{side}_places")
+        numbers: Tensor = getattr(self, f"_{side}_numbers")
         vectors = flat.index_select(1, places)
         if not numbers.numel():
             return vectors

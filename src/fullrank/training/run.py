@@ -33,8 +33,6 @@ from fullrank.training.trainer import Trainer, TrainingResult
 # Told what is going on, the step, the number of steps (0 if unknown) and the loss (NaN if there is none).
 Progress = Callable[[str, int, int, float], None]
 
-# Where a run of several rankers has the checkpoints of each.
-
 
 @dataclass
 class Report:
