@@ -149,8 +149,13 @@ class Dataset:
             place = Path("table")
             source = FrameLog(polars_frame(frame))
         if schema is None:
-            assert isinstance(source, Sampled)
-            schema = infer_schema(source.sample(place), labels, keys).without(keep)
+            if isinstance(source, Sampled):
+                schema = infer_schema(source.sample(place), labels, keys)
+            elif labels or keys:
+                raise ValueError(f"the format {source.name} says itself what its labels and keys are: pass a schema")
+            else:
+                schema = source.default_schema(place)
+            schema = schema.without(keep)
         elif labels or keys:
             raise ValueError("labels and keys are part of the schema: give either the schema or them")
         if not schema.labels:

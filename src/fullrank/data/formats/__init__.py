@@ -21,11 +21,14 @@ FORMATS: Registry[Callable[[], Format]] = Registry(
         "criteo": "fullrank.data.formats.criteo:Criteo",
         "csv": "fullrank.data.formats.csv_log:Csv",
         "ipinyou": "fullrank.data.formats.ipinyou:IPinYou",
+        "jsonl": "fullrank.data.formats.json_log:JsonLog",
         "kuaivideo": "fullrank.data.formats.kuaivideo:KuaiVideo",
-        "letor": "fullrank.data.formats.letor:Letor",
         "libfm": "fullrank.data.formats.libfm:LibFM",
+        "letor": "fullrank.data.formats.letor:Letor",
+        "mind": "fullrank.data.formats.mind:Mind",
         "movielens": "fullrank.data.formats.movielens:MovieLens",
         "parquet": "fullrank.data.formats.parquet:ParquetLog",
+        "recbole": "fullrank.data.formats.recbole:RecBole",
         "taobao-ad": "fullrank.data.formats.taobao_ad:TaobaoAd",
     },
 )
@@ -64,6 +67,9 @@ def open_format(name: str, options: ReadOptions | None = None) -> Format:
 _USUAL = {
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".inter": "recbole",
 }
 
 
