@@ -36,6 +36,10 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# Of counters, unless the schema says otherwise.
+_TRANSFORMS = {"count": "log1p", "rate": "standard"}
+
+
 class Numeric(Part):
     """One real number per row.
 
@@ -51,6 +55,13 @@ class Numeric(Part):
             zero-inflated number) has a bin's edge of its own.
         missing_indicator: add the column `<name>__missing`, which is 1 where the number is missing. A missing number
             becomes the training mean; a piecewise linear one has a code of its own where training rows miss some.
+        of: if given, the number is no column of the log but a counter over the earlier rows that have the same values
+            as the row in these columns (id features, or the keys user_id and item_id): see `data.derived`.
+        statistic: `count` of these rows (of those whose `label` is 1, if there is one), or `rate`, the mean of `label`
+            over them, drawn towards the mean of all rows so far. The transform of a count is log1p and that of a rate
+            is standard unless said, and its role that of its columns.
+        label: what a counter counts.
+        smoothing: of a rate: rows that the mean of all rows weighs.
     """
 
     kind: Literal["numeric"] = "numeric"
@@ -60,6 +71,27 @@ class Numeric(Part):
     encoding: Literal["scalar", "piecewise_linear", "periodic"] = "piecewise_linear"
     bins: int = Field(default=32, ge=1, le=1024)
     missing_indicator: bool = False
+    of: tuple[str, ...] = ()
+    statistic: Literal["count", "rate"] | None = None
+    label: str | None = None
+    smoothing: float = Field(default=20.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_transform(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "transform" not in values and values.get("statistic") in _TRANSFORMS:
+            return {**values, "transform": _TRANSFORMS[values["statistic"]]}
+        return values
+
+    @model_validator(mode="after")
+    def _counts_something(self) -> Self:
+        if bool(self.of) != (self.statistic is not None):
+            raise ValueError(f'feature "{self.name}": a counter needs both "of" (columns) and "statistic"')
+        if self.statistic == "rate" and self.label is None:
+            raise ValueError(f'feature "{self.name}": a rate needs the label whose rate it is')
+        if self.label is not None and not self.of:
+            raise ValueError(f'feature "{self.name}": "label" belongs to a counter, which names columns in "of"')
+        return self
 
     @property
     def missing_column(self) -> str | None:
@@ -155,15 +187,42 @@ class Sequence(Part):
         role: whom it describes.
         fields: columns in the data are named `<sequence>.<field>`.
         separator: splits the raw text of a field; lists in Parquet need none.
-        max_length: longer histories keep their most recent events.
+        max_length: longer histories keep their most recent events; `length` is read as another name of it.
+        of: if given, the sequence is no column of the log but the user's earlier rows: these id features of each. The
+            fields follow from them and share their tables, so they are left out. See `data.derived`.
+        where: only rows whose label of this name is 1 are events.
+        age: a derived history has one more field `age`: log1p of the seconds between event and row.
     """
 
     kind: Literal["sequence"] = "sequence"
     name: str = Field(min_length=1)
     role: Role = "user"
-    fields: tuple[Annotated[EventId | EventNumber, Field(discriminator="kind")], ...] = Field(min_length=1)
+    fields: tuple[Annotated[EventId | EventNumber, Field(discriminator="kind")], ...] = ()
     separator: str = Field(default="^", min_length=1)
     max_length: int = Field(default=50, ge=1)
+    of: tuple[str, ...] = ()
+    where: str | None = None
+    age: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _length(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "length" in values and "max_length" not in values:
+            return {("max_length" if key == "length" else key): value for key, value in values.items()}
+        return values
+
+    @model_validator(mode="after")
+    def _has_fields(self) -> Self:
+        if not self.fields and not self.of:
+            raise ValueError(f'sequence "{self.name}" needs "fields", or "of": the columns to derive a history from')
+        if not self.of and (self.where is not None or self.age):
+            raise ValueError(f'sequence "{self.name}": "where" and "age" belong to a derived history: give "of"')
+        wanted = [*self.of, *(["age"] if self.age else [])]
+        if len(set(wanted)) < len(wanted):
+            raise ValueError(f'sequence "{self.name}": two fields would be called alike: {", ".join(wanted)}')
+        if self.of and self.fields and [field.name for field in self.fields] != wanted:
+            raise ValueError(f'sequence "{self.name}": its fields follow from "of": leave out "fields"')
+        return self
 
     @property
     def id_fields(self) -> tuple[EventId, ...]:
@@ -284,6 +343,66 @@ class Schema(Part):
         return {"missing": (), **written, "features": features}
 
     @model_validator(mode="after")
+    def _derived(self) -> Self:
+        """What derived features take over from the columns that they come from."""
+        resolved = tuple(self._resolved(feature) for feature in self.features)
+        if any(new is not old for new, old in zip(resolved, self.features, strict=True)):
+            # The schema is frozen for its users.
+            object.__setattr__(self, "features", resolved)
+        return self
+
+    def _resolved(self, feature: Feature) -> Feature:
+        if not isinstance(feature, (Numeric, Sequence)) or not feature.of:
+            return feature
+        history = isinstance(feature, Sequence)
+        for key in ("timestamp", "user_id") if history else ("timestamp",):
+            if getattr(self.keys, key) is None:
+                what = "a history" if history else "a counter"
+                raise ValueError(f'feature "{feature.name}": {what} derived from the log needs the key {key}')
+        label = feature.where if isinstance(feature, Sequence) else feature.label
+        if label is not None and label not in (known := [label.name for label in self.labels]):
+            raise ValueError(f'feature "{feature.name}": there is no label "{label}"; there is {", ".join(known)}')
+        ids = {column.name: column for column in self.categorical}
+        if isinstance(feature, Sequence):
+            return feature if feature.fields else self._with_fields(feature, ids)
+        if "role" in feature.model_fields_set:
+            return feature
+        roles: dict[str, Role] = {name: column.role for name, column in ids.items()}
+        if self.keys.item_id is not None:
+            roles[self.keys.item_id] = "item"
+        if self.keys.user_id is not None:
+            roles[self.keys.user_id] = "user"
+        found = {roles.get(name) for name in feature.of}
+        if None in found:
+            name = next(name for name in feature.of if name not in roles)
+            raise ValueError(
+                f'feature "{feature.name}": "{name}" is neither a categorical feature nor the key user_id or item_id; '
+                f"these are {', '.join(roles) or 'missing'}"
+            )
+        return feature.model_copy(update={"role": found.pop() if len(found) == 1 else "context"})
+
+    @staticmethod
+    def _with_fields(sequence: Sequence, ids: dict[str, Categorical]) -> Sequence:
+        for name in sequence.of:
+            if name not in ids:
+                raise ValueError(
+                    f'sequence "{sequence.name}": "{name}" is not a categorical feature, of which events can be made; '
+                    f"these are {', '.join(ids) or 'missing'}"
+                )
+        fields: list[EventId | EventNumber] = [
+            EventId(
+                name=name,
+                role=sequence.role,
+                table=ids[name].table_name,
+                **ids[name].model_dump(include={"encoding", "min_count", "num_embeddings", "embedding_dim"}),
+            )
+            for name in sequence.of
+        ]
+        if sequence.age:
+            fields.append(EventNumber(name="age", transform="log1p"))
+        return sequence.model_copy(update={"fields": tuple(fields)})
+
+    @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [feature.name for feature in self.features] + [label.name for label in self.labels]
         for name in names:
@@ -315,6 +434,23 @@ class Schema(Part):
     @property
     def sequences(self) -> tuple[Sequence, ...]:
         return tuple(feature for feature in self.features if isinstance(feature, Sequence))
+
+    @property
+    def counters(self) -> tuple[Numeric, ...]:
+        """The numbers that are derived from earlier rows."""
+        return tuple(feature for feature in self.numeric if feature.of)
+
+    @property
+    def histories(self) -> tuple[Sequence, ...]:
+        """The sequences that are derived from earlier rows."""
+        return tuple(feature for feature in self.sequences if feature.of)
+
+    @property
+    def stored(self) -> Schema:
+        """The same schema with only what a log itself holds: without counters and derived histories."""
+        return self.without(
+            [*(feature.name for feature in self.counters), *(feature.name for feature in self.histories)]
+        )
 
     @property
     def numeric_columns(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import polars as pl
 
 from fullrank.data import atomic
 from fullrank.data.chunk import Chunk
+from fullrank.data.derived import Derived
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
 from fullrank.data.hashing import stable_hash
 from fullrank.data.lookahead import prefetched
@@ -200,9 +201,12 @@ class DatasetBuilder:
         if any(parts is None or (parts == _BY_TIME).any() for parts in self._parts):
             cuts = self._timestamps.cuts(valid, test)
         spool = self._directory / "spool"
-        encoders = Encoders.fit_checked(self._schema, prefetched(self._training_rows(cuts)), spool)
+        derived = self._derive(spool / "derived")
+        encoders = Encoders.fit_checked(self._schema, prefetched(self._training_rows(cuts, derived)), spool)
+        if derived is not None:
+            derived.read_ids(encoders, self._spool)
         writers = [ShardWriter(self._directory, split) for split in PARTS]
-        for encoded, parts in prefetched(self._encoded(encoders, cuts)):
+        for encoded, parts in prefetched(self._encoded(encoders, cuts, derived)):
             for part, writer in enumerate(writers):
                 rows = parts == part
                 if rows.all():
@@ -211,27 +215,53 @@ class DatasetBuilder:
                     writer.add(encoded.filter(pl.Series(rows)))
         for writer in writers:
             writer.close()
+        about_derived = None if derived is None else derived.about()
         shutil.rmtree(spool, ignore_errors=True)
         used = {split: writer for split, writer in zip(PARTS, writers, strict=True) if writer.rows}
         if PARTS[TRAIN] not in used:
             raise ValueError("no row is left to train on")
         details: dict[str, Any] = {"out_of_order": self.out_of_order} if "timestamp" in self._key_types else {}
+        if about_derived is not None:
+            details["derived"] = about_derived
         if cuts is not None:
             details["split_at"] = {"valid": cuts[0], "test": cuts[1]}
         write_manifest(self._directory, encoders, used, dict(self.rejected.reasons), {**about, **details})
         return encoders
 
-    def _training_rows(self, cuts: tuple[int, int] | None) -> Iterator[Chunk]:
-        for chunk, parts in zip(self._spool, self._parts, strict=True):
+    def _derive(self, directory: Path) -> Derived | None:
+        """What the schema derives from earlier rows, if anything."""
+        if not self._schema.counters and not self._schema.histories:
+            return None
+        derived = Derived(self._schema, directory)
+        derived.read(
+            (chunk, np.ones(chunk.rows, dtype=bool) if parts is None else parts != _DROPPED)
+            for chunk, parts in zip(self._spool, self._parts, strict=True)
+        )
+        return derived
+
+    def _training_rows(self, cuts: tuple[int, int] | None, derived: Derived | None) -> Iterator[Chunk]:
+        for place, (chunk, parts) in enumerate(zip(self._spool, self._parts, strict=True)):
+            if derived is not None:
+                chunk = derived.with_counters(chunk, place)
             train = self._parts_of(chunk, parts, cuts) == TRAIN
             if train.all():
                 yield chunk
             elif train.any():
                 yield chunk.take(np.flatnonzero(train))
 
-    def _encoded(self, encoders: Encoders, cuts: tuple[int, int] | None) -> Iterator[tuple[pl.DataFrame, Parts]]:
-        for chunk, parts in zip(self._spool.drain(), self._parts, strict=True):
-            yield self._unified(encoders.encode(chunk)), self._parts_of(chunk, parts, cuts)
+    def _encoded(
+        self, encoders: Encoders, cuts: tuple[int, int] | None, derived: Derived | None
+    ) -> Iterator[tuple[pl.DataFrame, Parts]]:
+        stored = encoders.without({sequence.name for sequence in self._schema.histories})
+        for place, (chunk, parts) in enumerate(zip(self._spool.drain(), self._parts, strict=True)):
+            if derived is not None:
+                chunk = derived.with_counters(chunk, place)
+            frame, parts = self._unified(stored.encode(chunk)), self._parts_of(chunk, parts, cuts)
+            if derived is None:
+                yield frame, parts
+                continue
+            for rows, piece in derived.with_histories(frame, place):
+                yield piece, parts[rows]
 
     def _parts_of(self, chunk: Chunk, parts: Parts | None, cuts: tuple[int, int] | None) -> Parts:
         if cuts is None:

@@ -312,10 +312,11 @@ def write_dataset(
             _write_encoded(partial, schema, parts, about)
         else:
             builder = DatasetBuilder(partial, schema)
+            stored = schema.stored
             for name in sorted(parts, key=PARTS.index):
                 row = 1
                 for frame in parts[name]:
-                    chunk, bad = check(schema, RawChunk(frame, first_line=row))
+                    chunk, bad = check(stored, RawChunk(frame, first_line=row))
                     if bad.height:
                         line, *what = bad.row(0)
                         raise ValueError(f"part {name} row {line}: {rejected_text(*what)}")

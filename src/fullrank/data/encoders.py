@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -115,6 +115,10 @@ class Encoders:
                 raise ValueError(f'feature "{numeric.name}": encoding "piecewise_linear" needs training data')
         return cls(*Fitting(_scalar_by_default(schema), Path()).finish())
 
+    def without(self, names: Collection[str]) -> Encoders:
+        """The same encoders without the features of these names."""
+        return Encoders(self.schema.without(names), self.numbers, self.buckets, self.vocabularies)
+
     def transform(self, frame: pl.DataFrame, *, allow_missing: bool = False) -> pl.DataFrame:
         """Encoded columns (features, labels, and keys under their fixed names) of a raw frame.
 
@@ -150,6 +154,10 @@ class Encoders:
         columns.extend(values.alias(KEY_COLUMNS[key]) for key, values in chunk.keys.items())
         columns.extend(_series(name, values) for name, values in chunk.extra.items())
         return pl.DataFrame(columns)
+
+    def ids(self, name: str, column: Coded) -> Integers:
+        """Encoded ids of a column of this name, shape (n,)."""
+        return self._ids(self._features[name], column)
 
     def _ids(self, feature: Embedded, column: Coded) -> Integers:
         ids = self._value_ids(feature, column.values)

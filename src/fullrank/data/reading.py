@@ -65,8 +65,9 @@ def read_log(
         extra = [*keep, split_column] if split_column is not None else list(keep)
         published = fingerprints([path] if files is None else files.values())
         builder = DatasetBuilder(partial, schema)
+        stored = schema.stored
         for part, file in ({"": path} if given is None else given.files).items():
-            checked = _checked(source.chunks(file, schema, extra), schema, split_column, keep)
+            checked = _checked(source.chunks(file, stored, extra), stored, split_column, keep)
             for raw, chunk, bad in prefetched(checked):
                 builder.rejected.add(raw.rejected)
                 builder.rejected.add(bad)
