@@ -21,6 +21,7 @@ from fullrank.schema import Schema
 LENGTH = 3
 SMOOTHING = 2.0
 DELAY = 2.5
+RAW = {"encoding": "scalar", "transform": "none"}
 SCHEMA = Schema.model_validate(
     {
         "features": [
@@ -29,11 +30,11 @@ SCHEMA = Schema.model_validate(
             {"kind": "sequence", "name": "seen", "of": ["item"], "length": LENGTH},
             {"kind": "sequence", "name": "taken", "of": ["item", "genre"], "where": "bought", "length": LENGTH,
              "age": True},
-            {"kind": "numeric", "name": "rows", "of": ["user"], "statistic": "count", "transform": "none"},
+            {"kind": "numeric", "name": "rows", "of": ["user"], "statistic": "count", **RAW},
             {"kind": "numeric", "name": "clicks", "of": ["genre"], "statistic": "count", "label": "clicked",
-             "transform": "none"},
+             **RAW},
             {"kind": "numeric", "name": "rate", "of": ["user", "genre"], "statistic": "rate", "label": "bought",
-             "smoothing": SMOOTHING, "transform": "none", "missing_indicator": True},
+             "smoothing": SMOOTHING, **RAW, "missing_indicator": True},
         ],
         "labels": [{"name": "clicked"}, {"name": "bought", "delay_seconds": DELAY}],
         "keys": {"user_id": "user", "timestamp": "time"},
