@@ -140,12 +140,18 @@ def with_market(items: pl.DataFrame, dataset: Dataset, active_days: float | None
 
 
 def usual_context(dataset: Dataset) -> pl.DataFrame:
-    """One row: the most frequent value of each context id in training, the mean of each context number.
+    """One row: the most frequent value of each context id in training, the mean of each context number, or its median
+    if that is piecewise linear.
 
     A request that does not say where or when it comes from is scored as a usual one. For the position of an ad, which
     is not known before ranking, this compares all candidates at one position.
     """
     schema = dataset.schema.select({"context"})
-    wanted = [pl.col(name).mean().cast(pl.Float32) for name in schema.numeric_columns]
+    # The mean of places among bins, of which -1 is none, would mean nothing.
+    middle = {feature.name for feature in schema.numeric if feature.encoding == "piecewise_linear"}
+    wanted = [
+        (pl.col(name).quantile(0.5, "lower") if name in middle else pl.col(name).mean()).cast(pl.Float32)
+        for name in schema.numeric_columns
+    ]
     wanted += [pl.col(f.name).drop_nulls().mode().min() for f in schema.categorical]
     return dataset.scan("train").select(wanted).collect() if wanted else pl.DataFrame()
