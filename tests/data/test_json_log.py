@@ -42,7 +42,6 @@ def test_objects_and_lists_of_objects_become_columns(tmp_path: Path) -> None:
         "history.age": [[0.5, None], None],
         "tags": [["a"], ["b"]],
         "click": [True, False],
-        "history": [None, []],
         "deep": [None, None],
     }
 

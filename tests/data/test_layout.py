@@ -138,6 +138,12 @@ def test_containers_and_encodings_give_the_same_rows(tmp_path: Path) -> None:
         bring(tmp_path / "latin.csv", tmp_path / "out")
 
 
+def test_ragged_lines_that_are_no_text_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # The parser has to show a ragged line to whoever asks for it, and cannot if it is no text.
+    assert texts(tmp_path / "log.csv", b"a,b\n1,2\n\xb1,2,3\n4,5\n") == [("1", "2"), ("4", "5")]
+    assert capfd.readouterr().err == ""
+
+
 def test_a_line_end_of_two_characters_may_fall_between_two_reads(tmp_path: Path) -> None:
     path = tmp_path / "log"
     for end in (b"\r\n", b"\r"):

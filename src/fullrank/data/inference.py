@@ -112,6 +112,9 @@ def profile(
             uses[name] = "left out: neither text nor numbers"
             continue
         role = _role(sample, name, keys, fact)
+        if "." in name and name.partition(".")[0] in facts:
+            uses[name] = "left out: there is a column of the name before the point"
+            continue
         if fact.is_list and "." in name:
             sequences.setdefault(name.split(".", 1)[0], []).append(name)
             continue

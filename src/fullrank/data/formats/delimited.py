@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import polars as pl
 import pyarrow as pa
@@ -94,25 +94,18 @@ def _parse_block(block: _Block, layout: Layout, wanted: Sequence[str], plain: fr
     if layout.trimmed and not quoted:
         mark = re.escape(separator.encode())
         data = re.sub(rb"[ \t]*(" + mark + rb"|\n)[ \t]*", rb"\1", data).strip(b" ")
-    skipped: list[Any] = []
     if not (layout.trimmed and quoted):
         try:
-            table = _parse(data, layout, wanted, separator, plain, skipped)
-            if not skipped and table.num_rows == lines:
+            table = _parse(data, layout, wanted, separator, plain)
+            if table.num_rows == lines:
                 frame, dictionaries = _frame(table)
                 return RawChunk(frame, first_line=block.first_line, dictionaries=dictionaries)
-        except pa.ArrowInvalid:
+        except (pa.ArrowInvalid, UnicodeDecodeError):
             pass  # reading record by record finds out where
     return _parse_exactly(data, block.first_line, layout, wanted, separator)
 
 
-def _parse(
-    data: bytes, layout: Layout, wanted: Sequence[str], separator: str, plain: frozenset[str], skipped: list[Any]
-) -> pa.Table:
-    def skip(row: Any) -> str:
-        skipped.append(row)
-        return "skip"
-
+def _parse(data: bytes, layout: Layout, wanted: Sequence[str], separator: str, plain: frozenset[str]) -> pa.Table:
     coded = pa.dictionary(pa.int32(), pa.string())
     return pyarrow.csv.read_csv(
         pa.BufferReader(data),
@@ -123,7 +116,6 @@ def _parse(
             delimiter=separator,
             quote_char=layout.quote or False,
             newlines_in_values=bool(layout.quote) and layout.quote.encode() in data,
-            invalid_row_handler=skip,
         ),
         convert_options=pyarrow.csv.ConvertOptions(
             column_types={name: pa.string() if name in plain else coded for name in wanted},

@@ -112,6 +112,11 @@ class JsonLog:
                         break
                 rows.append(row)
                 lines.append(number)
+            if wanted is None:
+                # An empty list of objects has no fields to be known by.
+                inside = {name.rpartition(".")[0] for name in names}
+                empty = [name for name in inside & set(names) if not any(row.get(name) for row in rows)]
+                names = dict.fromkeys(name for name in names if name not in empty)
             frame = pl.DataFrame([_column(name, [row.get(name) for row in rows]) for name in names])
             frame = frame.with_columns(pl.Series(LINE_COLUMN, lines, dtype=pl.Int64))
             yield RawChunk(frame, rejected_table(rejected))
@@ -142,6 +147,8 @@ def _flat(values: dict[str, Any], prefix: str = "", depth: int = 0) -> dict[str,
         raise ValueError(f"objects more than {_DEEPEST} deep")
     for key, value in values.items():
         name = prefix + key
+        if "\0" in name:
+            raise ValueError("a name holds a NUL character")
         if isinstance(value, dict):
             found.update(_flat(value, f"{name}.", depth + 1))
         elif isinstance(value, list) and any(isinstance(element, dict) for element in value):

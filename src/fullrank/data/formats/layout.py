@@ -253,6 +253,8 @@ def _names(
     for name, count in Counter(name for name in first if name).items():
         if count > 1:
             raise ValueError(f'{path} line {line}: the column "{name}" appears twice (is the header line missing?)')
+    if any("\0" in name for name in first):
+        raise ValueError(f"{path} line {line}: a name holds a NUL character: not text")
     notes: list[str] = []
     sample = [split_line(row, separator, "" if len(row) > 100_000 else quote) for row in rows[:100] if row.strip()]
     widths = {len(fields) for fields in sample}

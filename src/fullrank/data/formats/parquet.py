@@ -122,6 +122,8 @@ def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
         names = file.schema_arrow.names
     except (pa.ArrowException, OSError, NotImplementedError) as error:
         raise ValueError(f"{path} is not a readable Parquet file: {_brief(error)}") from None
+    if any("\0" in name for name in names):
+        raise ValueError(f"{path} is not a readable Parquet file: a name holds a NUL character")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f'{path}: the column "{twice}" appears twice')
