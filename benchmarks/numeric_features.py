@@ -3,8 +3,9 @@
     python -m benchmarks.numeric_features --data DIR
 
 Two tables: Census-Income (KDD), 7 numbers among 40 features; and the covertype rows of the Tensor Machines paper, 10
-numbers, the forest's area and its soil. A tenth of the training rows, drawn once, chooses everything: when to stop, and
-each model's learning rate and batch norm; the test rows are scored once. Trees stop early by the same rows. LightGBM
+numbers, the forest's area and its soil. A tenth of the training rows, drawn once, chooses everything: the epoch whose
+weights stay, and with the first seed each model's configuration; the test rows are scored by what it chose. Trees stop
+early by the same rows. LightGBM
 and CatBoost are no requirements of the package: without them their rows are left out.
 """
 
@@ -22,23 +23,41 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from benchmarks.machine import table, write
+from benchmarks.machine import RESULTS, table, write
 
 CENSUS_NUMBERS = (
     "age", "wage_per_hour", "capital_gains", "capital_losses", "stock_dividends", "num_emp", "weeks_worked"
 )  # fmt: skip
 FOREST_NUMBERS = tuple(f"x{place}" for place in range(10))
 HIDDEN = (256, 128, 64)
-# Settings that validation chooses from: learning rate and further configuration.
-GRIDS: dict[str, list[tuple[float, dict[str, Any]]]] = {
-    "lr": [(3e-3, {}), (1e-2, {})],
-    "dcn_v2": [(1e-3, {"hidden": HIDDEN}), (1e-3, {"hidden": HIDDEN, "batch_norm": True})],
-    "dlrm": [(1e-3, {"hidden": HIDDEN}), (1e-3, {"hidden": HIDDEN, "batch_norm": True})],
-    "wukong": [(1e-3, {"hidden": HIDDEN}), (3e-4, {"hidden": HIDDEN})],
-}
+NORMED = {"hidden": HIDDEN, "batch_norm": True}
+# Rows of a batch and width of tables; of each model the learning rate, the epochs over which it falls to 0, and the
+# configurations that validation chooses from.
+Grid = dict[str, tuple[float, int, list[dict[str, Any]]]]
+GRIDS: dict[str, tuple[int, int, Grid]] = {
+    "census": (
+        1024, 8,
+        {
+            "lr": (1e-2, 8, [{}]),
+            "dcn_v2": (1e-3, 3, [{"hidden": HIDDEN}, NORMED]),
+            "dlrm": (1e-3, 3, [NORMED, {**NORMED, "interaction": "cat"}]),
+            "wukong": (1e-3, 3, [{"hidden": HIDDEN, "number_tokens": tokens} for tokens in (0, 1)]),
+        },
+    ),
+    "forest": (
+        256, 16,
+        {
+            "lr": (3e-2, 30, [{}]),
+            "dcn_v2": (2e-3, 30, [NORMED]),
+            "dlrm": (2e-3, 30, [NORMED, {**NORMED, "interaction": "cat"}]),
+            "wukong": (1e-3, 15, [{"hidden": HIDDEN, "number_tokens": 0}]),
+        },
+    ),
+}  # fmt: skip
+MODELS = ("lr", "dcn_v2", "dlrm", "wukong")
 TRIALS = {
-    "lightgbm": [{"learning_rate": 0.05, "num_leaves": leaves} for leaves in (31, 127)],
-    "catboost": [{"learning_rate": 0.1, "depth": depth} for depth in (6, 8)],
+    "lightgbm": [{"learning_rate": 0.1 if leaves == 255 else 0.05, "num_leaves": leaves} for leaves in (31, 255)],
+    "catboost": [{"learning_rate": 0.1, "depth": 6}],
 }
 
 
@@ -76,18 +95,24 @@ def parts_of(name: str, data: Path) -> tuple[dict[str, pl.DataFrame], tuple[str,
 def networks(
     name: str, parts: dict[str, pl.DataFrame], numbers: tuple[str, ...], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
+    from fullrank.data.dataset import Dataset
     from fullrank.data.importing import import_dataset
     from fullrank.data.loader import Loader
     from fullrank.embeddings import EmbeddingOptimizer
-    from fullrank.models import RankerSpec
+    from fullrank.models import Ranker
     from fullrank.schema import Categorical, Label, Numeric, Schema
     from fullrank.training import TrainerConfig, evaluate
     from fullrank.training.run import train_ranker
 
     records = []
+    batch, width, grid = GRIDS[name]
     for encoding in args.encodings:
         features = tuple(
-            Numeric(name=column, transform="standard", encoding=encoding, **({"bins": args.bins} if args.bins else {}))
+            Numeric(
+                name=column,
+                transform="standard",
+                encoding=encoding,
+            )
             if column in numbers
             else Categorical(name=column)
             for column in parts["train"].columns
@@ -102,21 +127,31 @@ def networks(
             dataset = import_dataset("parquet", folder, Path(scratch) / "dataset", schema=schema)
             test = Loader(dataset, "test", 16384)
             for model_name in args.models:
-                for setting, (rate, config) in enumerate(GRIDS[model_name]):
-                    for seed in args.seeds:
-                        training = TrainerConfig(
-                            learning_rate=rate, batch_size=1024, epochs=args.epochs, patience=2, seed=seed
-                        )
-                        begin = time.perf_counter()
-                        spec = RankerSpec.of({"name": model_name, **config})
-                        model, result = train_ranker(spec, dataset, training, EmbeddingOptimizer(learning_rate=rate))
-                        records.append({
-                            "table": name, "model": model_name, "numbers": encoding, "setting": setting, "seed": seed,
-                            "valid_auc": next(iter(result.best_tasks.values()))["auc"],
-                            "test_auc": next(iter(evaluate(model, test).values()))["auc"] if args.test else None,
-                            "seconds": time.perf_counter() - begin,
-                        })  # fmt: skip
-                        print(json.dumps(records[-1]), flush=True)
+                rate, epochs, configs = grid[model_name]
+
+                def fitted(
+                    setting: int, seed: int, name: str = model_name, rate: float = rate, epochs: int = epochs,
+                    configs: list[dict[str, Any]] = configs, dataset: Dataset = dataset,
+                ) -> tuple[float, int, Ranker, float]:  # fmt: skip
+                    training = TrainerConfig(
+                        learning_rate=rate, batch_size=batch, epochs=epochs, schedule="linear", seed=seed
+                    )
+                    begin = time.perf_counter()
+                    spec = {"name": name, "embedding_dim": width, **configs[setting]}
+                    model, result = train_ranker(spec, dataset, training, EmbeddingOptimizer(learning_rate=rate))
+                    auc = next(iter(result.best_tasks.values()))["auc"]
+                    return auc, setting, model, time.perf_counter() - begin
+
+                first = args.seeds[0]
+                best = max((fitted(setting, first) for setting in range(len(configs))), key=lambda found: found[0])
+                for seed in args.seeds:
+                    valid, setting, model, seconds = best if seed == first else fitted(best[1], seed)
+                    records.append({
+                        "table": name, "model": model_name, "numbers": encoding, "setting": setting, "seed": seed,
+                        "valid_auc": valid, "test_auc": next(iter(evaluate(model, test).values()))["auc"],
+                        "seconds": seconds,
+                    })  # fmt: skip
+                    print(json.dumps(records[-1]), flush=True)
     return records
 
 
@@ -142,17 +177,22 @@ def trees(
     for program, settings in TRIALS.items():
         try:
             fit = {"lightgbm": lightgbm_scores, "catboost": catboost_scores}[program]
-            for setting, trial in enumerate(settings):
-                for seed in args.seeds:
-                    begin = time.perf_counter()
-                    scores = fit(frames, labels, columns, names, trial, seed, args.threads)
-                    records.append({
-                        "table": name, "model": program, "numbers": "trees", "setting": setting, "seed": seed,
-                        "valid_auc": float(roc_auc_score(labels["valid"], scores["valid"])),
-                        "test_auc": float(roc_auc_score(labels["test"], scores["test"])),
-                        "seconds": time.perf_counter() - begin,
-                    })  # fmt: skip
-                    print(json.dumps(records[-1]), flush=True)
+            first = args.seeds[0]
+            tried = [fit(frames, labels, columns, names, trial, first, args.threads) for trial in settings]
+            aucs = [float(roc_auc_score(labels["valid"], scores["valid"])) for scores in tried]
+            setting = int(np.argmax(aucs))
+            for seed in args.seeds:
+                begin = time.perf_counter()
+                scores = tried[setting]
+                if seed != first:
+                    scores = fit(frames, labels, columns, names, settings[setting], seed, args.threads)
+                records.append({
+                    "table": name, "model": program, "numbers": "trees", "setting": setting, "seed": seed,
+                    "valid_auc": float(roc_auc_score(labels["valid"], scores["valid"])),
+                    "test_auc": float(roc_auc_score(labels["test"], scores["test"])),
+                    "seconds": time.perf_counter() - begin if seed != first else None,
+                })  # fmt: skip
+                print(json.dumps(records[-1]), flush=True)
         except ImportError as error:
             print(f"{program} is left out: {error}")
     return records
@@ -190,25 +230,19 @@ def catboost_scores(
 
 
 def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The setting of each model that validation chooses; trees as one more."""
     rows = []
     for key in dict.fromkeys((r["table"], r["model"], r["numbers"]) for r in records):
-        settings: dict[int, list[dict[str, Any]]] = {}
-        for record in records:
-            if (record["table"], record["model"], record["numbers"]) == key:
-                settings.setdefault(record["setting"], []).append(record)
-        best, chosen = max(settings.items(), key=lambda item: statistics.mean(r["valid_auc"] for r in item[1]))
-        tests = [r["test_auc"] for r in chosen if r["test_auc"] is not None]
+        mine = [r for r in records if (r["table"], r["model"], r["numbers"]) == key]
+        tests, seconds = [r["test_auc"] for r in mine], [r["seconds"] for r in mine if r["seconds"] is not None]
         rows.append({
-            "table": key[0], "model": key[1], "numbers": key[2], "setting": best, "seeds": len(chosen),
-            "valid_auc": statistics.mean(r["valid_auc"] for r in chosen),
-            "test_auc": statistics.mean(tests) if tests else None,
-            "spread": max(tests) - min(tests) if tests else None,
-            "seconds": statistics.mean(r["seconds"] for r in chosen),
+            "table": key[0], "model": key[1], "numbers": key[2], "setting": mine[0]["setting"], "seeds": len(mine),
+            "valid_auc": statistics.mean(r["valid_auc"] for r in mine),
+            "test_auc": statistics.mean(tests), "spread": max(tests) - min(tests),
+            "seconds": statistics.mean(seconds) if seconds else None,
         })  # fmt: skip
     for row in rows:
         peer = [r["test_auc"] for r in rows if (r["table"], r["model"]) == (row["table"], "lightgbm")]
-        row["minus_lightgbm"] = row["test_auc"] - peer[0] if peer and row["test_auc"] is not None else None
+        row["minus_lightgbm"] = row["test_auc"] - peer[0] if peer else None
     return rows
 
 
@@ -216,15 +250,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=list(TABLES), choices=list(TABLES))
-    parser.add_argument("--models", nargs="*", default=list(GRIDS), choices=list(GRIDS))
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--encodings", nargs="+", default=["scalar", "piecewise_linear", "periodic"])
-    parser.add_argument("--bins", type=int, help="default: the schema's")
-    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-trees", dest="trees", action="store_false")
-    parser.add_argument("--no-test", dest="test", action="store_false", help="while settings are chosen")
-    parser.add_argument("--out", default="numeric_features", help="name of the result")
+    parser.add_argument("--keep", action="store_true", help="rows of other tables and encodings stay in the result")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     records: list[dict[str, Any]] = []
@@ -234,14 +265,16 @@ def main() -> None:
             records += trees(name, parts, numbers, args)
         if args.models:
             records += networks(name, parts, numbers, args)
+    kept: list[dict[str, Any]] = []
+    if args.keep and (RESULTS / "numeric_features.json").is_file():
+        kept = json.loads((RESULTS / "numeric_features.json").read_text())["runs"]
+    new = {(r["table"], r["model"], r["numbers"]) for r in records}
+    records += [r for r in kept if (r["table"], r["model"], r["numbers"]) not in new]
+    records.sort(key=lambda r: (r["table"], r["numbers"] != "trees", r["numbers"], r["model"]))
     rows = summarise(records)
     print()
-    table(
-        rows, ["table", "model", "numbers", "setting", "valid_auc", "test_auc", "spread", "minus_lightgbm", "seconds"]
-    )
-    if args.test:
-        settings = {"seeds": args.seeds, "threads": args.threads, "epochs": args.epochs}
-        write(args.out, {"settings": settings, "summary": rows, "runs": records})
+    table(rows, ["table", "numbers", "model", "seeds", "valid_auc", "test_auc", "spread", "minus_lightgbm", "seconds"])
+    write("numeric_features", {"settings": {"threads": args.threads}, "summary": rows, "runs": records})
 
 
 if __name__ == "__main__":

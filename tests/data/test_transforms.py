@@ -17,3 +17,44 @@ def test_a_sample_of_a_long_stream_is_uniform(monkeypatch: pytest.MonkeyPatch) -
     quartiles = np.array(sample.quantiles(np.array([0.25, 0.5, 0.75]))) / 100_000
     # Five standard errors of a quartile of 2000 draws.
     np.testing.assert_allclose(quartiles, [0.25, 0.5, 0.75], atol=5 * 0.5 / np.sqrt(2000))
+
+
+def knots(numbers: list[float], bins: int) -> list[float]:
+    sample = Sample()
+    sample.add(np.array(numbers))
+    return sample.knots(bins)
+
+
+def test_few_values_are_the_edges_of_bins_themselves() -> None:
+    assert knots([3.0, 1.0, 1.0, 2.0, np.nan], 2) == [1.0, 2.0, 3.0]
+    assert knots([5.0, 5.0], 4) == [5.0]
+    assert knots([np.nan], 4) == []
+
+
+def test_a_common_value_and_its_neighbours_are_edges_and_the_rest_is_in_equal_parts() -> None:
+    rest = np.sort(np.random.default_rng(0).lognormal(5, 1, 1000))
+    edges = knots([0.0] * 9000 + rest.tolist(), 16)
+    assert len(edges) == 17 and edges == sorted(set(edges))
+    assert edges[:2] == [0.0, rest[0]] and edges[-1] == rest[-1]
+    filled = np.histogram(rest, edges[1:])[0]
+    assert filled.min() > 0.5 * 1000 / 15 and filled.max() < 1.5 * 1000 / 15
+
+
+def test_a_number_without_common_values_has_quantiles_as_edges() -> None:
+    numbers = np.random.default_rng(1).normal(size=20_000)
+    edges = knots(numbers.tolist(), 8)
+    assert edges == pytest.approx(np.quantile(numbers, np.linspace(0, 1, 9)), abs=0.01)
+
+
+def test_a_common_value_in_the_middle_shares_its_code_with_no_other() -> None:
+    numbers = [*np.linspace(-1, -0.01, 500), *[0.0] * 500, *np.linspace(0.01, 1, 500)]
+    edges = knots(numbers, 12)
+    place = edges.index(0.0)
+    assert edges[place - 1 : place + 2] == pytest.approx([-0.01, 0.0, 0.01])
+
+
+def test_many_common_values_leave_room_for_no_more_than_the_bins() -> None:
+    rng = np.random.default_rng(2)
+    numbers = [*np.repeat(np.arange(20.0), 110), *rng.uniform(0, 19, 200)]
+    edges = knots(numbers, 24)
+    assert set(np.arange(20.0)) <= set(edges) and len(edges) == 25

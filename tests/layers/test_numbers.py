@@ -180,3 +180,24 @@ def test_a_bundle_of_before_encodings_predicts_what_it_did(tmp_path: Path) -> No
         assert [feature.encoding for feature in again.schema.numeric] == ["scalar", "scalar"]
         rows = batch(schema, 5)
         assert torch.equal(again(rows).logits_BT, model(rows).logits_BT)
+
+
+def test_knots_that_do_not_fit_the_schema_are_refused(tmp_path: Path) -> None:
+    encoders = Encoders.fit(Schema(features=(Numeric(name="x", bins=3),)), [pl.DataFrame({"x": [1.0, 2.0, 3.0]})])
+    for knots, message in (([1.0, 3.0, 2.0], "increase"), ([1.0, 2.0, 3.0, 4.0, 5.0], "more than 3 bins")):
+        encoders.save(tmp_path)
+        stored = json.loads((tmp_path / "encoders.json").read_text())
+        stored["numbers"]["x"]["knots"] = knots
+        (tmp_path / "encoders.json").write_text(json.dumps(stored))
+        with pytest.raises(ValueError, match=message):
+            Encoders.load(tmp_path)
+
+
+def test_a_model_without_numbers_starts_as_it_would_without_this_module() -> None:
+    """No random number is drawn for numbers that are not there."""
+    schema = Schema(features=(Categorical(name="c", num_embeddings=4),), labels=(Label(name="y"),))
+    torch.manual_seed(3)
+    NumberVectors(schema, TABLES)
+    after = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(after, torch.rand(2))
