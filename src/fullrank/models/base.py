@@ -57,6 +57,9 @@ class Ranker(nn.Module):
     """Base of every model that scores rows.
 
     A subclass has a `Config` beside it, builds its layers in `__init__(schema, config)` and implements `forward`.
+
+    Attributes:
+        needs_history: whether the model is about a user's events, so that a schema without a sequence is a mistake.
     """
 
     class Config(BaseModel):
@@ -81,11 +84,19 @@ class Ranker(nn.Module):
 
     name: ClassVar[str]
     source: ClassVar[str]
+    needs_history: ClassVar[bool] = False
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__()
         if not schema.labels:
             raise ValueError(f"{type(self).__name__} needs a schema with at least one label")
+        if self.needs_history and not schema.sequences:
+            item = schema.keys.item_id or "item_id"
+            raise ValueError(
+                f"{type(self).__name__} reads a user's history, and the schema has no sequence: add the feature "
+                f'{{"kind": "sequence", "name": "history", "of": ["{item}"], "where": "{schema.labels[0].name}", '
+                '"length": 50} to it and import the log again'
+            )
         known = schema.tables()
         for table in config.tables:
             if table not in known:

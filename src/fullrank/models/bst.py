@@ -124,6 +124,7 @@ class BST(Ranker):
         "Chen et al., Behavior Sequence Transformer for E-commerce Recommendation in Alibaba, DLP-KDD 2019, "
         "arXiv 1905.06874"
     )
+    needs_history = True
 
     class Config(BehaviourTransformer.Config, Ranker.Config):
         """Hyper-parameters, those of the transformer included.

@@ -114,6 +114,7 @@ class DIEN(Ranker):
 
     name = "dien"
     source = "Zhou et al., Deep Interest Evolution Network for Click-Through Rate Prediction, AAAI 2019"
+    needs_history = True
 
     class Config(Ranker.Config):
         """Hyper-parameters.

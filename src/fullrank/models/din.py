@@ -92,6 +92,7 @@ class DIN(Ranker):
 
     name = "din"
     source = "Zhou et al., Deep Interest Network for Click-Through Rate Prediction, KDD 2018"
+    needs_history = True
 
     class Config(Ranker.Config):
         """Hyper-parameters.

@@ -108,6 +108,7 @@ class TransAct(Ranker):
         "Xia et al., TransAct: Transformer-based Realtime User Action Model for Recommendation at Pinterest, KDD 2023, "
         "arXiv 2306.00248"
     )
+    needs_history = True
 
     class Config(RecentActions.Config, Ranker.Config):
         """Hyper-parameters, those of `RecentActions` included.
