@@ -367,11 +367,7 @@ class Schema(Part):
             return feature if feature.fields else self._with_fields(feature, ids)
         if "role" in feature.model_fields_set:
             return feature
-        roles: dict[str, Role] = {name: column.role for name, column in ids.items()}
-        if self.keys.item_id is not None:
-            roles[self.keys.item_id] = "item"
-        if self.keys.user_id is not None:
-            roles[self.keys.user_id] = "user"
+        roles = self._counted_roles()
         found = {roles.get(name) for name in feature.of}
         if None in found:
             name = next(name for name in feature.of if name not in roles)
@@ -380,6 +376,15 @@ class Schema(Part):
                 f"these are {', '.join(roles) or 'missing'}"
             )
         return feature.model_copy(update={"role": found.pop() if len(found) == 1 else "context"})
+
+    def _counted_roles(self) -> dict[str, Role]:
+        """Whom each column describes that counters may be of."""
+        roles: dict[str, Role] = {column.name: column.role for column in self.categorical}
+        if self.keys.item_id is not None:
+            roles[self.keys.item_id] = "item"
+        if self.keys.user_id is not None:
+            roles[self.keys.user_id] = "user"
+        return roles
 
     @staticmethod
     def _with_fields(sequence: Sequence, ids: dict[str, Categorical]) -> Sequence:
@@ -439,6 +444,14 @@ class Schema(Part):
     def counters(self) -> tuple[Numeric, ...]:
         """The numbers that are derived from earlier rows."""
         return tuple(feature for feature in self.numeric if feature.of)
+
+    @property
+    def pair_counters(self) -> tuple[Numeric, ...]:
+        """The counters of a user and an item together, which neither of them has alone."""
+        roles = self._counted_roles()
+        return tuple(
+            counter for counter in self.counters if {"user", "item"} <= {roles.get(name) for name in counter.of}
+        )
 
     @property
     def histories(self) -> tuple[Sequence, ...]:

@@ -48,6 +48,20 @@ def test_inspect_prints_one_json_object_or_a_schema_to_edit(log: Path) -> None:
     assert Schema.model_validate(found["schema"]) == Schema.from_json(run("inspect", log))
 
 
+def test_what_inspect_suggests_derives_a_history(log: Path, tmp_path: Path) -> None:
+    schema_path = tmp_path / "schema.json"
+    told = CliRunner().invoke(app, ["inspect", str(log), "--out", str(schema_path)]).stderr
+    suggested = next(line for line in told.splitlines() if "earlier items" in line)
+    schema = json.loads(schema_path.read_text())
+    schema["features"].append(json.loads(suggested[suggested.index("{") : suggested.rindex("}") + 1]))
+    schema_path.write_text(json.dumps(schema))
+    text = run("import", "csv", log, tmp_path / "out", "--schema", schema_path)
+    # Row n is of user n % 7 and clicked where n is odd: users know a click from their second or third row on.
+    derived = Dataset.open(tmp_path / "out").derived["history"]
+    assert derived["rows_with_events"] == 1000 - sum(1 if user % 2 else 2 for user in range(7))
+    assert f"{derived['events']:,}" in text
+
+
 def test_the_report_counts_every_row(log: Path, tmp_path: Path) -> None:
     with log.open("a") as file:
         file.write("7,u1,1,5\n")

@@ -185,6 +185,7 @@ def inspect(
     Example: fullrank data inspect log.csv --out schema.json
     """
     from fullrank.data import atomic
+    from fullrank.data.derived import suggested_history
     from fullrank.data.formats import open_format, usual_format
     from fullrank.data.formats.base import Noted, Sampled
     from fullrank.data.inference import ColumnProfile, profile
@@ -218,6 +219,9 @@ def inspect(
         print(schema.to_json(), end="")
     else:
         print(f"schema written to {out}", file=sys.stderr)
+    suggested = suggested_history(schema)
+    if suggested is not None:
+        print(f'each row can have its user\'s earlier items: add {suggested} to "features"', file=sys.stderr)
     if not schema.labels:
         print('no label found: add one to "labels", such as {"name": "click"}', file=sys.stderr)
 
@@ -267,6 +271,7 @@ def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
             "rejected": dataset.rejected,
             "tables": dataset.schema.tables(),
             "published": dataset.published,
+            "derived": dataset.derived,
             "seconds": round(seconds, 3),
         }
         print(json.dumps(summary))
@@ -287,6 +292,11 @@ def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
         table.add_row("rows older than the row before", f"{dataset.out_of_order:,}")
     if dataset.validation is not None:
         table.add_row("validation rows", dataset.validation)
+    for name, found in dataset.derived.items():
+        table.add_row(f"{name}: rows with earlier events", f"{found['rows_with_events']:,}")
+        table.add_row(f"{name}: earlier events", f"{found['events']:,}")
+        if found["rows_in_ties"]:
+            table.add_row("rows of one user and second, blind to each other", f"{found['rows_in_ties']:,}")
     sizes = dataset.schema.tables()
     table.add_row("embedding tables", f"{len(sizes)}, {sum(sizes.values()):,} rows")
     table.add_row("seconds", f"{seconds:.1f}")

@@ -42,6 +42,8 @@ class Dataset:
         published: by the name of a source file that has the layout of a public benchmark: its `benchmark`, the `part`
             of it that the file's rows are (None for none), and its `md5`.
         validation: where the validation rows come from, if the source came in files.
+        derived: of each history that was derived from earlier rows: its `events` and `rows_with_events`, and
+            `rows_in_ties`, which share user and second with other rows and do not know these.
     """
 
     def __init__(self, path: Path, schema: Schema, manifest: dict[str, Any]) -> None:
@@ -52,6 +54,7 @@ class Dataset:
         self.out_of_order: int = manifest.get("out_of_order", 0)
         self.published: dict[str, dict[str, Any]] = manifest.get("published", {})
         self.validation: str | None = manifest.get("validation")
+        self.derived: dict[str, dict[str, int]] = manifest.get("derived", {})
         self._rows: dict[str, int] = manifest["rows"]
         self._shards: dict[str, list[str]] = manifest["shards"]
 

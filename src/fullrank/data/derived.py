@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,16 @@ from fullrank.schema import EventNumber, Numeric, Schema, Sequence
 
 # Events of the rows that are put together at once.
 BLOCK_EVENTS = 1 << 23
+
+
+def suggested_history(schema: Schema) -> str | None:
+    """The feature, as JSON, that a log with users, items, times and an outcome could have in addition."""
+    item = schema.keys.item_id
+    outcome = next((label.name for label in schema.labels if label.kind == "binary"), None)
+    known = schema.keys.user_id is not None and schema.keys.timestamp is not None and outcome is not None
+    if not known or schema.sequences or item not in {feature.name for feature in schema.categorical}:
+        return None
+    return json.dumps({"kind": "sequence", "name": "history", "of": [item], "where": outcome, "length": 50})
 
 
 class Derived:

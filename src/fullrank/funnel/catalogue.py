@@ -17,7 +17,7 @@ from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.data.loader import partial_batch
 from fullrank.retrieval.base import NO_ITEM, item_keys
-from fullrank.schema import Schema
+from fullrank.schema import EventNumber, Schema, Sequence
 
 BID = KEY_COLUMNS["bid"]
 # Whether an item may be retrieved; the others can still be scored by name.
@@ -110,10 +110,40 @@ class Catalogue:
 def all_rows(dataset: Dataset, role: Literal["item", "user"]) -> pl.DataFrame:
     """The catalogue of a role over all splits: the last seen features of each item or user.
 
-    Features only: what an item is and what a user did is known at serving time; no label is in it.
+    Features only: what an item is and what a user did is known at serving time; no label is in it. A history that was
+    derived from the log goes on to the log's end.
     """
     parts = [dataset.catalogue(role, split) for split in ("train", "valid", "test") if split in dataset.splits]
-    return pl.concat(parts).unique(parts[0].columns[0], keep="last", maintain_order=True)
+    rows = pl.concat(parts).unique(parts[0].columns[0], keep="last", maintain_order=True)
+    for sequence in dataset.schema.histories:
+        if sequence.role == role:
+            rows = _with_last_events(rows, dataset, sequence)
+    return rows
+
+
+def _with_last_events(users: pl.DataFrame, dataset: Dataset, sequence: Sequence) -> pl.DataFrame:
+    """The history of each user with the events of the whole log, as old as they are at its end."""
+    user, time = KEY_COLUMNS["user_id"], KEY_COLUMNS["timestamp"]
+    wanted = dict.fromkeys([user, time, *sequence.of, *([sequence.where] if sequence.where is not None else [])])
+    log = pl.concat([dataset.scan(split).select(*wanted) for split in dataset.splits])
+    end = log.select(pl.col(time).max()).collect().item()
+    happened = pl.lit(True) if sequence.where is None else pl.col(sequence.where) == 1
+    fields = [
+        (end - pl.col(time)).cast(pl.Float32).log1p().alias(sequence.column(field))
+        if isinstance(field, EventNumber)
+        else pl.col(field.name).alias(sequence.column(field))
+        for field in sequence.fields
+    ]
+    names = [sequence.column(field) for field in sequence.fields]
+    events = (
+        log.filter(happened)
+        .sort(time, maintain_order=True)
+        .select(user, *fields)
+        .group_by(user)
+        .agg(pl.col(names).tail(sequence.max_length))
+    )
+    known = users.drop(names).lazy().join(events, on=user, how="left", maintain_order="left")
+    return known.with_columns(pl.col(names).fill_null([])).select(users.columns).collect()
 
 
 def with_market(items: pl.DataFrame, dataset: Dataset, active_days: float | None) -> pl.DataFrame:

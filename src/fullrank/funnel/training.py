@@ -181,6 +181,12 @@ def train_funnel(
     ValueFormula(
         config.value or default_formula(schema), formula_names(schema)
     )  # a wrong formula fails before training
+    for counter in schema.pair_counters:
+        raise ValueError(
+            f'{dataset.path}: the feature "{counter.name}" counts a user and an item together '
+            f"({', '.join(counter.of)}), and a funnel keeps numbers of users and of items, not of pairs: leave it out "
+            "of the schema and import again"
+        )
     items = Catalogue.of(with_market(all_rows(dataset, "item"), dataset, config.active_days), schema)
     known = all_rows(dataset, "user") if schema.keys.user_id is not None else pl.DataFrame()
     users = Catalogue.of(known, schema) if known.height else None
