@@ -134,7 +134,7 @@ def networks(
                     configs: list[dict[str, Any]] = configs, dataset: Dataset = dataset,
                 ) -> tuple[float, int, Ranker, float]:  # fmt: skip
                     training = TrainerConfig(
-                        learning_rate=rate, batch_size=batch, epochs=epochs, schedule="linear", seed=seed
+                        learning_rate=rate, batch_size=batch, epochs=epochs, schedule="linear", patience=0, seed=seed
                     )
                     begin = time.perf_counter()
                     spec = {"name": name, "embedding_dim": width, **configs[setting]}

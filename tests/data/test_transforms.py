@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fullrank.data import transforms
-from fullrank.data.transforms import Sample
+from fullrank.data.transforms import RowSample, Sample, knots_of
 
 
 def test_a_sample_of_a_long_stream_is_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,10 +19,19 @@ def test_a_sample_of_a_long_stream_is_uniform(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_allclose(quartiles, [0.25, 0.5, 0.75], atol=5 * 0.5 / np.sqrt(2000))
 
 
+def test_a_sample_of_rows_is_uniform_and_keeps_rows_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transforms, "KNOT_SAMPLE_SIZE", 2000)
+    sample = RowSample(["a", "b"])
+    for start in range(0, 100_000, 700):
+        a = np.arange(start, start + 700, dtype=np.float64)
+        sample.add({"a": a, "b": -a, "c": a})
+    a, b = sample.columns["a"], sample.columns["b"]
+    assert len(a) == 2000 and np.array_equal(a, -b)
+    np.testing.assert_allclose(np.quantile(a, [0.25, 0.5, 0.75]) / 1e5, [0.25, 0.5, 0.75], atol=0.056)
+
+
 def knots(numbers: list[float], bins: int) -> list[float]:
-    sample = Sample()
-    sample.add(np.array(numbers))
-    return sample.knots(bins)
+    return knots_of(np.array(numbers), bins)
 
 
 def test_few_values_are_the_edges_of_bins_themselves() -> None:

@@ -13,12 +13,13 @@ import polars as pl
 
 from fullrank.data.chunk import Chunk, Integers
 from fullrank.data.transforms import (
-    KNOT_SAMPLE_SIZE,
     QUANTILE_POINTS,
     BucketState,
     Moments,
     NumberState,
+    RowSample,
     Sample,
+    knots_of,
     log2_buckets,
 )
 from fullrank.data.vocabulary import ValueCounts, Vocabulary
@@ -65,10 +66,10 @@ class Fitting:
         for numeric in schema.numeric:
             if numeric.transform == "quantile":
                 self.samples[f"number {numeric.name}"] = Sample()
-            elif numeric.encoding == "piecewise_linear":
-                self.samples[f"number {numeric.name}"] = Sample(KNOT_SAMPLE_SIZE)
+        self.rows = RowSample(numeric.name for numeric in schema.numeric if numeric.encoding == "piecewise_linear")
 
     def add(self, chunk: Chunk) -> None:
+        self.rows.add(chunk.numbers)
         for name, numbers in chunk.numbers.items():
             self.moments[name].add(numbers)
             if f"number {name}" in self.samples:
@@ -136,7 +137,7 @@ class Fitting:
             deviation = moments.deviation if moments.deviation > 0 else 1.0
             knots: list[float] = []
             if numeric.encoding == "piecewise_linear":
-                knots = self.samples[f"number {numeric.name}"].knots(numeric.bins)
+                knots = knots_of(self.rows.columns[numeric.name], numeric.bins)
             numbers[numeric.name] = NumberState(
                 fill=moments.mean,
                 mean=moments.mean,

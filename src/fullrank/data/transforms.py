@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 import numpy as np
@@ -19,7 +20,7 @@ from fullrank.schema import FIRST_VOCABULARY_ID, MISSING_ID, EventNumber, Numeri
 QUANTILE_POINTS = 1001
 # A quantile is exact up to so many training rows, and estimated from a uniform sample of them beyond.
 SAMPLE_SIZE = 1 << 18
-# Bins of a `piecewise_linear` number need fewer.
+# Bins of `piecewise_linear` numbers are found in so many rows.
 KNOT_SAMPLE_SIZE = 1 << 16
 # Place among its bins of a `piecewise_linear` number that is missing.
 MISSING_PLACE = -1.0
@@ -67,13 +68,12 @@ class BucketState(State):
 
 
 class Sample:
-    """A uniform sample of at most `size` (default `SAMPLE_SIZE`) numbers of a stream, the same for the same stream.
+    """A uniform sample of at most `SAMPLE_SIZE` numbers of a stream, the same for the same stream.
 
     Each number has the hash of its position as a priority; the smallest priorities are kept.
     """
 
-    def __init__(self, size: int | None = None) -> None:
-        self._size = SAMPLE_SIZE if size is None else size
+    def __init__(self) -> None:
         self._seen = 0
         self._numbers = np.zeros(0)
         self._priorities = np.zeros(0, dtype=np.uint64)
@@ -82,13 +82,13 @@ class Sample:
         numbers = numbers[~np.isnan(numbers)]
         priorities = splitmix(np.arange(self._seen, self._seen + len(numbers), dtype=np.uint64))
         self._seen += len(numbers)
-        if len(self._numbers) == self._size:
+        if len(self._numbers) == SAMPLE_SIZE:
             chosen = priorities < self._priorities.max()
             numbers, priorities = numbers[chosen], priorities[chosen]
         self._numbers = np.concatenate([self._numbers, numbers])
         self._priorities = np.concatenate([self._priorities, priorities])
-        if len(self._numbers) > self._size:
-            keep = np.sort(np.argpartition(self._priorities, self._size)[: self._size])
+        if len(self._numbers) > SAMPLE_SIZE:
+            keep = np.sort(np.argpartition(self._priorities, SAMPLE_SIZE)[:SAMPLE_SIZE])
             self._numbers, self._priorities = (self._numbers[keep], self._priorities[keep])
 
     def quantiles(self, points: npt.NDArray[np.float64]) -> list[float]:
@@ -96,31 +96,61 @@ class Sample:
             return []
         return [float(q) for q in np.quantile(self._numbers, points)]
 
-    def knots(self, bins: int) -> list[float]:
-        """Where at most `bins` bins begin and end.
 
-        These are the values themselves if there are few enough. Otherwise both ends; every value with more than a
-        bin's share of the rows and, for the commonest of them, the values next to it, so that its code is shared with
-        no other value; and quantiles of the rest.
+class RowSample:
+    """Some columns of a uniform sample of at most `KNOT_SAMPLE_SIZE` rows of a stream, the same for the same stream.
 
-        Deviation: the paper's bins are quantiles only, which fall together on the zeros of a zero-inflated number.
-        """
-        values, counts = np.unique(self._numbers, return_counts=True)
-        room = bins + 1
-        if len(values) <= room:
-            return [float(value) for value in values]
-        atoms = np.flatnonzero(counts * bins > len(self._numbers))
-        atoms = atoms[np.argsort(-counts[atoms], kind="stable")]
-        chosen = {0, len(values) - 1, *atoms[: room - 2].tolist()}
-        for atom in atoms.tolist():
-            if len(chosen) + 2 <= (room + len(atoms)) // 2 + 1:
-                chosen |= {max(atom - 1, 0), min(atom + 1, len(values) - 1)}
-        rest = np.delete(np.arange(len(values)), atoms)
-        if len(rest) and len(chosen) < room:
-            share = (np.cumsum(counts[rest]) - counts[rest] / 2) / counts[rest].sum()
-            points = np.linspace(0, 1, room - len(chosen) + 2)[1:-1]
-            chosen |= set(rest[np.searchsorted(share, points).clip(max=len(rest) - 1)].tolist())
-        return [float(value) for value in values[sorted(chosen)]]
+    Rows have priorities as in `Sample`; all columns share them, so that many columns cost little more than one.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._seen = 0
+        self._priorities = np.zeros(0, dtype=np.uint64)
+        self.columns = {name: np.zeros(0) for name in names}
+
+    def add(self, columns: Mapping[str, Floats]) -> None:
+        if not self.columns:
+            return
+        rows = len(next(iter(columns.values())))
+        priorities = splitmix(np.arange(self._seen, self._seen + rows, dtype=np.uint64))
+        self._seen += rows
+        full = len(self._priorities) == KNOT_SAMPLE_SIZE
+        chosen = np.flatnonzero(priorities < self._priorities.max()) if full else np.arange(rows)
+        joined = np.concatenate([self._priorities, priorities[chosen]])
+        keep = np.arange(len(joined))
+        if len(joined) > KNOT_SAMPLE_SIZE:
+            keep = np.sort(np.argpartition(joined, KNOT_SAMPLE_SIZE)[:KNOT_SAMPLE_SIZE])
+        self._priorities = joined[keep]
+        for name, numbers in self.columns.items():
+            self.columns[name] = np.concatenate([numbers, columns[name][chosen]])[keep]
+
+
+def knots_of(numbers: Floats, bins: int) -> list[float]:
+    """Where at most `bins` bins of training numbers begin and end; NaN is missing.
+
+    These are the values themselves if there are few enough. Otherwise both ends; every value with more than a
+    bin's share of the rows and, for the commonest of them, the values next to it, so that its code is shared with
+    no other value; and quantiles of the rest.
+
+    Deviation: the paper's bins are quantiles only, which fall together on the zeros of a zero-inflated number.
+    """
+    numbers = numbers[~np.isnan(numbers)]
+    values, counts = np.unique(numbers, return_counts=True)
+    room = bins + 1
+    if len(values) <= room:
+        return [float(value) for value in values]
+    atoms = np.flatnonzero(counts * bins > len(numbers))
+    atoms = atoms[np.argsort(-counts[atoms], kind="stable")]
+    chosen = {0, len(values) - 1, *atoms[: room - 2].tolist()}
+    for atom in atoms.tolist():
+        if len(chosen) + 2 <= (room + len(atoms)) // 2 + 1:
+            chosen |= {max(atom - 1, 0), min(atom + 1, len(values) - 1)}
+    rest = np.delete(np.arange(len(values)), atoms)
+    if len(rest) and len(chosen) < room:
+        share = (np.cumsum(counts[rest]) - counts[rest] / 2) / counts[rest].sum()
+        points = np.linspace(0, 1, room - len(chosen) + 2)[1:-1]
+        chosen |= set(rest[np.searchsorted(share, points).clip(max=len(rest) - 1)].tolist())
+    return [float(value) for value in values[sorted(chosen)]]
 
 
 class Moments:
