@@ -83,7 +83,7 @@ def test_a_dataset_with_other_vocabularies_is_refused(funnel: Funnel, dataset: D
     same_sizes = Dataset.open(dataset.path)
     vocabulary = same_sizes.encoders.vocabularies["device"]
     vocabulary.values = vocabulary.values.reverse()
-    with pytest.raises(ValueError, match="encoded with other vocabularies"):
+    with pytest.raises(ValueError, match="has another schema or other vocabularies"):
         evaluate_funnel(funnel, same_sizes)
 
 

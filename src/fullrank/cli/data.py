@@ -51,6 +51,10 @@ def import_(
     schema: Annotated[
         Path | None, typer.Option("--schema", help="What the columns mean; see `fullrank data inspect`.")
     ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option("--like", help="A bundle or a dataset: take its schema and encoders, for a later log."),
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option("--split", help="time, user, random, given or none. Default: time if there is a timestamp."),
@@ -114,6 +118,7 @@ def import_(
             path,
             out,
             schema=None if schema is None else Schema.read(schema),
+            like=like,
             split=spec,
             options=options,
             keep=tuple(dict.fromkeys(keep or ())),

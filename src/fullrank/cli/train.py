@@ -19,6 +19,9 @@ def train(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override: training.learning_rate=0.002")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<name of the recipe>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")] = False,
+    start: Annotated[
+        Path | None, typer.Option("--from", metavar="BUNDLE", help="Go on training the ranker of a bundle.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -38,7 +41,9 @@ def train(
             bar.update(task, completed=step, total=steps or None, description=f"{stage}{detail}")
 
         directory = out or Path("runs") / recipe.stem
-        report = run(settings, directory, resume=resume, overwrite=overwrite, progress=show, source=str(recipe))
+        report = run(
+            settings, directory, resume=resume, overwrite=overwrite, start=start, progress=show, source=str(recipe)
+        )
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
     summary = report.summary()

@@ -191,8 +191,11 @@ class DatasetBuilder:
                 parts = np.full(chunk.rows, _BY_TIME, dtype=np.int8)
             self._parts[place] = np.where(mine, _DROPPED, parts).astype(np.int8)
 
-    def write(self, *, valid: float, test: float, about: dict[str, Any]) -> Encoders:
+    def write(self, *, valid: float, test: float, about: dict[str, Any], encoders: Encoders | None = None) -> Encoders:
         """Split by time what has no part yet, fit the encoders on the training rows, and write everything.
+
+        Args:
+            encoders: those of another dataset, to be used as they are.
 
         Raises:
             ValueError: if no row is left to train on.
@@ -202,7 +205,8 @@ class DatasetBuilder:
             cuts = self._timestamps.cuts(valid, test)
         spool = self._directory / "spool"
         derived = self._derive(spool / "derived")
-        encoders = Encoders.fit_checked(self._schema, prefetched(self._training_rows(cuts, derived)), spool)
+        if encoders is None:
+            encoders = Encoders.fit_checked(self._schema, prefetched(self._training_rows(cuts, derived)), spool)
         if derived is not None:
             derived.read_ids(encoders, self._spool)
         writers = [ShardWriter(self._directory, split) for split in PARTS]

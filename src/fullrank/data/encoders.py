@@ -119,6 +119,16 @@ class Encoders:
         """The same encoders without the features of these names."""
         return Encoders(self.schema.without(names), self.numbers, self.buckets, self.vocabularies)
 
+    def agrees_with(self, other: Encoders) -> bool:
+        """Whether what either encodes means the same to both."""
+        return (
+            self.schema == other.schema
+            and self.numbers == other.numbers
+            and self.buckets == other.buckets
+            and self.vocabularies.keys() == other.vocabularies.keys()
+            and all(mine.values.equals(other.vocabularies[name].values) for name, mine in self.vocabularies.items())
+        )
+
     def transform(self, frame: pl.DataFrame, *, allow_missing: bool = False) -> pl.DataFrame:
         """Encoded columns (features, labels, and keys under their fixed names) of a raw frame.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from fullrank.data.dataset import Dataset
+from fullrank.data.encoders import Encoders
 from fullrank.data.formats import open_format
 from fullrank.data.formats.options import ReadOptions
 from fullrank.data.reading import read_log
@@ -20,6 +21,7 @@ def import_dataset(
     *,
     schema: Schema | None = None,
     split: SplitSpec | None = None,
+    like: Path | None = None,
     options: ReadOptions | None = None,
     keep: Collection[str] = (),
     max_bad: float = 0.001,
@@ -36,6 +38,8 @@ def import_dataset(
         path: the log.
         out: the directory to make; it appears only when complete.
         schema: what to read; the format's own when omitted.
+        like: a bundle or a dataset whose schema and encoders to take as they are: a later log then means what the
+            earlier one meant, and values that are new are out of vocabulary.
         split: when the source comes already split into files, only the share of validation rows (where it has no file
             of them) and the protocol.
         options: how a text file is laid out, where that is not to be guessed.
@@ -54,6 +58,12 @@ def import_dataset(
     source = open_format(format, options)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
+    encoders = None
+    if like is not None:
+        if schema is not None:
+            raise ValueError("a log that is imported like another has its schema: give either of them")
+        encoders = Encoders.load(Path(like) / "encoders")
+        schema = encoders.schema
     schema = schema or source.default_schema(path).without(keep)
     if not schema.labels:
         raise ValueError(
@@ -71,6 +81,7 @@ def import_dataset(
         max_bad=max_bad,
         overwrite=overwrite,
         progress=progress,
+        encoders=encoders,
         report=report,
     )
     report.unlink(missing_ok=True)

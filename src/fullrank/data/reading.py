@@ -13,6 +13,7 @@ from fullrank.data import atomic
 from fullrank.data.building import DatasetBuilder, encoded_columns
 from fullrank.data.checks import check
 from fullrank.data.chunk import Chunk
+from fullrank.data.encoders import Encoders
 from fullrank.data.formats.base import Format, SplitsRows
 from fullrank.data.formats.lines import ENCODING_CURE
 from fullrank.data.formats.published import fingerprints
@@ -34,6 +35,7 @@ def read_log(
     max_bad: float,
     overwrite: bool,
     progress: Callable[[int, int], None] | None,
+    encoders: Encoders | None = None,
     row_name: str = "line",
     report: Path | None = None,
 ) -> None:
@@ -42,6 +44,7 @@ def read_log(
     The arguments are those of `importing.import_dataset`, and
 
     Args:
+        encoders: to use instead of fitting some.
         row_name: what a message calls the place of a row.
         report: where to list the bad rows if there are too many.
     """
@@ -86,7 +89,7 @@ def read_log(
             about["validation"] = given.source
         if published:
             about["published"] = {name: vars(found) for name, found in published.items()}
-        builder.write(valid=split.valid, test=split.test, about=about)
+        builder.write(valid=split.valid, test=split.test, about=about, encoders=encoders)
 
 
 def _checked(

@@ -84,17 +84,10 @@ def check_same_encoding(funnel: Funnel | Scorer, dataset: Dataset) -> None:
     """Raises:
     ValueError: if ids in the dataset do not mean what they mean to the funnel.
     """
-    if dataset.schema != funnel.schema:
-        raise ValueError(f"{dataset.path} has another schema than the bundle: evaluate on the data it was trained on")
-    ours, theirs = funnel.encoders, dataset.encoders
-    same = ours.numbers == theirs.numbers and ours.buckets == theirs.buckets
-    same = same and ours.vocabularies.keys() == theirs.vocabularies.keys()
-    same = same and all(
-        ours.vocabularies[table].values.equals(theirs.vocabularies[table].values) for table in ours.vocabularies
-    )
-    if not same:
+    if not funnel.encoders.agrees_with(dataset.encoders):
         raise ValueError(
-            f"{dataset.path} was encoded with other vocabularies than the bundle's: evaluate on its own data"
+            f"{dataset.path} has another schema or other vocabularies than the bundle: import a later log with "
+            "`fullrank data import ... --like BUNDLE`"
         )
 
 

@@ -23,10 +23,13 @@ def run_funnel(
     *,
     source: str,
     resume: bool = False,
+    start: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Train the stages of a recipe's section `funnel`, evaluate them, and save them as `<directory>/bundle`."""
     section = written_out(recipe.funnel)
+    if start is not None:
+        raise ValueError(f"{source} trains a funnel: a bundle can be the start of a single ranker only")
     try:
         config = FunnelConfig.model_validate(section)
     except ValidationError as error:

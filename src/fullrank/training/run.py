@@ -14,6 +14,7 @@ import torch
 
 from fullrank.data import atomic
 from fullrank.data.dataset import Dataset
+from fullrank.data.encoders import Encoders
 from fullrank.data.importing import import_dataset
 from fullrank.data.loader import Loader
 from fullrank.embeddings import EmbeddingOptimizer
@@ -27,7 +28,7 @@ from fullrank.training.evaluation import evaluate
 from fullrank.training.memory import return_freed_memory
 from fullrank.training.recipe import DataSpec, Recipe, parse_recipe, read_recipe
 from fullrank.training.run_directory import RECIPE, RunDirectory, run_directory
-from fullrank.training.saving import save_model
+from fullrank.training.saving import load_model, save_model
 from fullrank.training.trainer import Trainer, TrainingResult
 
 # Told what is going on, the step, the number of steps (0 if unknown) and the loss (NaN if there is none).
@@ -77,6 +78,7 @@ class Runner(Protocol):
         *,
         source: str,
         resume: bool,
+        start: Path | None,
         progress: Progress | None,
     ) -> Report: ...
 
@@ -93,6 +95,7 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    start: Path | None = None,
     progress: Progress | None = None,
     source: str | None = None,
 ) -> Report:
@@ -103,6 +106,8 @@ def run(
         directory: for checkpoints, the bundle, `recipe.json` and `metrics.json`; nothing is written without it.
         resume: continue from the newest checkpoint in `directory`.
         overwrite: replace an earlier run in `directory`, once this one is complete.
+        start: a bundle of the same ranker to go on training from: a warm start. The dataset has to have its encoders
+            (`import_dataset(..., like=bundle)`).
         source: where the recipe comes from, for messages and the bundle; default its file.
 
     Raises:
@@ -119,23 +124,31 @@ def run(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     if directory is None:
-        return _run(recipe, None, source, begin, progress)
+        return _run(recipe, None, source, start, begin, progress)
     with run_directory(directory, resume=resume, overwrite=overwrite) as place:
-        report = _run(recipe, place, source, begin, progress)
+        report = _run(recipe, place, source, start, begin, progress)
         place.publish()
     if resume and not place.resume:
         report.notes.append(f"there was no run in {directory} to resume: this one began at the beginning")
     return report
 
 
-def _run(recipe: Recipe, place: RunDirectory | None, source: str, begin: float, progress: Progress | None) -> Report:
+def _run(
+    recipe: Recipe,
+    place: RunDirectory | None,
+    source: str,
+    start: Path | None,
+    begin: float,
+    progress: Progress | None,
+) -> Report:
     dataset = open_dataset(recipe.data, progress)
     imported = time.perf_counter()
     work = None if place is None else place.work
     if work is not None:
         atomic.write_text(work / RECIPE, recipe.model_dump_json(indent=2) + "\n")
     resume = place is not None and place.resume
-    report = RUNS[recipe.section](recipe, dataset, work, source=source, resume=resume, progress=progress)
+    runner = RUNS[recipe.section]
+    report = runner(recipe, dataset, work, source=source, resume=resume, start=start, progress=progress)
     now = time.perf_counter()
     report.seconds = {"import": imported - begin, **report.seconds, "total": now - begin}
     if place is not None:
@@ -153,6 +166,7 @@ def run_model(
     *,
     source: str,
     resume: bool = False,
+    start: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Train the ranker of a recipe's section `model`, test it, and save it as `<directory>/model`."""
@@ -163,8 +177,13 @@ def run_model(
         if progress is not None:
             progress("training", step, steps, loss)
 
-    model, result = train_ranker(
-        recipe.model,
+    if start is None:
+        torch.manual_seed(training.seed)
+        model = recipe.model.build(dataset.schema)
+    else:
+        model = _started(recipe.model, dataset, start)
+    result = fit_ranker(
+        model,
         dataset,
         training,
         recipe.embedding,
@@ -172,6 +191,7 @@ def run_model(
         extra=recipe.data.extra,
         directory=directory,
         resume=resume,
+        warm_start=start is not None,
         progress=tell,
     )
     metrics = {"valid": result.best_tasks} if _has(dataset, "valid") else {}
@@ -196,6 +216,19 @@ def run_model(
         "best": result.best,
     }
     return Report(model, dataset, metrics, details, {"fit": result.seconds}, bundle=bundle)
+
+
+def _started(spec: RankerSpec, dataset: Dataset, bundle: Path) -> Ranker:
+    """The ranker of a bundle, if it is the recipe's and the dataset means to it what its own did."""
+    model = load_model(bundle)
+    if RankerSpec(name=model.name, config=model.config) != spec:
+        raise ValueError(f"{bundle} holds a {model.name} with other settings than the recipe's model: they must agree")
+    if not Encoders.load(bundle / "encoders").agrees_with(dataset.encoders):
+        raise ValueError(
+            f"{dataset.path} has other encoders than {bundle}: import the log with `fullrank data import ... --like "
+            f"{bundle}`"
+        )
+    return model
 
 
 def train_ranker(
@@ -242,6 +275,7 @@ def fit_ranker(
     extra: Sequence[str] = (),
     directory: Path | None = None,
     resume: bool = False,
+    warm_start: bool = False,
     callbacks: Sequence[Callback] = (),
     engine: Engine | None = None,
     progress: Callable[[int, int, float], None] | None = None,
@@ -252,6 +286,7 @@ def fit_ranker(
         workers: threads that put training batches together.
         extra: further columns of the dataset, for `Batch.extra`.
         directory: where checkpoints go.
+        warm_start: go on from what the model has learnt; see `Trainer.fit`.
 
     Raises:
         ValueError: as `Trainer.fit`.
@@ -271,7 +306,9 @@ def fit_ranker(
     )
     valid = Loader(dataset, "valid", 2 * training.batch_size, extra=extra) if _has(dataset, "valid") else None
     trainer = Trainer(training, embedding, callbacks, engine)
-    return trainer.fit(model, train, valid, run_directory=directory, resume=resume, progress=progress)
+    return trainer.fit(
+        model, train, valid, run_directory=directory, resume=resume, warm_start=warm_start, progress=progress
+    )
 
 
 def open_dataset(data: DataSpec, progress: Progress | None = None) -> Dataset:
