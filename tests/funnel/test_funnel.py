@@ -156,7 +156,7 @@ def test_a_value_that_is_no_number_is_not_recommended(funnel: Funnel) -> None:
         ({"devise": 1}, 'unknown feature "devise"; expected one of user_id, age_group'),
         ({"price": 1.0}, '"price" is a feature of items'),
         ({"device": [1]}, r'feature "device" is \[1\], expected one text or number'),
-        ({"device": True}, 'feature "device" is True'),
+        ({"device": {"a": 1}}, r'feature "device" is \{'),
         ({"history.item": [1]}, '"history.item" is given without "history.category"'),
         ({"history.item": 1, "history.category": 1, "history.age": 1}, 'feature "history.item" is 1, expected a list'),
         ({"history.item": [1], "history.category": [1, 2], "history.age": [1.0]}, "history"),
