@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -210,12 +211,13 @@ class SequenceText:
             if not isinstance(table, dict):
                 raise ValueError(f"it holds a {type(table).__name__}")
             texts = [[str(attribute) for attribute in attributes] for attributes in table.values()]
-        except (ValueError, TypeError) as error:
+            schema: dict[str, Any] = {ITEM: pl.String, "attributes": pl.List(pl.String)}
+            frame = pl.DataFrame({ITEM: list(table), "attributes": texts}, schema=schema)
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(
                 f'{self._attributes}: expected one JSON object, {{"item": [attributes]}}: {error}'
             ) from None
-        schema: dict[str, Any] = {ITEM: pl.String, "attributes": pl.List(pl.String)}
-        return pl.DataFrame({ITEM: list(table), "attributes": texts}, schema=schema), no_rejected()
+        return frame, no_rejected()
 
     def groups(self) -> int:
         return groups_for([self._sequences])
@@ -289,7 +291,9 @@ def _keys(file: Path) -> frozenset[str]:
 
 def _literal(line: bytes) -> Any:
     """A Python literal; nothing in it is run."""
-    return ast.literal_eval(line.decode("utf-8"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd escapes in a text
+        return ast.literal_eval(line.decode("utf-8"))
 
 
 def _last_category(value: Any) -> str:

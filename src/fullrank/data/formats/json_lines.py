@@ -25,8 +25,6 @@ _SHOWN = 200
 def json_text(value: Any) -> str:
     """Text, or a whole number's digits."""
     if isinstance(value, str) and value:
-        # JSON may hold halves of characters (\ud800), which are no text.
-        value.encode("utf-8")
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -114,6 +112,9 @@ def _parse_exactly(
                 if values.get(name) is None:
                     raise ValueError("missing")
                 row.append(convert(values[name]))
+                if isinstance(row[-1], str):
+                    # JSON may hold halves of characters (\ud800), which are no text.
+                    row[-1].encode("utf-8")
         except ValueError as error:
             reason = "not text" if isinstance(error, UnicodeEncodeError) else str(error)
             shown = text if not column else str(values.get(column, "")).encode("utf-8", "backslashreplace")

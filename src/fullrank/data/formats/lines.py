@@ -83,9 +83,12 @@ def read_blocks(
         if len(data) - end > MOST_QUOTED_BYTES:
             # No text between quotes is that long: a quote is not closed, or stands for inches.
             end = data.rfind(b"\n") + 1
-        if end:
-            yield data[:end]
-        rest = data[end:]
+        block, rest = data[:end], data[end:]
+        # While a block is worked on, nothing else of its size is held but the next piece.
+        data = piece = b""
+        if block:
+            yield block
+            del block
         if len(rest) > _LONGEST_LINE_BYTES:
             raise ValueError(f"{path}: a line is longer than {_LONGEST_LINE_BYTES >> 20} MiB: not text in lines")
         piece = following
