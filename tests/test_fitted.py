@@ -11,6 +11,7 @@ import torch
 
 import fullrank as fr
 from fullrank.funnel.training import FunnelConfig
+from fullrank.schema import Schema
 
 
 def log(rows: int, seed: int) -> pl.DataFrame:
@@ -141,3 +142,21 @@ def test_names_are_those_of_the_long_way() -> None:
     assert set(fr.__all__) <= set(dir(fr))
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
         _ = fr.Nonsense
+
+
+def test_new_rows_are_predicted_with_their_past_or_not_at_all() -> None:
+    counter = {"kind": "numeric", "name": "clicks", "of": ["item"], "statistic": "count", "label": "clicked"}
+    schema = Schema.model_validate(
+        {
+            "features": [{"kind": "categorical", "name": "item"}, counter],
+            "labels": [{"name": "clicked"}],
+            "keys": {"timestamp": "time"},
+        }
+    )
+    rows = pl.DataFrame(
+        {"item": [n % 3 for n in range(100)], "time": range(100), "clicked": [n % 2 for n in range(100)]}
+    )
+    fitted = fr.fit(rows, schema=schema, model="lr", training={"epochs": 1})
+    with pytest.raises(ValueError, match='no column "clicks", which the import derived'):
+        fitted.predict({"item": [1]})
+    assert fitted.predict({"item": [1], "clicks": [3]}).shape == (1,)

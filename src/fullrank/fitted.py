@@ -60,7 +60,8 @@ class Fitted:
 
         Args:
             data: a table of pandas, polars or Arrow with the feature columns of the log that was trained on; a feature
-                that it lacks is missing in every row, other columns are left aside.
+                that it lacks is missing in every row, other columns are left aside. Histories and counters that were
+                derived from the log have to be there.
 
         Returns:
             Shape (rows,) for one label, (rows, labels) for several.
@@ -72,6 +73,7 @@ class Fitted:
         features = [name for name in frame.columns if name in self._scorer.columns]
         if not features:
             raise ValueError(f"the table has none of the columns {', '.join(self._scorer.columns)}")
+        self._check_derived(frame)
         encoded = self._scorer.encoders.transform(frame.select(features), allow_missing=True)
         batch = batch_from_frame(encoded, self.schema)
         pieces = [self.ranker(batch[i : i + ROWS_AT_ONCE]).logits_BT for i in range(0, len(batch), ROWS_AT_ONCE)]
@@ -101,6 +103,7 @@ class Fitted:
         for label in self.schema.labels:
             if label.name not in frame.columns:
                 raise ValueError(f'the table has no column "{label.name}", which is a label')
+        self._check_derived(frame)
         batch = batch_from_frame(self._scorer.encoders.transform(frame, allow_missing=True), self.schema)
         return evaluate(self.ranker, [batch[i : i + ROWS_AT_ONCE] for i in range(0, len(batch), ROWS_AT_ONCE)])
 
@@ -168,6 +171,17 @@ class Fitted:
         """
         save_bundle(self._content, Path(path), overwrite=overwrite)
         return Path(path)
+
+    def _check_derived(self, frame: pl.DataFrame) -> None:
+        """A table of rows has no past of its own: what the import derived has to be in it."""
+        names = [counter.name for counter in self.schema.counters]
+        names += [sequence.column(field) for sequence in self.schema.histories for field in sequence.fields]
+        for name in names:
+            if name not in frame.columns:
+                raise ValueError(
+                    f'the table has no column "{name}", which the import derived from the rows before: add it (empty '
+                    "where nothing came before), or import these rows together with the log"
+                )
 
     def _own_dataset(self, what: str) -> Dataset:
         if self.dataset is None:
