@@ -172,9 +172,9 @@ def simulate(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A CSV, TSV or Parquet file, or another format's file with --format.")],
+    file: Annotated[Path, typer.Argument(help="A CSV, TSV, JSON lines or Parquet file, or a directory of them.")],
     format: Annotated[
-        str | None, typer.Option("--format", help="Default: parquet for .parquet, csv for anything else.")
+        str | None, typer.Option("--format", help="Default: by the ending (.parquet, .jsonl, .inter), else csv.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the schema to this file.")] = None,
     separator: SeparatorOption = None,

@@ -74,10 +74,11 @@ class ShardWriter:
         path = self._directory / name
         path.parent.mkdir(exist_ok=True)
         frame = pl.concat(self._pending, rechunk=True)
+        # The pieces go before the writer needs room of its own.
+        self._pending, self._pending_rows = [], 0
         frame.write_parquet(path, compression="lz4", statistics=False, row_group_size=GROUP_ROWS)
         self.rows += frame.height
         self.shards.append(name)
-        self._pending, self._pending_rows = [], 0
 
 
 class RejectedRows:

@@ -24,7 +24,7 @@ HISTORY = 100
 # Attributes of an item, and of all items of a history.
 ATTRIBUTES, HISTORY_ATTRIBUTES = 16, 400
 # Rows come of so many events at a time; of fewer where items have attributes, each list of which is long.
-CANDIDATES, ATTRIBUTE_CANDIDATES = 32_768, 4096
+CANDIDATES, ATTRIBUTE_CANDIDATES = 32_768, 2048
 COLUMNS = ("label", "user_id", "item_id", "cate_id", "item_history", "cate_history")
 _STORED = {"category_id": "cate_id", "history.item": "item_history", "history.category": "cate_history"}
 
