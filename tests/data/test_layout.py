@@ -54,6 +54,7 @@ def bring(path: Path, out: Path, **options: Any) -> Dataset:
         "# user_id click\nu1 0\nu2 1\n",
         "user_id,click,\nu1,0,\nu2,1,\n",
         "user_id,click\nu1,0,\nu2,1,\n",
+        "user_id  click\nu1       0\n  u2     1\n",
         "\ufeffuser_id|click\nu1|0\nu2|1\n",
     ],
 )
@@ -72,11 +73,17 @@ def test_a_column_without_a_name_is_left_out_and_said(tmp_path: Path) -> None:
     assert "column 1 has no name and is left out" in Csv().notes(tmp_path / "a")
 
 
+def test_rows_that_r_named(tmp_path: Path) -> None:
+    content = '"user" "item" "click"\n"1" "u1" "i 1" 0\n"2" "u2" "i2" 1\n"3" "u1" "i2" 1\n'
+    assert texts(tmp_path / "log.txt", content)[0] == ("u1", "i 1", "0")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("196\t242\t3\t881250949\n186\t302\t3\t891717742\n", "is the header line missing?.*--no-header --columns"),
         ("u1,i1,3\nu2,i1,4\nu1,i2,5\n", "is the header line missing?"),
+        ("user:item:click\nu1:i1:0\n", "no separator found .*: pass --separator"),
         ('{"user_id": "u1", "click": 0}\n', "holds JSON lines: use the format jsonl"),
         ('user_id,"' + "x" * 140_000 + '",click\nu1,a,0\n', "longer than 131,072 characters: a quote"),
         ("item_id:token\trating:float\n1\t2\n", "use the format recbole"),

@@ -84,6 +84,9 @@ def text_layout(path: Path, options: ReadOptions | None = None) -> Layout:
     if lines[begin].startswith("{") and separator is None and _is_json(lines[begin]):
         raise ValueError(f"{path} holds JSON lines: use the format jsonl")
     rows = lines[begin:]
+    aligned = separator in (None, " ") and _aligned(rows, quote)
+    if aligned:
+        separator, rows = " ", [" ".join(row.split()) for row in rows]
     if separator is None:
         separator = _separator(rows, quote)
     where = f"{path} line {begin + 1}"
@@ -108,8 +111,10 @@ def text_layout(path: Path, options: ReadOptions | None = None) -> Layout:
         elif _are_values(first, below):
             values = rows[0][:60]
     names, more = _names(path, begin + 1, first, rows[1:], separator, quote)
-    trimmed = separator not in "\t \x01" and _spaced(rows, separator)
-    if trimmed:
+    trimmed = aligned or (separator not in "\t \x01" and _spaced(rows, separator))
+    if aligned:
+        notes.append("columns are aligned with spaces")
+    elif trimmed:
         notes.append("spaces around separators are left out")
     return Layout(
         names=tuple(names),
@@ -134,6 +139,11 @@ def check_header(path: Path, layout: Layout) -> None:
         raise ValueError(
             f'{path} line {layout.skipped}: "{layout.values}" are values, not names: is the header line missing? '
             "Name the columns with --no-header --columns NAME,NAME,..."
+        )
+    if len(layout.names) == 1 and re.search(r"\W", layout.names[0]):
+        raise ValueError(
+            f'{path} line {layout.skipped}: no separator found in "{layout.names[0][:60]}": pass '
+            "--separator (a comma, tab, semicolon, bar, ::, control-A or spaces would have been seen)"
         )
     if len(layout.names) > 1 and all(_TYPED.fullmatch(name) for name in layout.names):
         raise ValueError(f"{path} line {layout.skipped}: the names carry types (RecBole): use the format recbole")
@@ -196,12 +206,23 @@ def _separator(lines: Sequence[str], quote: str) -> str:
         agree = sum(width == wide for width in widths[1:])
         # A name may be missing, or a separator stand at the end of each row.
         fits = agree >= _AGREEMENT * (len(widths) - 1) and abs(wide - widths[0]) <= 1 and min(wide, widths[0]) > 1
-        if separator == " " and (best or len(rows) < 2 or wide != widths[0]):
+        # R names its rows, and the header, in quotes, does not count the names.
+        named = wide == widths[0] + 1 and bool(quote) and rows[0].startswith(quote)
+        if separator == " " and (best or len(rows) < 2 or not (wide == widths[0] or named)):
             continue
         if fits and widths[0] > most:
             best, most = separator, widths[0]
     # Where no separator divides the lines evenly, the first line decides.
     return best or max(SEPARATORS[:-1], key=lambda each: rows[0].count(each))
+
+
+def _aligned(lines: Sequence[str], quote: str) -> bool:
+    """Whether runs of spaces divide all lines into as many words, and no other separator stands in the first."""
+    rows = [line for line in lines if line.strip()]
+    if not any("  " in row for row in rows) or any(separator in rows[0] for separator in SEPARATORS[:-1]):
+        return False
+    words = {len(row.split()) for row in rows}
+    return len(rows) > 1 and len(words) == 1 and words != {1} and not (quote and any(quote in row for row in rows))
 
 
 def _fields(where: str, line: str, separator: str, quote: str) -> list[str]:
