@@ -18,7 +18,7 @@ from fullrank.data.arrow import as_series, list_array
 from fullrank.data.chunk import Chunk, Mask
 from fullrank.data.encoders import Encoders
 from fullrank.data.hashing import Hashes, splitmix, stable_hash
-from fullrank.data.past import BLOCK_ROWS, Past, RowNumbers, groups, past
+from fullrank.data.past import BLOCK_ROWS, Past, RowNumbers, groups, past, whole_seconds
 from fullrank.data.transforms import transformed_events
 from fullrank.schema import EventNumber, Numeric, Schema, Sequence
 
@@ -185,7 +185,7 @@ class Derived:
             assert rate is not None
             for start in range(0, len(numbers), BLOCK_ROWS):
                 block = slice(start, start + BLOCK_ROWS)
-                numbers[block] = rate(self._times.numbers[block] - int(np.floor(delay)))
+                numbers[block] = rate(self._times.numbers[block] - whole_seconds(delay))
         for rows, known in self._pasts(counter.of, delay):
             if counter.label is None:
                 numbers[rows] = known.ends - known.starts

@@ -96,18 +96,24 @@ def past(keys: Hashes, times: Rows, delay_seconds: float = 0.0) -> Past:
     is_first[1:] = keys[1:] != keys[:-1]
     places = np.arange(rows)
     starts = np.maximum.accumulate(np.where(is_first, places, 0))
-    # Times are whole seconds, so the fraction of a delay decides nothing: t + 1.5 < u just when t + 1 < u.
-    delay = int(np.floor(delay_seconds))
+    delay = whole_seconds(delay_seconds)
     if delay == 0:
         is_later = is_first.copy()
         is_later[1:] |= times[1:] != times[:-1]
         return Past(order, starts, np.maximum.accumulate(np.where(is_later, places, 0)))
-    # Keys and times as one sorted integer: times become ranks, so that the product cannot overflow.
-    moments = np.unique(times)
-    base = (np.cumsum(is_first) - 1) * (len(moments) + 1)
-    known = base + np.searchsorted(moments, times)
-    asked = base + np.searchsorted(moments, times - delay)
-    return Past(order, starts, np.maximum(starts, np.searchsorted(known, asked)))
+    # Keys and times as one sorted integer: below 2^25 keys and 2^38 seconds, so that the product cannot overflow.
+    since = times - times.min()
+    base = (np.cumsum(is_first) - 1) * (since.max() + 1)
+    ends = np.searchsorted(base + since, base + np.maximum(since - delay, 0))
+    return Past(order, starts, ends)
+
+
+def whole_seconds(delay: float) -> int:
+    """The delay as it counts between times that are whole seconds: t + 1.5 < u just when t + 1 < u.
+
+    No log is longer than the longest.
+    """
+    return int(min(np.floor(delay), 1 << 40))
 
 
 def groups(keys: npt.NDArray[Any], present: npt.NDArray[Any]) -> Iterator[Rows]:
