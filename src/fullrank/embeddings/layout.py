@@ -36,11 +36,10 @@ class Buffer:
     def start(self) -> Tensor:
         """Weights (rows, width) that all parts start from."""
         weight_RD = torch.randn(self.rows, self.width)
-        begin = 0
-        for part in self.parts:
-            weight_RD[begin : begin + part.rows].mul_(part.init_std)
-            begin += part.rows
-        return weight_RD
+        if len({part.init_std for part in self.parts}) == 1:
+            # Not in place: freeing the draw teaches the C library to keep blocks of a gradient's size.
+            return weight_RD * self.parts[0].init_std
+        return weight_RD * torch.cat([torch.full((part.rows, 1), part.init_std) for part in self.parts])
 
 
 class Layout:
