@@ -258,5 +258,4 @@ def _defaults(dataset: Dataset, given: Mapping[str, Any]) -> dict[str, Any]:
     """Training settings with what suits a first try: batches small enough for some hundred steps an epoch."""
     rows = dataset.rows("train")
     batch_size = max(64, min(4096, 1 << max(0, (rows // 200).bit_length() - 1)))
-    monitor = "auc" if dataset.schema.labels[0].kind == "binary" else "mse"
-    return {"epochs": 3, "batch_size": batch_size, "monitor": monitor, "patience": 1, **given}
+    return {"epochs": 3, "batch_size": batch_size, "patience": 1, **given}

@@ -66,3 +66,9 @@ def test_sizes_that_cannot_be_are_refused_by_every_ranker(name: str) -> None:
         with pytest.raises(ValidationError) as caught:
             config.model_validate({field: [-1] if sizes else -1})
         assert caught.value.errors()[0]["loc"][0] == field
+
+
+def test_a_ranker_of_histories_says_how_to_get_one() -> None:
+    schema = Schema(features=(Categorical(name="item", num_embeddings=5),), labels=(Label(name="y"),))
+    with pytest.warns(UserWarning, match='DIN reads .*"kind": "sequence".*import the log again'):
+        models.RankerSpec.of("din").build(schema)

@@ -34,6 +34,7 @@ def evaluate(
     from fullrank.funnel.funnel import Funnel
     from fullrank.funnel.true_value import true_value
     from fullrank.registry import import_modules
+    from fullrank.training.run import defined
 
     import_modules(imports or (), "--import")
     funnel, dataset = load_bundle(bundle), Dataset.open(data)
@@ -44,7 +45,7 @@ def evaluate(
         if isinstance(funnel, Funnel) and world.is_file():
             report["true_value"] = true_value(funnel, dataset, World.load(world), split, seed=seed)
     if as_json:
-        print(json.dumps(report))
+        print(json.dumps(defined(report), allow_nan=False))
         return
     output = Console(markup=False)
     output.print(f"{bundle} on {data}, {split}: {report['rows']:,} rows", highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -49,6 +50,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when PyTorch is loaded, which is later
+    warnings.formatwarning = lambda message, *_: f"fullrank: warning: {message}\n"
     try:
         code = app(prog_name="fullrank", standalone_mode=False)
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
@@ -59,7 +60,7 @@ class Ranker(nn.Module):
     A subclass has a `Config` beside it, builds its layers in `__init__(schema, config)` and implements `forward`.
 
     Attributes:
-        needs_history: whether the model is about a user's events, so that a schema without a sequence is a mistake.
+        needs_history: whether the model is about a user's events: a schema without a sequence is worth a warning.
     """
 
     class Config(BaseModel):
@@ -92,10 +93,11 @@ class Ranker(nn.Module):
             raise ValueError(f"{type(self).__name__} needs a schema with at least one label")
         if self.needs_history and not schema.sequences:
             item = schema.keys.item_id or "item_id"
-            raise ValueError(
+            warnings.warn(
                 f"{type(self).__name__} reads a user's history, and the schema has no sequence: add the feature "
                 f'{{"kind": "sequence", "name": "history", "of": ["{item}"], "where": "{schema.labels[0].name}", '
-                '"length": 50} to it and import the log again'
+                '"length": 50} to it and import the log again',
+                stacklevel=2,
             )
         known = schema.tables()
         for table in config.tables:

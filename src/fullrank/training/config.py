@@ -22,8 +22,8 @@ class TrainerConfig(BaseModel):
             by `plateau_factor` whenever the monitored metric did not improve on the validation set.
         plateau_factor: see `schedule`.
         patience: stop after so many validations without improvement; 0 never stops early.
-        monitor: metric of the first label on the validation set; `auc`, `gauc` and their sum are to rise, the others to
-            fall.
+        monitor: metric of the first label on the validation set, by default `auc`, or `mse` of a regression; `auc`,
+            `gauc` and their sum are to rise, the others to fall.
         validate_every: steps between validations; 0 validates at the end of each epoch.
         gradient_clip: largest L2 norm of the gradient of all parameters of the dense optimiser (kind `dense` tables
             included). It matters with batch norm on small initial embeddings: the first gradients are hundreds of times
@@ -49,7 +49,7 @@ class TrainerConfig(BaseModel):
     schedule: Literal["constant", "linear", "plateau"] = "constant"
     plateau_factor: float = Field(default=0.1, gt=0, lt=1)
     patience: int = Field(default=2, ge=0)
-    monitor: Literal["auc", "gauc", "auc+gauc", "logloss", "ne", "mse"] = "auc"
+    monitor: Literal["auc", "gauc", "auc+gauc", "logloss", "ne", "mse"] | None = None
     validate_every: int = Field(default=0, ge=0)
     gradient_clip: float | None = Field(default=10.0, gt=0)
     precision: Literal["float32", "bfloat16", "auto"] = "float32"

@@ -202,6 +202,12 @@ def run_model(
         bundle = directory / "model"
         about = {"recipe": source, "metrics": defined(metrics)}
         save_model(model, bundle, dataset.encoders, about=about, overwrite=True)
+    notes = [
+        f'the label "{label}" has one class only in {split}: its NE and AUC are undefined'
+        for split, tasks in metrics.items()
+        for label, values in tasks.items()
+        if math.isnan(values.get("auc", 0.0))
+    ]
     parameters = model.num_parameters()
     first = dataset.schema.labels[0].name
     details = {
@@ -215,7 +221,7 @@ def run_model(
         "steps": result.steps,
         "best": result.best,
     }
-    return Report(model, dataset, metrics, details, {"fit": result.seconds}, bundle=bundle)
+    return Report(model, dataset, metrics, details, {"fit": result.seconds}, bundle=bundle, notes=notes)
 
 
 def _started(spec: RankerSpec, dataset: Dataset, bundle: Path) -> Ranker:

@@ -148,8 +148,9 @@ class _Run:
         if config.tensorboard and run_directory is not None:
             self.callbacks.append(TensorBoard(run_directory / "tensorboard"))
         self.engine.prepare(model, config, self.embedding, keep_state=warm_start)
+        usual = "auc" if model.schema.labels[0].kind == "binary" else "mse"
         self.patience = Patience(
-            config.monitor, config.plateau_factor if config.schedule == "plateau" else 1.0, config.patience
+            config.monitor or usual, config.plateau_factor if config.schedule == "plateau" else 1.0, config.patience
         )
         self.began = time.perf_counter()
         self.rate_scale = 1.0
