@@ -89,5 +89,5 @@ def test_a_counter_of_user_and_item_together_is_refused() -> None:
 
 def test_a_final_stage_that_reads_histories_says_how_to_get_one() -> None:
     dataset = Dataset.from_frame(log(), schema())
-    with pytest.raises(ValueError, match='"of": \\["item"\\], "where": "click"'):
+    with pytest.warns(UserWarning, match='"of": \\["item"\\], "where": "click"'):
         CONFIG.final.model.build(dataset.schema)
