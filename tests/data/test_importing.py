@@ -171,7 +171,7 @@ BAD_ROWS = [
     (
         "1,u,i,1,a,1700000000000\n",
         "time",
-        'timestamp is not in seconds since 1970: set time_unit (--time-unit) to "ms"',
+        'timestamp is not in seconds since 1970: set time_unit in the schema to "ms"',
         "1700000000000",
     ),
     ("1,u,i,1,a\n", "", "5 fields, expected 6", "1,u,i,1,a"),

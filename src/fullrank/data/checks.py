@@ -370,12 +370,12 @@ def _timestamps(source: _Source, name: str, unit: TimeUnit, layout: str | None) 
     if layout is None and unit == "s" and not values.dtype.is_temporal():
         date = date_layout(values)
         if date is not None:
-            reason = f'timestamp is a date written as a number: set time_format (--time-format) to "{date}"'
+            reason = f'timestamp is a date written as a number: set time_format in the schema to "{date}"'
             source.reject_codes(codes, values, np.ones(len(values), dtype=bool), name, reason)
         for finer in ("ms", "us", "ns"):
             most = LATEST_TIMESTAMP * UNITS[finer]
             late = seconds.is_between(most // 1000, min(most, 2**63) - 1).fill_null(False).to_numpy()
-            reason = f'timestamp is not in seconds since 1970: set time_unit (--time-unit) to "{finer}"'
+            reason = f'timestamp is not in seconds since 1970: set time_unit in the schema to "{finer}"'
             source.reject_codes(codes, values, late, name, reason)
     late = (seconds.abs() >= LATEST_TIMESTAMP).fill_null(False).to_numpy()
     source.reject_codes(codes, values, late, name, "timestamp is not in seconds since 1970")
