@@ -62,6 +62,18 @@ class Registry(Mapping[str, T], Generic[T]):
         self._things[name] = thing
         return thing
 
+    def register_class(self, kind: T) -> T:
+        """List a class under its attribute `name`.
+
+        Raises:
+            ValueError: if it has none, or another thing has the name.
+        """
+        name = getattr(kind, "name", None)
+        if not isinstance(name, str) or not name:
+            shown = getattr(kind, "__name__", kind)
+            raise ValueError(f'{shown} needs a class attribute "name", such as: name = "mine"')
+        return self.register(name, kind)
+
     def unregister(self, name: str) -> None:
         """Take a registered thing off the list.
 

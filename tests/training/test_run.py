@@ -18,7 +18,7 @@ from tables import SCHEMA, clicks, frame
 from torch import Tensor
 
 from fullrank.data.dataset import Dataset, write_dataset
-from fullrank.training import Callback, load_model
+from fullrank.training import Callback, load_model, lock
 from fullrank.training.lock import LEFT_OVER_AFTER, locked
 from fullrank.training.run import run, train_ranker
 from fullrank.training.trainer import Trainer
@@ -157,3 +157,25 @@ def test_one_process_at_a_time_and_a_lock_that_is_left_over_is_taken(tmp_path: P
         with locked(tmp_path, "a run"):
             assert json.loads((tmp_path / ".lock").read_text())["process"] == os.getpid()
     assert not list(tmp_path.iterdir())
+
+
+def test_of_two_that_find_a_lock_left_over_one_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / ".lock"
+    path.write_text(json.dumps({"host": "elsewhere", "process": 1, "token": "old"}))
+    old = time.time() - LEFT_OVER_AFTER - 1
+    os.utime(path, (old, old))
+    faster = {"host": "a third", "process": 2, "token": "new"}
+    judge = lock._is_left_over
+
+    def judge_slowly(path: Path, owner: dict[str, Any]) -> bool:
+        left_over = judge(path, owner)
+        if owner["token"] == "old":
+            path.unlink()
+            path.write_text(json.dumps(faster))
+        return left_over
+
+    monkeypatch.setattr(lock, "_is_left_over", judge_slowly)
+    with pytest.raises(ValueError, match="process 2 on a third"), locked(tmp_path, "a run"):
+        raise AssertionError
+    assert json.loads(path.read_text()) == faster
+    assert list(tmp_path.iterdir()) == [path]

@@ -79,12 +79,7 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 with open(os.path.join(parent, name), "rb") as file:
                     os.fsync(file.fileno())
             _sync_directory(Path(parent))
-        if not path.exists():
-            os.rename(partial, path)
-        elif _exchange(partial, path):
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            _replace_in_two_steps(partial, path)
+        replace_entry(partial, path)
         _sync_directory(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -99,7 +94,7 @@ def replace_entry(new: Path, path: Path) -> None:
     if not path.exists():
         os.rename(new, path)
     elif _exchange(new, path):
-        shutil.rmtree(new) if new.is_dir() else new.unlink()
+        shutil.rmtree(new, ignore_errors=True) if new.is_dir() else new.unlink()
     elif new.is_dir():
         _replace_in_two_steps(new, path)
     else:

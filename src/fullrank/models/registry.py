@@ -47,10 +47,7 @@ def register(ranker: type[Ranker]) -> type[Ranker]:
     Raises:
         ValueError: if the class has no name, or another ranker has it.
     """
-    name = getattr(ranker, "name", None)
-    if not isinstance(name, str) or not name:
-        raise ValueError(f'{ranker.__name__} needs a class attribute "name", such as: name = "mine"')
-    return RANKERS.register(name, ranker)
+    return RANKERS.register_class(ranker)
 
 
 class RankerSpec(Spec):

@@ -26,10 +26,7 @@ def register(retriever: type[Retriever]) -> type[Retriever]:
     Raises:
         ValueError: if the class has no name, or another retriever has it.
     """
-    name = getattr(retriever, "name", None)
-    if not isinstance(name, str) or not name:
-        raise ValueError(f'{retriever.__name__} needs a class attribute "name", such as: name = "mine"')
-    return RETRIEVERS.register(name, retriever)
+    return RETRIEVERS.register_class(retriever)
 
 
 class RetrieverSpec(Spec):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -33,15 +34,13 @@ def locked(directory: Path, what: str) -> Iterator[None]:
     mine = {"host": socket.gethostname(), "process": os.getpid(), "began": time.time(), "token": os.urandom(8).hex()}
     while not _take(path, mine):
         owner = _owner(path)
-        if owner is not None and not _is_left_over(path, owner):
+        if owner is None:
+            continue
+        if not _is_left_over(path, owner):
             since = time.strftime("%H:%M:%S", time.localtime(owner.get("began", 0)))
             place = f"process {owner.get('process')} on {owner.get('host')}"
             raise ValueError(f"{directory} is in use: another process is at {what} there ({place}, since {since})")
-        # Whoever renames it first takes it away; the other finds a new lock or none.
-        aside = path.with_name(f".lock-left-{mine['token']}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(path, aside)
-            aside.unlink()
+        _take_away(path, owner)
     stop = threading.Event()
 
     def touch() -> None:
@@ -77,6 +76,23 @@ def _take(path: Path, mine: dict[str, Any]) -> bool:
     finally:
         whole.unlink(missing_ok=True)
     return True
+
+
+def _take_away(path: Path, owner: dict[str, Any]) -> None:
+    """Remove the left-over lock of `owner`, unless it is another's by now.
+
+    One process at a time looks and removes. Else, of two that found the same lock left over, the second would take away
+    the new lock of the first.
+    """
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        # It ends with the process. Where directories cannot be locked, as over NFS, looking again has to do.
+        with contextlib.suppress(OSError):
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        if _owner(path) == owner and _is_left_over(path, owner):
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(directory)
 
 
 def _owner(path: Path) -> dict[str, Any] | None:
