@@ -62,7 +62,8 @@ def test_it_predicts_what_it_was_evaluated_with(fitted: fr.Fitted) -> None:
     assert p.shape == (test.height,) and p.dtype == np.float32
     on_table, on_dataset = fitted.evaluate(raw)["click"], fitted.evaluate()["click"]
     assert on_table["auc"] == pytest.approx(on_dataset["auc"], abs=1e-9)
-    assert on_table["auc"] > 0.7
+    # "bought" is known only after a click, and no feature.
+    assert on_table["auc"] > 0.6
     with torch.no_grad():
         logits = fitted.ranker(next(iter(fr.Loader(fitted.dataset, "test", test.height)))).logits_BT[:, 0]
     np.testing.assert_allclose(p, torch.sigmoid(logits).numpy(), rtol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import polars as pl
+import pytest
 
 from fullrank.data.inference import infer_schema, profile
 from fullrank.schema import Categorical, EventId, EventNumber, Keys, Label, MultiCategorical, Numeric, Sequence
@@ -94,3 +95,89 @@ def test_true_probabilities_of_a_simulated_log_are_no_features() -> None:
     schema, columns = profile(frame)
     assert schema == infer_schema(sample())
     assert columns[-1].use == "left out: a true probability"
+
+
+def shop(rows: int = 2000) -> dict[str, list[object]]:
+    """Clicks, and what is known only after one."""
+    rng = np.random.default_rng(1)
+    clicked = (rng.random(rows) < 0.2).astype(int)
+    return {
+        "impression_id": [n // 4 for n in range(rows)],
+        "user_id": [f"u{n}" for n in rng.integers(0, 900, rows)],
+        "click": clicked.tolist(),
+        "note": ["late" if c and n % 3 else None for n, c in enumerate(clicked)],
+        "paid": [round(2.5 * c * (n % 3), 2) for n, c in enumerate(clicked)],
+        "gift": [int(c and n % 2) for n, c in enumerate(clicked)],
+        "is_share": rng.integers(0, 2, rows).tolist(),
+    }
+
+
+def test_outcomes_are_labels_or_left_out() -> None:
+    schema, columns = profile(pl.DataFrame(shop()))
+    assert [label.name for label in schema.labels] == ["click", "is_share", "gift"]
+    assert [feature.name for feature in schema.features] == ["user_id"]
+    uses = {column.name: column.use for column in columns}
+    assert uses["note"] == uses["paid"] == "left out: filled only where click is 1, so known only after"
+    assert uses["impression_id"] == "left out: repeats, so it is no key of single rows"
+    given = profile(pl.DataFrame(shop()), ["click"])[0]
+    assert [label.name for label in given.labels] == ["click"]
+    assert [feature.name for feature in given.features] == ["user_id"]
+
+
+def test_columns_follow_from_keys_that_hardly_recur() -> None:
+    users = np.random.default_rng(2).integers(0, 1500, 2000)
+    frame = pl.DataFrame({"click": [0, 1] * 1000, "user_id": users, "town": [f"t{u % 9}" for u in users]})
+    spoilt = frame.with_columns(town=pl.when(pl.int_range(2000) == 5).then(pl.lit("t77")).otherwise("town"))
+    assert {feature.role for feature in infer_schema(spoilt).features} == {"user"}
+
+
+@pytest.mark.parametrize(
+    ("values", "positive", "negative"),
+    [
+        (("yes", "no"), "yes", "no"),
+        (("-1", "1"), "1", "-1"),
+        (("<=50K", ">50K"), ">50K", "<=50K"),
+        (("b", "a"), "a", "b"),
+    ],
+)
+def test_labels_in_words(values: tuple[str, str], positive: str, negative: str) -> None:
+    frame = pl.DataFrame({"label": [values[0], values[1], values[0]], "x": ["a", "b", "c"]})
+    assert infer_schema(frame).labels == (Label(name="label", positive=(positive,), negative=(negative,)),)
+
+
+@pytest.mark.parametrize(
+    ("texts", "separator"),
+    [
+        (["[3, 5]", "[5]", "[]"], ","),
+        (["3 5", "5 7", "3"], " "),
+        (["3,5,7", "5,7", "3"], ","),
+        (['["a", "b"]', '["b"]', "[]"], ","),
+        (["a red shirt", "a blue shirt", "red"], None),
+        (["3,5", "7,5", "9,1"], None),
+    ],
+)
+def test_lists_in_texts(texts: list[str], separator: str | None) -> None:
+    feature = infer_schema(pl.DataFrame({"click": [0, 1, 0], "tags": texts})).features[0]
+    assert (feature.separator if isinstance(feature, MultiCategorical) else None) == separator
+
+
+@pytest.mark.parametrize(
+    ("times", "unit", "layout"),
+    [
+        ([1600000000, 1600000060], "s", None),
+        ([1600000000000, 1600000060000], "ms", None),
+        (["1600000000000000", "1600000060000000"], "us", None),
+        ([1600000000000000000, 1600000060000000000], "ns", None),
+        ([20200930, 20201001], "s", "%Y%m%d"),
+        (["30/09/2020 10:00", "01/10/2020 10:00"], "s", "%d/%m/%Y %H:%M"),
+        (["2020-09-30T10:00:00+02:00", "2020-10-01"], "s", None),
+    ],
+)
+def test_times(times: list[object], unit: str, layout: str | None) -> None:
+    schema = infer_schema(pl.DataFrame({"click": [0, 1], "x": ["a", "b"], "timestamp": times}))
+    assert (schema.keys.timestamp, schema.time_unit, schema.time_format) == ("timestamp", unit, layout)
+
+
+def test_what_cannot_be_a_time_is_no_key() -> None:
+    frame = pl.DataFrame({"click": [0, 1, 0], "time": ["morning", "noon", "noon"]})
+    assert infer_schema(frame).keys.timestamp is None

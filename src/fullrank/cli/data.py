@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from fullrank.data.dataset import Dataset
     from fullrank.data.formats.options import ReadOptions
+    from fullrank.schema import TimeUnit
 
 app = typer.Typer(
     help="Make datasets: import a log, simulate one, look at a file.",
@@ -37,6 +39,16 @@ QuoteOption = Annotated[
 HeaderOption = Annotated[bool, typer.Option("--no-header", help="The first line holds values, not names.")]
 ColumnsOption = Annotated[
     str | None, typer.Option("--columns", metavar="NAME,...", help="Names of all columns, in order.")
+]
+MissingOption = Annotated[
+    list[str] | None,
+    typer.Option("--missing", metavar="TEXT", help="Means no value, in place of NULL, NA, NaN, ...; may be repeated."),
+]
+TimeUnitOption = Annotated[
+    str | None, typer.Option("--time-unit", help="Of timestamps that are numbers: s, ms, us or ns. Default: guessed.")
+]
+TimeFormatOption = Annotated[
+    str | None, typer.Option("--time-format", help='Of timestamps, such as "%d/%m/%Y %H:%M". Default: guessed.')
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 
@@ -70,6 +82,9 @@ def import_(
     quote: QuoteOption = None,
     no_header: HeaderOption = False,
     columns: ColumnsOption = None,
+    missing: MissingOption = None,
+    time_unit: TimeUnitOption = None,
+    time_format: TimeFormatOption = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -121,6 +136,9 @@ def import_(
             like=like,
             split=spec,
             options=options,
+            missing=missing,
+            time_unit=_unit(time_unit),
+            time_format=time_format,
             keep=tuple(dict.fromkeys(keep or ())),
             max_bad=max_bad,
             overwrite=overwrite,
@@ -182,6 +200,9 @@ def inspect(
     quote: QuoteOption = None,
     no_header: HeaderOption = False,
     columns: ColumnsOption = None,
+    missing: MissingOption = None,
+    time_unit: TimeUnitOption = None,
+    time_format: TimeFormatOption = None,
     imports: ImportOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -192,29 +213,32 @@ def inspect(
     from fullrank.data import atomic
     from fullrank.data.derived import suggested_history
     from fullrank.data.formats import open_format, usual_format
-    from fullrank.data.formats.base import Noted, Sampled
-    from fullrank.data.inference import ColumnProfile, profile
+    from fullrank.data.formats.base import Noted
+    from fullrank.data.inference import guessed_schema
     from fullrank.registry import import_modules
 
     import_modules(imports or (), "--import")
     options = _read_options(separator, encoding, quote, columns, header=not no_header)
-    source = open_format(format or usual_format(file), options)
+    name = format or usual_format(file)
+    source = open_format(name, options)
     if not file.exists():
         raise ValueError(f"{file} does not exist")
-    rows = 0
-    profiles: list[ColumnProfile] = []
-    if isinstance(source, Sampled):
-        sample = source.sample(file)
-        rows = sample.height
-        schema, profiles = profile(sample)
-    else:
-        schema = source.default_schema(file)
+    schema, profiles, rows = guessed_schema(
+        source, file, missing=missing, time_unit=_unit(time_unit), time_format=time_format
+    )
     notes = source.notes(file) if isinstance(source, Noted) else []
+    if not schema.labels:
+        notes.append('no label found: add one to "labels" of the schema, such as {"name": "click"}')
+    elif len(schema.labels) > 1:
+        names = ", ".join(label.name for label in schema.labels)
+        notes.append(f"{len(schema.labels)} labels: {names}; the first is the main one, drop those not to be learnt")
     if out is not None:
         atomic.write_text(out, schema.to_json())
+    command = _next_command(name, file, out, told=options.model_dump(exclude_defaults=True))
     if as_json:
         listed = [vars(column) for column in profiles]
-        print(json.dumps({"rows_seen": rows, "notes": notes, "columns": listed, "schema": schema.model_dump()}))
+        found = {"rows_seen": rows, "notes": notes, "columns": listed, "schema": schema.model_dump(), "next": command}
+        print(json.dumps(found))
         return
     if profiles:
         _print_columns(profiles, file, rows)
@@ -227,8 +251,35 @@ def inspect(
     suggested = suggested_history(schema)
     if suggested is not None:
         print(f'each row can have its user\'s earlier items: add {suggested} to "features"', file=sys.stderr)
-    if not schema.labels:
-        print('no label found: add one to "labels", such as {"name": "click"}', file=sys.stderr)
+    print(f"next: {command}", file=sys.stderr)
+
+
+def _next_command(format: str, file: Path, out: Path | None, told: dict[str, Any]) -> str:
+    """What to type after `inspect`; units, formats and markers are in the schema."""
+    if out is None:
+        words = ["fullrank", "data", "inspect", str(file), "--format", format, "--out", f"{_stem(file)}.schema.json"]
+    else:
+        words = ["fullrank", "data", "import", format, str(file), f"data/{_stem(file)}", "--schema", str(out)]
+    for name, value in told.items():
+        if name == "header":
+            words.append("--no-header")
+        else:
+            words += [f"--{name}", value if isinstance(value, str) else ",".join(value)]
+    return shlex.join(words)
+
+
+def _stem(file: Path) -> str:
+    return file.name.partition(".")[0] or "log"
+
+
+def _unit(name: str | None) -> TimeUnit | None:
+    from typing import get_args
+
+    from fullrank.schema import TimeUnit
+
+    if name is not None and name not in get_args(TimeUnit):
+        raise ValueError(f'--time-unit: expected {", ".join(get_args(TimeUnit))}, got "{name}"')
+    return name  # type: ignore[return-value]
 
 
 def _read_options(
@@ -250,11 +301,13 @@ def _print_columns(columns: list[Any], file: Path, rows: int) -> None:
     console = Console(stderr=True, markup=False)
     console.print(f"{file.name}: first {rows:,} rows", highlight=False)
     table = Table()
-    for heading in ("column", "type", "distinct", "missing", "most frequent", "use"):
-        table.add_column(heading, justify="right" if heading in ("distinct", "missing") else "left")
+    for heading in ("column", "type", "distinct", "readable", "most frequent", "role", "use"):
+        table.add_column(heading, justify="right" if heading in ("distinct", "readable") else "left")
     for column in columns:
-        missing = f"{column.missing:.1%}" if column.missing else ""
-        table.add_row(column.name, column.dtype, f"{column.distinct:,}", missing, column.example, column.use)
+        readable = f"{column.readable:.1%}"
+        table.add_row(
+            column.name, column.dtype, f"{column.distinct:,}", readable, column.example, column.role, column.use
+        )
     console.print(table)
 
 
@@ -291,6 +344,12 @@ def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
     table = Table(show_header=False)
     for split, count in rows.items():
         table.add_row(f"{split} rows", f"{count:,}")
+    table.add_row("labels", ", ".join(label.name for label in dataset.schema.labels))
+    keys = {key: column for key, column in dataset.schema.keys.model_dump().items() if column is not None}
+    if keys:
+        table.add_row(
+            "keys", ", ".join(column if key == column else f"{column} ({key})" for key, column in keys.items())
+        )
     for reason, count in dataset.rejected.items():
         table.add_row(f"rejected: {reason}", f"{count:,}")
     if dataset.out_of_order:

@@ -23,11 +23,11 @@ from fullrank.data.formats import open_format, usual_format
 from fullrank.data.formats.base import Format, Sampled
 from fullrank.data.formats.options import ReadOptions
 from fullrank.data.frames import FrameLog, polars_frame
-from fullrank.data.inference import infer_schema
+from fullrank.data.inference import guessed_schema, with_reading
 from fullrank.data.raw import RawChunk, rejected_text
 from fullrank.data.reading import read_log
 from fullrank.data.splits import PARTS, SplitSpec
-from fullrank.schema import Role, Schema
+from fullrank.schema import Role, Schema, TimeUnit
 
 
 class Dataset:
@@ -107,6 +107,9 @@ class Dataset:
         path: Path | str | None = None,
         split: SplitSpec | str | None = None,
         options: ReadOptions | None = None,
+        missing: Collection[str] | None = None,
+        time_unit: TimeUnit | None = None,
+        time_format: str | None = None,
         keep: Collection[str] = (),
         max_bad: float = 0.001,
         overwrite: bool = False,
@@ -125,6 +128,7 @@ class Dataset:
                 that `scan` gives lazily has to be collected before.
             split: the kind of split, or all of it. Default: by time if there is a timestamp, else at random.
             options: how a text file is laid out, where that is not to be guessed.
+            missing, time_unit, time_format: in place of those of the schema, or to guess it by; see `Schema`.
             keep: further columns to have in the dataset; see `import_dataset`.
             max_bad: share of bad rows above which it fails.
             overwrite: replace an existing dataset at `path`.
@@ -152,15 +156,15 @@ class Dataset:
             place = Path("table")
             source = FrameLog(polars_frame(frame))
         if schema is None:
-            if isinstance(source, Sampled):
-                schema = infer_schema(source.sample(place), labels, keys)
-            elif labels or keys:
+            if (labels or keys) and not isinstance(source, Sampled):
                 raise ValueError(f"the format {source.name} says itself what its labels and keys are: pass a schema")
-            else:
-                schema = source.default_schema(place)
-            schema = schema.without(keep)
+            schema = guessed_schema(
+                source, place, labels, keys, missing=missing, time_unit=time_unit, time_format=time_format
+            )[0].without(keep)
         elif labels or keys:
             raise ValueError("labels and keys are part of the schema: give either the schema or them")
+        else:
+            schema = with_reading(schema, missing, time_unit, time_format)
         if not schema.labels:
             raise ValueError(f'{place}: no label found; name its column, such as label="click"')
         temporary = Path(tempfile.mkdtemp(prefix="fullrank-")) if path is None else None

@@ -9,9 +9,10 @@ from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import Encoders
 from fullrank.data.formats import open_format
 from fullrank.data.formats.options import ReadOptions
+from fullrank.data.inference import guessed_schema, with_reading
 from fullrank.data.reading import read_log
 from fullrank.data.splits import SplitSpec
-from fullrank.schema import Schema
+from fullrank.schema import Schema, TimeUnit
 
 
 def import_dataset(
@@ -23,6 +24,9 @@ def import_dataset(
     split: SplitSpec | None = None,
     like: Path | None = None,
     options: ReadOptions | None = None,
+    missing: Collection[str] | None = None,
+    time_unit: TimeUnit | None = None,
+    time_format: str | None = None,
     keep: Collection[str] = (),
     max_bad: float = 0.001,
     overwrite: bool = False,
@@ -43,6 +47,7 @@ def import_dataset(
         split: when the source comes already split into files, only the share of validation rows (where it has no file
             of them) and the protocol.
         options: how a text file is laid out, where that is not to be guessed.
+        missing, time_unit, time_format: in place of those of the schema, or to guess it by; see `Schema`.
         keep: further columns of the log to have in the dataset, and not as features: numbers (int64 if all are whole
             and none is missing, else float32), or lists of equally many numbers. What is not such a number is a bad
             row.
@@ -62,9 +67,15 @@ def import_dataset(
     if like is not None:
         if schema is not None:
             raise ValueError("a log that is imported like another has its schema: give either of them")
+        if missing is not None or time_unit is not None or time_format is not None:
+            raise ValueError("a log that is imported like another is read like it: leave out missing and the time's")
         encoders = Encoders.load(Path(like) / "encoders")
         schema = encoders.schema
-    schema = schema or source.default_schema(path).without(keep)
+    if schema is None:
+        schema = guessed_schema(source, path, missing=missing, time_unit=time_unit, time_format=time_format)[0]
+        schema = schema.without(keep)
+    else:
+        schema = with_reading(schema, missing, time_unit, time_format)
     if not schema.labels:
         raise ValueError(
             f"{path}: no label found (a column of 0 and 1 called label, click or the like); "

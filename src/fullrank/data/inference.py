@@ -1,16 +1,27 @@
-"""A first guess at what the columns of a log mean, to be edited by hand."""
+"""A first guess at what the columns of a log mean, to be edited by hand.
+
+A guess by name is held against the whole sample: a key must be able to be one, a label must have two values, a list
+must have elements that recur. What is known only after the label (an outcome) is a label or left out, never a feature.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import polars as pl
+from pydantic import ValidationError
 
+from fullrank.data.chunk import Mask
+from fullrank.data.formats.base import Format, Sampled
 from fullrank.data.raw import TRUE_PREFIX
 from fullrank.data.spelling import as_text
+from fullrank.data.times import date_layout, seconds_of, text_layout, unit_of
 from fullrank.data.values import as_numbers, is_value
 from fullrank.schema import (
+    MISSING_MARKERS,
     Categorical,
     EventId,
     EventNumber,
@@ -22,17 +33,41 @@ from fullrank.schema import (
     Role,
     Schema,
     Sequence,
+    TimeUnit,
+    describe_errors,
 )
 
-LABEL_NAMES = ("label", "click", "clicked", "is_click", "isclick", "clk", "y", "target", "conversion", "purchase")
+LABEL_NAMES = (
+    "label", "click", "clicked", "is_click", "isclick", "is_clicked", "clk", "y", "target", "conversion", "purchase",
+    "rating",
+)  # fmt: skip
+# What happens after an impression, beside the click: with 0 and 1 these are labels too.
+OUTCOME_NAMES = (
+    "purchase", "purchased", "bought", "buy", "order", "ordered", "conversion", "converted", "convert", "like", "liked",
+    "dislike", "disliked", "share", "shared", "follow", "followed", "comment", "commented", "favorite", "favorited",
+    "favourite", "collect", "collected", "subscribe", "subscribed", "install", "installed", "register", "registered",
+    "signup", "hide", "hidden", "skip", "skipped", "report", "reported", "cart", "add_to_cart", "addtocart",
+    "long_view", "longview", "upvote", "downvote", "click", "clicked", "clk",
+)  # fmt: skip
+_OUTCOME_PREFIXES = ("is_", "has_", "did_", "label_", "y_", "is")
+# Numbers that only what happened gives, such as how long it was watched.
+_OUTCOME_NUMBERS = ("dwell", "watch_time", "watchtime", "play_time", "playtime", "play_duration", "revenue", "rating")
+# How columns name two classes; the first is the 1.
+_CLASSES = (
+    ("yes", "no"), ("y", "n"), ("t", "f"), ("true", "false"), ("1", "-1"), ("pos", "neg"), ("positive", "negative"),
+    ("click", "no_click"), ("clicked", "not_clicked"), ("+", "-"), ("+1", "-1"),
+)  # fmt: skip
+_CLASS_NAMES = (*LABEL_NAMES, "class", "income", "response", "outcome", "converted", "purchased")
 KEY_NAMES = {
-    "request_id": ("request_id", "impression_id", "request", "bid_id", "bidid"),
-    "user_id": ("user_id", "userid", "user", "uid", "visitor_id"),
+    "request_id": ("request_id", "impression_id", "request", "bid_id", "bidid", "impressionid", "requestid"),
+    "user_id": ("user_id", "userid", "user", "uid", "visitor_id", "visitorid", "customer_id", "reviewerid"),
     "item_id": ("item_id", "itemid", "item", "iid", "ad_id", "adid", "adgroup_id", "creative_id", "movie_id"),
-    "timestamp": ("timestamp", "time", "ts", "datetime", "event_time", "time_stamp", "unix_timestamp"),
+    "timestamp": ("timestamp", "time", "ts", "datetime", "event_time", "time_stamp", "unix_timestamp", "date"),
     "weight": ("weight", "sample_weight"),
     "bid": ("bid", "bid_price"),
 }
+# Column types that some files write behind a name, as in `item_id:token`.
+_TYPED = ("token", "float", "token_seq", "float_seq")
 _ITEM_KEYS_TOO = ("article_id", "video_id", "product_id", "news_id", "asin")
 _SEPARATORS = ("^", "|", ";")
 _HISTORY_WORDS = ("history", "hist", "sequence", "seq")
@@ -40,8 +75,13 @@ _HISTORY_WORDS = ("history", "hist", "sequence", "seq")
 _MOST_CODES = 1000
 # So many bad values do not change what a column is: they are the importer's to reject.
 _BAD_SHARE = 0.01
-# Enough rows per user (or item) to believe that a column follows from it.
-_ROWS_PER_KEY = 3
+# A column follows from a key if rows of the same key differ in it less than so often as rows drawn at random would.
+_DIFFERING = 0.01
+_ROWS_THAT_TELL = 10.0
+# Shares of repeated request ids and of unreadable times above which a column is no such key, as an import would fail.
+_MOST_REPEATED = 0.001
+# So unlikely must it be that a column is filled only at positives by chance.
+_BY_CHANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -50,9 +90,11 @@ class ColumnProfile:
 
     Attributes:
         use: what the inferred schema does with it.
+        role: whom it describes, if it is a feature: `user`, `item` or `context`.
         dtype: as stored; `text` columns are shown with what the text holds.
         distinct: number of different non-missing values in the sample.
         missing: share of missing values in the sample.
+        readable: share of rows with a value that can be read as what the column is taken for.
         example: the most frequent value.
     """
 
@@ -62,6 +104,55 @@ class ColumnProfile:
     distinct: int
     missing: float
     example: str
+    role: str = ""
+    readable: float = 1.0
+
+
+def guessed_schema(
+    source: Format,
+    path: Path,
+    labels: Collection[str] = (),
+    keys: Mapping[str, str] | None = None,
+    *,
+    missing: Collection[str] | None = None,
+    time_unit: TimeUnit | None = None,
+    time_format: str | None = None,
+) -> tuple[Schema, list[ColumnProfile], int]:
+    """The schema that a format gives or a sample suggests, what was seen of each column, and in how many rows.
+
+    Raises:
+        ValueError: if the path is not in the format, or one of the columns does not exist.
+    """
+    if isinstance(source, Sampled):
+        sample = source.sample(path)
+        # A wrong format of times is refused before it is tried.
+        with_reading(Schema(), missing, time_unit, time_format)
+        marks = MISSING_MARKERS if missing is None else missing
+        schema, columns = profile(sample, labels, keys, missing=marks, time_unit=time_unit, time_format=time_format)
+        return schema, columns, sample.height
+    return with_reading(source.default_schema(path), missing, time_unit, time_format), [], 0
+
+
+def with_reading(
+    schema: Schema,
+    missing: Collection[str] | None = None,
+    time_unit: TimeUnit | None = None,
+    time_format: str | None = None,
+) -> Schema:
+    """The same schema with other missing markers, time unit or time format, where they are given.
+
+    Raises:
+        ValueError: in one line, if one cannot be.
+    """
+    given: dict[str, Any] = {"time_unit": time_unit, "time_format": time_format}
+    given["missing"] = None if missing is None else tuple(text for text in missing if text)
+    told = {name: value for name, value in given.items() if value is not None}
+    if not told:
+        return schema
+    try:
+        return Schema.model_validate({**schema.model_dump(), **told})
+    except ValidationError as error:
+        raise ValueError(describe_errors(error, "schema").splitlines()[0]) from None
 
 
 def infer_schema(sample: pl.DataFrame, labels: Collection[str] = (), keys: Mapping[str, str] | None = None) -> Schema:
@@ -70,7 +161,13 @@ def infer_schema(sample: pl.DataFrame, labels: Collection[str] = (), keys: Mappi
 
 
 def profile(
-    sample: pl.DataFrame, labels: Collection[str] = (), keys: Mapping[str, str] | None = None
+    sample: pl.DataFrame,
+    labels: Collection[str] = (),
+    keys: Mapping[str, str] | None = None,
+    *,
+    missing: Collection[str] = MISSING_MARKERS,
+    time_unit: TimeUnit | None = None,
+    time_format: str | None = None,
 ) -> tuple[Schema, list[ColumnProfile]]:
     """The guessed schema, and what was seen of each column.
 
@@ -78,31 +175,37 @@ def profile(
         labels: names of the labels, if they are known; other columns that are named like labels are then left out, for
             they would tell the labels. A column of other numbers than 0 and 1 becomes a regression.
         keys: columns of some of the keys, if they are known: `{"user_id": "visitor"}`.
+        missing: texts that stand for no value.
+        time_unit, time_format: of the timestamp, if they are known.
 
     Raises:
         ValueError: if one of these columns does not exist, or a label does not hold numbers.
     """
-    facts = {name: _facts(sample[name]) for name in sample.columns}
+    facts = {name: _facts(sample[name], missing) for name in sample.columns}
     given = dict(keys or {})
     for what, name in (*(("label", name) for name in labels), *given.items()):
         if name not in facts:
             raise ValueError(f'{what}: there is no column "{name}"; there are {", ".join(facts)}')
-    guessed = {key: name for key, name in _keys(facts).items() if name not in (*given.values(), *labels)}
+    time = {"time_unit": time_unit, "time_format": time_format}
+    guessed = _keys(sample, facts, missing, time)
+    guessed = {key: name for key, name in guessed.items() if name not in (*given.values(), *labels)}
     keys = guessed | given
-    like_labels = {name for name in facts if name.lower() in LABEL_NAMES} if labels else set()
-    labels = labels or _labels(facts)
+    labels, outcomes = _labels(sample, facts, set(keys.values()), list(labels), missing)
     features: list[Feature] = []
     uses: dict[str, str] = {}
+    roles: dict[str, Role] = {}
     for key, column in keys.items():
         uses[column] = f"key {key}"
-    for name in like_labels:
-        uses[name] = "left out: named like a label"
+    for name, fact in facts.items():
+        if _bare(name) in KEY_NAMES["request_id"] and name not in keys.values() and fact.is_readable:
+            outcomes.setdefault(name, "left out: repeats, so it is no key of single rows")
+    uses |= outcomes
     for label in labels:
-        uses[label] = "label"
+        uses[label] = "label" if not facts[label].positive else f'label: 1 is "{facts[label].positive}"'
     only_keys = {keys.get(key) for key in ("request_id", "timestamp", "weight", "bid")}
     sequences: dict[str, list[str]] = {}
     for name in sample.columns:
-        if name in labels or name in like_labels or name in only_keys:
+        if name in labels or name in outcomes or name in only_keys:
             continue
         fact = facts[name]
         if name.startswith(TRUE_PREFIX):
@@ -111,18 +214,19 @@ def profile(
         if not fact.is_readable:
             uses[name] = "left out: neither text nor numbers"
             continue
-        role = _role(sample, name, keys, fact)
+        role = roles[name] = _role(sample, name, keys, fact)
         if "." in name and name.partition(".")[0] in facts:
             uses[name] = "left out: there is a column of the name before the point"
             continue
         if fact.is_list and "." in name:
             sequences.setdefault(name.split(".", 1)[0], []).append(name)
             continue
-        if fact.is_list and any(word in name.lower() for word in _HISTORY_WORDS):
+        if fact.is_list and any(word in _bare(name) for word in _HISTORY_WORDS):
             shared = keys.get("item_id")
             table = shared if shared is not None and _overlap(sample, name, shared, fact.separator) > 0.5 else None
             field = EventId(name=shared or "id", table=table) if table else EventId(name="id")
             features.append(Sequence(name=name, fields=(field,), separator=fact.separator or "^"))
+            roles[name] = "user"
             uses.setdefault(name, "sequence")
         elif fact.is_list:
             features.append(MultiCategorical(name=name, role=role, separator=fact.separator or "|"))
@@ -142,14 +246,51 @@ def profile(
         fields = tuple(_event_field(column.split(".", 1)[1], facts[column], keys.get("item_id")) for column in columns)
         features.append(Sequence(name=sequence, fields=fields))
         uses.update(dict.fromkeys(columns, "sequence"))
+        roles.update(dict.fromkeys(columns, "user"))
+    if "timestamp" in keys:
+        time = _time(sample[keys["timestamp"]], missing, time)
+        how = (
+            time["time_format"]
+            or {"s": "", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}[time["time_unit"] or "s"]
+        )
+        uses[keys["timestamp"]] += f", {how}" if how else ""
     schema = Schema(
-        features=tuple(features), labels=tuple(_label(name, facts[name]) for name in labels), keys=Keys(**keys)
+        features=tuple(features),
+        labels=tuple(_label(name, facts[name]) for name in labels),
+        keys=Keys(**keys),
+        missing=tuple(missing),
+        time_unit=time["time_unit"] or "s",  # type: ignore[arg-type]
+        time_format=time["time_format"],
     )
+    featured = {feature.name for feature in features} | {name for names in sequences.values() for name in names}
     profiles = [
-        ColumnProfile(name, uses[name], facts[name].dtype, facts[name].distinct, facts[name].missing, facts[name].top)
-        for name in sample.columns
-    ]
+        ColumnProfile(
+            name, uses[name], fact.dtype, fact.distinct, fact.missing, fact.top,
+            roles[name] if name in featured else "", _readable(sample[name], fact, uses[name], missing, time),
+        )
+        for name, fact in facts.items()
+    ]  # fmt: skip
     return schema, profiles
+
+
+def _readable(
+    column: pl.Series, fact: _Facts, use: str, missing: Collection[str], time: Mapping[str, str | None]
+) -> float:
+    if use.startswith("key timestamp"):
+        seconds = seconds_of(column, time["time_unit"] or "s", time["time_format"], missing)  # type: ignore[arg-type]
+        return 1.0 - seconds.null_count() / max(len(column), 1)
+    return 0.0 if not fact.is_readable else 1.0 - fact.missing - fact.bad
+
+
+def _bare(name: str) -> str:
+    """A name in small letters, without the type that some files write behind it."""
+    bare, _, kind = name.lower().rpartition(":")
+    return bare if kind in _TYPED else name.lower()
+
+
+def _typed(name: str) -> str:
+    kind = name.lower().rpartition(":")[2]
+    return kind if kind in _TYPED and ":" in name else ""
 
 
 @dataclass(frozen=True)
@@ -168,9 +309,13 @@ class _Facts:
     lowest: float = 0.0
     is_binary: bool = False
     numbers_in_list: bool = False
+    bad: float = 0.0
+    repeated: float = 0.0
+    positive: str = ""
+    negative: str = ""
 
 
-def _facts(column: pl.Series) -> _Facts:
+def _facts(column: pl.Series, missing: Collection[str]) -> _Facts:
     rows = max(len(column), 1)
     dtype = str(column.dtype)
     nested = isinstance(column.dtype, (pl.List, pl.Array))
@@ -183,18 +328,22 @@ def _facts(column: pl.Series) -> _Facts:
             dtype=dtype, distinct=elements.n_unique(), missing=column.null_count() / rows, top=top, is_list=True,
             numbers_in_list=elements.dtype.is_float(),
         )  # fmt: skip
-    text = as_text(column.cast(pl.String) if column.dtype.is_temporal() else column)
+    text = as_text(column.cast(pl.String) if column.dtype.is_temporal() else column, missing)
+    typed = _typed(column.name)
     present = text.drop_nulls()
     counts = present.value_counts(sort=True).head(1)
     distinct = present.n_unique()
-    numbers, wrong, infinite = as_numbers(column.drop_nulls() if column.dtype == pl.Boolean else present)
+    numbers, wrong, infinite = as_numbers(present)
     bad = wrong | infinite
     is_number = len(present) > 0 and bad.mean() <= _BAD_SHARE and not column.dtype.is_temporal()
+    is_number &= not typed.endswith("seq")
     numbers = numbers[~bad]
     is_integer = bool(is_number and (numbers == numbers.round()).all())
     lowest = float(numbers.min()) if is_number else 0.0
-    named_id = column.name.lower().endswith(("id", "code", "_no")) or column.dtype == pl.Boolean
-    separator = None if is_number else _separator(present)
+    named_id = _bare(column.name).endswith(("id", "code", "_no")) or column.dtype == pl.Boolean or typed == "token"
+    separator = None if is_number or typed == "token" else _separator(present, _bare(column.name), typed)
+    zeros_and_ones = is_number and ((numbers != 0) & (numbers != 1)).sum() + bad.sum() <= _BAD_SHARE * len(present)
+    positive, negative = ("", "") if zeros_and_ones or distinct != 2 else _classes(present, _bare(column.name))
     if column.dtype == pl.String:
         kind = "integer" if is_integer else "number" if is_number else "list" if separator else "text"
         dtype = kind if len(present) else "empty"
@@ -207,51 +356,167 @@ def _facts(column: pl.Series) -> _Facts:
         separator=separator,
         is_number=is_number,
         is_integer=is_integer,
-        is_quantity=is_number and not named_id and (not is_integer or distinct > _MOST_CODES),
+        is_quantity=is_number and not named_id and (not is_integer or distinct > _MOST_CODES or typed == "float"),
         all_distinct=distinct == len(present) and len(present) > 100,
         lowest=lowest,
-        is_binary=bool(is_number and ((numbers != 0) & (numbers != 1)).sum() + bad.sum() <= _BAD_SHARE * len(present)),
+        is_binary=bool(zeros_and_ones) or bool(positive),
+        bad=float(bad.sum()) / rows if is_number else 0.0,
+        repeated=1.0 - distinct / max(len(present), 1),
+        positive=positive,
+        negative=negative,
     )
 
 
-def _separator(present: pl.Series) -> str | None:
+def _separator(present: pl.Series, bare: str, typed: str) -> str | None:
     """The character that joins lists: it stands in at least a tenth of the texts, and cutting there finds values that
-    recur."""
-    for separator in _SEPARATORS:
+    recur. Commas and blanks stand in ordinary text too: they join only what looks like ids. Square brackets hold lists
+    in any case."""
+    if typed.endswith("seq"):
+        return " "
+    if len(present) and present.str.contains(r"(?s)^\[.*\]$").mean() > 1 - _BAD_SHARE:  # type: ignore[operator]
+        return "," if present.str.contains(",", literal=True).any() else " "
+    for separator in (*_SEPARATORS, ",", " "):
         joined = present.filter(present.str.contains(separator, literal=True))
-        if len(joined) >= max(len(present) // 10, 1):
-            pieces = joined.str.split(separator).explode()
-            if pieces.n_unique() < len(pieces):
-                return separator
+        if len(joined) < max(len(present) // 10, 1):
+            continue
+        pieces = joined.str.split(separator).explode().str.strip_chars()
+        if pieces.n_unique() == len(pieces):
+            continue
+        integers = pieces.str.contains(r"^[0-9]+$").mean() == 1.0
+        if separator == ",":
+            decimal = (
+                integers and bool((joined.str.count_matches(",") == 1).all()) and not joined.str.contains(" ").any()
+            )
+            if decimal or not pieces.str.contains(r"^[^\s]+$").all():
+                continue
+        if separator == " " and not integers and not any(word in bare for word in _HISTORY_WORDS):
+            continue
+        return separator
     return None
 
 
-def _keys(facts: dict[str, _Facts]) -> dict[str, str]:
+def _classes(present: pl.Series, bare: str) -> tuple[str, str]:
+    """Which of the two texts of a column means 1 and which 0; two empty texts if they are no classes.
+
+    Pairs such as yes and no are known; in a column named like a label `>50K` is the 1 beside `<=50K`, what begins with
+    a minus is the 0, and else the rarer one is the 1.
+    """
+    counts = present.value_counts(sort=True)
+    frequent, rare = (str(value) for value in counts[present.name].to_list())
+    for one, zero in _CLASSES:
+        for yes, no in ((frequent, rare), (rare, frequent)):
+            if (yes.lower(), no.lower()) == (one, zero):
+                return yes, no
+    if bare not in _CLASS_NAMES or as_numbers(present)[1].mean() <= _BAD_SHARE:
+        return "", ""
+    for yes, no in ((frequent, rare), (rare, frequent)):
+        if (yes[0] == ">" and no[0] == "<") or (no[0] == "-" and yes[0] != "-"):
+            return yes, no
+    return rare, frequent
+
+
+def _keys(
+    sample: pl.DataFrame, facts: dict[str, _Facts], missing: Collection[str], time: Mapping[str, str | None]
+) -> dict[str, str]:
+    """Columns named like keys that can be what they are named."""
     keys: dict[str, str] = {}
-    lower = {name.lower(): name for name in reversed(facts)}
+    bare = {_bare(name): name for name in reversed(facts)}
     for key, names in KEY_NAMES.items():
-        for name in (*names, *(_ITEM_KEYS_TOO if key == "item_id" else ())):
-            if key not in keys and name in lower and facts[lower[name]].is_readable and not facts[lower[name]].is_list:
-                keys[key] = lower[name]
-    for key in ("timestamp", "weight", "bid"):
-        if key in keys and not facts[keys[key]].is_number and key != "timestamp":
-            del keys[key]
+        for short in (*names, *(_ITEM_KEYS_TOO if key == "item_id" else ())):
+            name = bare.get(short)
+            if key in keys or name is None or not facts[name].is_readable or facts[name].is_list:
+                continue
+            fact = facts[name]
+            if key == "request_id":
+                fits = fact.repeated <= _MOST_REPEATED and fact.missing <= _MOST_REPEATED
+            elif key == "timestamp":
+                found = _time(sample[name], missing, time)
+                seconds = seconds_of(sample[name], found["time_unit"] or "s", found["time_format"], missing)  # type: ignore[arg-type]
+                fits = seconds.null_count() <= _BAD_SHARE * len(seconds)
+            else:
+                fits = key not in ("weight", "bid") or (fact.is_number and fact.lowest >= 0)
+            if fits:
+                keys[key] = name
     return keys
 
 
-def _labels(facts: dict[str, _Facts]) -> list[str]:
-    named = [name for name in facts if name.lower() in LABEL_NAMES and facts[name].is_binary]
-    if named:
-        return named
-    binary = [name for name in facts if facts[name].is_binary and facts[name].distinct > 1]
+def _time(column: pl.Series, missing: Collection[str], known: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Unit and format of a timestamp, as far as they are not known, by the whole sample."""
+    if known["time_unit"] or known["time_format"] or column.dtype.is_temporal():
+        return dict(known)
+    text = as_text(column, missing)
+    return {"time_unit": unit_of(text), "time_format": date_layout(text) or text_layout(text)}
+
+
+def _labels(
+    sample: pl.DataFrame,
+    facts: dict[str, _Facts],
+    keys: set[str],
+    given: list[str],
+    missing: Collection[str],
+) -> tuple[list[str], dict[str, str]]:
+    """The labels, the main one first, and why other columns that only what happened can fill are left out."""
+    outcomes: dict[str, str] = {}
+    free = [name for name, fact in facts.items() if name not in keys and fact.is_readable and not fact.is_list]
+    named = [name for name in free if _bare(name) in LABEL_NAMES and facts[name].is_binary]
+    named += [name for name in free if name not in named and _named_outcome(name) and facts[name].is_binary]
+    classes = [name for name in free if _bare(name) in _CLASS_NAMES and facts[name].is_binary]
+    ratings = [name for name in free if _bare(name) == "rating" and facts[name].is_number]
+    binary = [name for name in free if facts[name].is_binary and facts[name].distinct > 1]
     # A single column of zeros and ones is the only thing that can be the label; of several, the user must choose.
-    binary = [name for name in binary if facts[name].dtype != "Boolean"] or binary
-    return binary if len(binary) == 1 else []
+    plain = [name for name in binary if facts[name].dtype != "Boolean" and not facts[name].positive] or binary
+    labels = given or named or classes or ratings or (plain if len(plain) == 1 else [])
+    for name in free:
+        if name in labels:
+            continue
+        if name in named or (given and _bare(name) in LABEL_NAMES):
+            outcomes[name] = "left out: named like a label"
+        elif any(_bare(name).startswith(word) for word in _OUTCOME_NUMBERS) and facts[name].is_number and labels:
+            outcomes[name] = "left out: known only after what it would predict, by its name"
+    if labels and facts[labels[0]].is_binary:
+        main = _ones(sample[labels[0]], facts[labels[0]], missing)
+        for name in free:
+            if name not in labels and name not in outcomes and _only_where(main, sample[name], facts[name], missing):
+                if facts[name].is_binary and facts[name].distinct > 1 and not given:
+                    labels = [*labels, name]
+                else:
+                    outcomes[name] = f"left out: filled only where {labels[0]} is 1, so known only after"
+    return labels, outcomes
+
+
+def _named_outcome(name: str) -> bool:
+    bare = _bare(name)
+    return bare in OUTCOME_NAMES or any(bare.removeprefix(prefix) in OUTCOME_NAMES for prefix in _OUTCOME_PREFIXES)
+
+
+def _ones(column: pl.Series, fact: _Facts, missing: Collection[str]) -> Mask:
+    text = as_text(column.cast(pl.Int8) if column.dtype == pl.Boolean else column, missing)
+    if fact.positive:
+        return (text == fact.positive).fill_null(False).to_numpy()
+    ones: Mask = as_numbers(text)[0] == 1
+    return ones
+
+
+def _only_where(main: Mask, column: pl.Series, fact: _Facts, missing: Collection[str]) -> bool:
+    """Whether a column has a value other than 0 at positives alone, beyond chance."""
+    if not fact.missing and not fact.is_number:
+        return False
+    text = as_text(column.cast(pl.String) if column.dtype.is_temporal() else column, missing)
+    filled = text.is_not_null().to_numpy()
+    if fact.is_number:
+        filled = filled & ~(as_numbers(text)[0] == 0)
+    count, share = int(filled.sum()), float(main.mean())
+    return count > 0 and not filled.all() and bool(main[filled].all()) and share**count < _BY_CHANCE
 
 
 def _label(name: str, fact: _Facts) -> Label:
+    if fact.positive:
+        return Label(name=name, positive=(fact.positive,), negative=(fact.negative,))
     if not fact.is_number:
-        raise ValueError(f'label: the column "{name}" holds {fact.dtype}, such as "{fact.top}", expected numbers')
+        raise ValueError(
+            f'label: the column "{name}" holds {fact.dtype}, such as "{fact.top}", expected numbers (a schema may name '
+            'the texts that mean 1: {"name": "' + name + '", "positive": ["' + fact.top + '"]})'
+        )
     return Label(name=name, kind="binary" if fact.is_binary else "regression")
 
 
@@ -270,7 +535,10 @@ def _role(sample: pl.DataFrame, name: str, keys: dict[str, str], fact: _Facts) -
             pl.col(column).n_unique().alias("keys"), pl.struct(column, name).n_unique().alias("pairs")
         )
         different, both = pairs.row(0)
-        if sample.height >= _ROWS_PER_KEY * different and both == different:
+        shares = sample[name].value_counts()["count"].to_numpy() / max(sample.height, 1)
+        # Rows after the first of their key, and how many of them would differ from it if the key decided nothing.
+        by_chance = (sample.height - different) * (1.0 - float((shares**2).sum()))
+        if by_chance >= _ROWS_THAT_TELL and both - different <= _DIFFERING * by_chance:
             return role
     return "context"
 

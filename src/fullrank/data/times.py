@@ -17,6 +17,11 @@ LATEST_TIMESTAMP = 100_000_000_000
 # Numbers that are dates; as seconds, the first are some days of August 1970 and the second years beyond 2030.
 _DATES = {8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
 _ISO = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%d %H:%M:%S%.f %#z", "%Y-%m-%d")
+_USUAL = (
+    *(f"{date}{time}" for date in ("%d/%m/%Y", "%m/%d/%Y", "%Y/%m/%d", "%d.%m.%Y", "%d-%m-%Y")
+      for time in (" %H:%M:%S", " %H:%M", "")),
+    "%d/%b/%Y:%H:%M:%S %z", "%Y%m%dT%H%M%S", "%d %b %Y %H:%M:%S", "%m %d, %Y",
+)  # fmt: skip
 
 
 def seconds_of(
@@ -88,6 +93,18 @@ def date_layout(values: pl.Series) -> str | None:
     lengths = text.str.len_bytes().unique()
     layout = _DATES.get(lengths[0]) if len(lengths) == 1 else None
     return layout if layout is not None and not _laid_out(text, layout).null_count() else None
+
+
+def text_layout(text: pl.Series) -> str | None:
+    """The one usual layout, other than ISO 8601, that fits every text; None if none or several do."""
+    present = text.drop_nulls().unique()
+    if not len(present) or present.head(100).cast(pl.Float64, strict=False).null_count() == 0:
+        return None
+    if parsed_times(present.head(100)).null_count() == 0:
+        return None
+    fitting = [layout for layout in _USUAL if not _laid_out(present.head(100), layout).null_count()]
+    fitting = [layout for layout in fitting if not _laid_out(present, layout).null_count()]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def unit_of(values: pl.Series) -> TimeUnit | None:

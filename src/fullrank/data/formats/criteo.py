@@ -51,12 +51,17 @@ class Criteo:
         return split_files(path, (".txt", ".csv", ".tsv"))
 
     def _scaled(self, path: Path) -> bool:
-        """Whether the counts have fractions, by the first rows."""
+        """Whether the counts have fractions, by the first rows; counts written as 260.0 have none."""
         layout = self._layout(path)
         lines = next(read_blocks(path, _SAMPLE_BYTES)).decode("utf-8", "replace").split("\n")[layout.skipped :]
         places = [layout.names.index(name) for name in COUNTS]
         rows = (line.split(layout.separator) for line in lines)
-        return any("." in row[place] for row in rows if len(row) == len(layout.names) for place in places)
+        return any(
+            row[place].partition(".")[2].strip("0 ")
+            for row in rows
+            if len(row) == len(layout.names)
+            for place in places
+        )
 
     def _layout(self, path: Path) -> Layout:
         line = first_line(path)
