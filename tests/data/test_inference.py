@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
 
+from fullrank.data.dataset import Dataset
 from fullrank.data.inference import infer_schema, profile
 from fullrank.schema import Categorical, EventId, EventNumber, Keys, Label, MultiCategorical, Numeric, Sequence
 
@@ -122,6 +125,14 @@ def test_outcomes_are_labels_or_left_out() -> None:
     given = profile(pl.DataFrame(shop()), ["click"])[0]
     assert [label.name for label in given.labels] == ["click"]
     assert [feature.name for feature in given.features] == ["user_id"]
+
+
+def test_what_only_an_outcome_fills_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning) as warned:
+        dataset = Dataset.from_frame(pl.DataFrame(shop()), "click", path=tmp_path / "shop")
+    told = [str(warning.message) for warning in warned]
+    assert [text.split('"')[1] for text in told] == ["note", "paid", "gift", "is_share"]
+    assert [feature.name for feature in dataset.schema.features] == ["user_id"]
 
 
 def test_columns_follow_from_keys_that_hardly_recur() -> None:

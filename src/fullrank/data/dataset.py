@@ -23,7 +23,7 @@ from fullrank.data.formats import open_format, usual_format
 from fullrank.data.formats.base import Format, Sampled
 from fullrank.data.formats.options import ReadOptions
 from fullrank.data.frames import FrameLog, polars_frame
-from fullrank.data.inference import guessed_schema, with_reading
+from fullrank.data.inference import schema_for, with_reading
 from fullrank.data.raw import RawChunk, rejected_text
 from fullrank.data.reading import read_log
 from fullrank.data.splits import PARTS, SplitSpec
@@ -158,9 +158,9 @@ class Dataset:
         if schema is None:
             if (labels or keys) and not isinstance(source, Sampled):
                 raise ValueError(f"the format {source.name} says itself what its labels and keys are: pass a schema")
-            schema = guessed_schema(
-                source, place, labels, keys, missing=missing, time_unit=time_unit, time_format=time_format
-            )[0].without(keep)
+            schema = schema_for(
+                source, place, labels, keys, missing=missing, time_unit=time_unit, time_format=time_format, keep=keep
+            )
         elif labels or keys:
             raise ValueError("labels and keys are part of the schema: give either the schema or them")
         else:

@@ -9,7 +9,7 @@ from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import Encoders
 from fullrank.data.formats import open_format
 from fullrank.data.formats.options import ReadOptions
-from fullrank.data.inference import guessed_schema, with_reading
+from fullrank.data.inference import schema_for, with_reading
 from fullrank.data.reading import read_log
 from fullrank.data.splits import SplitSpec
 from fullrank.schema import Schema, TimeUnit
@@ -72,8 +72,7 @@ def import_dataset(
         encoders = Encoders.load(Path(like) / "encoders")
         schema = encoders.schema
     if schema is None:
-        schema = guessed_schema(source, path, missing=missing, time_unit=time_unit, time_format=time_format)[0]
-        schema = schema.without(keep)
+        schema = schema_for(source, path, missing=missing, time_unit=time_unit, time_format=time_format, keep=keep)
     else:
         schema = with_reading(schema, missing, time_unit, time_format)
     if not schema.labels:

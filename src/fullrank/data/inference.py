@@ -6,6 +6,7 @@ must have elements that recur. What is known only after the label (an outcome) i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ import polars as pl
 from pydantic import ValidationError
 
 from fullrank.data.chunk import Mask
+from fullrank.data.column_facts import BAD_SHARE, CLASS_NAMES, HISTORY_WORDS, LABEL_NAMES, Facts, bare_name, facts_of
 from fullrank.data.formats.base import Format, Sampled
 from fullrank.data.raw import TRUE_PREFIX
 from fullrank.data.spelling import as_text
 from fullrank.data.times import date_layout, seconds_of, text_layout, unit_of
-from fullrank.data.values import as_numbers, is_value
+from fullrank.data.values import as_numbers
 from fullrank.schema import (
     MISSING_MARKERS,
     Categorical,
@@ -37,10 +39,6 @@ from fullrank.schema import (
     describe_errors,
 )
 
-LABEL_NAMES = (
-    "label", "click", "clicked", "is_click", "isclick", "is_clicked", "clk", "y", "target", "conversion", "purchase",
-    "rating",
-)  # fmt: skip
 # What happens after an impression, beside the click: with 0 and 1 these are labels too.
 OUTCOME_NAMES = (
     "purchase", "purchased", "bought", "buy", "order", "ordered", "conversion", "converted", "convert", "like", "liked",
@@ -52,12 +50,6 @@ OUTCOME_NAMES = (
 _OUTCOME_PREFIXES = ("is_", "has_", "did_", "label_", "y_", "is")
 # Numbers that only what happened gives, such as how long it was watched.
 _OUTCOME_NUMBERS = ("dwell", "watch_time", "watchtime", "play_time", "playtime", "play_duration", "revenue", "rating")
-# How columns name two classes; the first is the 1.
-_CLASSES = (
-    ("yes", "no"), ("y", "n"), ("t", "f"), ("true", "false"), ("1", "-1"), ("pos", "neg"), ("positive", "negative"),
-    ("click", "no_click"), ("clicked", "not_clicked"), ("+", "-"), ("+1", "-1"),
-)  # fmt: skip
-_CLASS_NAMES = (*LABEL_NAMES, "class", "income", "response", "outcome", "converted", "purchased")
 KEY_NAMES = {
     "request_id": ("request_id", "impression_id", "request", "bid_id", "bidid", "impressionid", "requestid"),
     "user_id": ("user_id", "userid", "user", "uid", "visitor_id", "visitorid", "customer_id", "reviewerid"),
@@ -66,15 +58,7 @@ KEY_NAMES = {
     "weight": ("weight", "sample_weight"),
     "bid": ("bid", "bid_price"),
 }
-# Column types that some files write behind a name, as in `item_id:token`.
-_TYPED = ("token", "float", "token_seq", "float_seq")
 _ITEM_KEYS_TOO = ("article_id", "video_id", "product_id", "news_id", "asin")
-_SEPARATORS = ("^", "|", ";")
-_HISTORY_WORDS = ("history", "hist", "sequence", "seq")
-# An integer column with more distinct values than this, not named like an id, is taken for a quantity.
-_MOST_CODES = 1000
-# So many bad values do not change what a column is: they are the importer's to reject.
-_BAD_SHARE = 0.01
 # A column follows from a key if rows of the same key differ in it less than so often as rows drawn at random would.
 _DIFFERING = 0.01
 _ROWS_THAT_TELL = 10.0
@@ -82,6 +66,7 @@ _ROWS_THAT_TELL = 10.0
 _MOST_REPEATED = 0.001
 # So unlikely must it be that a column is filled only at positives by chance.
 _BY_CHANCE = 1e-6
+_UNIT_NAMES: dict[TimeUnit, str] = {"s": "", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 
 
 @dataclass(frozen=True)
@@ -96,6 +81,7 @@ class ColumnProfile:
         missing: share of missing values in the sample.
         readable: share of rows with a value that can be read as what the column is taken for.
         example: the most frequent value.
+        is_outcome: whether it is left out because it tells what happened.
     """
 
     name: str
@@ -106,6 +92,7 @@ class ColumnProfile:
     example: str
     role: str = ""
     readable: float = 1.0
+    is_outcome: bool = False
 
 
 def guessed_schema(
@@ -131,6 +118,31 @@ def guessed_schema(
         schema, columns = profile(sample, labels, keys, missing=marks, time_unit=time_unit, time_format=time_format)
         return schema, columns, sample.height
     return with_reading(source.default_schema(path), missing, time_unit, time_format), [], 0
+
+
+def schema_for(
+    source: Format,
+    path: Path,
+    labels: Collection[str] = (),
+    keys: Mapping[str, str] | None = None,
+    *,
+    keep: Collection[str] = (),
+    missing: Collection[str] | None = None,
+    time_unit: TimeUnit | None = None,
+    time_format: str | None = None,
+) -> Schema:
+    """The schema of `guessed_schema`, to import by; what is left out because it tells what happened is warned of.
+
+    Args:
+        keep: columns that are kept beside the features, and are none.
+    """
+    schema, columns, _ = guessed_schema(
+        source, path, labels, keys, missing=missing, time_unit=time_unit, time_format=time_format
+    )
+    for column in columns:
+        if column.is_outcome and column.name not in keep:
+            warnings.warn(f'{path}: column "{column.name}" is {column.use}', stacklevel=3)
+    return schema.without(keep)
 
 
 def with_reading(
@@ -181,13 +193,13 @@ def profile(
     Raises:
         ValueError: if one of these columns does not exist, or a label does not hold numbers.
     """
-    facts = {name: _facts(sample[name], missing) for name in sample.columns}
+    facts = {name: facts_of(sample[name], missing) for name in sample.columns}
     given = dict(keys or {})
     for what, name in (*(("label", name) for name in labels), *given.items()):
         if name not in facts:
             raise ValueError(f'{what}: there is no column "{name}"; there are {", ".join(facts)}')
-    time = {"time_unit": time_unit, "time_format": time_format}
-    guessed = _keys(sample, facts, missing, time)
+    told = _Time(time_unit, time_format)
+    guessed = _keys(sample, facts, missing, told)
     guessed = {key: name for key, name in guessed.items() if name not in (*given.values(), *labels)}
     keys = guessed | given
     labels, outcomes = _labels(sample, facts, set(keys.values()), list(labels), missing)
@@ -196,16 +208,17 @@ def profile(
     roles: dict[str, Role] = {}
     for key, column in keys.items():
         uses[column] = f"key {key}"
+    repeating: dict[str, str] = {}
     for name, fact in facts.items():
-        if _bare(name) in KEY_NAMES["request_id"] and name not in keys.values() and fact.is_readable:
-            outcomes.setdefault(name, "left out: repeats, so it is no key of single rows")
-    uses |= outcomes
+        if bare_name(name) in KEY_NAMES["request_id"] and name not in keys.values() and fact.is_readable:
+            repeating.setdefault(name, "left out: repeats, so it is no key of single rows")
+    uses |= repeating | outcomes
     for label in labels:
         uses[label] = "label" if not facts[label].positive else f'label: 1 is "{facts[label].positive}"'
     only_keys = {keys.get(key) for key in ("request_id", "timestamp", "weight", "bid")}
     sequences: dict[str, list[str]] = {}
     for name in sample.columns:
-        if name in labels or name in outcomes or name in only_keys:
+        if name in labels or name in outcomes or name in repeating or name in only_keys:
             continue
         fact = facts[name]
         if name.startswith(TRUE_PREFIX):
@@ -221,7 +234,7 @@ def profile(
         if fact.is_list and "." in name:
             sequences.setdefault(name.split(".", 1)[0], []).append(name)
             continue
-        if fact.is_list and any(word in _bare(name) for word in _HISTORY_WORDS):
+        if fact.is_list and any(word in bare_name(name) for word in HISTORY_WORDS):
             shared = keys.get("item_id")
             table = shared if shared is not None and _overlap(sample, name, shared, fact.separator) > 0.5 else None
             field = EventId(name=shared or "id", table=table) if table else EventId(name="id")
@@ -247,180 +260,42 @@ def profile(
         features.append(Sequence(name=sequence, fields=fields))
         uses.update(dict.fromkeys(columns, "sequence"))
         roles.update(dict.fromkeys(columns, "user"))
+    time = told
     if "timestamp" in keys:
-        time = _time(sample[keys["timestamp"]], missing, time)
-        how = (
-            time["time_format"]
-            or {"s": "", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}[time["time_unit"] or "s"]
-        )
+        time = _time(sample[keys["timestamp"]], missing, told)
+        how = time.layout or _UNIT_NAMES[time.unit or "s"]
         uses[keys["timestamp"]] += f", {how}" if how else ""
     schema = Schema(
         features=tuple(features),
         labels=tuple(_label(name, facts[name]) for name in labels),
         keys=Keys(**keys),
         missing=tuple(missing),
-        time_unit=time["time_unit"] or "s",  # type: ignore[arg-type]
-        time_format=time["time_format"],
+        time_unit=time.unit or "s",
+        time_format=time.layout,
     )
     featured = {feature.name for feature in features} | {name for names in sequences.values() for name in names}
     profiles = [
         ColumnProfile(
             name, uses[name], fact.dtype, fact.distinct, fact.missing, fact.top,
             roles[name] if name in featured else "", _readable(sample[name], fact, uses[name], missing, time),
+            name in outcomes,
         )
         for name, fact in facts.items()
     ]  # fmt: skip
     return schema, profiles
 
 
-def _readable(
-    column: pl.Series, fact: _Facts, use: str, missing: Collection[str], time: Mapping[str, str | None]
-) -> float:
+def _readable(column: pl.Series, fact: Facts, use: str, missing: Collection[str], time: _Time) -> float:
     if use.startswith("key timestamp"):
-        seconds = seconds_of(column, time["time_unit"] or "s", time["time_format"], missing)  # type: ignore[arg-type]
+        seconds = seconds_of(column, time.unit or "s", time.layout, missing)
         return 1.0 - seconds.null_count() / max(len(column), 1)
     return 0.0 if not fact.is_readable else 1.0 - fact.missing - fact.bad
 
 
-def _bare(name: str) -> str:
-    """A name in small letters, without the type that some files write behind it."""
-    bare, _, kind = name.lower().rpartition(":")
-    return bare if kind in _TYPED else name.lower()
-
-
-def _typed(name: str) -> str:
-    kind = name.lower().rpartition(":")[2]
-    return kind if kind in _TYPED and ":" in name else ""
-
-
-@dataclass(frozen=True)
-class _Facts:
-    dtype: str
-    distinct: int
-    missing: float
-    top: str
-    is_readable: bool = True
-    is_list: bool = False
-    separator: str | None = None
-    is_number: bool = False
-    is_integer: bool = False
-    is_quantity: bool = False
-    all_distinct: bool = False
-    lowest: float = 0.0
-    is_binary: bool = False
-    numbers_in_list: bool = False
-    bad: float = 0.0
-    repeated: float = 0.0
-    positive: str = ""
-    negative: str = ""
-
-
-def _facts(column: pl.Series, missing: Collection[str]) -> _Facts:
-    rows = max(len(column), 1)
-    dtype = str(column.dtype)
-    nested = isinstance(column.dtype, (pl.List, pl.Array))
-    elements = column.explode().drop_nulls() if nested else column
-    if not is_value(elements.dtype):
-        return _Facts(dtype=dtype, distinct=0, missing=column.null_count() / rows, top="", is_readable=False)
-    if nested:
-        top = str(column.drop_nulls().head(1).to_list()[0])[:60] if column.null_count() < len(column) else ""
-        return _Facts(
-            dtype=dtype, distinct=elements.n_unique(), missing=column.null_count() / rows, top=top, is_list=True,
-            numbers_in_list=elements.dtype.is_float(),
-        )  # fmt: skip
-    text = as_text(column.cast(pl.String) if column.dtype.is_temporal() else column, missing)
-    typed = _typed(column.name)
-    present = text.drop_nulls()
-    counts = present.value_counts(sort=True).head(1)
-    distinct = present.n_unique()
-    numbers, wrong, infinite = as_numbers(present)
-    bad = wrong | infinite
-    is_number = len(present) > 0 and bad.mean() <= _BAD_SHARE and not column.dtype.is_temporal()
-    is_number &= not typed.endswith("seq")
-    numbers = numbers[~bad]
-    is_integer = bool(is_number and (numbers == numbers.round()).all())
-    lowest = float(numbers.min()) if is_number else 0.0
-    named_id = _bare(column.name).endswith(("id", "code", "_no")) or column.dtype == pl.Boolean or typed == "token"
-    separator = None if is_number or typed == "token" else _separator(present, _bare(column.name), typed)
-    zeros_and_ones = is_number and ((numbers != 0) & (numbers != 1)).sum() + bad.sum() <= _BAD_SHARE * len(present)
-    positive, negative = ("", "") if zeros_and_ones or distinct != 2 else _classes(present, _bare(column.name))
-    if column.dtype == pl.String:
-        kind = "integer" if is_integer else "number" if is_number else "list" if separator else "text"
-        dtype = kind if len(present) else "empty"
-    return _Facts(
-        dtype=dtype,
-        distinct=distinct,
-        missing=(rows - len(present)) / rows if len(column) else 0.0,
-        top="" if not counts.height else str(counts.row(0)[0])[:60],
-        is_list=separator is not None,
-        separator=separator,
-        is_number=is_number,
-        is_integer=is_integer,
-        is_quantity=is_number and not named_id and (not is_integer or distinct > _MOST_CODES or typed == "float"),
-        all_distinct=distinct == len(present) and len(present) > 100,
-        lowest=lowest,
-        is_binary=bool(zeros_and_ones) or bool(positive),
-        bad=float(bad.sum()) / rows if is_number else 0.0,
-        repeated=1.0 - distinct / max(len(present), 1),
-        positive=positive,
-        negative=negative,
-    )
-
-
-def _separator(present: pl.Series, bare: str, typed: str) -> str | None:
-    """The character that joins lists: it stands in at least a tenth of the texts, and cutting there finds values that
-    recur. Commas and blanks stand in ordinary text too: they join only what looks like ids. Square brackets hold lists
-    in any case."""
-    if typed.endswith("seq"):
-        return " "
-    if len(present) and present.str.contains(r"(?s)^\[.*\]$").mean() > 1 - _BAD_SHARE:  # type: ignore[operator]
-        return "," if present.str.contains(",", literal=True).any() else " "
-    for separator in (*_SEPARATORS, ",", " "):
-        joined = present.filter(present.str.contains(separator, literal=True))
-        if len(joined) < max(len(present) // 10, 1):
-            continue
-        pieces = joined.str.split(separator).explode().str.strip_chars()
-        if pieces.n_unique() == len(pieces):
-            continue
-        integers = pieces.str.contains(r"^[0-9]+$").mean() == 1.0
-        if separator == ",":
-            decimal = (
-                integers and bool((joined.str.count_matches(",") == 1).all()) and not joined.str.contains(" ").any()
-            )
-            if decimal or not pieces.str.contains(r"^[^\s]+$").all():
-                continue
-        if separator == " " and not integers and not any(word in bare for word in _HISTORY_WORDS):
-            continue
-        return separator
-    return None
-
-
-def _classes(present: pl.Series, bare: str) -> tuple[str, str]:
-    """Which of the two texts of a column means 1 and which 0; two empty texts if they are no classes.
-
-    Pairs such as yes and no are known; in a column named like a label `>50K` is the 1 beside `<=50K`, what begins with
-    a minus is the 0, and else the rarer one is the 1.
-    """
-    counts = present.value_counts(sort=True)
-    frequent, rare = (str(value) for value in counts[present.name].to_list())
-    for one, zero in _CLASSES:
-        for yes, no in ((frequent, rare), (rare, frequent)):
-            if (yes.lower(), no.lower()) == (one, zero):
-                return yes, no
-    if bare not in _CLASS_NAMES or as_numbers(present)[1].mean() <= _BAD_SHARE:
-        return "", ""
-    for yes, no in ((frequent, rare), (rare, frequent)):
-        if (yes[0] == ">" and no[0] == "<") or (no[0] == "-" and yes[0] != "-"):
-            return yes, no
-    return rare, frequent
-
-
-def _keys(
-    sample: pl.DataFrame, facts: dict[str, _Facts], missing: Collection[str], time: Mapping[str, str | None]
-) -> dict[str, str]:
+def _keys(sample: pl.DataFrame, facts: dict[str, Facts], missing: Collection[str], time: _Time) -> dict[str, str]:
     """Columns named like keys that can be what they are named."""
     keys: dict[str, str] = {}
-    bare = {_bare(name): name for name in reversed(facts)}
+    bare = {bare_name(name): name for name in reversed(facts)}
     for key, names in KEY_NAMES.items():
         for short in (*names, *(_ITEM_KEYS_TOO if key == "item_id" else ())):
             name = bare.get(short)
@@ -431,8 +306,8 @@ def _keys(
                 fits = fact.repeated <= _MOST_REPEATED and fact.missing <= _MOST_REPEATED
             elif key == "timestamp":
                 found = _time(sample[name], missing, time)
-                seconds = seconds_of(sample[name], found["time_unit"] or "s", found["time_format"], missing)  # type: ignore[arg-type]
-                fits = seconds.null_count() <= _BAD_SHARE * len(seconds)
+                seconds = seconds_of(sample[name], found.unit or "s", found.layout, missing)
+                fits = seconds.null_count() <= BAD_SHARE * len(seconds)
             else:
                 fits = key not in ("weight", "bid") or (fact.is_number and fact.lowest >= 0)
             if fits:
@@ -440,17 +315,25 @@ def _keys(
     return keys
 
 
-def _time(column: pl.Series, missing: Collection[str], known: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Unit and format of a timestamp, as far as they are not known, by the whole sample."""
-    if known["time_unit"] or known["time_format"] or column.dtype.is_temporal():
-        return dict(known)
+@dataclass(frozen=True)
+class _Time:
+    """How a timestamp is written, as far as it is known."""
+
+    unit: TimeUnit | None
+    layout: str | None
+
+
+def _time(column: pl.Series, missing: Collection[str], told: _Time) -> _Time:
+    """Unit and layout of a timestamp, by the whole sample if neither was told."""
+    if told.unit or told.layout or column.dtype.is_temporal():
+        return told
     text = as_text(column, missing)
-    return {"time_unit": unit_of(text), "time_format": date_layout(text) or text_layout(text)}
+    return _Time(unit_of(text), date_layout(text) or text_layout(text))
 
 
 def _labels(
     sample: pl.DataFrame,
-    facts: dict[str, _Facts],
+    facts: dict[str, Facts],
     keys: set[str],
     given: list[str],
     missing: Collection[str],
@@ -458,10 +341,10 @@ def _labels(
     """The labels, the main one first, and why other columns that only what happened can fill are left out."""
     outcomes: dict[str, str] = {}
     free = [name for name, fact in facts.items() if name not in keys and fact.is_readable and not fact.is_list]
-    named = [name for name in free if _bare(name) in LABEL_NAMES and facts[name].is_binary]
+    named = [name for name in free if bare_name(name) in LABEL_NAMES and facts[name].is_binary]
     named += [name for name in free if name not in named and _named_outcome(name) and facts[name].is_binary]
-    classes = [name for name in free if _bare(name) in _CLASS_NAMES and facts[name].is_binary]
-    ratings = [name for name in free if _bare(name) == "rating" and facts[name].is_number]
+    classes = [name for name in free if bare_name(name) in CLASS_NAMES and facts[name].is_binary]
+    ratings = [name for name in free if bare_name(name) == "rating" and facts[name].is_number]
     binary = [name for name in free if facts[name].is_binary and facts[name].distinct > 1]
     # A single column of zeros and ones is the only thing that can be the label; of several, the user must choose.
     plain = [name for name in binary if facts[name].dtype != "Boolean" and not facts[name].positive] or binary
@@ -469,9 +352,9 @@ def _labels(
     for name in free:
         if name in labels:
             continue
-        if name in named or (given and _bare(name) in LABEL_NAMES):
+        if name in named or (given and bare_name(name) in LABEL_NAMES):
             outcomes[name] = "left out: named like a label"
-        elif any(_bare(name).startswith(word) for word in _OUTCOME_NUMBERS) and facts[name].is_number and labels:
+        elif any(bare_name(name).startswith(word) for word in _OUTCOME_NUMBERS) and facts[name].is_number and labels:
             outcomes[name] = "left out: known only after what it would predict, by its name"
     if labels and facts[labels[0]].is_binary:
         main = _ones(sample[labels[0]], facts[labels[0]], missing)
@@ -485,11 +368,11 @@ def _labels(
 
 
 def _named_outcome(name: str) -> bool:
-    bare = _bare(name)
+    bare = bare_name(name)
     return bare in OUTCOME_NAMES or any(bare.removeprefix(prefix) in OUTCOME_NAMES for prefix in _OUTCOME_PREFIXES)
 
 
-def _ones(column: pl.Series, fact: _Facts, missing: Collection[str]) -> Mask:
+def _ones(column: pl.Series, fact: Facts, missing: Collection[str]) -> Mask:
     text = as_text(column.cast(pl.Int8) if column.dtype == pl.Boolean else column, missing)
     if fact.positive:
         return (text == fact.positive).fill_null(False).to_numpy()
@@ -497,7 +380,7 @@ def _ones(column: pl.Series, fact: _Facts, missing: Collection[str]) -> Mask:
     return ones
 
 
-def _only_where(main: Mask, column: pl.Series, fact: _Facts, missing: Collection[str]) -> bool:
+def _only_where(main: Mask, column: pl.Series, fact: Facts, missing: Collection[str]) -> bool:
     """Whether a column has a value other than 0 at positives alone, beyond chance."""
     if not fact.missing and not fact.is_number:
         return False
@@ -509,7 +392,7 @@ def _only_where(main: Mask, column: pl.Series, fact: _Facts, missing: Collection
     return count > 0 and not filled.all() and bool(main[filled].all()) and share**count < _BY_CHANCE
 
 
-def _label(name: str, fact: _Facts) -> Label:
+def _label(name: str, fact: Facts) -> Label:
     if fact.positive:
         return Label(name=name, positive=(fact.positive,), negative=(fact.negative,))
     if not fact.is_number:
@@ -520,7 +403,7 @@ def _label(name: str, fact: _Facts) -> Label:
     return Label(name=name, kind="binary" if fact.is_binary else "regression")
 
 
-def _role(sample: pl.DataFrame, name: str, keys: dict[str, str], fact: _Facts) -> Role:
+def _role(sample: pl.DataFrame, name: str, keys: dict[str, str], fact: Facts) -> Role:
     """The key that decides the column's value, if one does."""
     roles: tuple[tuple[str, Role], ...] = (("user_id", "user"), ("item_id", "item"))
     for key, role in roles:
@@ -550,7 +433,7 @@ def _overlap(sample: pl.DataFrame, name: str, shared: str, separator: str | None
     return float(elements.is_in(sample[shared].cast(pl.String).unique().implode()).mean() or 0.0)  # type: ignore[arg-type]
 
 
-def _event_field(name: str, fact: _Facts, item: str | None) -> EventId | EventNumber:
+def _event_field(name: str, fact: Facts, item: str | None) -> EventId | EventNumber:
     if fact.numbers_in_list:
         return EventNumber(name=name)
     return EventId(name=name, table=item if name == item else None)

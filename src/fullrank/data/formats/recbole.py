@@ -9,12 +9,13 @@ from typing import Literal
 
 import polars as pl
 
+from fullrank.data.column_facts import LABEL_NAMES
 from fullrank.data.formats.base import part_files
 from fullrank.data.formats.delimited import delimited_chunks
 from fullrank.data.formats.layout import Layout, text_layout
 from fullrank.data.formats.lines import bare_name
 from fullrank.data.formats.options import ReadOptions
-from fullrank.data.inference import KEY_NAMES, LABEL_NAMES
+from fullrank.data.inference import KEY_NAMES
 from fullrank.data.raw import LINE_COLUMN, RawChunk, check_columns, no_rejected, only_rejected, raw_columns
 from fullrank.data.splits import PARTS
 from fullrank.schema import (
