@@ -129,7 +129,7 @@ def test_outcomes_are_labels_or_left_out() -> None:
 
 def test_what_only_an_outcome_fills_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning) as warned:
-        dataset = Dataset.from_frame(pl.DataFrame(shop()), "click", path=tmp_path / "shop")
+        dataset = Dataset.from_frame(pl.DataFrame(shop()), label="click", path=tmp_path / "shop")
     told = [str(warning.message) for warning in warned]
     assert [text.split('"')[1] for text in told] == ["note", "paid", "gift", "is_share"]
     assert [feature.name for feature in dataset.schema.features] == ["user_id"]
