@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 PROGRAM = """
 import sys
+from pathlib import Path
 before = set(sys.modules)
 {statements}
 loaded = {{name.split(".")[0] for name in set(sys.modules) - before}} - set(sys.stdlib_module_names)
@@ -47,3 +49,12 @@ def test_listing_the_fields_of_a_model_loads_no_other_model() -> None:
         HELP.format(arguments=["models", "lr", "--json"]) + "\nassert 'fullrank.models.fm' not in sys.modules"
     )
     assert "torch" in modules  # which is what the tests above would find, were it loaded
+
+
+def test_an_import_of_a_log_loads_neither_torch_nor_pandas(tmp_path: Path) -> None:
+    """Arrow loads pandas, where it is installed, for each array that it is to make of numbers."""
+    log = tmp_path / "log.csv"
+    log.write_text("user_id,tags,price,click\n1,a|b,2.5,0\n2,a,3.5,1\n1,b|a,,1\n")
+    words = ["data", "import", "csv", str(log), str(tmp_path / "log"), "--split", "none", "--json"]
+    modules = loaded(HELP.format(arguments=words))
+    assert modules >= {"polars", "pyarrow"} and not modules & {"pandas", "torch"}

@@ -35,12 +35,18 @@ def as_numpy(array: pa.Array) -> npt.NDArray[Any]:
 
 
 def as_array(values: pl.Series | npt.NDArray[Any]) -> pa.Array:
-    """A column in one piece, as Arrow has it; a matrix is lists of fixed size."""
+    """A column in one piece, as Arrow has it; a matrix is lists of fixed size.
+
+    Numbers are not handed to `pyarrow.array`, which imports pandas wherever it is installed (a sixth of a second).
+    """
     if isinstance(values, pl.Series):
         return values.rechunk().to_arrow()
     if values.ndim == 2:
-        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-    return pa.array(values)
+        return pa.FixedSizeListArray.from_arrays(as_array(values.ravel()), values.shape[1])
+    if values.dtype == bool:
+        return pl.Series(values).to_arrow()
+    kind = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
 def as_one_array(column: pa.ChunkedArray) -> pa.Array:
@@ -61,4 +67,4 @@ def list_array(offsets: npt.NDArray[np.integer[Any]], elements: pl.Series | npt.
         elements: shape (m,).
     """
     # 32-bit offsets: releases of polars before 2 crash on lists of text with 64-bit ones.
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32, copy=False)), as_array(elements))
+    return pa.ListArray.from_arrays(as_array(offsets.astype(np.int32, copy=False)), as_array(elements))

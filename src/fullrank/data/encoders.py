@@ -17,11 +17,10 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
 from pydantic import ValidationError
 
 from fullrank.data import atomic
-from fullrank.data.arrow import as_series, list_array
+from fullrank.data.arrow import as_array, as_series, list_array
 from fullrank.data.checks import check
 from fullrank.data.chunk import Chunk, Coded, Integers
 from fullrank.data.fitting import Embedded, Fitting
@@ -290,5 +289,5 @@ def _series(name: str, values: npt.NDArray[Any]) -> pl.Series:
 def _lists(name: str, rows: Integers, offsets: Integers, elements: npt.NDArray[Any]) -> pl.Series:
     lists = list_array(offsets, elements)
     if len(rows) != len(lists) or not np.array_equal(rows, np.arange(len(rows))):
-        lists = lists.take(pa.array(rows))
+        lists = lists.take(as_array(rows))
     return as_series(lists, name)

@@ -33,6 +33,7 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict, Field
 
 from fullrank.data import atomic
+from fullrank.data.arrow import as_array
 from fullrank.data.dataset import Dataset, write_dataset
 from fullrank.schema import Categorical, EventId, EventNumber, Keys, Label, Numeric, Schema, Sequence
 
@@ -355,7 +356,7 @@ def _lists(name: str, values: npt.NDArray[Any], lengths: Ints, row: Ints) -> pl.
     import pyarrow as pa
 
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    lists = pl.Series(name, pl.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))))
+    lists = pl.Series(name, pl.from_arrow(pa.LargeListArray.from_arrays(as_array(offsets), as_array(values))))
     return lists.gather(row)
 
 

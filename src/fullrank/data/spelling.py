@@ -69,10 +69,12 @@ def _spelled(values: pl.Series, missing: Collection[str]) -> pl.Series:
     data, offsets = text_bytes(values)
     if not len(data):
         return pl.Series(values.name, [None], dtype=pl.String).new_from_index(0, len(values))
-    lengths = np.diff(offsets)
     first, last = data[np.minimum(offsets[:-1], len(data) - 1)], data[np.maximum(offsets[1:], 1) - 1]
-    odd = (lengths <= max(5, *(len(mark.encode()) for mark in missing), 0)) | (first <= 32) | (last <= 32)
-    odd |= (first == 0xC2) | (last == 0xA0)
+    marks = [text.encode() for text in (*_TRUTHS, *missing) if text]
+    begins = np.zeros(256, dtype=bool)
+    begins[[mark[0] for mark in marks]] = True
+    odd = begins[first] & (np.diff(offsets) <= max(map(len, marks)))
+    odd |= (first <= 32) | (last <= 32) | (first == 0xC2) | (last == 0xA0) | (offsets[1:] == offsets[:-1])
     if (data == ord(".")).any():
         odd |= last == ord("0")
     if values.null_count():
@@ -89,9 +91,8 @@ def _spelled(values: pl.Series, missing: Collection[str]) -> pl.Series:
     truths = after.is_in(list(_TRUTHS))
     if truths.any():
         after = after.replace(_TRUTHS)
-    marks = ["", *missing]
     after = after.to_frame("text").select(
-        pl.when(~pl.col("text").is_in(marks)).then(pl.col("text"))
+        pl.when(~pl.col("text").is_in(["", *missing])).then(pl.col("text"))
     ).to_series()  # fmt: skip
     if after.equals(before):
         return values

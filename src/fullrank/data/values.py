@@ -108,7 +108,7 @@ class Lists:
         starts = self.offsets[1:] - kept if newest else self.offsets[:-1]
         offsets = _offsets(kept)
         places = np.repeat(starts - offsets[:-1], kept) + np.arange(offsets[-1], dtype=np.int32)
-        return Lists(offsets, self.elements.take(pa.array(places)))
+        return Lists(offsets, self.elements.take(as_array(places)))
 
     def without_missing(self, missing: Collection[str] = ()) -> Lists:
         """Without elements that are empty texts or markers of missing values."""
@@ -119,7 +119,7 @@ class Lists:
         if not empty.any():
             return self
         before = np.concatenate([[0], np.cumsum(empty)])
-        return Lists((self.offsets - before[self.offsets]).astype(np.int32), self.elements.filter(pa.array(~empty)))
+        return Lists((self.offsets - before[self.offsets]).astype(np.int32), self.elements.filter(as_array(~empty)))
 
 
 def lists_of(column: pl.Series, separator: str, missing: Collection[str] = ()) -> Lists:
@@ -138,7 +138,7 @@ def lists_of(column: pl.Series, separator: str, missing: Collection[str] = ()) -
         return _split(text, ord(separator))
     array = as_array(text.str.split(separator))
     filled = (text != "").to_numpy()
-    return Lists(_offsets(as_numpy(array.value_lengths()) * filled), array.filter(pa.array(filled)).flatten())
+    return Lists(_offsets(as_numpy(array.value_lengths()) * filled), array.filter(as_array(filled)).flatten())
 
 
 def _unwrapped(text: pl.Series, separator: str) -> pl.Series:

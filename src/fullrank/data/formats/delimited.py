@@ -68,11 +68,11 @@ def _numbered(blocks: Iterable[bytes], skipped: int) -> Iterator[_Block]:
     """Blocks with their line numbers, without the lines before the first row."""
     line = 1
     for block in blocks:
-        data = block
-        if line <= skipped:
-            before = min(skipped - line + 1, data.count(b"\n") + (not data.endswith(b"\n")))
-            data = data.split(b"\n", before)[before] if data.count(b"\n") >= before else b""
-            line += before
+        begin = 0
+        while line <= skipped and begin < len(block):
+            begin = block.find(b"\n", begin) + 1 or len(block)
+            line += 1
+        data = block[begin:] if begin else block
         if data:
             lines = data.count(b"\n") + (not data.endswith(b"\n"))
             yield _Block(data, line, lines)

@@ -201,6 +201,8 @@ def _separator(lines: Sequence[str], quote: str) -> str:
     rows = [line for line in lines if line.strip()]
     best, most = "", 1
     for separator in SEPARATORS:
+        if separator not in rows[0]:
+            continue
         widths = [_width(line, separator, quote) for line in rows]
         wide = Counter(widths[1:]).most_common(1)[0][0] if len(widths) > 1 else widths[0]
         agree = sum(width == wide for width in widths[1:])

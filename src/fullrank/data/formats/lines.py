@@ -127,7 +127,8 @@ def _texts(path: Path, block_bytes: int, encoding: str | None) -> Iterator[bytes
             except _DAMAGED as error:
                 raise ValueError(f"{path}: the {kind} stream is damaged or cut short: {_brief(error)}") from None
 
-        head = read(_HEAD_BYTES)
+        data = read(max(block_bytes, _HEAD_BYTES))
+        head = data[:_HEAD_BYTES]
         marked = next((name for mark, name in _MARKS if head.startswith(mark)), None)
         encoding = encoding or marked
         decoder: Any = None
@@ -137,11 +138,10 @@ def _texts(path: Path, block_bytes: int, encoding: str | None) -> Iterator[bytes
                     f"{path} is not text, or is UTF-16 without a byte order mark: pass --encoding utf-16-le or -be"
                 )
         elif codecs.lookup(encoding).name in ("utf-8", "utf-8-sig"):
-            head = head.removeprefix(codecs.BOM_UTF8)
+            data = data.removeprefix(codecs.BOM_UTF8)
         else:
             decoder = codecs.getincrementaldecoder(encoding)()
         held = b""
-        data = head + read(max(block_bytes - len(head), 0))
         while data or decoder is not None or held:
             text = data
             if decoder is not None:

@@ -15,6 +15,7 @@ import polars as pl
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
+from fullrank.data.arrow import as_array
 from fullrank.data.splits import PARTS
 from fullrank.schema import Schema
 
@@ -114,11 +115,11 @@ def event_columns(sequence: str, fields: Columns, lengths: Ints) -> list[pl.Seri
     """Padded events (n, L), real ones first, as list columns `<sequence>.<field>`."""
     width = next(iter(fields.values())).shape[1]
     real = (np.arange(width) < lengths[:, None]).reshape(-1)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]))
+    offsets = as_array(np.concatenate([[0], np.cumsum(lengths)]))
     return [
         pl.Series(
             f"{sequence}.{name}",
-            pl.from_arrow(pa.LargeListArray.from_arrays(offsets, pa.array(values.reshape(-1)[real]))),
+            pl.from_arrow(pa.LargeListArray.from_arrays(offsets, as_array(values.reshape(-1)[real]))),
         )
         for name, values in fields.items()
     ]
