@@ -8,7 +8,7 @@ control characters, quotes, lines of other length. It is then inspected and impo
 process that is used again and again. What is counted:
 
 - tracebacks: anything but success, or a refusal in one line that is the importer's own and not a library's; a worker
-  that dies, and a warning that reaches the user;
+  that dies, and a library's warning that reaches the user;
 - hangs: more than 20 seconds;
 - memory: a resident size above 500 MB while the file is read.
 
@@ -376,19 +376,16 @@ def make(number: int, seed: int, folder: Path, kinds: list[str]) -> tuple[str, P
 def _bring(kind: str, path: Path, out: Path) -> str:
     """Inspect and import; what is wrong with the way it ended, or nothing."""
     from fullrank.data.formats import open_format
-    from fullrank.data.formats.base import Noted, Sampled
+    from fullrank.data.formats.base import Noted
     from fullrank.data.importing import import_dataset
-    from fullrank.data.inference import profile
+    from fullrank.data.inference import guessed_schema
     from fullrank.data.splits import SplitSpec
 
     name = SEEDS[kind][1]
 
     def inspect() -> None:
         source = open_format(name)
-        if isinstance(source, Sampled):
-            profile(source.sample(path))
-        else:
-            source.default_schema(path)
+        guessed_schema(source, path)
         if isinstance(source, Noted):
             source.notes(path)
 
@@ -416,8 +413,10 @@ def _bring(kind: str, path: Path, out: Path) -> str:
                 return f"{step.__name__}: {type(error).__name__} at {where}: {str(error)[:200]!r}"
         if printed:
             return f"{step.__name__}: printed: {printed[0]}"
-        if caught:
-            return f"{step.__name__}: {caught[0].category.__name__}: {str(caught[0].message)[:200]}"
+        # That a column tells what happened is for the user to know.
+        strange = [each for each in caught if "is left out: " not in str(each.message)]
+        if strange:
+            return f"{step.__name__}: {strange[0].category.__name__}: {str(strange[0].message)[:200]}"
     return ""
 
 
