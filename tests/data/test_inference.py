@@ -165,6 +165,8 @@ def test_labels_in_words(values: tuple[str, str], positive: str, negative: str) 
         (['["a", "b"]', '["b"]', "[]"], ","),
         (["a red shirt", "a blue shirt", "red"], None),
         (["3,5", "7,5", "9,1"], None),
+        (["Zara, Inc.", "Nike", "Apple, Inc."], None),
+        (["a|b", "c|d", "e"], None),
     ],
 )
 def test_lists_in_texts(texts: list[str], separator: str | None) -> None:
@@ -187,6 +189,23 @@ def test_lists_in_texts(texts: list[str], separator: str | None) -> None:
 def test_times(times: list[object], unit: str, layout: str | None) -> None:
     schema = infer_schema(pl.DataFrame({"click": [0, 1], "x": ["a", "b"], "timestamp": times}))
     assert (schema.keys.timestamp, schema.time_unit, schema.time_format) == ("timestamp", unit, layout)
+
+
+def test_times_under_other_names() -> None:
+    rows = {"click": [0, 1, 0], "uid": ["a", "b", "a"], "bornDate": [1500000000] * 3, "load_time": [3, 4, 90]}
+    schema, columns = profile(pl.DataFrame({**rows, "server_ts": [1600000000000, 1600000060000, 1600000070000]}))
+    assert (schema.keys.timestamp, schema.time_unit) == ("server_ts", "ms")
+    uses = {column.name: column.use for column in columns}
+    assert uses["bornDate"] == "left out: a time, and not the key" and uses["load_time"] == "categorical"
+    texts = ["2020-09-30T10:00:00+02:00", "2020-10-01", "2020-10-02"]
+    assert infer_schema(pl.DataFrame({**rows, "created_at": texts})).keys.timestamp == "created_at"
+
+
+def test_sessions_are_users_where_there_are_none() -> None:
+    rows = {"click": [0, 1, 0], "session_id": ["s1", "s1", "s2"]}
+    assert infer_schema(pl.DataFrame(rows)).keys.user_id == "session_id"
+    schema = infer_schema(pl.DataFrame({**rows, "user_id": ["a", "b", "a"]}))
+    assert schema.keys.user_id == "user_id" and [feature.name for feature in schema.features] == ["user_id"]
 
 
 def test_what_cannot_be_a_time_is_no_key() -> None:

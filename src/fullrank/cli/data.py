@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
     from fullrank.data.dataset import Dataset
     from fullrank.data.formats.options import ReadOptions
+    from fullrank.data.inference import ColumnProfile
     from fullrank.schema import TimeUnit
+
+# Columns of text: where there is no terminal, and what examples of values need.
+_PIPED_WIDTH, _ROOM_FOR_EXAMPLES = 140, 100
 
 app = typer.Typer(
     help="Make datasets: import a log, simulate one, look at a file.",
@@ -294,20 +298,32 @@ def _read_options(
     return ReadOptions.of(**given, **({} if header else {"header": False}))
 
 
-def _print_columns(columns: list[Any], file: Path, rows: int) -> None:
+def _print_columns(columns: list[ColumnProfile], file: Path, rows: int) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console(stderr=True, markup=False)
+    if not console.is_terminal:
+        console.width = _PIPED_WIDTH
     console.print(f"{file.name}: first {rows:,} rows", highlight=False)
-    table = Table()
-    for heading in ("column", "type", "distinct", "readable", "most frequent", "role", "use"):
-        table.add_column(heading, justify="right" if heading in ("distinct", "readable") else "left")
-    for column in columns:
-        readable = f"{column.readable:.1%}"
-        table.add_row(
-            column.name, column.dtype, f"{column.distinct:,}", readable, column.example, column.role, column.use
-        )
+    shown = {
+        "column": [column.name for column in columns],
+        "type": [column.dtype for column in columns],
+        "distinct": [f"{column.distinct:,}" for column in columns],
+        "readable": [f"{column.readable:.1%}" for column in columns],
+        "most frequent": [column.example[:20] for column in columns],
+        "role": [column.role for column in columns],
+        "use": [column.use for column in columns],
+    }
+    if console.width < _ROOM_FOR_EXAMPLES:
+        del shown["most frequent"]
+    table = Table(box=SIMPLE_HEAD)
+    for heading in shown:
+        right = heading in ("distinct", "readable")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "use", overflow="fold")
+    for row in zip(*shown.values(), strict=True):
+        table.add_row(*row)
     console.print(table)
 
 

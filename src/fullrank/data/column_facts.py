@@ -133,26 +133,28 @@ def _typed(name: str) -> str:
 
 
 def _separator(present: pl.Series, bare: str, typed: str) -> str | None:
-    """The character that joins lists: it stands in at least a tenth of the texts, and cutting there finds values that
-    recur. Commas and blanks stand in ordinary text too: they join only what looks like ids. Square brackets hold lists
-    in any case."""
+    """The character that joins lists: it stands in at least a tenth of the texts, and cutting there finds elements that
+    stand in other texts too. Commas and blanks stand in ordinary text as well: they join only what looks like ids.
+    Square brackets hold lists in any case."""
     if typed.endswith("seq"):
         return " "
     if len(present) and present.str.contains(r"(?s)^\[.*\]$").mean() > 1 - BAD_SHARE:  # type: ignore[operator]
         return "," if present.str.contains(",", literal=True).any() else " "
+    texts = present.unique(maintain_order=True)
     for separator in (*_SEPARATORS, ",", " "):
-        joined = present.filter(present.str.contains(separator, literal=True))
-        if len(joined) < max(len(present) // 10, 1):
+        if present.str.contains(separator, literal=True).sum() < max(len(present) // 10, 1):
             continue
-        pieces = joined.str.split(separator).explode().str.strip_chars()
+        joined = texts.filter(texts.str.contains(separator, literal=True))
+        pieces = texts.str.split(separator).explode().str.strip_chars()
         if pieces.n_unique() == len(pieces):
             continue
         integers = pieces.str.contains(r"^[0-9]+$").mean() == 1.0
         if separator == ",":
-            decimal = (
-                integers and bool((joined.str.count_matches(",") == 1).all()) and not joined.str.contains(" ").any()
-            )
-            if decimal or not pieces.str.contains(r"^[^\s]+$").all():
+            spaced = bool(joined.str.contains(", ", literal=True).any())
+            decimal = integers and bool((joined.str.count_matches(",") == 1).all()) and not spaced
+            # `Apple, Inc.` and `Zara, Inc.` are names.
+            names = spaced and 3 * pieces.n_unique() > len(pieces)
+            if decimal or not (integers or (pieces.str.contains(r"^[^\s]+$").all() and not names)):
                 continue
         if separator == " " and not integers and not any(word in bare for word in HISTORY_WORDS):
             continue

@@ -6,6 +6,7 @@ must have elements that recur. What is known only after the label (an outcome) i
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from fullrank.data.column_facts import BAD_SHARE, CLASS_NAMES, HISTORY_WORDS, LA
 from fullrank.data.formats.base import Format, Sampled
 from fullrank.data.raw import TRUE_PREFIX
 from fullrank.data.spelling import as_text
-from fullrank.data.times import date_layout, seconds_of, text_layout, unit_of
+from fullrank.data.times import are_recent, date_layout, seconds_of, text_layout, unit_of
 from fullrank.data.values import as_numbers
 from fullrank.schema import (
     MISSING_MARKERS,
@@ -58,6 +59,9 @@ KEY_NAMES = {
     "weight": ("weight", "sample_weight"),
     "bid": ("bid", "bid_price"),
 }
+# Whom a log without users is about; beside users, what does not recur.
+_SESSION_NAMES = ("session_id", "sessionid", "session", "visit_id", "search_id", "query_id", "page_view_id")
+_TIME_WORDS = {"time", "ts", "timestamp", "date", "datetime", "at", "when", "millis", "ms", "epoch"}
 _ITEM_KEYS_TOO = ("article_id", "video_id", "product_id", "news_id", "asin")
 # A column follows from a key if rows of the same key differ in it less than so often as rows drawn at random would.
 _DIFFERING = 0.01
@@ -208,17 +212,25 @@ def profile(
     roles: dict[str, Role] = {}
     for key, column in keys.items():
         uses[column] = f"key {key}"
-    repeating: dict[str, str] = {}
+    passing: dict[str, str] = {}
     for name, fact in facts.items():
-        if bare_name(name) in KEY_NAMES["request_id"] and name not in keys.values() and fact.is_readable:
-            repeating.setdefault(name, "left out: repeats, so it is no key of single rows")
-    uses |= repeating | outcomes
+        if name in keys.values() or name in labels or not fact.is_readable:
+            continue
+        if bare_name(name) in KEY_NAMES["request_id"]:
+            passing[name] = "left out: repeats, so it is no key of single rows"
+        elif bare_name(name) in _SESSION_NAMES:
+            passing[name] = "left out: sessions do not come again"
+        elif (
+            fact.is_integer and fact.lowest > 0 and _is_called_time(name) and are_recent(as_text(sample[name], missing))
+        ):
+            passing[name] = "left out: a time, and not the key"
+    uses |= passing | outcomes
     for label in labels:
         uses[label] = "label" if not facts[label].positive else f'label: 1 is "{facts[label].positive}"'
     only_keys = {keys.get(key) for key in ("request_id", "timestamp", "weight", "bid")}
     sequences: dict[str, list[str]] = {}
     for name in sample.columns:
-        if name in labels or name in outcomes or name in repeating or name in only_keys:
+        if name in labels or name in outcomes or name in passing or name in only_keys:
             continue
         fact = facts[name]
         if name.startswith(TRUE_PREFIX):
@@ -312,7 +324,24 @@ def _keys(sample: pl.DataFrame, facts: dict[str, Facts], missing: Collection[str
                 fits = key not in ("weight", "bid") or (fact.is_number and fact.lowest >= 0)
             if fits:
                 keys[key] = name
+    if "user_id" not in keys:
+        sessions = [bare[short] for short in _SESSION_NAMES if short in bare and facts[bare[short]].is_readable]
+        if sessions:
+            keys["user_id"] = sessions[0]
+    if "timestamp" not in keys:
+        times = [
+            name for name, fact in facts.items()
+            if name not in keys.values() and _is_called_time(name) and fact.is_readable and not fact.is_list
+            and fact.missing <= _MOST_REPEATED and are_recent(as_text(sample[name].cast(pl.String), missing))
+        ]  # fmt: skip
+        if times:
+            keys["timestamp"] = max(times, key=lambda name: facts[name].distinct)
     return keys
+
+
+def _is_called_time(name: str) -> bool:
+    words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name.partition(":")[0])
+    return not _TIME_WORDS.isdisjoint(re.split(r"[\W_]+", words.lower()))
 
 
 @dataclass(frozen=True)

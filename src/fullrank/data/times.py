@@ -14,6 +14,8 @@ from fullrank.schema import TimeUnit
 UNITS: dict[TimeUnit, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 # Seconds since 1970 beyond this are the year 5138: surely another unit.
 LATEST_TIMESTAMP = 100_000_000_000
+# The years 2000 and 2100: numbers that are called times and lie between are times.
+_RECENT = (946_684_800, 4_102_444_800)
 # Numbers that are dates; as seconds, the first are some days of August 1970 and the second years beyond 2030.
 _DATES = {8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
 _ISO = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%d %H:%M:%S%.f %#z", "%Y-%m-%d")
@@ -105,6 +107,14 @@ def text_layout(text: pl.Series) -> str | None:
     fitting = [layout for layout in _USUAL if not _laid_out(present.head(100), layout).null_count()]
     fitting = [layout for layout in fitting if not _laid_out(present, layout).null_count()]
     return fitting[0] if len(fitting) == 1 else None
+
+
+def are_recent(values: pl.Series) -> bool:
+    """Whether (nearly) all of these are times between 2000 and 2100, in some unit or as a date and time."""
+    text = as_text(values.cast(pl.String) if values.dtype.is_temporal() else values).drop_nulls()
+    seconds = seconds_of(text, unit_of(text) or "s", date_layout(text)).drop_nulls()
+    within = seconds.is_between(*_RECENT).sum() if len(seconds) else 0
+    return len(text) > 0 and within >= 0.99 * len(text)
 
 
 def unit_of(values: pl.Series) -> TimeUnit | None:
