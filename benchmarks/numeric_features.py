@@ -36,7 +36,7 @@ NORMED = {"hidden": HIDDEN, "batch_norm": True}
 Grid = dict[str, tuple[float, int, list[dict[str, Any]]]]
 GRIDS: dict[str, tuple[int, int, Grid]] = {
     "census": (
-        1024, 8,
+        512, 8,
         {
             "lr": (1e-2, 8, [{}]),
             "dcn_v2": (1e-3, 3, [{"hidden": HIDDEN}, NORMED]),

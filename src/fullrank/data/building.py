@@ -27,9 +27,10 @@ from fullrank.data.spool import Spool
 from fullrank.schema import Schema
 
 FORMAT_VERSION = 1
-# Rows of a file and of a row group: a loader that shuffles holds a few row groups at a time.
-SHARD_ROWS = 262_144
-GROUP_ROWS = 65_536
+# A file is held in memory until it is written, and a loader that shuffles holds a few row groups at a time: both end
+# before so many rows where rows have long lists.
+SHARD_ROWS, SHARD_BYTES = 262_144, 64 << 20
+GROUP_ROWS, GROUP_BYTES = 65_536, 16 << 20
 
 
 def encoded_columns(schema: Schema) -> dict[str, pl.DataType]:
@@ -46,13 +47,13 @@ def encoded_columns(schema: Schema) -> dict[str, pl.DataType]:
 
 
 class ShardWriter:
-    """Encoded frames of one split into Parquet files of `SHARD_ROWS` rows."""
+    """Encoded frames of one split into Parquet files of `SHARD_ROWS` rows, or of little more than `SHARD_BYTES`."""
 
     def __init__(self, directory: Path, split: str) -> None:
         self._directory = directory
         self._split = split
         self._pending: list[pl.DataFrame] = []
-        self._pending_rows = 0
+        self._pending_rows = self._pending_bytes = 0
         self.rows = 0
         self.shards: list[str] = []
 
@@ -61,8 +62,9 @@ class ShardWriter:
             room = SHARD_ROWS - self._pending_rows
             self._pending.append(frame.head(room))
             self._pending_rows += self._pending[-1].height
+            self._pending_bytes += int(self._pending[-1].estimated_size())
             frame = frame.slice(room)
-            if self._pending_rows == SHARD_ROWS:
+            if self._pending_rows == SHARD_ROWS or self._pending_bytes >= SHARD_BYTES:
                 self._flush()
 
     def close(self) -> None:
@@ -73,10 +75,11 @@ class ShardWriter:
         name = f"{self._split}/part-{len(self.shards):05d}.parquet"
         path = self._directory / name
         path.parent.mkdir(exist_ok=True)
+        group_rows = min(GROUP_ROWS, max(self._pending_rows * GROUP_BYTES // max(self._pending_bytes, 1), 1))
         frame = pl.concat(self._pending, rechunk=True)
         # The pieces go before the writer needs room of its own.
-        self._pending, self._pending_rows = [], 0
-        frame.write_parquet(path, compression="lz4", statistics=False, row_group_size=GROUP_ROWS)
+        self._pending, self._pending_rows, self._pending_bytes = [], 0, 0
+        frame.write_parquet(path, compression="lz4", statistics=False, row_group_size=group_rows)
         self.rows += frame.height
         self.shards.append(name)
 

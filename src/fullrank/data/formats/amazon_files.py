@@ -282,7 +282,7 @@ def _keys(file: Path) -> frozenset[str]:
     line = first_line(file).encode()
     try:
         values = json.loads(line) if line.startswith(b'{"') else _literal(line)
-    except (ValueError, SyntaxError):
+    except ValueError:
         values = None
     if not isinstance(values, dict) or not {"asin", "parent_asin"} & set(values):
         raise ValueError(f'{file} line 1: expected a JSON object with the key "asin", got "{line[:60].decode()}"')
@@ -290,10 +290,17 @@ def _keys(file: Path) -> frozenset[str]:
 
 
 def _literal(line: bytes) -> Any:
-    """A Python literal; nothing in it is run."""
+    """A Python literal; nothing in it is run.
+
+    Raises:
+        ValueError: if it is none, or one that cannot be, such as a dictionary with a list as a key.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd escapes in a text
-        return ast.literal_eval(line.decode("utf-8"))
+        try:
+            return ast.literal_eval(line.decode("utf-8"))
+        except (SyntaxError, TypeError, MemoryError, RecursionError):
+            raise ValueError("not a Python literal") from None
 
 
 def _last_category(value: Any) -> str:
