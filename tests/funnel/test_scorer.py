@@ -30,7 +30,7 @@ from fullrank.schema import (
     Schema,
     Sequence,
 )
-from fullrank.training import load_model
+from fullrank.training import evaluate, load_model
 
 SCHEMA = Schema(
     features=(
@@ -217,6 +217,12 @@ def test_every_changed_byte_of_a_saved_scorer_is_refused(scorer: Scorer, tmp_pat
 def test_evaluation_of_a_scorer_is_that_of_its_model(scorer: Scorer, clicks: Dataset) -> None:
     report = evaluate_funnel(scorer, clicks, "train")
     assert report["stages"].keys() == {"final"}
-    assert report["stages"]["final"].keys() == {"is clicked"}
+    assert report["stages"]["final"].keys() == {"is clicked", "spent"}
     assert "recall" not in report
     assert report["stages"]["final"]["is clicked"]["rows"] == 600
+    spent = report["stages"]["final"]["spent"]
+    assert spent["mse"] == pytest.approx(evaluate(scorer.model, Loader(clicks, "train", 100))["spent"]["mse"])
+    assert spent["rmse"] == pytest.approx(spent["mse"] ** 0.5)
+    assert spent["std"] == pytest.approx(clicks.scan("train").collect()["spent"].std(ddof=0), rel=1e-6)
+    assert spent["intervals"]["rmse"][0] < spent["rmse"] < spent["intervals"]["rmse"][1]
+    assert spent["resampled"] == "rows"

@@ -38,6 +38,7 @@ def demo(
     from fullrank.funnel.training import train_funnel
     from fullrank.funnel.true_value import true_value
     from fullrank.retrieval import TwoTower
+    from fullrank.training.run import defined
 
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file())):
         raise ValueError(f"{out} exists and is not the directory of an earlier demo: choose another one with --out")
@@ -99,7 +100,7 @@ def demo(
             + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "write"),
         }
         write_report(out / "report.html", f"fullrank demo: {impressions:,} simulated impressions", report, facts)
-        atomic.write_text(out / "metrics.json", json.dumps(report, indent=1) + "\n")
+        atomic.write_text(out / "metrics.json", json.dumps(defined(report), indent=1, allow_nan=False) + "\n")
         done("write", task)
     total = time.perf_counter() - began
     recall = report["recall"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,16 +18,18 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="The dataset that the bundle was trained on.")],
     split: Annotated[str, typer.Option("--split", help="train, valid or test.")] = "test",
     requests: Annotated[int, typer.Option("--requests", min=1, help="Clicked rows to take recalls over.")] = 2000,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of requests.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of requests, and of the resamples.")] = 0,
+    slice_by: Annotated[
+        list[str] | None, typer.Option("--slice", metavar="COLUMN", help="Cut the rows by this column too; repeatable.")
+    ] = None,
     imports: ImportOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """Metrics of every stage: NE, AUC, calibration, recall; on simulated data also against the oracle.
+    """Metrics of every stage with 95 % intervals, by slices, beside baselines; on simulated data also the oracle's.
 
-    Example: fullrank evaluate runs/demo/bundle runs/demo/data
+    Example: fullrank evaluate runs/demo/bundle runs/demo/data --slice device
     """
     from rich.console import Console
-    from rich.table import Table
 
     from fullrank.data.dataset import Dataset
     from fullrank.data.simulate import World
@@ -40,34 +44,81 @@ def evaluate(
     funnel, dataset = load_bundle(bundle), Dataset.open(data)
     console = Console(stderr=True, markup=False)
     with console.status(f"evaluating {split}"):
-        report = evaluate_funnel(funnel, dataset, split, requests=requests, seed=seed)
+        report = evaluate_funnel(funnel, dataset, split, requests=requests, seed=seed, slice_by=slice_by or ())
         world = dataset.path / "world.npz"
         if isinstance(funnel, Funnel) and world.is_file():
             report["true_value"] = true_value(funnel, dataset, World.load(world), split, seed=seed)
+    for warning in report["warnings"]:
+        print(f"warning: {warning['stage']}, {warning['message']}; {warning['advice']}", file=sys.stderr)
     if as_json:
         print(json.dumps(defined(report), allow_nan=False))
         return
-    output = Console(markup=False)
+    output = Console(markup=False, width=None if sys.stdout.isatty() else 120)
     output.print(f"{bundle} on {data}, {split}: {report['rows']:,} rows", highlight=False)
-    table = Table()
-    oracle = any("oracle_ne" in values for values in report["stages"]["final"].values())
-    for name in ("stage", "task", "NE", *(("oracle NE", "gap closed") if oracle else ()), "AUC", "calibration"):
+    for table in (_stages(report), _slices(report["slices"]), _lists(report)):
+        if table.rows:
+            output.print(table)
+
+
+def _number(value: float, interval: list[float] | None = None, digits: int = 4) -> str:
+    """A number, and below it its interval."""
+    text = "undefined" if math.isnan(value) else f"{value:.{digits}f}"
+    if interval is None or math.isnan(interval[0]):
+        return text
+    return f"{text}\n{interval[0]:.{digits}f}–{interval[1]:.{digits}f}"
+
+
+def _stages(report: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    kinds = [values for tasks in report["stages"].values() for values in tasks.values()]
+    oracle, numbers = any("oracle_ne" in values for values in kinds), any("rmse" in values for values in kinds)
+    columns = [("NE", "ne", 4)] if any("ne" in values for values in kinds) else []
+    columns += [("oracle NE", "oracle_ne", 4), ("gap closed", "gap_closed", 3)] if oracle else []
+    columns += [("AUC", "auc", 4), ("calibration", "calibration", 3)] if columns else []
+    columns += [("RMSE", "rmse", 4), ("of the mean", "std", 4)] if numbers else []
+    table = Table(caption=f"below a number: 95 % interval, {kinds[0]['resampled']} resampled", caption_justify="left")
+    for name in ("stage", "task", *(heading for heading, *_ in columns)):
         table.add_column(name, justify="left" if name in ("stage", "task") else "right")
-    for stage, tasks in report["stages"].items():
-        for task, m in tasks.items():
-            extra = (f"{m['oracle_ne']:.4f}", f"{m['gap_closed']:.1%}") if "oracle_ne" in m else ("", "")
-            row = (f"{m['ne']:.4f}", *(extra if oracle else ()), f"{m['auc']:.4f}", f"{m['calibration']:.3f}")
-            table.add_row(stage, task, *row)
-    output.print(table)
-    recalls = Table(show_header=False)
+    rows = [(stage, task, values) for stage, tasks in report["stages"].items() for task, values in tasks.items()]
+    rows += [("item's rate", task, baseline["item_rate"]) for task, baseline in report["baselines"].items()]
+    for stage, task, values in rows:
+        cells = [
+            _number(values[key], values["intervals"].get(key), digits) if key in values else ""
+            for _, key, digits in columns
+        ]
+        table.add_row(stage, task, *cells)
+    return table
+
+
+def _slices(slices: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"final stage: {slices[0]['task']}" if slices else None, title_justify="left")
+    for name in ("by", "slice", "rows", "rate", "NE", "AUC", "calibration", ""):
+        table.add_column(name, justify="left" if name in ("by", "slice", "") else "right")
+    for part in slices:
+        digits = {"ne": 4, "auc": 4, "calibration": 3}
+        cells = [_number(part[metric], part["intervals"][metric], count) for metric, count in digits.items()]
+        note = part.get("note", "")
+        table.add_row(part["by"], part["slice"], f"{part['rows']:,}", f"{part['rate']:.4f}", *cells, note)
+    return table
+
+
+def _lists(report: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="share of the items of positive rows that are found", title_justify="left", show_header=False)
+    intervals = report.get("recall_intervals", {})
     for name, recall in report.get("recall", {}).items():
-        recalls.add_row(name.replace("_", " "), f"{recall:,.0f}" if name == "requests" else f"{recall:.3f}")
+        text = f"{recall:,.0f}" if name == "requests" else _number(recall, None, 3)
+        low, high = intervals.get(name, (math.nan, math.nan))
+        table.add_row(name.replace("_", " "), text, "" if math.isnan(low) else f"{low:.3f}–{high:.3f}")
     for name, recall in report.get("early_recall", {}).items():
         if name != "requests":
-            recalls.add_row(f"kept by the early stages of the final stage's {name.replace('_', ' ')}", f"{recall:.3f}")
+            text = f"kept by the early stages of the final stage's {name.replace('_', ' ')}"
+            table.add_row(text, _number(recall, None, 3), "")
     for name in ("random", "log", "funnel", "best"):
         if "true_value" in report:
-            recalls.add_row(f"true value per request: {name}", f"{report['true_value'][name]:.3f}")
-    if recalls.rows:
-        output.print("share of the items of positive rows that are found", highlight=False)
-        output.print(recalls)
+            table.add_row(f"true value per request: {name}", f"{report['true_value'][name]:.3f}", "")
+    return table

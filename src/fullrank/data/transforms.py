@@ -208,6 +208,28 @@ def transformed(feature: Numeric, state: NumberState, raw: Floats) -> npt.NDArra
     return numbers.astype(np.float32)
 
 
+def untransformed(feature: Numeric, state: NumberState, numbers: Floats) -> Floats:
+    """The raw numbers that `transformed` made these of, NaN for missing ones that are told from others.
+
+    Numbers beyond the training data's lowest and highest are those, if the transform is `quantile` or the encoding
+    piecewise linear.
+    """
+    missing = np.zeros(len(numbers), dtype=bool)
+    if feature.encoding == "piecewise_linear":
+        missing = numbers == MISSING_PLACE
+        if not state.knots:
+            return np.where(missing, np.nan, state.fill)
+        knots = np.asarray(state.knots)
+        numbers = np.interp(numbers, np.arange(len(knots)), _bent(feature, state, knots))
+    if feature.transform == "log1p":
+        numbers = np.sign(numbers) * np.expm1(np.abs(numbers))
+    elif feature.transform == "standard":
+        numbers = numbers * state.deviation + state.mean
+    elif feature.transform == "quantile" and state.quantiles:
+        numbers = np.interp(numbers, np.linspace(0, 1, len(state.quantiles)), state.quantiles)
+    return np.where(missing, np.nan, numbers)
+
+
 def transformed_events(field: EventNumber, raw: Floats) -> npt.NDArray[np.float32]:
     """Numbers of events; NaN is missing and becomes 0, as events have no training mean of their own."""
     numbers = np.nan_to_num(raw)

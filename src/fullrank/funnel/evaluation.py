@@ -1,82 +1,107 @@
 """How good each stage of a funnel is on a split of a log, and how good the lists are."""
 
-# Shapes: n rows, R requests, T tasks, K list length.
+# Shapes: n rows.
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-import polars as pl
 import torch
-from torch import Tensor
 
-from fullrank.batch import Batch
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
-from fullrank.data.loader import Loader, batch_from_frame
-from fullrank.funnel.catalogue import NO_ROW
+from fullrank.funnel.baselines import as_report, item_rates, one_class_warning, ranker_warning, retrieval_warning
 from fullrank.funnel.funnel import Funnel
+from fullrank.funnel.predictions import Predictions, intervals, predictions
+from fullrank.funnel.recall import early_recall, hits
 from fullrank.funnel.scorer import Scorer
+from fullrank.funnel.slices import groupings, slices
 from fullrank.funnel.stages import FINAL
-from fullrank.metrics import BinaryMetrics, reliability
+from fullrank.metrics import BinaryMetrics, Bootstrap, bootstrap, reliability
 from fullrank.models.base import Ranker
-from fullrank.retrieval import Popularity, item_keys
-from fullrank.retrieval.base import Items
-from fullrank.retrieval.exact import top_k
-
-ROWS_AT_ONCE = 16_384
-REQUESTS_AT_ONCE = 256
 
 
 def evaluate_funnel(
-    funnel: Funnel | Scorer, dataset: Dataset, split: str = "test", *, requests: int = 2000, seed: int = 0
+    funnel: Funnel | Scorer,
+    dataset: Dataset,
+    split: str = "test",
+    *,
+    requests: int = 2000,
+    seed: int = 0,
+    slice_by: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Metrics of every stage on one split; a single ranker counts as a final stage, and there are no recalls.
 
+    Every interval is the middle 95 % of resamples, of users where the log names them, else of rows: see
+    `fullrank.metrics.bootstrap`.
+
     Args:
         requests: clicked rows, drawn at random, for the recalls.
+        seed: of the choice of requests, and of the resamples.
+        slice_by: columns to cut the rows by as well: features with one value a row, or further columns of the dataset.
 
     Returns:
-        `stages.<stage>.<task>`, the stage being `final` or an early one: what `BinaryMetrics.compute` gives; with the
-        simulator's true probabilities also `oracle_ne`, `oracle_auc` and `gap_closed`, the share of the way from
-        predicting the mean (NE 1) to the oracle. `calibration_curve`: predicted and observed click rate of ten equal
-        bins.
+        `stages.<stage>.<task>`, the stage being `final` or an early one: of a binary task what `BinaryMetrics.compute`
+        gives, of a number what `NumberRows` gives and `std`, the error of predicting the mean; `intervals` of the main
+        ones and what was `resampled` for them; with the simulator's true probabilities also `oracle_ne`, `oracle_auc`
+        and `gap_closed`, the share of the way from predicting the mean (NE 1) to the oracle.
+        `baselines.<task>.item_rate`: metrics of the item's smoothed rate in training; not of the training part.
+        `calibration_curve`: predicted and observed click rate of ten equal bins.
+        `slices`: metrics of the final stage's first binary task for new and known users and items, for items from head,
+        torso and tail (with half, the next 30 % and the rest of the training impressions), and for each value or range
+        of the columns of `slice_by`; NE against the slice's own rate, and a `note` where rows are too few to say much.
         `recall`: share of the clicked items, among those that may be retrieved, that are in the first 100 of
         retrieval (and of the most clicked items), among all that retrieval hands on, among those that each early stage
-        keeps, and in the final list. The later stages sort by value, not by click, so they do drop cheap clicks.
+        keeps, and in the final list; `recall_intervals` of these. The later stages sort by value, not by click, so they
+        do drop cheap clicks.
         `early_recall`: how well the early stages stand in for the final one, which for this scores everything that was
         retrieved: share of its 10 most valuable items that they keep, and of their value.
         `cost`: items that retrieval scored for a request: `mean` and `largest`.
+        `warnings`: each a `stage`, a `message` and the `advice` that follows: a stage that does not beat what is
+        trivial, a label that has one class or no rows.
 
     Raises:
-        ValueError: if the dataset has another schema or was encoded by other encoders than the funnel's, or has no
-            such split.
+        ValueError: if the dataset has another schema or was encoded by other encoders than the funnel's, has no
+            such split, no row of it has a label, or a column to slice by is not there.
     """
     check_same_encoding(funnel, dataset)
     if dataset.rows(split) == 0:
         raise ValueError(f'{dataset.path}: split "{split}" is empty')
-    report: dict[str, Any] = {"split": split, "rows": dataset.rows(split), "stages": {}}
+    parts = groupings(dataset, split, slice_by)
     oracle = _oracle(dataset, split)
     models: dict[str, Ranker] = {} if isinstance(funnel, Scorer) else dict(funnel.early)
     models[FINAL] = funnel.model if isinstance(funnel, Scorer) else funnel.final
+    report: dict[str, Any] = {"split": split, "rows": dataset.rows(split), "stages": {}}
+    warnings: list[dict[str, str] | None] = []
+    rates: dict[str, Bootstrap] | None = None
     for stage, model in models.items():
-        metrics, logits_n, labels_n = _rows(model, dataset, split)
-        for task, values in metrics.items():
-            if task in oracle and not math.isnan(oracle[task]["ne"]):
-                values["oracle_ne"], values["oracle_auc"] = oracle[task]["ne"], oracle[task]["auc"]
-                values["gap_closed"] = (1 - values["ne"]) / (1 - values["oracle_ne"])
-        report["stages"][stage] = metrics
-        if stage == FINAL and logits_n.numel():
-            curve = reliability(logits_n, labels_n, bins=10)
-            report["calibration_curve"] = {
-                "predicted": curve.predicted_K.tolist(),
-                "observed": curve.observed_K.tolist(),
-                "rows": curve.rows_K.tolist(),
-            }
+        said = predictions(model, dataset, split, dataset.schema.labels)
+        rates = item_rates(said, dataset, split, seed) if rates is None else rates
+        report["stages"][stage] = tasks = {}
+        for task, label in enumerate(said.labels):
+            if stage == FINAL:
+                warnings.append(one_class_warning(stage, said, task, split))
+            if not bool(said.observed(task).any()):
+                continue
+            drawn = bootstrap(said.rows(task), seed=seed)
+            values: dict[str, Any] = said.metrics(task)
+            values["intervals"], values["resampled"] = intervals(drawn), said.resampled
+            true = oracle.get(label.name)
+            if true is not None and not math.isnan(true["ne"]):
+                values["oracle_ne"], values["oracle_auc"] = true["ne"], true["auc"]
+                values["gap_closed"] = (1 - values["ne"]) / (1 - true["ne"])
+            warnings.append(ranker_warning(stage, label.name, values, drawn, rates.get(label.name)))
+            tasks[label.name] = values
+        if not tasks:
+            raise ValueError(f'{dataset.path}: no row of split "{split}" has a label')
+        if stage == FINAL:
+            report |= _of_final(said, parts, seed)
+    report["baselines"] = as_report(rates or {})
     if isinstance(funnel, Funnel):
-        report["recall"], report["cost"] = _recall(funnel, dataset, split, requests, seed)
-        report["early_recall"] = _early_recall(funnel, dataset, split, max(1, requests // 20), seed)
+        report |= _lists(funnel, dataset, split, requests, seed, warnings)
+    report["warnings"] = [warning for warning in warnings if warning is not None]
     return report
 
 
@@ -91,55 +116,45 @@ def check_same_encoding(funnel: Funnel | Scorer, dataset: Dataset) -> None:
         )
 
 
-def _early_recall(funnel: Funnel, dataset: Dataset, split: str, requests: int, seed: int) -> dict[str, float]:
-    drawn = clicked_requests(dataset, split, requests, seed) if funnel.early else None
-    if drawn is None:
-        return {}
-    users = drawn[0]
-    shares: list[float] = []
-    best, reached, lowest = 0.0, 0.0, math.inf
-    for row in range(len(users)):
-        items_1C, values = funnel.stage_values(users[row : row + 1])
-        there_C = items_1C[0] != NO_ROW
-        if not bool(there_C.any()):
-            continue
-        final_C = values.pop(FINAL)[0, there_C].double()
-        kept_C = torch.arange(final_C.numel())
-        for value_1C, keep in zip(values.values(), funnel.sizes.keeps(len(values)), strict=True):
-            kept_C = kept_C[top_k(value_1C[:, there_C][:, kept_C], keep)[1][0]]
-        best_C = top_k(final_C[None], 10)[1][0]
-        shares.append(float(torch.isin(best_C, kept_C).double().mean()))
-        lowest = min(lowest, float(final_C.min()))
-        best += float(final_C[best_C].sum())
-        reached += float(top_k(final_C[kept_C][None], 10)[0].sum())
-    result = {"requests": float(len(users)), "top_10": sum(shares) / len(shares) if shares else math.nan}
-    if lowest >= 0 and best > 0:
-        result["value_of_top_10"] = reached / best
-    return result
+def _of_final(said: Predictions, parts: Sequence[Any], seed: int) -> dict[str, Any]:
+    """Calibration curve and slices of the first binary task that has rows."""
+    observed = [task for task, label in enumerate(said.labels) if label.kind == "binary"]
+    observed = [task for task in observed if bool(said.observed(task).any())]
+    if not observed:
+        return {"slices": []}
+    task = observed[0]
+    seen_n = said.observed(task)
+    curve = reliability(said.logits_nT[seen_n, task], said.labels_nT[seen_n, task], bins=10)
+    return {
+        "calibration_curve": {
+            "predicted": curve.predicted_K.tolist(),
+            "observed": curve.observed_K.tolist(),
+            "rows": curve.rows_K.tolist(),
+        },
+        "slices": slices(said, task, parts, seed),
+    }
 
 
-@torch.inference_mode()
-def _rows(model: Ranker, dataset: Dataset, split: str) -> tuple[dict[str, dict[str, float]], Tensor, Tensor]:
-    """Metrics of each binary task, and logits and labels of the first of them, unobserved rows left out."""
-    binary = [(i, label.name) for i, label in enumerate(dataset.schema.labels) if label.kind == "binary"]
-    metrics = {name: BinaryMetrics() for _, name in binary}
-    logits: list[Tensor] = []
-    labels: list[Tensor] = []
-    for batch in Loader(dataset, split, ROWS_AT_ONCE):
-        logits_BT = model(batch).logits_BT
-        for task, name in binary:
-            metrics[name].update(logits_BT[:, task], batch.labels_BT[:, task], batch.weights_B, batch.user_B)
-        if binary:
-            label_B = batch.labels_BT[:, binary[0][0]]
-            seen_B = ~label_B.isnan()
-            logits.append(logits_BT[seen_B, binary[0][0]])
-            labels.append(label_B[seen_B])
-    empty = torch.zeros(0)
-    return (
-        {name: metric.compute() for name, metric in metrics.items()},
-        torch.cat(logits) if logits else empty,
-        torch.cat(labels) if labels else empty,
-    )
+def _lists(
+    funnel: Funnel, dataset: Dataset, split: str, requests: int, seed: int, warnings: list[dict[str, str] | None]
+) -> dict[str, Any]:
+    found = hits(funnel, dataset, split, requests, seed)
+    if found is None:
+        return {"recall": {}, "recall_intervals": {}, "cost": {}, "early_recall": {}}
+    recall = found.recall(seed=seed)
+    if recall is not None:
+        warnings.append(retrieval_warning(recall))
+    shares = dict.fromkeys(found.found, math.nan) if recall is None else recall.estimate
+    return {
+        "recall": {
+            "requests": float(len(found.retrievable_R)),
+            "retrievable": float(found.retrievable_R.double().mean()),
+            **shares,
+        },
+        "recall_intervals": {} if recall is None else {place: list(recall.interval(place)) for place in shares},
+        "cost": {"mean": float(found.cost_R.double().mean()), "largest": float(found.cost_R.max())},
+        "early_recall": early_recall(funnel, dataset, split, max(1, requests // 20), seed),
+    }
 
 
 def _oracle(dataset: Dataset, split: str) -> dict[str, dict[str, float]]:
@@ -159,57 +174,3 @@ def _oracle(dataset: Dataset, split: str) -> dict[str, dict[str, float]]:
         metric.update(torch.logit(p), observed, weights)
         result[label.name] = metric.compute()
     return result
-
-
-def clicked_requests(dataset: Dataset, split: str, requests: int, seed: int) -> tuple[Batch, pl.DataFrame] | None:
-    """Random rows of a split whose first binary label is 1, as a batch and as a frame; None if there are none."""
-    label = next((label.name for label in dataset.schema.labels if label.kind == "binary"), None)
-    if label is None:
-        return None
-    item = KEY_COLUMNS["item_id"]
-    frame = dataset.scan(split).filter((pl.col(label) == 1) & pl.col(item).is_not_null()).collect()
-    if not frame.height:
-        return None
-    frame = frame.sample(min(requests, frame.height), seed=seed, shuffle=True)
-    return batch_from_frame(frame, dataset.schema), frame
-
-
-def _recall(
-    funnel: Funnel, dataset: Dataset, split: str, requests: int, seed: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    drawn = clicked_requests(dataset, split, requests, seed)
-    if drawn is None:
-        return {}, {}
-    users, frame = drawn
-    wanted_R = item_keys(frame[KEY_COLUMNS["item_id"]])
-    retrievable_R = torch.isin(wanted_R, funnel.items.keys_I[funnel.items.active_I])
-    popularity = Popularity(dataset.schema).fit(dataset)
-    active_I = funnel.items.active_I
-    popularity.index(Items(funnel.items.keys_I[active_I], funnel.items.rows.batch[:0]))
-    popular_K = popularity.search(users[:1], 100).item_keys_BK[0]
-    found: dict[str, list[Tensor]] = {}
-    costs: list[Tensor] = []
-    sizes, keys_of = funnel.sizes, funnel.items.keys_of
-    for begin in range(0, len(users), REQUESTS_AT_ONCE):
-        part, wanted_B1 = users[begin : begin + REQUESTS_AT_ONCE], wanted_R[begin : begin + REQUESTS_AT_ONCE, None]
-        # A list longer than the final stage's share would widen the stages before it, and flatter them.
-        ranking = funnel.rank(part, min(100, sizes.finalists(len(funnel.early))))
-        searched = funnel.retriever.search(part, max(100, sizes.retrieve))
-        retrieved_BC, ranked_BK = searched.item_keys_BK, keys_of(ranking.items_UK)
-        costs.append(searched.cost_B)
-        hits = {
-            "retrieval_at_100": retrieved_BC[:, :100] == wanted_B1,
-            "popularity_at_100": popular_K[None] == wanted_B1,
-            "retrieval": retrieved_BC[:, : sizes.retrieve] == wanted_B1,
-            **{stage: keys_of(ranking.passed[stage]) == wanted_B1 for stage in funnel.early},
-            "final_at_100": ranked_BK == wanted_B1,
-            "final_at_10": ranked_BK[:, :10] == wanted_B1,
-        }
-        for name, hit in hits.items():
-            found.setdefault(name, []).append(hit.any(1))
-    result = {"requests": float(len(users)), "retrievable": float(retrievable_R.double().mean())}
-    for name, parts in found.items():
-        # An item that may not be retrieved cannot be found: that is the catalogue's matter, not the model's.
-        result[name] = float(torch.cat(parts)[retrievable_R].double().mean())
-    cost_R = torch.cat(costs)
-    return result, {"mean": float(cost_R.double().mean()), "largest": float(cost_R.max())}

@@ -58,4 +58,9 @@ def run_funnel(
         save_bundle(funnel, bundle, about={"recipe": source, "metrics": defined(metrics)}, overwrite=True)
     speeds = {stage: result.samples_per_second for stage, result in results.items()}
     details = {**metrics, "samples_per_second": speeds}
-    return Report(funnel, dataset, metrics, details, {"fit": fitted}, bundle=bundle)
+    notes = [
+        f"{split}, {warning['stage']}: {warning['message']}; {warning['advice']}"
+        for split, found in metrics.items()
+        for warning in found["warnings"]
+    ]
+    return Report(funnel, dataset, metrics, details, {"fit": fitted}, bundle=bundle, notes=notes)

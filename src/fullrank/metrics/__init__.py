@@ -13,16 +13,22 @@ from fullrank.metrics.binary import (
     reliability,
 )
 from fullrank.metrics.binned import BinnedMetrics
+from fullrank.metrics.bootstrap import BinaryRows, Bootstrap, MeanRows, NumberRows, bootstrap
 from fullrank.metrics.ranking import ndcg_at_k, recall_at_k
 from fullrank.metrics.streaming import BinaryMetrics
 
 __all__ = [
     "BinaryMetrics",
+    "BinaryRows",
     "BinnedMetrics",
+    "Bootstrap",
     "GroupedAUC",
+    "MeanRows",
+    "NumberRows",
     "Reliability",
     "ads_recall",
     "auc",
+    "bootstrap",
     "calibration",
     "expected_calibration_error",
     "gauc",

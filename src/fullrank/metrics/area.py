@@ -112,9 +112,9 @@ def _areas(scores: Tensor, labels: Tensor, groups: Tensor | None, weights: Tenso
     else:
         order = np.argsort(key)
         key, positive, negative = key[order], (w * y)[order], (w * (1 - y))[order]
-    ties = _run_starts(key)
+    ties = run_starts(key)
     tie_positive, tie_negative = np.add.reduceat(positive, ties), np.add.reduceat(negative, ties)
-    starts = _run_starts(key[ties] >> 32)
+    starts = run_starts(key[ties] >> 32)
     lengths = np.diff(np.append(starts, len(ties)))
     total_positive, total_negative = np.add.reduceat(tie_positive, starts), np.add.reduceat(tie_negative, starts)
     mass_G, positive_G = total_positive + total_negative, total_positive
@@ -149,7 +149,7 @@ def _small_integers(groups: Tensor) -> Integers:
     return group
 
 
-def _run_starts(values: Integers) -> Integers:
+def run_starts(values: Integers) -> Integers:
     """Where runs of equal values begin."""
     return np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
 

@@ -21,6 +21,7 @@ from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.models import Ranker, RankerSpec
 from fullrank.registry import Registry
 from fullrank.schema import Schema
+from fullrank.training.baseline import RANKER_ADVICE, beaten_by_item_rate
 from fullrank.training.callbacks import Callback
 from fullrank.training.config import TrainerConfig
 from fullrank.training.engine import Engine
@@ -208,6 +209,9 @@ def run_model(
         for label, values in tasks.items()
         if math.isnan(values.get("auc", 0.0))
     ]
+    if metrics:
+        last = next(reversed(metrics))
+        notes += [f"{said}: {RANKER_ADVICE}" for said in beaten_by_item_rate(dataset, last, metrics[last])]
     parameters = model.num_parameters()
     first = dataset.schema.labels[0].name
     details = {
