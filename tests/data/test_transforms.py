@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fullrank.data import transforms
-from fullrank.data.transforms import RowSample, Sample, knots_of
+from fullrank.data.transforms import NumberState, RowSample, Sample, knots_of, transformed, untransformed
+from fullrank.schema import Numeric
 
 
 def test_a_sample_of_a_long_stream_is_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,3 +68,22 @@ def test_many_common_values_leave_room_for_no_more_than_the_bins() -> None:
     numbers = [*np.repeat(np.arange(20.0), 110), *rng.uniform(0, 19, 200)]
     edges = knots(numbers, 24)
     assert set(np.arange(20.0)) <= set(edges) and len(edges) == 25
+
+
+@pytest.mark.parametrize("transform", ["none", "log1p", "standard", "quantile"])
+@pytest.mark.parametrize("encoding", ["scalar", "piecewise_linear"])
+def test_transformed_numbers_lead_back_to_the_raw_ones(transform: str, encoding: str) -> None:
+    feature = Numeric.model_validate({"name": "n", "transform": transform, "encoding": encoding, "bins": 8})
+    raw = np.concatenate([np.random.default_rng(0).normal(3, 10, 500), [-2.0, 0.0]])
+    state = NumberState(
+        fill=1.0,
+        mean=float(raw.mean()),
+        deviation=float(raw.std()),
+        quantiles=tuple(np.quantile(raw, np.linspace(0, 1, 101)).tolist()) if transform == "quantile" else (),
+        knots=tuple(knots_of(raw, 8)) if encoding == "piecewise_linear" else (),
+        misses=True,
+    )
+    found = untransformed(feature, state, transformed(feature, state, raw).astype(np.float64))
+    np.testing.assert_allclose(found, raw, rtol=1e-3, atol=0.05 if transform == "quantile" else 1e-3)
+    (missing,) = untransformed(feature, state, transformed(feature, state, np.array([np.nan])).astype(np.float64))
+    assert np.isnan(missing) if encoding == "piecewise_linear" else missing == pytest.approx(1.0, abs=0.05)

@@ -1,6 +1,7 @@
 """Stages put together: the funnel, its value formula, its bundle on disk, its evaluation."""
 
 from fullrank.funnel.bundle import load_bundle, save_bundle
+from fullrank.funnel.compare import compare_funnels
 from fullrank.funnel.evaluation import evaluate_funnel
 from fullrank.funnel.funnel import Funnel, Ranking, Recommendation
 from fullrank.funnel.requests import Request
@@ -22,6 +23,7 @@ __all__ = [
     "StageSizes",
     "TwoSided",
     "ValueFormula",
+    "compare_funnels",
     "evaluate_funnel",
     "load_bundle",
     "save_bundle",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fullrank.data.dataset import Dataset
-from fullrank.data.encoders import KEY_COLUMNS
+from fullrank.data.encoders import KEY_COLUMNS, Encoders
 from fullrank.funnel.baselines import as_report, item_rates, one_class_warning, ranker_warning, retrieval_warning
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.predictions import Predictions, intervals, predictions
@@ -35,7 +35,7 @@ def evaluate_funnel(
     """Metrics of every stage on one split; a single ranker counts as a final stage, and there are no recalls.
 
     Every interval is the middle 95 % of resamples, of users where the log names them, else of rows: see
-    `fullrank.metrics.bootstrap`.
+    `fullrank.metrics.resampling`.
 
     Args:
         requests: clicked rows, drawn at random, for the recalls.
@@ -66,7 +66,7 @@ def evaluate_funnel(
         ValueError: if the dataset has another schema or was encoded by other encoders than the funnel's, has no
             such split, no row of it has a label, or a column to slice by is not there.
     """
-    check_same_encoding(funnel, dataset)
+    check_same_encoding(funnel.encoders, dataset)
     if dataset.rows(split) == 0:
         raise ValueError(f'{dataset.path}: split "{split}" is empty')
     parts = groupings(dataset, split, slice_by)
@@ -105,11 +105,11 @@ def evaluate_funnel(
     return report
 
 
-def check_same_encoding(funnel: Funnel | Scorer, dataset: Dataset) -> None:
+def check_same_encoding(encoders: Encoders, dataset: Dataset) -> None:
     """Raises:
-    ValueError: if ids in the dataset do not mean what they mean to the funnel.
+    ValueError: if ids in the dataset do not mean what they mean to the encoders of a bundle.
     """
-    if not funnel.encoders.agrees_with(dataset.encoders):
+    if not encoders.agrees_with(dataset.encoders):
         raise ValueError(
             f"{dataset.path} has another schema or other vocabularies than the bundle: import a later log with "
             "`fullrank data import ... --like BUNDLE`"

@@ -62,6 +62,8 @@ def groupings(dataset: Dataset, split: str, columns: Sequence[str] = ()) -> list
 def slices(said: Predictions, task: int, parts: Sequence[Grouping], seed: int = 0) -> list[dict[str, Any]]:
     """Metrics of a binary task in each slice that has rows; see `evaluate_funnel`."""
     observed_n = said.observed(task)
+    if said.weights_n is not None:
+        observed_n &= said.weights_n > 0
     result = []
     for grouping in parts:
         for place, name in enumerate(grouping.names):

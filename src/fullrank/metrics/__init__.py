@@ -13,8 +13,8 @@ from fullrank.metrics.binary import (
     reliability,
 )
 from fullrank.metrics.binned import BinnedMetrics
-from fullrank.metrics.bootstrap import BinaryRows, Bootstrap, MeanRows, NumberRows, bootstrap
 from fullrank.metrics.ranking import ndcg_at_k, recall_at_k
+from fullrank.metrics.resampling import BinaryRows, Bootstrap, MeanRows, NumberRows, bootstrap
 from fullrank.metrics.streaming import BinaryMetrics
 
 __all__ = [

@@ -54,7 +54,7 @@ def item_rate(dataset: Dataset, split: str, label: str) -> Tensor | None:
 
 
 def beaten_by_item_rate(dataset: Dataset, split: str, metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A sentence for each binary label of which a ranker's NE on a split is no better than the item's rate, or the mean.
+    """A sentence for each binary label whose NE on a split is no better than that of the item's rate, or of the mean.
 
     Args:
         metrics: of the ranker, by label, as `evaluate` gives them.

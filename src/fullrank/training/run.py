@@ -130,7 +130,7 @@ def run(
         report = _run(recipe, place, source, start, begin, progress)
         place.publish()
     if resume and not place.resume:
-        report.notes.append(f"there was no run in {directory} to resume: this one began at the beginning")
+        report.notes.insert(0, f"there was no run in {directory} to resume: this one began at the beginning")
     return report
 
 
