@@ -149,7 +149,7 @@ def test_values_in_brackets_are_shown_as_they_are(
 
 def test_every_help_has_an_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     commands = [[], ["data"], *(["data", name] for name in ("import", "simulate", "inspect"))]
-    commands += [[name] for name in ("demo", "train", "evaluate", "serve", "models", "doctor")]
+    commands += [[name] for name in ("demo", "train", "evaluate", "compare", "serve", "models", "doctor")]
     for command in commands:
         code, printed, _ = run(capsys, monkeypatch, *command, "--help")
         assert code == 0 and "Example: fullrank" in " ".join(printed.split()), command

@@ -1,6 +1,6 @@
 """How sure a metric is: bootstrap intervals, with rows resampled in clusters (users), and paired differences."""
 
-# Shapes: n rows, C clusters, R resamples, P rows with a positive part.
+# Shapes: n rows, C clusters, R resamples, V sums of each cluster, P rows with a positive part.
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ class Resampleable(ABC):
         return self.metrics(np.ones(self.clusters, dtype=np.int64))
 
     def _sums(self, *values: Doubles) -> Doubles:
-        """Sums of each cluster, shape (C, values)."""
-        return np.stack([np.bincount(self.cluster_n, value, self.clusters) for value in values], 1)
+        """Sums of each cluster, shape (V, C)."""
+        return np.stack([np.bincount(self.cluster_n, value, self.clusters) for value in values])
 
 
 class BinaryRows(Resampleable):
@@ -132,12 +132,12 @@ class BinaryRows(Resampleable):
         super().__init__(len(scores), clusters)
         z, y, w = scores.numpy(), label_n.numpy(), weight_n.numpy()
         loss, p = cross_entropy(scores, label_n).numpy(), torch.sigmoid(scores.double()).numpy()
-        self._sums_C = self._sums(w, w * y, w * (1 - y), w * loss, w * p)
+        self._sums_VC = self._sums(w, w * y, w * (1 - y), w * loss, w * p)
         # One sort for all resamples. A positive row wins against the negatives below the first row of its tie, and half
         # of those from there to its last one: the mean of two running sums.
         order = np.argsort(z, kind="stable")
         z, positive, self._negative_n = z[order], (w * y)[order], (w * (1 - y))[order]
-        self._cluster_n = self.cluster_n[order].astype(np.int32 if self.clusters < 1 << 31 else np.int64)
+        self._cluster_n = self.cluster_n[order]
         starts = run_starts(z)
         (rows_P,) = np.nonzero(positive)
         tie_P = np.searchsorted(starts, rows_P, side="right") - 1
@@ -146,7 +146,7 @@ class BinaryRows(Resampleable):
         self._running = np.zeros(len(z) + 1)
 
     def metrics(self, count_C: Integers) -> dict[str, float]:
-        mass, positive, negative, loss, predicted = (count_C @ self._sums_C).tolist()
+        mass, positive, negative, loss, predicted = (self._sums_VC @ count_C).tolist()
         result = dict.fromkeys(("ne", "auc", "calibration", "calibration_error", "logloss", "rate"), math.nan)
         if mass > 0:
             result["logloss"], result["rate"] = loss / mass, positive / mass
@@ -194,10 +194,10 @@ class NumberRows(Resampleable):
         if not (np.isfinite(x).all() and np.isfinite(y).all() and np.isfinite(w).all() and (w >= 0).all()):
             raise ValueError("predictions, labels and weights must be finite, and no weight negative")
         super().__init__(len(x), clusters)
-        self._sums_C = self._sums(w, w * (x - y) ** 2, w * np.abs(x - y), w * y, w * x)
+        self._sums_VC = self._sums(w, w * (x - y) ** 2, w * np.abs(x - y), w * y, w * x)
 
     def metrics(self, count_C: Integers) -> dict[str, float]:
-        mass, squares, distance, labels, predictions = (count_C @ self._sums_C).tolist()
+        mass, squares, distance, labels, predictions = (self._sums_VC @ count_C).tolist()
         if mass <= 0:
             return dict.fromkeys(("rmse", "mae", "mse", "mean", "predicted"), math.nan)
         return {
@@ -227,10 +227,10 @@ class MeanRows(Resampleable):
             raise ValueError(f"means need values of one length, at least 1; the shapes are {sorted(lengths)}")
         super().__init__(rows, clusters)
         self._names = tuple(columns)
-        self._sums_C = self._sums(np.ones(rows), *columns.values())
+        self._sums_VC = self._sums(np.ones(rows), *columns.values())
 
     def metrics(self, count_C: Integers) -> dict[str, float]:
-        rows, *sums = (count_C @ self._sums_C).tolist()
+        rows, *sums = (self._sums_VC @ count_C).tolist()
         return {name: total / rows for name, total in zip(self._names, sums, strict=True)}
 
 
@@ -258,7 +258,7 @@ def bootstrap(rows: Resampleable, *, replicates: int | None = None, seed: int = 
     resampled = {metric: np.empty(replicates) for metric in estimate}
     random = np.random.default_rng(seed)
     for place in range(replicates):
-        drawn = random.integers(rows.clusters, size=rows.clusters, dtype=np.int32)
+        drawn = random.integers(rows.clusters, size=rows.clusters)
         for metric, value in rows.metrics(np.bincount(drawn, minlength=rows.clusters)).items():
             resampled[metric][place] = value
     return Bootstrap(estimate, resampled, rows.clusters)
