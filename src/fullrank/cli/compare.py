@@ -47,7 +47,11 @@ def compare(
         return
     output = Console(markup=False, width=None if sys.stdout.isatty() else 120)
     output.print(f"A {a}, B {b}, on {data}, {split}: {report['rows']:,} rows", highlight=False, soft_wrap=True)
-    table = Table(caption=f"95 % intervals; {report['resampled']} resampled, the same for both", caption_justify="left")
+    asked = report.get("recall", {}).get("requests")
+    caption = f"95 % intervals; {report['resampled']} resampled, the same for both"
+    if asked is not None:
+        caption += f"; recall over {asked:,} requests"
+    table = Table(caption=caption, caption_justify="left")
     for name in ("", "", "A", "B", "B - A", "interval", "verdict"):
         table.add_column(name, justify="left" if name in ("", "verdict") else "right")
     recalls = {place: found for place, found in report.get("recall", {}).items() if place != "requests"}

@@ -17,7 +17,7 @@ from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.predictions import Predictions, intervals, predictions
 from fullrank.funnel.recall import early_recall, hits
 from fullrank.funnel.scorer import Scorer
-from fullrank.funnel.slices import groupings, slices
+from fullrank.funnel.slices import Grouping, groupings, slices
 from fullrank.funnel.stages import FINAL
 from fullrank.metrics import BinaryMetrics, Bootstrap, bootstrap, reliability
 from fullrank.models.base import Ranker
@@ -116,7 +116,7 @@ def check_same_encoding(encoders: Encoders, dataset: Dataset) -> None:
         )
 
 
-def _of_final(said: Predictions, parts: Sequence[Any], seed: int) -> dict[str, Any]:
+def _of_final(said: Predictions, parts: Sequence[Grouping], seed: int) -> dict[str, Any]:
     """Calibration curve and slices of the first binary task that has rows."""
     observed = [task for task, label in enumerate(said.labels) if label.kind == "binary"]
     observed = [task for task in observed if bool(said.observed(task).any())]
