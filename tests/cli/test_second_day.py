@@ -62,7 +62,12 @@ def test_a_new_day_is_evaluated_and_trained_on_with_the_old_encoders(first: Path
 
     done("data", "import", "csv", first / "2.csv", first / "day2", "--like", bundle)
     assert Dataset.open(first / "day2").encoders.agrees_with(Dataset.open(first / "day1").encoders)
-    before = done("evaluate", bundle, first / "day2")["stages"]["final"]["click"]
+    evaluated = done("evaluate", bundle, first / "day2")
+    before = evaluated["stages"]["final"]["click"]
+    # The item of the second day is new to the model, though this day's training part has it.
+    rows = {part["slice"]: part["rows"] for part in evaluated["slices"] if part["by"] == "item"}
+    test = Dataset.open(first / "day2").scan("test").collect()
+    assert rows["new"] == (test["__item_id"] == "i7").sum() > 0
     report = done("train", first / "2.yaml", "--out", first / "run2", "--from", bundle)
     assert report["test"]["ne"] < before["ne"] + 0.02
     old, new = load_model(bundle).state_dict(), load_model(first / "run2" / "model").state_dict()

@@ -38,10 +38,10 @@ def item_rate(dataset: Dataset, split: str, label: str) -> Tensor | None:
     if dataset.schema.keys.item_id is None or split == "train" or "train" not in dataset.splits:
         return None
     item, weight = KEY_COLUMNS["item_id"], KEY_COLUMNS["weight"]
-    w = pl.col(weight).cast(pl.Float64) if dataset.schema.keys.weight is not None else pl.lit(1.0)
     y = pl.col(label).cast(pl.Float64).fill_nan(None)
+    w = pl.col(weight).cast(pl.Float64) if dataset.schema.keys.weight is not None else y.is_not_null().cast(pl.Float64)
     shown = dataset.scan("train").filter(y.is_not_null())
-    counts = shown.group_by(item).agg((w * y).sum().alias("positive"), (w + 0 * y).sum().alias("mass")).collect()
+    counts = shown.group_by(item).agg((w * y).sum().alias("positive"), w.sum().alias("mass")).collect()
     positive, mass = float(counts["positive"].sum()), float(counts["mass"].sum())
     if not 0 < positive < mass:
         return None
