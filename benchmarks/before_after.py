@@ -1,8 +1,8 @@
-"""Two checkouts of fullrank in turn: training speed, steps with tables, and latency of recommendations.
+"""Two checkouts of fullrank in turn: imports, training speed, steps with tables, and latency of recommendations.
 
     git worktree add ../before COMMIT
     python -m benchmarks.tables --data DIR --out tables
-    python -m benchmarks.before_after --before ../before --tables tables
+    python -m benchmarks.before_after --before ../before --tables tables [--only import]
 
 Each measurement is a process of its own with the checkout's `src` before everything else; the two take turns, and the
 order turns around with every repeat. The figure is the median of the ratios after / before, each of one turn.
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import process_tree
 from benchmarks.machine import table, write
 from benchmarks.serving_latency import free_port, running
 
@@ -77,6 +78,13 @@ class Checkout:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
         return done.stdout
 
+    def importing(self, name: str, tables: Path) -> process_tree.Usage:
+        """CPU seconds and memory of an import of a comparison table, as a whole program."""
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            schema = str(self.path / "recipes" / f"{name}.schema.json")
+            words = ["data", "import", "csv", str(tables / DATA[name]), f"{folder}/out", "--schema", schema, "--json"]
+            return process_tree.run([*CLI, *words], self.environment)
+
     def training(self, recipe: str, tables: Path) -> float:
         """Rows per second of training steps; the log is imported once."""
         shutil.rmtree(self.scratch / "run", ignore_errors=True)
@@ -120,6 +128,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=5.0, help="of load for each line")
+    parser.add_argument("--only", default="", help="cases with this in their names")
+    parser.add_argument("--name", default="before_after", help="of the file of results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkouts = {}
@@ -129,6 +139,11 @@ def main() -> None:
         cases: dict[str, Callable[[Checkout], float]] = {}
         if args.tables is not None:
             tables = args.tables.resolve()
+            for name in DATA:
+                cases[f"import {name}, CPU s (less is better)"] = lambda c, n=name: c.importing(n, tables).cpu_s
+                cases[f"import {name}, peak MiB (less is better)"] = lambda c, n=name: (
+                    c.importing(n, tables).peak_mib_all
+                )
             cases |= {f"train {recipe}, rows/s": lambda c, r=recipe: c.training(r, tables) for recipe in RECIPES}
         for fields, rows, kind in TABLES:
             label = f"{fields} tables of {rows:,} rows, {kind}, rows/s"
@@ -136,6 +151,7 @@ def main() -> None:
         for connections in (1, 16):
             label = f"recommend, {connections} connection{'s' * (connections > 1)}, requests/s"
             cases[label] = lambda c, n=connections: c.requests(n, args.seconds)
+        cases = {case: measure for case, measure in cases.items() if args.only in case}
         runs: list[dict[str, Any]] = []
         for repeat in range(args.repeats):
             for case, measure in cases.items():
@@ -152,7 +168,7 @@ def main() -> None:
     table(results, list(results[0]))
     commits = {name: checkout.output(["git", "-C", str(checkout.path), "rev-parse", "--short", "HEAD"]).strip()
                for name, checkout in checkouts.items()}  # fmt: skip
-    write("before_after", {"commits": commits, "threads": args.threads, "table": results, "runs": runs})
+    write(args.name, {"commits": commits, "threads": args.threads, "table": results, "runs": runs})
 
 
 if __name__ == "__main__":
