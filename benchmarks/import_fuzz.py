@@ -155,6 +155,26 @@ def _sequences(generator: random.Random) -> Files:
     return {"Toys.txt": "\n".join(lines).encode(), "Toys_item2attributes.json": json.dumps(about).encode()}
 
 
+def _sessions(generator: random.Random) -> Files:
+    times = [f"2014-04-07T{10 + n // 60:02d}:{n % 60:02d}:09.277Z" for n in range(ROWS)]
+    lines = [f"{n // 4},{time},{generator.randrange(20)},0" for n, time in enumerate(times)]
+    return {"yoochoose-clicks.dat": "\n".join(lines).encode() + b"\n"}
+
+
+def _views(generator: random.Random) -> Files:
+    lines = [f"{n // 4};NA;{generator.randrange(20)};{n * 977};2016-05-09" for n in range(ROWS)]
+    items = [f"{item};{item % 5}" for item in range(20)]
+    return {
+        "train-item-views.csv": "\n".join(["sessionId;userId;itemId;timeframe;eventdate", *lines]).encode() + b"\n",
+        "product-categories.csv": "\n".join(["itemId;categoryId", *items]).encode() + b"\n",
+    }
+
+
+def _item_lists(generator: random.Random) -> Files:
+    lists = [" ".join(str(generator.randrange(20)) for _ in range(generator.randrange(9))) for _ in range(ROWS)]
+    return {"sessions.txt": "\n".join(lists).encode() + b"\n"}
+
+
 def _taobao(generator: random.Random) -> Files:
     from fullrank.data.formats.taobao_ad import PROFILE
 
@@ -247,6 +267,9 @@ SEEDS: dict[str, tuple[Callable[[random.Random], Files], str, bool]] = {
     "avazu": (_avazu, "avazu", False),
     "amazon": (_amazon, "amazon", True),
     "sequences": (_sequences, "amazon", True),
+    "yoochoose": (_sessions, "sessions", False),
+    "diginetica": (_views, "sessions", True),
+    "item lists": (_item_lists, "sessions", False),
     "taobao-ad": (_taobao, "taobao-ad", True),
     "kuaivideo": (_kuaivideo, "kuaivideo", True),
     "ipinyou": (_ipinyou, "ipinyou", True),

@@ -157,7 +157,7 @@ def test_neither_groups_nor_chunks_change_the_rows(tmp_path: Path, monkeypatch: 
     expected = frame_of(path)
     monkeypatch.setattr(amazon_files.InteractionTables, "groups", lambda self: 7)
     monkeypatch.setattr(by_user, "PENDING_BYTES", 2000)
-    monkeypatch.setattr("fullrank.data.formats.amazon.CANDIDATES", 5)
+    monkeypatch.setattr("fullrank.data.formats.event_log.CANDIDATES", 5)
     found = frame_of(path)
     order = ["user_id", "timestamp", "__line", "label"]
     assert not found.equals(expected)

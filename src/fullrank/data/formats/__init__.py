@@ -29,6 +29,7 @@ FORMATS: Registry[Callable[[], Format]] = Registry(
         "movielens": "fullrank.data.formats.movielens:MovieLens",
         "parquet": "fullrank.data.formats.parquet:ParquetLog",
         "recbole": "fullrank.data.formats.recbole:RecBole",
+        "sessions": "fullrank.data.formats.sessions:Sessions",
         "taobao-ad": "fullrank.data.formats.taobao_ad:TaobaoAd",
     },
 )

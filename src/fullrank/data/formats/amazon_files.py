@@ -8,49 +8,22 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
 
 from fullrank.data.formats.by_user import groups_for
+from fullrank.data.formats.event_log import ITEM, TIME, USER, EventLog, Known
 from fullrank.data.formats.json_lines import json_chunks, json_integer, json_text
 from fullrank.data.formats.lines import first_line, read_blocks
 from fullrank.data.formats.parquet import ParquetLog
 from fullrank.data.raw import LINE_COLUMN, RawChunk, no_rejected, rejected_table
 from fullrank.schema import Categorical, Label, Schema
 
-USER, ITEM, TIME = "user_id", "item_id", "timestamp"
 # Later than this, a time is in milliseconds, as in the releases since 2023.
 _LATEST_SECOND = 100_000_000_000
 _SHOWN = 200
-
-# What is known of an item beside its id: nothing, one category, or a list of attributes.
-Known = Literal["", "category_id", "attributes"]
-
-
-class AmazonFiles(Protocol):
-    """One layout.
-
-    Attributes:
-        timed: its events have times.
-        known: what it says of the items.
-    """
-
-    timed: bool
-    known: Known
-
-    def events(self) -> Iterator[RawChunk]:
-        """Columns user_id, item_id (text or integers), timestamp (seconds) if timed, and `__line`."""
-        ...
-
-    def items(self, ids: pl.Series) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """item_id and the known column of those of `ids` that are described; rejected rows."""
-        ...
-
-    def groups(self) -> int:
-        """How many groups of users the events should be divided into."""
-        ...
 
 
 class Reviews:
@@ -223,7 +196,7 @@ class SequenceText:
         return groups_for([self._sequences])
 
 
-def amazon_files(path: Path) -> AmazonFiles:
+def amazon_files(path: Path) -> EventLog:
     """The layout of a directory, or of a file of reviews or sequences.
 
     Raises:
