@@ -116,7 +116,7 @@ def test_a_funnel_recommends_reports_and_is_the_same_when_loaded(funnel: fr.Fitt
 
 def test_a_report_of_a_single_ranker(fitted: fr.Fitted, tmp_path: Path) -> None:
     page = fitted.report(tmp_path / "report.html").read_text()
-    assert "<svg" in page and "Normalized entropy" in page and "final stage" not in page
+    assert "<svg" in page and "Normalized entropy" in page and "final stage" not in page and "How it learnt" in page
 
 
 def test_wrong_use_is_one_line(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fullrank.embeddings import EmbeddingCollection, EmbeddingOptimizer
 from fullrank.funnel.bundle import load_bundle, save_bundle
 from fullrank.funnel.evaluation import evaluate_funnel
 from fullrank.funnel.funnel import Funnel
-from fullrank.funnel.report import write_report
+from fullrank.funnel.report import facts_of, write_report
 from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import ROWS_AT_ONCE, Scorer
 from fullrank.funnel.training import FunnelConfig, train_funnel
@@ -26,7 +26,8 @@ from fullrank.models import Ranker, RankerSpec
 from fullrank.schema import FIRST_VOCABULARY_ID, Schema
 from fullrank.training.config import TrainerConfig
 from fullrank.training.evaluation import evaluate
-from fullrank.training.run import Progress, train_ranker
+from fullrank.training.result import TrainingResult, learning_curves
+from fullrank.training.run import ONLY_STAGE, Progress, train_ranker
 
 FUNNEL = "funnel"
 
@@ -41,13 +42,19 @@ class Fitted:
         schema: what its columns mean.
     """
 
-    def __init__(self, content: Scorer | Funnel, dataset: Dataset | None = None) -> None:
+    def __init__(
+        self,
+        content: Scorer | Funnel,
+        dataset: Dataset | None = None,
+        results: Mapping[str, TrainingResult] | None = None,
+    ) -> None:
         self.funnel = content if isinstance(content, Funnel) else None
         self._content = content
         self._scorer = content.scorer if isinstance(content, Funnel) else content
         self.ranker: Ranker = self._scorer.model
         self.schema: Schema = self._scorer.schema
         self.dataset = dataset
+        self._training = None if results is None else learning_curves(results)
 
     def __repr__(self) -> str:
         labels = ", ".join(label.name for label in self.schema.labels)
@@ -155,12 +162,14 @@ class Fitted:
         return found
 
     def report(self, path: Path | str, split: str = "test") -> Path:
-        """Write an HTML page with the metrics on a split of the dataset of training; the path."""
+        """Write an HTML page: the metrics on a split of the dataset of training, and how it learnt; the path."""
         dataset = self._own_dataset("report")
-        facts = {"log": str(dataset.path), "ranker": repr(self)}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_report(path, f"{self.ranker.name} on {split}", evaluate_funnel(self._content, dataset, split), facts)
+        name = self.ranker.name if self.funnel is None else FUNNEL
+        title = f"{name} on {dataset.path.resolve().name}, {split}"
+        measured = evaluate_funnel(self._content, dataset, split)
+        write_report(path, title, measured, facts_of(self._content, dataset), self._training)
         return path
 
     def save(self, path: Path | str, *, overwrite: bool = False) -> Path:
@@ -231,8 +240,8 @@ def fit(
         if training is not None or embedding is not None:
             raise ValueError("the stages of a funnel have their own training: pass a FunnelConfig as model")
         config = model if isinstance(model, FunnelConfig) else FunnelConfig()
-        funnel, _ = train_funnel(dataset, config, run_directory=place, progress=progress)
-        return Fitted(funnel, dataset)
+        funnel, results = train_funnel(dataset, config, run_directory=place, progress=progress)
+        return Fitted(funnel, dataset, results)
 
     def tell(step: int, steps: int, loss: float) -> None:
         if progress is not None:
@@ -241,8 +250,8 @@ def fit(
     settings = training if isinstance(training, TrainerConfig) else TrainerConfig(**_defaults(dataset, training or {}))
     tables = embedding if isinstance(embedding, EmbeddingOptimizer) else EmbeddingOptimizer(**(embedding or {}))
     spec = RankerSpec.of(model)
-    ranker, _ = train_ranker(spec, dataset, settings, tables, directory=place, progress=tell)
-    return Fitted(Scorer(dataset.encoders, ranker), dataset)
+    ranker, result = train_ranker(spec, dataset, settings, tables, directory=place, progress=tell)
+    return Fitted(Scorer(dataset.encoders, ranker), dataset, {ONLY_STAGE: result})
 
 
 def load(path: Path | str) -> Fitted:

@@ -277,6 +277,7 @@ def test_every_stage_of_a_recipe_is_trained(dataset: Dataset) -> None:
         ({"early": [{"name": "a", "keep": 3}, {"name": "b"}]}, "each of several early stages needs a keep"),
         ({"early": [{"name": "a"}, {"name": "a"}], "sizes": {"keep": [3, 2]}}, 'two stages are called "a"'),
         ({"early": {"name": "final"}}, 'a stage cannot be called "final"'),
+        ({"early": {"name": "total"}}, 'a stage cannot be called "total"'),  # of the seconds of a run
         ({"early": {"name": "../x"}}, "is no name of a stage"),
         ({"sizes": {"keep": [3, 2]}}, "keep has 2 sizes for 1 early stages"),
         ({"early": {"model": {"name": "wukon"}}}, 'did you mean "wukong"'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,17 @@ class Progress(Callback):
 
 
 def train(data: Path, run: Path, embedding: dict[str, Any], out: Path) -> None:
-    """Train, resuming if there is something to resume, and write the final weights."""
+    """Train, resuming if there is something to resume, and write the final weights, and the curve beside them."""
     torch.set_num_threads(1)
     dataset = Dataset.open(data)
     ranker = model()
     loader = Loader(dataset, "train", 60, shuffle=True, seed=CONFIG.seed)
     valid = Loader(dataset, "valid", 100)
     run.mkdir(exist_ok=True)
-    Trainer(CONFIG, EmbeddingOptimizer(**embedding), [Progress(run / "steps")]).fit(
+    result = Trainer(CONFIG, EmbeddingOptimizer(**embedding), [Progress(run / "steps")]).fit(
         ranker, loader, valid, run_directory=run, resume=True
     )
+    out.with_suffix(".curve").write_text(json.dumps(result.curve))
     partial = out.with_suffix(".partial")
     save_file({name: value.contiguous() for name, value in ranker.state_dict().items()}, partial)
     os.replace(partial, out)

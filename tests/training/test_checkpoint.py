@@ -153,6 +153,7 @@ def test_killed_at_random_moments_it_ends_with_the_bits_of_an_uninterrupted_run(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+    assert (tmp_path / "killed.curve").read_bytes() == (tmp_path / "whole.curve").read_bytes()
 
 
 def _lines(path: Path) -> int:

@@ -18,9 +18,9 @@ from tables import SCHEMA, clicks, frame
 from torch import Tensor
 
 from fullrank.data.dataset import Dataset, write_dataset
-from fullrank.training import Callback, load_model, lock
+from fullrank.training import Callback, checkpoint, load_model, lock
 from fullrank.training.lock import LEFT_OVER_AFTER, locked
-from fullrank.training.run import run, train_ranker
+from fullrank.training.run import Report, run, train_ranker
 from fullrank.training.trainer import Trainer
 
 
@@ -95,6 +95,63 @@ def test_an_earlier_run_gives_way_only_to_a_complete_one(
     assert resumed.metrics == whole.metrics and resumed.bundle == out / "model"
     assert not (out / ".next").exists() and (out / "notes.txt").read_text() == "mine"
     assert json.loads((out / "recipe.json").read_text())["training"]["seed"] == 3
+
+
+def test_curves_are_those_of_a_run_that_was_never_cut(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = a_recipe(dataset.path, validate_every=4, checkpoint_every=3)
+    whole = run(recipe, tmp_path / "whole").summary()
+    with monkeypatch.context() as patch:
+        cut_at(patch, 14)  # between two validations, two steps after a checkpoint
+        with pytest.raises(Cut):
+            run(recipe, tmp_path / "run")
+    run(recipe, tmp_path / "run", resume=True)
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    keys = ("curves", "monitor", "best_step")
+    assert {key: found[key] for key in keys} == {key: whole[key] for key in keys}
+    curve = found["curves"]["final"]
+    assert [point["step"] for point in curve] == [4, 8, 12, 16, 20] and found["monitor"] == {"final": "auc"}
+    aucs = {point["step"]: point["valid"]["auc"] for point in curve}
+    assert aucs[found["best_step"]["final"]] == max(aucs.values()) == found["valid"]["auc"]
+    assert curve[0]["epoch"] == pytest.approx(0.4) and curve[0]["loss"] > curve[-1]["loss"]
+    assert found["seconds"]["final"] > 0 and "train_loss" not in curve[0]["valid"]
+
+
+def test_a_checkpoint_of_before_there_were_curves_is_resumed(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loss had a third number, and a run without validation no history."""
+    recipe = a_recipe(dataset.path, validate_every=4)
+    with monkeypatch.context() as patch:
+        cut_at(patch, 8)
+        with pytest.raises(Cut):
+            run(recipe, tmp_path / "run")
+    newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    state = {**newest.state, "loss": [*newest.state["loss"], 0.5]}
+    checkpoint.write(tmp_path / "run" / "checkpoints", newest.step, newest.tensors(), state, keep=10)
+    resumed = run(recipe, tmp_path / "run", resume=True)
+    assert resumed.metrics == run(recipe).metrics
+
+
+def test_a_page_that_cannot_be_made_leaves_the_earlier_run_whole(dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(a_recipe(dataset.path), out, page=lambda report: f"auc {report.metrics['test']['click']['auc']}")
+    before = contents(out)
+    assert b"auc 0." in before["report.html"]
+
+    def fail(_: Report) -> str:
+        raise Cut
+
+    with pytest.raises(Cut):
+        run(a_recipe(dataset.path, seed=3), out, overwrite=True, page=fail)
+    after = contents(out)
+    assert {name: after[name] for name in before} == before
+    run(a_recipe(dataset.path, seed=3), out, overwrite=True, page=lambda report: "new")
+    assert (out / "report.html").read_text() == "new"
+    run(a_recipe(dataset.path, seed=3), out, overwrite=True)
+    assert not (out / "report.html").exists()  # it is not about this run
 
 
 def test_what_no_run_made_is_left_alone(dataset: Dataset, tmp_path: Path) -> None:

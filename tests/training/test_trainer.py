@@ -64,7 +64,7 @@ def test_a_model_with_enough_weights_learns_a_tiny_set_by_heart() -> None:
     model = _model()
     config = TrainerConfig(epochs=300, learning_rate=0.02, gradient_clip=None)
     result = Trainer(config).fit(model, [batch])
-    assert result.train_loss > 0.01  # the mean over all steps
+    assert result.history[0]["train_loss"] > 0.01 and result.train_loss < 1e-3  # of the first epoch, of the last
     assert evaluate(model, [batch])["click"]["logloss"] < 1e-3
 
 

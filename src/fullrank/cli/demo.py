@@ -38,6 +38,7 @@ def demo(
     from fullrank.funnel.training import train_funnel
     from fullrank.funnel.true_value import true_value
     from fullrank.retrieval import TwoTower
+    from fullrank.training.result import learning_curves
     from fullrank.training.run import defined
 
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file())):
@@ -99,7 +100,8 @@ def demo(
             "seconds": f"{total:.0f}: "
             + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "write"),
         }
-        write_report(out / "report.html", f"fullrank demo: {impressions:,} simulated impressions", report, facts)
+        title = f"fullrank demo: {impressions:,} simulated impressions"
+        write_report(out / "report.html", title, report, facts, learning_curves(results))
         atomic.write_text(out / "metrics.json", json.dumps(defined(report), indent=1, allow_nan=False) + "\n")
         done("write", task)
     total = time.perf_counter() - began

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,10 +23,16 @@ def evaluate(
     slice_by: Annotated[
         list[str] | None, typer.Option("--slice", metavar="COLUMN", help="Cut the rows by this column too; repeatable.")
     ] = None,
+    place: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="The page; default report-DATA-SPLIT.html by the bundle."),
+    ] = None,
     imports: ImportOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Metrics of every stage with 95 % intervals, by slices, beside baselines; on simulated data also the oracle's.
+
+    A page with all of it is written too.
 
     Example: fullrank evaluate runs/demo/bundle runs/demo/data --slice device
     """
@@ -36,12 +43,15 @@ def evaluate(
     from fullrank.funnel.bundle import load_bundle
     from fullrank.funnel.evaluation import evaluate_funnel
     from fullrank.funnel.funnel import Funnel
+    from fullrank.funnel.report import facts_of, write_report
     from fullrank.funnel.true_value import true_value
     from fullrank.registry import import_modules
     from fullrank.training.run import defined
 
     import_modules(imports or (), "--import")
     funnel, dataset = load_bundle(bundle), Dataset.open(data)
+    name = dataset.path.resolve().name
+    page = _writable(place or bundle.resolve().parent / f"report-{name}-{split}.html")
     console = Console(stderr=True, markup=False)
     with console.status(f"evaluating {split}"):
         report = evaluate_funnel(funnel, dataset, split, requests=requests, seed=seed, slice_by=slice_by or ())
@@ -50,6 +60,12 @@ def evaluate(
             report["true_value"] = true_value(funnel, dataset, World.load(world), split, seed=seed)
     for warning in report["warnings"]:
         print(f"warning: {warning['stage']}, {warning['message']}; {warning['advice']}", file=sys.stderr)
+    facts = {"bundle": str(bundle), **facts_of(funnel, dataset)}
+    try:
+        write_report(page, f"{bundle.resolve().name} on {name}, {split}", report, facts)
+    except OSError as error:
+        raise _unwritable(page, error.strerror) from None
+    print(f"report: {page}", file=sys.stderr)
     if as_json:
         print(json.dumps(defined(report), allow_nan=False))
         return
@@ -122,3 +138,16 @@ def _lists(report: dict[str, Any]) -> Any:
         if "true_value" in report:
             table.add_row(f"true value per request: {name}", f"{report['true_value'][name]:.3f}", "")
     return table
+
+
+def _writable(page: Path) -> Path:
+    """Raises:
+    ValueError: if no file can be written there, which is better known before the evaluation.
+    """
+    if page.is_dir() or not page.parent.is_dir() or not os.access(page.parent, os.W_OK):
+        raise _unwritable(page, "is a directory" if page.is_dir() else "no directory that can be written to")
+    return page
+
+
+def _unwritable(page: Path, why: str | None) -> ValueError:
+    return ValueError(f"{page}: the report cannot be written there ({why}): name another place with --report")

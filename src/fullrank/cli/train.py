@@ -25,10 +25,11 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train the model of a recipe and test it.
+    """Train the model of a recipe, test it, and write a bundle and report.html.
 
     Example: fullrank train recipes/movielens-1m-dcn_v2.yaml --set training.epochs=2
     """
+    from fullrank.funnel.report import run_page
     from fullrank.training.recipe import read_recipe
     from fullrank.training.run import run
 
@@ -42,7 +43,14 @@ def train(
 
         directory = out or Path("runs") / recipe.stem
         report = run(
-            settings, directory, resume=resume, overwrite=overwrite, start=start, progress=show, source=str(recipe)
+            settings,
+            directory,
+            resume=resume,
+            overwrite=overwrite,
+            start=start,
+            progress=show,
+            source=str(recipe),
+            page=run_page,
         )
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -104,6 +112,7 @@ def _print(report: dict[str, Any]) -> None:
             stages = {stage: f"after the {stage} stage" for stage in report[split]["stages"] if stage != "final"}
             text = ", ".join(f"{name} {recall[key]:.3f}" for key, name in (_RECALLS | stages).items())
             print(f"{split}: share of {recall['requests']:,.0f} positive rows' items found: {text}", file=sys.stderr)
+    print(f"report: {report['run']}/report.html", file=sys.stderr)
     print(f"run written to {report['run']}; serve it: fullrank serve {report['bundle']}", file=sys.stderr)
 
 

@@ -93,7 +93,7 @@ def predictions(model: Ranker, dataset: Dataset, split: str, labels: Sequence[La
 
     of_model, of_dataset = columns(model.schema.labels), columns(dataset.schema.labels)
     logits, observed, weights, users = [], [], [], []
-    for batch in Loader(dataset, split, ROWS_AT_ONCE):
+    for batch in Loader(dataset, split, ROWS_AT_ONCE, extra=tuple(dataset.extra)):
         logits.append(model(batch).logits_BT[:, of_model])
         observed.append(batch.labels_BT[:, of_dataset])
         weights.append(batch.weights_B)

@@ -3,288 +3,195 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import fullrank
 from fullrank.data import atomic
+from fullrank.data.dataset import Dataset
+from fullrank.funnel import charts, report_parts
+from fullrank.funnel.charts import number_of
+from fullrank.funnel.evaluation import evaluate_funnel
+from fullrank.funnel.funnel import Funnel
+from fullrank.funnel.report_parts import FINAL_STAGE, MODEL
+from fullrank.funnel.report_style import MEANINGS, STYLE
+from fullrank.funnel.scorer import Scorer
+from fullrank.funnel.stages import FINAL, RETRIEVAL
+from fullrank.models import Ranker
+from fullrank.training.patience import HIGHER_IS_BETTER
+from fullrank.training.run import Report
 
-_STYLE = """
-:root{--ink:#1b2430;--soft:#5c6878;--line:#dfe4ea;--card:#f6f8fa;--back:#fff;--main:#2457c5;--second:#e07b1f;--good:#1f8a55}
-@media(prefers-color-scheme:dark){:root{--ink:#e2e7ee;--soft:#98a5b6;--line:#303947;--card:#1d232c;--back:#141920;
---main:#7aa2ff;--second:#f2a65a;--good:#5ecb95}}
-body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);background:var(--back);
-max-width:60rem;margin:2.5rem auto;padding:0 1.25rem}
-h1{font-size:1.7rem;margin:0}h2{font-size:1.2rem;margin:2.5rem 0 .25rem}p{margin:.35rem 0;max-width:46rem}
-.soft,figcaption{color:var(--soft);font-size:.92rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.4rem,1fr));gap:.75rem;margin:1.5rem 0}
-.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.75rem 1rem}
-.card b{display:block;font-size:1.55rem;font-variant-numeric:tabular-nums}
-.card span{color:var(--soft);font-size:.88rem}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(22rem,1fr));gap:1.5rem;align-items:start}
-figure{margin:.75rem 0}svg{width:100%;max-width:34rem;height:auto;font:12px system-ui,sans-serif}
-svg text{fill:var(--ink)}svg .soft{fill:var(--soft)}svg .grid{stroke:var(--line)}
-.wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;margin:.5rem 0}
-th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th{font-weight:600;color:var(--soft);font-size:.88rem}th:first-child,td:first-child{text-align:left}
-td .track{display:inline-block;width:80px;margin-left:.5rem;text-align:left}
-td .bar{display:inline-block;height:.6rem;border-radius:2px;background:var(--main);vertical-align:middle}
-.facts td:last-child{text-align:left;width:100%;white-space:normal}
-.yes{color:var(--good)}
-"""
-
-Bar = tuple[str, float, str]
+# How metrics are called that only training looks at.
+_MONITORS = {**report_parts.BINARY, "mse": "MSE", "logloss": "log loss"}
 
 
-def write_report(path: Path, title: str, report: dict[str, Any], facts: dict[str, str]) -> None:
-    """Write the page.
+def write_report(
+    path: Path,
+    title: str,
+    report: Mapping[str, Any],
+    facts: Mapping[str, str],
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the page of `render`."""
+    atomic.write_text(path, render(title, report, facts, training))
+
+
+def run_page(report: Report) -> str:
+    """The page of a training run, for `fullrank.training.run.run(page=...)`.
+
+    It is about the test split, the validation split where there is none, and only about the training without both.
+    """
+    content, dataset = report.content, report.dataset
+    split = next((split for split in ("test", "valid") if split in report.metrics), None)
+    measured: Mapping[str, Any] = {}
+    if isinstance(content, Ranker):
+        content = Scorer(dataset.encoders, content)
+        if split is not None:
+            measured = evaluate_funnel(content, dataset, split)
+    elif split is not None:
+        measured = report.metrics[split]
+    known = isinstance(content, Funnel | Scorer)
+    facts = facts_of(content, dataset) if known else {"log": str(dataset.path)}
+    if "model" in report.details:
+        facts["training"] = (
+            f"{_plural(report.details['epochs'], 'epoch')}, {report.details['steps']:,} steps, "
+            f"{report.details['samples_per_second']:,.0f} rows/s, {report.details['precision']}"
+        )
+    name = content.model.name if isinstance(content, Scorer) else "funnel"
+    training = {**report.details, "seconds": report.seconds}
+    return render(f"{name} on {dataset.path.resolve().name}", measured, facts, training)
+
+
+def facts_of(content: Funnel | Scorer, dataset: Dataset) -> dict[str, str]:
+    """What a page says about a trained thing and its log."""
+    rows = ", ".join(f"{split} {dataset.rows(split):,}" for split in dataset.splits)
+    facts = {"log": str(dataset.path), "rows": rows}
+    if isinstance(content, Funnel):
+        sizes = (content.sizes.retrieve, *content.sizes.keeps(len(content.early)))
+        items = f"{len(content.items.active_I):,} items"
+        facts[RETRIEVAL] = f"{content.retriever.name}, hands on {sizes[0]:,} of {items}"
+        for (stage, model), keep in zip(content.early.items(), sizes[1:], strict=True):
+            facts[f"{stage} stage"] = f"{_model(model)}, hands on {keep:,} items"
+        facts["final stage"], facts["value"] = _model(content.final), content.value.text
+    else:
+        facts["model"] = _model(content.model)
+    return facts | {"fullrank": fullrank.__version__}
+
+
+def _model(model: Ranker) -> str:
+    size = model.num_parameters()
+    return f"{model.name}, {size.total:,} parameters, {size.embedding:,} of them in embedding tables"
+
+
+def _plural(count: float, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def render(
+    title: str, report: Mapping[str, Any], facts: Mapping[str, str], training: Mapping[str, Any] | None = None
+) -> str:
+    """The page as text.
 
     Args:
-        report: of `evaluate_funnel`; with the key `true_value` the result of that function.
+        report: of `evaluate_funnel`; with the key `true_value` the result of that function. Empty if nothing was
+            measured.
         facts: what was run, for the table at the end.
+        training: of a run: `curves`, `monitor`, `best_step` and `seconds`, as `metrics.json` has them.
     """
-    atomic.write_text(path, render(title, report, facts))
-
-
-def render(title: str, report: dict[str, Any], facts: dict[str, str]) -> str:
-    """The page as text."""
-    stages = report["stages"]
-    task = next(iter(stages["final"]))
-    final, early = stages["final"][task], {stage: tasks[task] for stage, tasks in stages.items() if stage != "final"}
-    recall, value = report.get("recall", {}), report.get("true_value")
-    judge = "final stage" if "recall" in report else "ranker"
-    against = " against the oracle" if "oracle_ne" in final else ""
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
-        f"<title>{escape(title)}</title><style>{_STYLE}</style><h1>{escape(title)}</h1>",
-        f"<p class=soft>Measured on the {escape(report['split'])} split: {report['rows']:,} impressions that come "
-        "after everything the models were trained on.</p>",
-        _cards(judge, final, recall, value),
-        f"<h2>{'Each stage' if early else f'The {judge}'}{against}: {escape(task)}</h2>",
-        "<p>Normalized entropy is the cross-entropy of the predictions over that of always predicting the mean rate: "
-        "1 is the mean, lower is better. The oracle predicts the true probability of every impression; what remains "
-        "there is chance, and no model can go below it.</p>"
-        if "oracle_ne" in final
-        else "<p>Normalized entropy is the cross-entropy of the predictions over that of always predicting the mean "
-        "rate: 1 is the mean, lower is better.</p>",
-        "<div class=pair>",
-        _bars("Normalized entropy", _stage_bars("ne", early, judge, final, 1.0), low=_floor(early, final)),
-        _bars("AUC", _stage_bars("auc", early, judge, final, 0.5), low=0.5),
-        "</div>",
-        _task_table(stages),
-        f"<h2>Calibration{' and recall' if recall else ''}</h2><div class=pair>",
-        _calibration(judge, report["calibration_curve"]) if "calibration_curve" in report else "",
-        _recall_chart(recall, list(early)) if recall else "",
-        "</div>",
-        _early_text(report.get("early_recall", {})),
-    ]
-    if value is not None:
-        parts.append(_true_value(value))
+    final: Mapping[str, Any] = report.get("stages", {}).get(FINAL, {})
+    training = training or {}
+    judge = FINAL_STAGE if "recall" in report or RETRIEVAL in training.get("seconds", {}) else MODEL
+    task = next((name for name, values in final.items() if "ne" in values), next(iter(final), None))
+    parts = [_measured(report), report_parts.warnings(report.get("warnings") or [])]
+    if task is not None:
+        parts += [
+            report_parts.cards(judge, final[task], report),
+            report_parts.stages(judge, task, report),
+            report_parts.tables(judge, report),
+        ]
+    beside = []
+    if curve := report.get("calibration_curve"):
+        beside.append(report_parts.calibration(judge, curve))
+    if report.get("recall"):
+        beside.append(report_parts.recall(report))
+    parts += [report_parts.pair(*beside), report_parts.slices(report.get("slices") or [])]
+    if report.get("true_value") is not None:
+        parts.append(report_parts.true_value(report["true_value"]))
+    parts += [_learning(judge, training), _times(training.get("seconds", {}))]
     rows = "".join(f"<tr><td>{escape(name)}<td>{escape(text)}" for name, text in facts.items())
-    parts.append(f"<h2>What was run</h2><div class=wide><table class=facts>{rows}</table></div></html>\n")
-    return "\n".join(part for part in parts if part)
-
-
-def _cards(judge: str, final: dict[str, float], recall: dict[str, float], value: dict[str, Any] | None) -> str:
-    cards = [(f"{final['ne']:.4f}", f"normalized entropy, {judge}")]
-    if "oracle_ne" in final:
-        cards[0] = (cards[0][0], f"normalized entropy, {judge}; the oracle has {final['oracle_ne']:.4f}")
-        cards.append((f"{final['gap_closed']:.0%}", "of the way from the mean to the oracle"))
-    cards.append((f"{final['auc']:.4f}", f"AUC, {judge}"))
-    cards.append((f"{final['calibration']:.3f}", "predicted over observed clicks; 1 is unbiased"))
-    if "retrieval_at_100" in recall:
-        cards.append((f"{recall['retrieval_at_100']:.0%}", "recall@100 of retrieval"))
-    if value is not None:
-        cards.append((f"{value['share_of_best']:.0%}", "of the best attainable value earned by the funnel"))
-    items = "".join(f"<div class=card><b>{escape(big)}</b><span>{escape(small)}</span></div>" for big, small in cards)
-    return f"<div class=cards>{items}</div>"
-
-
-def _stage_bars(
-    metric: str, early: dict[str, dict[str, float]], judge: str, final: dict[str, float], mean: float
-) -> list[Bar]:
-    bars = [("predict the mean", mean, "soft")]
-    bars += [(f"{stage} stage", values[metric], "second") for stage, values in early.items()]
-    bars.append((judge, final[metric], "main"))
-    if f"oracle_{metric}" in final:
-        bars.append(("oracle", final[f"oracle_{metric}"], "good"))
-    return bars
-
-
-def _floor(early: dict[str, dict[str, float]], final: dict[str, float]) -> float:
-    lowest = min(final["ne"], *(values["ne"] for values in early.values()), final.get("oracle_ne", 1.0))
-    return max(0.0, math.floor(lowest * 10 - 1) / 10)
-
-
-def _bars(title: str, bars: Sequence[Bar], *, low: float = 0.0, digits: int = 4) -> str:
-    """Horizontal bars from `low` on; the axis is labelled, so that a cut one is seen as such."""
-    finite = [number for _, number, _ in bars if math.isfinite(number)]
-    step = _step(max([*finite, low + 1e-9]) - low)
-    high = max([*finite, low + step])
-    width, left, right, row = 460, 150, 60, 30
-    height = row * len(bars) + 34
-
-    def x(number: float) -> float:
-        return left + (width - left - right) * max(0.0, min(1.0, (number - low) / (high - low)))
-
-    drawn = []
-    for place, (name, number, colour) in enumerate(bars):
-        y = place * row + 6
-        end = x(number) if math.isfinite(number) else left
-        label = f"{number:.{digits}f}" if math.isfinite(number) else "undefined"
-        drawn.append(
-            f"<text x='{left - 8}' y='{y + 15}' text-anchor=end>{escape(name)}</text>"
-            f"<rect x='{left}' y='{y}' width='{max(end - left, 1):.1f}' height='20' rx='2' fill='var(--{colour})'/>"
-            f"<text x='{end + 6:.1f}' y='{y + 15}'>{label}</text>"
-        )
-    base = row * len(bars) + 8
-    drawn.append(f"<line class=grid x1='{left}' x2='{width - right}' y1='{base}' y2='{base}'/>")
-    for tick in range(int((high - low) / step + 1e-6) + 1):
-        number = low + tick * step
-        drawn.append(f"<text class=soft x='{x(number):.1f}' y='{base + 16}' text-anchor=middle>{number:.4g}</text>")
+    parts.append(f"<h2>What was run</h2><table class=facts>{rows}</table>")
+    body = "\n".join(part for part in parts if part)
     return (
-        f"<figure><svg viewBox='0 0 {width} {height}' role=img aria-label='{escape(title)}'>{''.join(drawn)}</svg>"
-        f"<figcaption>{escape(title)}</figcaption></figure>"
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width,initial-scale=1'>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>\n"
+        f"{_legend(judge, body)}{body}</html>\n"
     )
 
 
-def _step(span: float) -> float:
-    """A round distance (1, 2 or 5 times a power of ten) that divides the span into two to five parts."""
-    power: float = 10.0 ** math.floor(math.log10(span / 2))
-    return max(power * digit for digit in (1, 2, 5) if power * digit <= span / 2 * (1 + 1e-9))
+def _measured(report: Mapping[str, Any]) -> str:
+    if not report:
+        return "<p class=soft>Nothing was measured: there are no rows but those of training.</p>"
+    return f"<p class=soft>Measured on the {escape(report['split'])} split of the log: {report['rows']:,} rows.</p>"
 
 
-def _calibration(judge: str, curve: dict[str, list[float]]) -> str:
-    """Predicted against observed rate of ten equal bins, both axes logarithmic."""
-    points = [(p, o) for p, o in zip(curve["predicted"], curve["observed"], strict=True) if p > 0]
-    positive = [number for pair in points for number in pair if number > 0]
-    if not positive:
-        return ""
-    low, high = math.log10(min(positive)) - 0.1, min(0.02, math.log10(max(positive)) + 0.1)
-    size, left, top = 300, 60, 10
-    width, height = 460, size + 60
-
-    def x(number: float) -> float:
-        return left + size * (math.log10(max(number, 1e-12)) - low) / (high - low)
-
-    def y(number: float) -> float:
-        return top + size - size * (math.log10(max(number, 10**low)) - low) / (high - low)
-
-    drawn = []
-    for exponent in range(-6, 1):
-        for digit in (1, 2, 5):
-            tick = digit * 10.0**exponent
-            if not low <= math.log10(tick) <= high:
-                continue
-            drawn.append(
-                f"<line class=grid x1='{x(tick):.1f}' x2='{x(tick):.1f}' y1='{top}' y2='{top + size}'/>"
-                f"<line class=grid x1='{left}' x2='{left + size}' y1='{y(tick):.1f}' y2='{y(tick):.1f}'/>"
-                f"<text class=soft x='{x(tick):.1f}' y='{top + size + 16}' text-anchor=middle>{tick:g}</text>"
-                f"<text class=soft x='{left - 6}' y='{y(tick) + 4:.1f}' text-anchor=end>{tick:g}</text>"
-            )
-    first, last = 10**low, 10**high
-    drawn.append(
-        f"<line x1='{x(first):.1f}' y1='{y(first):.1f}' x2='{x(last):.1f}' y2='{y(last):.1f}' stroke='var(--soft)' "
-        "stroke-dasharray='5 4'/>"
+def _legend(judge: str, body: str) -> str:
+    meanings = MEANINGS if judge == FINAL_STAGE else {**MEANINGS, FINAL: "this model"}
+    items = "".join(
+        f"<li><i style='background:var(--{colour})'></i>{meaning}"
+        for colour, meaning in meanings.items()
+        if f"var(--{colour})" in body
     )
-    drawn += [f"<circle cx='{x(p):.1f}' cy='{y(o):.1f}' r='5' fill='var(--main)'/>" for p, o in points]
-    drawn.append(
-        f"<text class=soft x='{left + size / 2}' y='{top + size + 36}' text-anchor=middle>predicted</text>"
-        f"<text class=soft x='{left + size + 8}' y='{y(last) + 4:.1f}'>unbiased</text>"
-    )
+    whisker = "whiskers are 95 % intervals; " if "class=whisker" in body else ""
     return (
-        f"<figure><svg viewBox='0 0 {width} {height}' role=img aria-label='Calibration'>{''.join(drawn)}</svg>"
-        f"<figcaption>Calibration of the {judge}: observed rate (up) against predicted rate, in ten bins of "
-        "equally many impressions.</figcaption></figure>"
+        f"<ul class=legend>{items}</ul><p class=soft>In all charts bars grow to the right and curves rise where things "
+        f"get better; {whisker}an axis of something that should be low runs from high to low.</p>\n"
     )
 
 
-def _recall_chart(recall: dict[str, float], early: Sequence[str]) -> str:
-    shown = {
-        "popularity_at_100": ("100 most clicked", "soft"),
-        "retrieval_at_100": ("retrieval, first 100", "main"),
-        "retrieval": ("retrieval, all", "main"),
-        **{stage: (f"after the {stage} stage", "second") for stage in early},
-        "final_at_100": ("final list, first 100", "good"),
-    }
-    bars = [(name, recall[key], colour) for key, (name, colour) in shown.items() if key in recall]
-    text = (
-        "Share of clicked items that are still there. After retrieval candidates are sorted by value, not by "
-        "click, so cheap items that were clicked do drop out."
-    )
-    return _bars(text, bars, digits=3)
-
-
-def _early_text(early: dict[str, float]) -> str:
-    if "top_10" not in early:
+def _learning(judge: str, training: Mapping[str, Any]) -> str:
+    """Training loss and watched metric of each stage by step."""
+    curves = {stage: points for stage, points in (training.get("curves") or {}).items() if points}
+    if not curves:
         return ""
-    text = (
-        f"What is before the final stage keeps {early['top_10']:.1%} of the ten items that the final stage, scoring "
-        "everything that retrieval found, would put first"
+    parts = []
+    for stage, points in curves.items():
+        name, colour = (judge, FINAL) if stage == FINAL else (f"{stage} stage", "early")
+        kept = (training.get("best_step") or {}).get(stage)
+        monitor = str((training.get("monitor") or {}).get(stage, ""))
+        loss = [(point["step"], number_of(point.get("loss"))) for point in points]
+        watched = [(p["step"], _sum(p["valid"].get(key) for key in monitor.split("+"))) for p in points if p["valid"]]
+        lower = monitor.split("+")[0] not in HIGHER_IS_BETTER
+        learnt = charts.curve("Training", loss, colour=colour, unit="lower mean loss", lower_is_better=True, kept=kept)
+        metric = " + ".join(_MONITORS.get(key, key) for key in monitor.split("+"))
+        unit = f"{'lower' if lower else 'higher'} {metric}"
+        seen = charts.curve("Validation", watched, colour=colour, unit=unit, lower_is_better=lower, kept=kept)
+        heading = f"<h3>{escape(name[0].upper() + name[1:])}</h3>" if len(curves) > 1 else ""
+        parts.append(heading + report_parts.pair(learnt, seen))
+    text = "The loss of a point is the mean over the steps since the one before."
+    if training.get("best_step"):
+        text += " The ring is the validation whose weights were kept."
+    return f"<h2>How it learnt</h2><p>{text}</p>{''.join(parts)}"
+
+
+def _sum(values: Iterable[object]) -> float:
+    return sum(map(number_of, values))
+
+
+def _times(seconds: Mapping[str, float]) -> str:
+    if not seconds:
+        return ""
+    # What `fit` took is said by stage, where there are several.
+    several = RETRIEVAL in seconds
+    names = {"fit": "training", "import": "import of the log", "evaluate": "evaluation", "total": "total"}
+    total = seconds.get("total") or math.nan
+    rows = "".join(
+        f"<tr><td class=text>{escape(names.get(name, f'training, {name}'))}<td>{value:,.1f}"
+        f"<td>{report_parts.formatted(value / total, '.0%')}"
+        for name, value in seconds.items()
+        if name != ("fit" if several else FINAL)
     )
-    if "value_of_top_10" in early:
-        text += f", and {early['value_of_top_10']:.1%} of their value"
-    return f"<p>{text}.</p>"
-
-
-def _task_table(stages: dict[str, dict[str, dict[str, float]]]) -> str:
-    columns = {
-        "rate": "rate",
-        "ne": "NE",
-        "oracle_ne": "oracle NE",
-        "gap_closed": "gap closed",
-        "auc": "AUC",
-        "oracle_auc": "oracle AUC",
-        "gauc": "GAUC",
-        "calibration": "calibration",
-    }
-    first = next(iter(stages["final"].values()))
-    shown = [key for key in columns if key in first]
-    head = "".join(f"<th>{columns[key]}" for key in shown)
-    rows = []
-    for stage, tasks in stages.items():
-        for task, values in tasks.items():
-            cells = "".join(
-                f"<td>{values[key]:.1%}" if key == "gap_closed" else f"<td>{values[key]:.4f}"
-                for key in shown
-                if key in values
-            )
-            rows.append(f"<tr><td>{escape(stage)}<td>{escape(task)}{cells}")
-    return f"<div class=wide><table><tr><th>stage<th>task{head}{''.join(rows)}</table></div>"
-
-
-def _true_value(value: dict[str, Any]) -> str:
-    bars = [
-        ("random ads", value["random"], "soft"),
-        ("the log's policy", value["log"], "second"),
-        ("this funnel", value["funnel"], "main"),
-        ("best possible", value["best"], "good"),
-    ]
-    parts = [
-        "<h2>What the lists are really worth</h2>",
-        f"<p>Expected value of one request, the sum over its slots of bid times <em>true</em> click probability, over "
-        f"{value['requests']:,} requests. The best possible list knows the true probability of every living ad; the "
-        "log's policy went by interest and took no account of bids.</p>",
-        _bars("Expected value per request", bars, digits=3),
-        "<h2>Some ranked lists</h2>"
-        "<p>What the final stage predicts, and the true probability of a click had the ad been shown in that slot. "
-        "A check marks ads that the best possible list has too. Predictions in a list run high: a list picks the ads "
-        "whose predictions err upwards.</p>",
-    ]
-    for sample in value["samples"]:
-        rows = "".join(
-            f"<tr><td>{item['item_id']}<td>{item['bid']:.2f}<td>{item['value']:.3f}"
-            f"<td>{_probability(item['predicted'])}<td>{_probability(item['true'])}"
-            f"<td class=yes>{'✓' if item['best'] else ''}"
-            for item in sample["items"]
-        )
-        parts.append(
-            f"<p><strong>User {sample['user_id']}</strong></p><div class=wide><table><tr><th>ad<th>bid<th>value"
-            f"<th>predicted click<th>true click<th>in the best list{rows}</table></div>"
-        )
-    return "\n".join(parts)
-
-
-def _probability(p: float) -> str:
-    return f"{p:.3f}<span class=track><span class=bar style='width:{max(1.0, 80 * p):.0f}px'></span></span>"
+    head = "<th class=text>part<th>seconds<th>share"
+    return f"<h2>Times</h2>{report_parts.wide('times', f'<table class=narrow><tr>{head}{rows}</table>')}"

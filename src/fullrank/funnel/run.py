@@ -11,8 +11,10 @@ from pydantic import ValidationError
 from fullrank.data.dataset import Dataset
 from fullrank.funnel.bundle import save_bundle
 from fullrank.funnel.evaluation import evaluate_funnel
+from fullrank.funnel.stages import RETRIEVAL
 from fullrank.funnel.training import FunnelConfig, train_funnel, written_out
 from fullrank.training.recipe import Recipe, explain
+from fullrank.training.result import learning_curves
 from fullrank.training.run import Progress, Report, defined
 
 
@@ -52,15 +54,19 @@ def run_funnel(
     fitted = time.perf_counter() - begin
     splits = [split for split in ("valid", "test") if split in dataset.splits and dataset.rows(split)]
     metrics: dict[str, Any] = {split: evaluate_funnel(funnel, dataset, split) for split in splits}
+    evaluated = time.perf_counter() - begin - fitted
     bundle = None
     if directory is not None:
         bundle = directory / "bundle"
         save_bundle(funnel, bundle, about={"recipe": source, "metrics": defined(metrics)}, overwrite=True)
     speeds = {stage: result.samples_per_second for stage, result in results.items()}
-    details = {**metrics, "samples_per_second": speeds}
+    details = {**metrics, "samples_per_second": speeds, **learning_curves(results)}
+    stages = {stage: result.seconds for stage, result in results.items()}
+    # What is not a ranker's is retrieval's: the catalogue, the retriever and its index.
+    seconds = {"fit": fitted, RETRIEVAL: fitted - sum(stages.values()), **stages, "evaluate": evaluated}
     notes = [
         f"{split}, {warning['stage']}: {warning['message']}; {warning['advice']}"
-        for split, found in metrics.items()
-        for warning in found["warnings"]
+        for split in splits[-1:]
+        for warning in metrics[split]["warnings"]
     ]
-    return Report(funnel, dataset, metrics, details, {"fit": fitted}, bundle=bundle, notes=notes)
+    return Report(funnel, dataset, metrics, details, seconds, bundle=bundle, notes=notes)

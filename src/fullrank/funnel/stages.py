@@ -15,7 +15,7 @@ from fullrank.batch import Batch
 
 RETRIEVAL, FINAL = "retrieval", "final"
 # What else reports and metrics speak of beside the stages.
-_TAKEN = {RETRIEVAL, FINAL, "encode", "requests", "retrievable"}
+_TAKEN = {RETRIEVAL, FINAL, "encode", "requests", "retrievable", "import", "fit", "evaluate", "total"}
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 

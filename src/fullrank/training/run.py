@@ -28,12 +28,16 @@ from fullrank.training.engine import Engine
 from fullrank.training.evaluation import evaluate
 from fullrank.training.memory import return_freed_memory
 from fullrank.training.recipe import DataSpec, Recipe, parse_recipe, read_recipe
-from fullrank.training.run_directory import RECIPE, RunDirectory, run_directory
+from fullrank.training.result import TrainingResult, learning_curves
+from fullrank.training.run_directory import PAGE, RECIPE, RunDirectory, run_directory
 from fullrank.training.saving import load_model, save_model
-from fullrank.training.trainer import Trainer, TrainingResult
+from fullrank.training.trainer import Trainer
 
 # Told what is going on, the step, the number of steps (0 if unknown) and the loss (NaN if there is none).
 Progress = Callable[[str, int, int, float], None]
+
+# A single ranker is the final stage of a funnel that has no other.
+ONLY_STAGE = "final"
 
 
 @dataclass
@@ -45,7 +49,7 @@ class Report:
         dataset: what it was trained on.
         metrics: by split; of a ranker then by label, as `evaluate` gives them, of a funnel as `evaluate_funnel` does.
         details: what else is in `metrics.json`: sizes, speed, steps.
-        seconds: wall time of the parts of the run.
+        seconds: wall time of the parts of the run, and of its stages.
         directory: where the run's files are; None if none were written.
         bundle: what can be served.
         notes: what somebody who started the run should know.
@@ -99,6 +103,7 @@ def run(
     start: Path | None = None,
     progress: Progress | None = None,
     source: str | None = None,
+    page: Callable[[Report], str] | None = None,
 ) -> Report:
     """Import the log if that is not done yet, train what the recipe says, test it, and write a bundle.
 
@@ -110,6 +115,7 @@ def run(
         start: a bundle of the same ranker to go on training from: a warm start. The dataset has to have its encoders
             (`import_dataset(..., like=bundle)`).
         source: where the recipe comes from, for messages and the bundle; default its file.
+        page: what makes `report.html` of the run, which is written beside the rest; `fullrank.funnel.report.run_page`.
 
     Raises:
         ValueError: if the recipe is wrong (one line per wrong field), the data lacks what it needs, `directory` holds
@@ -125,9 +131,9 @@ def run(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     if directory is None:
-        return _run(recipe, None, source, start, begin, progress)
+        return _run(recipe, None, source, start, begin, progress, page)
     with run_directory(directory, resume=resume, overwrite=overwrite) as place:
-        report = _run(recipe, place, source, start, begin, progress)
+        report = _run(recipe, place, source, start, begin, progress, page)
         place.publish()
     if resume and not place.resume:
         report.notes.insert(0, f"there was no run in {directory} to resume: this one began at the beginning")
@@ -141,6 +147,7 @@ def _run(
     start: Path | None,
     begin: float,
     progress: Progress | None,
+    page: Callable[[Report], str] | None,
 ) -> Report:
     dataset = open_dataset(recipe.data, progress)
     imported = time.perf_counter()
@@ -157,6 +164,10 @@ def _run(
         report.bundle = None if report.bundle is None else place.path / report.bundle.name
         text = json.dumps(report.summary(), indent=2, allow_nan=False)
         atomic.write_text(place.work / "metrics.json", text + "\n")
+        if page is not None:
+            if progress is not None:
+                progress("writing the report", 0, 0, math.nan)
+            atomic.write_text(place.work / PAGE, page(report))
     return report
 
 
@@ -196,8 +207,10 @@ def run_model(
         progress=tell,
     )
     metrics = {"valid": result.best_tasks} if _has(dataset, "valid") else {}
+    begin = time.perf_counter()
     if _has(dataset, "test"):
         metrics["test"] = evaluate(model, Loader(dataset, "test", 2 * training.batch_size, extra=recipe.data.extra))
+    seconds = {"fit": result.seconds, ONLY_STAGE: result.seconds, "evaluate": time.perf_counter() - begin}
     bundle = None
     if directory is not None:
         bundle = directory / "model"
@@ -224,8 +237,9 @@ def run_model(
         "epochs": result.epochs,
         "steps": result.steps,
         "best": result.best,
+        **learning_curves({ONLY_STAGE: result}),
     }
-    return Report(model, dataset, metrics, details, {"fit": result.seconds}, bundle=bundle, notes=notes)
+    return Report(model, dataset, metrics, details, seconds, bundle=bundle, notes=notes)
 
 
 def _started(spec: RankerSpec, dataset: Dataset, bundle: Path) -> Ranker:

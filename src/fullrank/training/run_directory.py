@@ -16,8 +16,8 @@ from fullrank.training.lock import locked
 # The checkpoints of a funnel's rankers: a directory for each stage.
 STAGES = "stages"
 # What a run writes; the recipe comes first and says that the rest is a run's.
-RECIPE = "recipe.json"
-OWN = ("model", "bundle", "checkpoints", STAGES, "tensorboard", "metrics.json", RECIPE)
+RECIPE, PAGE = "recipe.json", "report.html"
+OWN = ("model", "bundle", "checkpoints", STAGES, "tensorboard", "metrics.json", PAGE, RECIPE)
 # Where a run that is to replace another one works until it is complete.
 NEXT = ".next"
 

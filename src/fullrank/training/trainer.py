@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,7 +23,7 @@ from fullrank.training.engine import Engine, LocalEngine
 from fullrank.training.evaluation import evaluate
 from fullrank.training.memory import keep_freed_memory, return_freed_memory
 from fullrank.training.patience import Patience
-from fullrank.training.precision import Precision
+from fullrank.training.result import TrainingResult
 
 # On an accelerator the loss is looked at this often, because looking waits for the device.
 CHECK_EVERY = 50
@@ -38,35 +37,6 @@ class Resumable(Protocol):
 
     def state(self) -> dict[str, int]: ...
     def restore(self, state: dict[str, int]) -> None: ...
-
-
-@dataclass
-class TrainingResult:
-    """What happened.
-
-    Attributes:
-        steps: of the whole run, those before a resume included.
-        epochs: finished ones.
-        seconds: wall time of `fit`.
-        precision: of the matrix products, `float32` or `bfloat16`.
-        samples_per_second: rows per second over the training steps of this call, loading included, without
-            validations, checkpoints and the first ten steps.
-        history: metrics of each validation, in order.
-        best: the best of them by the monitored metric, whose weights the model has now; empty without validation.
-        best_tasks: that validation's metrics of every label, as `evaluate` gives them.
-        train_loss: mean over the steps since the last validation but one (all steps when there was none).
-    """
-
-    steps: int
-    epochs: int
-    seconds: float
-    samples_per_second: float
-    precision: Precision
-    stopped_early: bool
-    history: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, float] = field(default_factory=dict)
-    best_tasks: dict[str, dict[str, float]] = field(default_factory=dict)
-    train_loss: float = math.nan
 
 
 class Trainer:
@@ -158,7 +128,7 @@ class _Run:
         self.history: list[dict[str, float]] = []
         self.best_tasks: dict[str, dict[str, float]] = {}
         self.best_state: dict[str, Tensor] | None = None
-        self.loss_sum, self.loss_count, self.train_loss = 0.0, 0, math.nan
+        self.loss_sum, self.loss_count = 0.0, 0
         self.unchecked: list[Tensor] = []
         torch.manual_seed(config.seed)
         self.checkpoints: Path | None = None
@@ -207,9 +177,9 @@ class _Run:
             precision=self.engine.precision,
             stopped_early=self.patience.stopped,
             history=self.history,
+            monitor=self.patience.monitor,
             best=self.patience.best,
             best_tasks=self.best_tasks,
-            train_loss=self.train_loss,
         )
 
     def _loop(self) -> tuple[int, float]:
@@ -299,19 +269,18 @@ class _Run:
 
     def _validate(self) -> None:
         self._check_losses(self.step)
-        self.train_loss = self.engine.mean(self.loss_sum / self.loss_count) if self.loss_count else math.nan
-        if self.valid is None:
-            return
-        first = self.model.schema.labels[0].name
-        tasks = evaluate(self.model, self.valid)
-        metrics = {
-            **tasks[first],
+        point = {
             "epoch": self.epoch + (self.batch / self.epoch_steps if self.epoch_steps else 0.0),
             "step": float(self.step),
-            "train_loss": self.train_loss,
+            "train_loss": self.engine.mean(self.loss_sum / self.loss_count) if self.loss_count else math.nan,
             "learning_rate": self.config.learning_rate * self.rate_scale,
         }
         self.loss_sum, self.loss_count = 0.0, 0
+        if self.valid is None:
+            self.history.append(point)
+            return
+        tasks = evaluate(self.model, self.valid)
+        metrics = {**tasks[self.model.schema.labels[0].name], **point}
         self.history.append(metrics)
         improved = self.patience.observe(self.step, metrics)
         if improved:
@@ -357,7 +326,7 @@ class _Run:
             "history": self.history,
             "best_tasks": self.best_tasks,
             "patience": self.patience.state(),
-            "loss": [self.loss_sum, self.loss_count, self.train_loss],
+            "loss": [self.loss_sum, self.loss_count],
         }
         protect = {self.patience.best_step} if self.patience.best else set()
         checkpoint.write(directory, self.step, tensors, state, keep=self.config.keep_checkpoints, protect=protect)
@@ -389,7 +358,7 @@ class _Run:
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
         self.history, self.best_tasks = state["history"], state["best_tasks"]
         self.patience = Patience(**state["patience"])
-        self.loss_sum, self.loss_count, self.train_loss = state["loss"]
+        self.loss_sum, self.loss_count = state["loss"][:2]  # older ones have a third number
         train.restore(state["loader"])
 
 
