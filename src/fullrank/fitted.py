@@ -92,8 +92,8 @@ class Fitted:
         """Metrics: NE, AUC, calibration and the like.
 
         Args:
-            data: a table with features and labels, of a later day for example; or a dataset with the same encoders.
-                Default: the dataset of training.
+            data: a table with features and labels, of a later day for example; or a dataset with the same encoders,
+                or these extended. Default: the dataset of training.
             split: of a dataset.
 
         Returns:

@@ -71,6 +71,9 @@ def import_(
         Path | None,
         typer.Option("--like", help="A bundle or a dataset: take its schema and encoders, for a later log."),
     ] = None,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="With --like: give new values ids of their own, behind the old ones.")
+    ] = False,
     split: Annotated[
         str | None,
         typer.Option("--split", help="time, user, random, given or none. Default: time if there is a timestamp."),
@@ -118,6 +121,8 @@ def import_(
     from fullrank.schema import Schema, describe_errors
 
     import_modules(imports or (), "--import")
+    if extend and like is None:
+        raise ValueError("--extend adds to the encoders of an earlier log: name it with --like BUNDLE or DATASET")
     options = _read_options(separator, encoding, quote, columns, header=not no_header)
     began = time.perf_counter()
     values: dict[str, Any] = {"kind": split, "valid": valid, "test": test, "seed": seed, "column": split_column}
@@ -138,6 +143,7 @@ def import_(
             out,
             schema=None if schema is None else Schema.read(schema),
             like=like,
+            extend=extend,
             split=spec,
             options=options,
             missing=missing,
@@ -346,6 +352,7 @@ def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
             "tables": dataset.schema.tables(),
             "published": dataset.published,
             "derived": dataset.derived,
+            "new_ids": dataset.new_ids,
             "seconds": round(seconds, 3),
         }
         print(json.dumps(summary))
@@ -379,6 +386,8 @@ def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
             table.add_row("rows of one user and second, blind to each other", f"{found['rows_in_ties']:,}")
     sizes = dataset.schema.tables()
     table.add_row("embedding tables", f"{len(sizes)}, {sum(sizes.values()):,} rows")
+    if dataset.new_ids:
+        table.add_row("new ids", ", ".join(f"{name} {count:,}" for name, count in dataset.new_ids.items()))
     table.add_row("seconds", f"{seconds:.1f}")
     console.print(table)
     for name, found in dataset.published.items():

@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,37 @@ def encoded_columns(schema: Schema) -> dict[str, pl.DataType]:
     fixed = {"timestamp": pl.Int64(), "weight": pl.Float32(), "bid": pl.Float32()}
     columns.update({KEY_COLUMNS[key]: dtype for key, dtype in fixed.items() if getattr(schema.keys, key) is not None})
     return columns
+
+
+class Earlier(NamedTuple):
+    """What a log takes over from an earlier one: its encoders, extended by this log's new values or as they are."""
+
+    encoders: Encoders
+    extend: bool = False
+
+    @classmethod
+    def of(cls, like: Path | str | None, extend: bool, **said: object) -> Self | None:
+        """Of a bundle or a dataset; None without one.
+
+        Args:
+            said: what else an import was told of the log's columns; the earlier log has settled that.
+
+        Raises:
+            ValueError: if something else was said, there is nothing to extend, or the directory holds no encoders.
+        """
+        if like is None:
+            if extend:
+                raise ValueError("nothing to extend: name the bundle or the dataset whose encoders to take (like)")
+            return None
+        for name, value in said.items():
+            if value is not None:
+                raise ValueError(
+                    f"a log that is imported like another one has its schema and is read like it: leave out {name}"
+                )
+        directory = Path(like) / "encoders"
+        if not directory.is_dir():
+            raise ValueError(f"{like} is neither a bundle nor a dataset: it has no encoders")
+        return cls(Encoders.load(directory), extend)
 
 
 class ShardWriter:
@@ -195,11 +226,11 @@ class DatasetBuilder:
                 parts = np.full(chunk.rows, _BY_TIME, dtype=np.int8)
             self._parts[place] = np.where(mine, _DROPPED, parts).astype(np.int8)
 
-    def write(self, *, valid: float, test: float, about: dict[str, Any], encoders: Encoders | None = None) -> Encoders:
+    def write(self, *, valid: float, test: float, about: dict[str, Any], earlier: Earlier | None = None) -> Encoders:
         """Split by time what has no part yet, fit the encoders on the training rows, and write everything.
 
         Args:
-            encoders: those of another dataset, to be used as they are.
+            earlier: the encoders of another log, to be used instead of fitting some.
 
         Raises:
             ValueError: if no row is left to train on.
@@ -209,8 +240,12 @@ class DatasetBuilder:
             cuts = self._timestamps.cuts(valid, test)
         spool = self._directory / "spool"
         derived = self._derive(spool / "derived")
-        if encoders is None:
+        if earlier is None:
             encoders = Encoders.fit_checked(self._schema, prefetched(self._training_rows(cuts, derived)), spool)
+        elif earlier.extend:
+            encoders = earlier.encoders.extended(prefetched(self._training_rows(cuts, derived)), spool)
+        else:
+            encoders = earlier.encoders
         if derived is not None:
             derived.read_ids(encoders, self._spool)
         writers = [ShardWriter(self._directory, split) for split in PARTS]
@@ -229,6 +264,11 @@ class DatasetBuilder:
         if PARTS[TRAIN] not in used:
             raise ValueError("no row is left to train on")
         details: dict[str, Any] = {"out_of_order": self.out_of_order} if "timestamp" in self._key_types else {}
+        if earlier is not None and earlier.extend:
+            before = earlier.encoders.schema.tables()
+            details["new_ids"] = {
+                table: rows - before[table] for table, rows in encoders.schema.tables().items() if rows > before[table]
+            }
         if about_derived is not None:
             details["derived"] = about_derived
         if cuts is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -16,7 +17,14 @@ import numpy as np
 import polars as pl
 
 from fullrank.data import atomic
-from fullrank.data.building import FORMAT_VERSION, DatasetBuilder, ShardWriter, encoded_columns, write_manifest
+from fullrank.data.building import (
+    FORMAT_VERSION,
+    DatasetBuilder,
+    Earlier,
+    ShardWriter,
+    encoded_columns,
+    write_manifest,
+)
 from fullrank.data.checks import check
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
 from fullrank.data.formats import open_format, usual_format
@@ -27,7 +35,7 @@ from fullrank.data.inference import schema_for, with_reading
 from fullrank.data.raw import RawChunk, rejected_text
 from fullrank.data.reading import read_log
 from fullrank.data.splits import PARTS, SplitSpec
-from fullrank.schema import Role, Schema, TimeUnit
+from fullrank.schema import OUT_OF_VOCABULARY_ID, Role, Schema, TimeUnit
 
 
 class Dataset:
@@ -42,6 +50,9 @@ class Dataset:
         published: by the name of a source file that has the layout of a public benchmark: its `benchmark`, the `part`
             of it that the file's rows are (None for none), and its `md5`.
         validation: where the validation rows come from, if the source came in files.
+        new_ids: by table: how many an import that extends the encoders of an earlier log added.
+        later: of the id columns, the ids of values that `schema` does not know because they came later; they are read
+            as out of vocabulary. See `as_known_to`.
         derived: of each history that was derived from earlier rows: its `events` and `rows_with_events`, and
             `rows_in_ties`, which share user and second with other rows and do not know these.
     """
@@ -55,6 +66,9 @@ class Dataset:
         self.published: dict[str, dict[str, Any]] = manifest.get("published", {})
         self.validation: str | None = manifest.get("validation")
         self.derived: dict[str, dict[str, int]] = manifest.get("derived", {})
+        self.new_ids: dict[str, int] = manifest.get("new_ids", {})
+        self.later: dict[str, range] = {}
+        self._whole: Dataset | None = None
         self._rows: dict[str, int] = manifest["rows"]
         self._shards: dict[str, list[str]] = manifest["shards"]
 
@@ -105,6 +119,8 @@ class Dataset:
         item_id: str | None = None,
         timestamp: str | None = None,
         path: Path | str | None = None,
+        like: Path | str | None = None,
+        extend: bool = False,
         split: SplitSpec | str | None = None,
         options: ReadOptions | None = None,
         missing: Collection[str] | None = None,
@@ -126,6 +142,8 @@ class Dataset:
             user_id, item_id, timestamp: columns with these keys, if the schema is guessed.
             path: the directory to make. Default: a temporary one, which is deleted with the returned object; a frame
                 that `scan` gives lazily has to be collected before.
+            like, extend: an earlier log whose schema and encoders to take, and whether to add new values; see
+                `import_dataset`.
             split: the kind of split, or all of it. Default: by time if there is a timestamp, else at random.
             options: how a text file is laid out, where that is not to be guessed.
             missing, time_unit, time_format: in place of those of the schema, or to guess it by; see `Schema`.
@@ -144,7 +162,7 @@ class Dataset:
         if isinstance(frame, (str, Path)):
             place = Path(frame)
             if (place / "dataset.json").is_file():
-                if schema or labels or keys or path or split or options or keep:
+                if schema or labels or keys or path or like or extend or split or options or keep:
                     raise ValueError(f"{place} is a dataset already: its labels, keys, columns and split are made")
                 return cls.open(place)
             if not place.exists():
@@ -155,7 +173,19 @@ class Dataset:
                 raise ValueError("options are for files of text: the columns of a table are known")
             place = Path("table")
             source = FrameLog(polars_frame(frame))
-        if schema is None:
+        earlier = Earlier.of(
+            like,
+            extend,
+            schema=schema,
+            label=labels or None,
+            keys=keys or None,
+            missing=missing,
+            time_unit=time_unit,
+            time_format=time_format,
+        )
+        if earlier is not None:
+            schema = earlier.encoders.schema
+        elif schema is None:
             if (labels or keys) and not isinstance(source, Sampled):
                 raise ValueError(f"the format {source.name} says itself what its labels and keys are: pass a schema")
             schema = schema_for(
@@ -180,6 +210,7 @@ class Dataset:
                 max_bad=max_bad,
                 overwrite=overwrite,
                 progress=progress,
+                earlier=earlier,
                 row_name="row",
             )
             dataset = cls.open(out)
@@ -194,6 +225,29 @@ class Dataset:
     @cached_property
     def encoders(self) -> Encoders:
         return Encoders.load(self.path / "encoders")
+
+    def as_known_to(self, encoders: Encoders) -> Self:
+        """The same rows with the ids that these encoders give: what is new since is out of vocabulary.
+
+        Raises:
+            ValueError: if the dataset's encoders are neither these nor these extended.
+        """
+        if self.encoders.agrees_with(encoders):
+            return self
+        if not self.encoders.extends(encoders):
+            raise ValueError(
+                f"{self.path} has another schema or other vocabularies than the bundle: import its log with "
+                "`fullrank data import ... --like BUNDLE`"
+            )
+        known, stored = encoders.schema.tables(), self.schema.tables()
+        view = copy.copy(self)
+        view._whole = self  # which may be a temporary one that goes with its object
+        view.schema, view.encoders = encoders.schema, encoders
+        tables = {name: feature.table_name for name, feature in self.schema.embedded().items()}
+        view.later = {
+            name: range(known[table], stored[table]) for name, table in tables.items() if known[table] < stored[table]
+        }
+        return view
 
     @cached_property
     def extra(self) -> dict[str, pl.DataType]:
@@ -228,7 +282,11 @@ class Dataset:
         shards = self.shards(split)
         if not shards:
             return pl.LazyFrame(schema=encoded_columns(self.schema))
-        return pl.scan_parquet(shards, glob=False)
+        lists = self.schema.jagged_keys
+        return pl.scan_parquet(shards, glob=False).with_columns(
+            pl.col(name).list.eval(_known(pl.element(), ids)) if name in lists else _known(pl.col(name), ids)
+            for name, ids in self.later.items()
+        )
 
     def catalogue(self, role: Literal["item", "user"], split: str = "train") -> pl.DataFrame:
         """One row per item (or user) of a split: its key and the last seen values of the features of that role.
@@ -263,6 +321,10 @@ class Dataset:
     def _check_split(self, split: str) -> None:
         if split not in self._shards:
             raise ValueError(f'{self.path} has no split "{split}"; it has {", ".join(self._shards) or "none"}')
+
+
+def _known(ids: pl.Expr, later: range) -> pl.Expr:
+    return pl.when(ids < later.start).then(ids).otherwise(pl.lit(OUT_OF_VOCABULARY_ID, pl.Int32))
 
 
 def _check_columns(shard: Path, expected: Mapping[str, pl.DataType]) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +20,7 @@ from fullrank.batch import Batch
 from fullrank.data.arrow import as_numpy, as_one_array
 from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.data.hashing import stable_hash
-from fullrank.schema import Schema
+from fullrank.schema import OUT_OF_VOCABULARY_ID, Schema
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -109,12 +109,20 @@ class Decoder:
     Args:
         columns: those that the tables have.
         place: of the next table, for messages.
+        later: ids of a column that are out of vocabulary, though the tables have them; see `Dataset.later`.
         extra: further columns for `Batch.extra`: numbers, or lists of equally many numbers. Whole ones become int64,
             others float32, in which a missing one is NaN.
     """
 
     def __init__(
-        self, schema: Schema, rows: int, columns: Sequence[str], place: str, *, extra: Sequence[str] = ()
+        self,
+        schema: Schema,
+        rows: int,
+        columns: Sequence[str],
+        place: str,
+        *,
+        later: Mapping[str, range] | None = None,
+        extra: Sequence[str] = (),
     ) -> None:
         self.schema = schema
         self.place = place
@@ -131,6 +139,7 @@ class Decoder:
         }
         self._lengths = {name: np.zeros(rows, dtype=np.int32) for name in self._lists}
         self._extra: dict[str, npt.NDArray[Any]] = {name: np.empty(0, dtype=np.float32) for name in extra}
+        self._later = later or {}
         self._sizes = {name: feature.num_embeddings for name, feature in schema.embedded().items()}
 
     def add(self, table: pa.Table) -> None:
@@ -143,8 +152,7 @@ class Decoder:
             self._numeric_RN[begin:end, place] = values
         for place, feature in enumerate(self.schema.categorical):
             ids = self._flat(table, feature.name, np.int32)
-            self._check_ids(feature.name, ids)
-            self._ids_RF[begin:end, place] = ids
+            self._ids_RF[begin:end, place] = self._known(feature.name, ids)
         for place, label in enumerate(self.schema.labels):
             if label.name not in self._present:
                 continue
@@ -159,7 +167,7 @@ class Decoder:
             if event and not np.isfinite(values).all():
                 raise ValueError(f'{self.place}: column "{name}" has NaN or infinity, expected finite numbers')
             if not event:
-                self._check_ids(name, values)
+                values = self._known(name, values)
             self._lengths[name][begin:end] = np.diff(offsets)
             self._lists[name].append(values.copy())  # not a view, so that Arrow's memory can go
         if self._weights_R is not None:
@@ -264,11 +272,14 @@ class Decoder:
             raise ValueError(f'{self.place}: column "{name}" has nulls among whole numbers')
         return np.asarray(as_numpy(column), dtype=np.int64 if whole else np.float32)
 
-    def _check_ids(self, name: str, ids: npt.NDArray[Any]) -> None:
-        size = self._sizes[name]
+    def _known(self, name: str, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The ids once they are checked, later ones out of vocabulary."""
+        later = self._later.get(name)
+        size = self._sizes[name] if later is None else later.stop
         if size is not None and len(ids) and (ids.min() < 0 or ids.max() >= size):
             bad = ids[(ids < 0) | (ids >= size)][0]
             raise ValueError(f'{self.place}: column "{name}" has id {bad}, expected 0 to {size - 1}')
+        return ids if later is None else np.where(ids < later.start, ids, np.int32(OUT_OF_VOCABULARY_ID))
 
 
 def _user_keys(column: pa.Array) -> Longs:

@@ -23,7 +23,7 @@ from fullrank.data import atomic
 from fullrank.data.arrow import as_array, as_series, list_array
 from fullrank.data.checks import check
 from fullrank.data.chunk import Chunk, Coded, Integers
-from fullrank.data.fitting import Embedded, Fitting
+from fullrank.data.fitting import Embedded, Fitting, new_values
 from fullrank.data.hashing import hash_series, hash_text
 from fullrank.data.raw import RawChunk, rejected_text
 from fullrank.data.transforms import BucketState, NumberState, State, bucket_ids, transformed, transformed_events
@@ -114,18 +114,35 @@ class Encoders:
                 raise ValueError(f'feature "{numeric.name}": encoding "piecewise_linear" needs training data')
         return cls(*Fitting(_scalar_by_default(schema), Path()).finish())
 
+    def extended(self, chunks: Iterable[Chunk], directory: Path) -> Encoders:
+        """These encoders with the new values of a later log's training rows at the end of the vocabularies.
+
+        What was known keeps its id, and numbers, bins and hashes mean what they meant.
+
+        Args:
+            chunks: checked rows.
+            directory: where counts of very many values may go.
+        """
+        new = new_values(self.schema, self.vocabularies, chunks, directory)
+        vocabularies = {table: known.extended(new[table]) for table, known in self.vocabularies.items()}
+        return Encoders(_sized(self.schema, vocabularies), self.numbers, self.buckets, vocabularies)
+
     def without(self, names: Collection[str]) -> Encoders:
         """The same encoders without the features of these names."""
         return Encoders(self.schema.without(names), self.numbers, self.buckets, self.vocabularies)
 
     def agrees_with(self, other: Encoders) -> bool:
         """Whether what either encodes means the same to both."""
+        return self.schema == other.schema and self.extends(other)
+
+    def extends(self, other: Encoders) -> bool:
+        """Whether all that the other encodes means the same to both; these may have further ids behind its own."""
         return (
-            self.schema == other.schema
+            self.vocabularies.keys() == other.vocabularies.keys()
+            and all(theirs.begins(self.vocabularies[name]) for name, theirs in other.vocabularies.items())
+            and _sized(self.schema, other.vocabularies) == other.schema
             and self.numbers == other.numbers
             and self.buckets == other.buckets
-            and self.vocabularies.keys() == other.vocabularies.keys()
-            and all(mine.values.equals(other.vocabularies[name].values) for name, mine in self.vocabularies.items())
         )
 
     def transform(self, frame: pl.DataFrame, *, allow_missing: bool = False) -> pl.DataFrame:
@@ -255,6 +272,10 @@ class Encoders:
             if len(encoders.numbers[numeric.name].knots) > numeric.bins + 1:
                 raise ValueError(f'{path}: number "{numeric.name}" has more than {numeric.bins} bins')
         return encoders
+
+
+def _sized(schema: Schema, vocabularies: Mapping[str, Vocabulary]) -> Schema:
+    return schema.with_table_sizes({table: len(vocabulary) for table, vocabulary in vocabularies.items()})
 
 
 def _scalar_by_default(schema: Schema) -> Schema:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +24,14 @@ from fullrank.data.transforms import (
     log2_buckets,
 )
 from fullrank.data.vocabulary import ValueCounts, Vocabulary
-from fullrank.schema import FIRST_VOCABULARY_ID, Categorical, EventId, MultiCategorical, Schema
+from fullrank.schema import (
+    FIRST_VOCABULARY_ID,
+    OUT_OF_VOCABULARY_ID,
+    Categorical,
+    EventId,
+    MultiCategorical,
+    Schema,
+)
 
 Embedded = Categorical | MultiCategorical | EventId
 
@@ -38,6 +46,46 @@ class Fitted(NamedTuple):
     numbers: dict[str, NumberState]
     buckets: dict[str, BucketState]
     vocabularies: dict[str, Vocabulary]
+
+
+class Uses(NamedTuple):
+    """What an id column of a chunk holds: the value `values[codes[i]]`, `weights[i]` times (once if None)."""
+
+    codes: Integers
+    values: pl.Series
+    weights: npt.NDArray[np.int64] | None
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Shape (u,): how often each of `values` is there."""
+        return np.bincount(self.codes, weights=self.weights, minlength=len(self.values)).astype(np.int64)
+
+
+def uses(chunk: Chunk) -> Iterator[tuple[str, Uses]]:
+    """Every id column of a chunk."""
+    for name, column in chunk.ids.items():
+        yield name, Uses(column.codes, column.values, None)
+    for name, bag in chunk.bags.items():
+        weights = None
+        if len(bag.lists) != len(bag.list_lengths) or not np.array_equal(bag.lists, np.arange(len(bag.lists))):
+            times = np.bincount(bag.lists, minlength=len(bag.list_lengths))[: len(bag.list_lengths)]
+            weights = np.repeat(times, bag.list_lengths)
+        yield name, Uses(bag.elements.codes, bag.elements.values, weights)
+
+
+def new_values(
+    schema: Schema, known: Mapping[str, Vocabulary], chunks: Iterable[Chunk], directory: Path
+) -> dict[str, Vocabulary]:
+    """By table: the values that its vocabulary lacks and that occur at least `min_count` times in the chunks."""
+    counts = ValueCounts(directory / "counts")
+    features = schema.embedded()
+    for chunk in chunks:
+        for name, used in uses(chunk):
+            table = features[name].table_name
+            if table in known and len(used.values):
+                is_new = known[table].ids(used.values) == OUT_OF_VOCABULARY_ID
+                counts.add(table, used.values.filter(pl.Series(is_new)), used.counts()[is_new])
+    least = {feature.table_name: feature.min_count for feature in features.values()}
+    return {table: counts.vocabulary(table, least[table]) for table in known}
 
 
 class Fitting:
@@ -74,26 +122,18 @@ class Fitting:
             self.moments[name].add(numbers)
             if f"number {name}" in self.samples:
                 self.samples[f"number {name}"].add(numbers)
-        for name, column in chunk.ids.items():
-            self._add_values(self.features[name], column.codes, column.values, None)
-        for name, bag in chunk.bags.items():
-            weights = None
-            if len(bag.lists) != len(bag.list_lengths) or not np.array_equal(bag.lists, np.arange(len(bag.lists))):
-                uses = np.bincount(bag.lists, minlength=len(bag.list_lengths))[: len(bag.list_lengths)]
-                weights = np.repeat(uses, bag.list_lengths)
-            self._add_values(self.features[name], bag.elements.codes, bag.elements.values, weights)
+        for name, used in uses(chunk):
+            self._add_values(self.features[name], used)
 
-    def _add_values(
-        self, feature: Embedded, codes: Integers, values: pl.Series, weights: npt.NDArray[np.int64] | None
-    ) -> None:
-        table = feature.table_name
+    def _add_values(self, feature: Embedded, used: Uses) -> None:
+        table, (codes, values, weights) = feature.table_name, used
         if feature.encoding in ("hash", "identity") or not len(values):
             return
         if feature.encoding == "quantile":
             numbers = values.cast(pl.Float64).fill_null(float("nan")).to_numpy()[codes]
             self.samples[table].add(numbers if weights is None else np.repeat(numbers, weights))
             return
-        counts = np.bincount(codes, weights=weights, minlength=len(values)).astype(np.int64)
+        counts = used.counts()
         if feature.encoding == "vocabulary":
             self.counts.add(table, values, counts)
             return

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from fullrank.data.building import Earlier
 from fullrank.data.dataset import Dataset
-from fullrank.data.encoders import Encoders
 from fullrank.data.formats import open_format
 from fullrank.data.formats.options import ReadOptions
 from fullrank.data.inference import schema_for, with_reading
@@ -22,7 +22,8 @@ def import_dataset(
     *,
     schema: Schema | None = None,
     split: SplitSpec | None = None,
-    like: Path | None = None,
+    like: Path | str | None = None,
+    extend: bool = False,
     options: ReadOptions | None = None,
     missing: Collection[str] | None = None,
     time_unit: TimeUnit | None = None,
@@ -44,6 +45,7 @@ def import_dataset(
         schema: what to read; the format's own when omitted.
         like: a bundle or a dataset whose schema and encoders to take as they are: a later log then means what the
             earlier one meant, and values that are new are out of vocabulary.
+        extend: give the new values of the training part ids of their own, behind those that `like` has.
         split: when the source comes already split into files, only the share of validation rows (where it has no file
             of them) and the protocol.
         options: how a text file is laid out, where that is not to be guessed.
@@ -63,15 +65,10 @@ def import_dataset(
     source = open_format(format, options)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    encoders = None
-    if like is not None:
-        if schema is not None:
-            raise ValueError("a log that is imported like another has its schema: give either of them")
-        if missing is not None or time_unit is not None or time_format is not None:
-            raise ValueError("a log that is imported like another is read like it: leave out missing and the time's")
-        encoders = Encoders.load(Path(like) / "encoders")
-        schema = encoders.schema
-    if schema is None:
+    earlier = Earlier.of(like, extend, schema=schema, missing=missing, time_unit=time_unit, time_format=time_format)
+    if earlier is not None:
+        schema = earlier.encoders.schema
+    elif schema is None:
         schema = schema_for(source, path, missing=missing, time_unit=time_unit, time_format=time_format, keep=keep)
     else:
         schema = with_reading(schema, missing, time_unit, time_format)
@@ -91,7 +88,7 @@ def import_dataset(
         max_bad=max_bad,
         overwrite=overwrite,
         progress=progress,
-        encoders=encoders,
+        earlier=earlier,
         report=report,
     )
     report.unlink(missing_ok=True)

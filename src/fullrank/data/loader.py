@@ -209,7 +209,8 @@ class Loader:
         return rows, order
 
     def _decode(self, groups: Sequence[_RowGroup]) -> DecodedRows:
-        decoder = Decoder(self.schema, sum(group.rows for group in groups), self._columns, "", extra=self._extra)
+        rows = sum(group.rows for group in groups)
+        decoder = Decoder(self.schema, rows, self._columns, "", later=self._dataset.later, extra=self._extra)
         path, file = None, None
         for group in groups:
             if group.path != path:

@@ -10,10 +10,9 @@ import numpy as np
 import polars as pl
 
 from fullrank.data import atomic
-from fullrank.data.building import DatasetBuilder, encoded_columns
+from fullrank.data.building import DatasetBuilder, Earlier, encoded_columns
 from fullrank.data.checks import check
 from fullrank.data.chunk import Chunk
-from fullrank.data.encoders import Encoders
 from fullrank.data.formats.base import Format, SplitsRows
 from fullrank.data.formats.lines import ENCODING_CURE
 from fullrank.data.formats.published import fingerprints
@@ -35,7 +34,7 @@ def read_log(
     max_bad: float,
     overwrite: bool,
     progress: Callable[[int, int], None] | None,
-    encoders: Encoders | None = None,
+    earlier: Earlier | None = None,
     row_name: str = "line",
     report: Path | None = None,
 ) -> None:
@@ -44,7 +43,7 @@ def read_log(
     The arguments are those of `importing.import_dataset`, and
 
     Args:
-        encoders: to use instead of fitting some.
+        earlier: encoders to use instead of fitting some.
         row_name: what a message calls the place of a row.
         report: where to list the bad rows if there are too many.
     """
@@ -89,7 +88,7 @@ def read_log(
             about["validation"] = given.source
         if published:
             about["published"] = {name: vars(found) for name, found in published.items()}
-        builder.write(valid=split.valid, test=split.test, about=about, encoders=encoders)
+        builder.write(valid=split.valid, test=split.test, about=about, earlier=earlier)
 
 
 def _checked(

@@ -30,8 +30,8 @@ class Vocabulary:
     Two of a million values share a hash with probability 3e-8; they would share a row.
 
     Attributes:
-        values: text, most frequent first, equals in order of text.
-        counts: how often each was seen in training, int64.
+        values: text, most frequent first, equals in order of text; behind them, likewise, those that a later log added.
+        counts: how often each was seen in training, int64, of the log that it came with.
     """
 
     def __init__(self, values: pl.Series, counts: pl.Series) -> None:
@@ -50,6 +50,16 @@ class Vocabulary:
     def __len__(self) -> int:
         """Rows of the table, reserved ids included."""
         return len(self.values) + FIRST_VOCABULARY_ID
+
+    def extended(self, new: Vocabulary) -> Vocabulary:
+        """The same ids, and behind them those of values that are not in it yet."""
+        if not len(new.values):
+            return self
+        return Vocabulary(pl.concat([self.values, new.values]), pl.concat([self.counts, new.counts]))
+
+    def begins(self, other: Vocabulary) -> bool:
+        """Whether the other is this one, or this one extended."""
+        return self.values.equals(other.values.head(len(self.values)))
 
     def ids(self, values: pl.Series) -> Integers:
         """Ids of text values; null is missing, an unknown value is out of vocabulary."""

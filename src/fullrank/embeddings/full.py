@@ -16,6 +16,8 @@ class FullTable(Table):
     class Config(TableConfig):
         kind: Literal["full"] = "full"
 
+    grows = True
+
     def __init__(self, rows: int, width: int, init_std: float, config: TableConfig) -> None:
         super().__init__(rows, width, init_std, config)
         self.parts = (Part("", rows, width, init_std),)

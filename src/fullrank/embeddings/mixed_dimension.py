@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Literal, Self
 
@@ -13,6 +14,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from fullrank.embeddings.table import Ask, Part, Table, TableConfig
+from fullrank.schema import OUT_OF_VOCABULARY_ID
 
 
 class MixedDimensionTable(Table):
@@ -20,7 +22,8 @@ class MixedDimensionTable(Table):
 
     Vocabularies count their values and give the most frequent one the smallest id, so consecutive ids are blocks by
     popularity. Rows of a narrow block start with the plain table's standard deviation, its projection with columns of
-    unit length in expectation, so that the entries of e(i) start alike in every block.
+    unit length in expectation, so that the entries of e(i) start alike in every block. Ids that came later are in the
+    block of the out-of-vocabulary id, behind those that it had.
 
     Source: Ginart et al., Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems,
     ISIT 2021, arXiv 1909.11810.
@@ -44,15 +47,21 @@ class MixedDimensionTable(Table):
                 raise ValueError(f"expected shares above 0 whose sum is below 1, got {self.shares}")
             return self
 
+    grows = True
     config: Config
 
     def __init__(self, rows: int, width: int, init_std: float, config: Config) -> None:
         super().__init__(rows, width, init_std, config)
         if max(config.dims) > width:
             raise ValueError(f"dims {config.dims} of a mixed_dimension table are above its width {width}")
-        sizes = [int(share * rows) for share in config.shares]
-        sizes.append(rows - sum(sizes))
+        sizes = [int(share * self.first_rows) for share in config.shares]
+        sizes.append(self.first_rows - sum(sizes))
         self.begins = [0, *itertools.accumulate(sizes)]
+        if self.first_rows < rows:
+            block = bisect_right(self.begins, OUT_OF_VOCABULARY_ID) - 1  # not the first one if that is very small
+            self.later_begin = self.begins[block + 1]
+            sizes[block] += rows - self.first_rows
+            self.begins = [0, *itertools.accumulate(sizes)]
         self.parts = tuple(
             Part(f"block{block}", size, dim, init_std)
             for block, (size, dim) in enumerate(zip(sizes, config.dims, strict=True))
@@ -68,11 +77,18 @@ class MixedDimensionTable(Table):
     def asks(self, ids_N: Tensor) -> list[Ask]:
         if len(self.parts) == 1:
             return [Ask(0, ids_N)]
-        found = []
+        found, place_N = [], self._place(ids_N)
         for block, (begin, end) in enumerate(itertools.pairwise(self.begins)):
-            of = ((ids_N >= begin) & (ids_N < end)).nonzero().squeeze(1)
-            found.append(Ask(block, ids_N.index_select(0, of) - begin, of))
+            of = ((place_N >= begin) & (place_N < end)).nonzero().squeeze(1)
+            found.append(Ask(block, place_N.index_select(0, of) - begin, of))
         return found
+
+    def _place(self, ids_N: Tensor) -> Tensor:
+        """Where ids lie when all blocks are one behind the other, ids that came later within one of them."""
+        if self.first_rows == self.rows:
+            return ids_N
+        behind_N = ids_N + (ids_N >= self.later_begin) * (self.rows - self.first_rows)
+        return torch.where(ids_N < self.first_rows, behind_N, self.later_begin + ids_N - self.first_rows)
 
     def combine(self, ids_N: Tensor, asks: Sequence[Ask], vectors: Sequence[Tensor]) -> Tensor:
         lifted = [self._lift(ask.part, rows_MW) for ask, rows_MW in zip(asks, vectors, strict=True)]

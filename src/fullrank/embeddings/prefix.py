@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fullrank.embeddings.table import Ask, Part, Table, TableConfig
+from fullrank.schema import OUT_OF_VOCABULARY_ID
 
 
 class PrefixTable(Table):
@@ -23,7 +24,7 @@ class PrefixTable(Table):
 
     The codes of an id are `codes_RL`, part of the model's state: set by `set_codes` to what a quantiser of content
     vectors found. Until then they are the digits of the id in base K, most significant first: blocks of similarly
-    popular ids, where the vocabulary orders them so.
+    popular ids, where the vocabulary orders them so. An id that came later has the codes of the out-of-vocabulary id.
 
     Source: Enhancing Embedding Representation Stability in Recommendation Systems with Semantic ID, RecSys 2025,
     arXiv 2504.02137, prefix n-gram.
@@ -33,8 +34,8 @@ class PrefixTable(Table):
         """Attributes:
         levels: L, codes of an id.
         codebook_size: K, different codes of a level.
-        stored_rows: rows to store; default as many as the table has ids, and never more than there are prefixes,
-            K + K² + .. + K^L.
+        stored_rows: rows to store; default as many as the table has ids when it is made, and never more than there are
+            prefixes, K + K² + .. + K^L.
         """
 
         kind: Literal["prefix"] = "prefix"
@@ -42,6 +43,7 @@ class PrefixTable(Table):
         codebook_size: int = Field(default=32, ge=2, le=1 << 20)
         stored_rows: int | None = Field(default=None, ge=1)
 
+    grows = True
     config: Config
     codes_RL: Tensor
 
@@ -49,9 +51,10 @@ class PrefixTable(Table):
         super().__init__(rows, width, init_std, config)
         size, levels = config.codebook_size, config.levels
         prefixes = sum(size**level for level in range(1, levels + 1))
-        self.stored = min(prefixes, config.stored_rows or rows)
+        self.stored = min(prefixes, config.stored_rows or self.first_rows)
         self.parts = (Part("prefixes", self.stored, width, init_std * levels**-0.5),)
         rest_R, digits = torch.arange(rows), []
+        rest_R[self.first_rows :] = OUT_OF_VOCABULARY_ID
         for _ in range(levels):
             digits.append(rest_R % size)
             rest_R = rest_R.div(size, rounding_mode="floor")

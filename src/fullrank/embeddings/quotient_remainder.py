@@ -7,10 +7,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from fullrank.embeddings.table import Ask, Part, Table, TableConfig
+from fullrank.schema import OUT_OF_VOCABULARY_ID
 
 
 class QuotientRemainderTable(Table):
@@ -18,6 +20,8 @@ class QuotientRemainderTable(Table):
 
     The parts start so that an entry of e(i) has the standard deviation of a plain table: with the product each part
     takes the square root of it, with the sum each a share of 1/√2.
+
+    An id that came later shares the row of U with the out-of-vocabulary id, and has a row of V for itself.
 
     Source: Shi et al., Compositional Embeddings Using Complementary Partitions for Memory-Efficient Recommendation
     Systems, KDD 2020, arXiv 1909.02107.
@@ -33,19 +37,26 @@ class QuotientRemainderTable(Table):
         collisions: int = Field(default=4, ge=1)
         operation: Literal["mult", "add"] = "mult"
 
+    grows = True
     config: Config
 
     def __init__(self, rows: int, width: int, init_std: float, config: Config) -> None:
         super().__init__(rows, width, init_std, config)
-        self.modulus = -(-rows // config.collisions)
+        self.modulus = -(-self.first_rows // config.collisions)
+        self.quotients = -(-self.first_rows // self.modulus)
         std = init_std**0.5 if config.operation == "mult" else init_std * 0.5**0.5
         self.parts = (
             Part("remainder", self.modulus, width, std),
-            Part("quotient", -(-rows // self.modulus), width, std),
+            Part("quotient", self.quotients + rows - self.first_rows, width, std),
         )
 
     def asks(self, ids_N: Tensor) -> list[Ask]:
-        return [Ask(0, ids_N % self.modulus), Ask(1, ids_N.div(self.modulus, rounding_mode="floor"))]
+        remainder_N, quotient_N = ids_N % self.modulus, ids_N.div(self.modulus, rounding_mode="floor")
+        if self.first_rows < self.rows:
+            is_later_N = ids_N >= self.first_rows
+            remainder_N = remainder_N.masked_fill(is_later_N, OUT_OF_VOCABULARY_ID % self.modulus)
+            quotient_N = torch.where(is_later_N, self.quotients + ids_N - self.first_rows, quotient_N)
+        return [Ask(0, remainder_N), Ask(1, quotient_N)]
 
     def combine(self, ids_N: Tensor, asks: Sequence[Ask], vectors: Sequence[Tensor]) -> Tensor:
         remainder_ND, quotient_ND = vectors

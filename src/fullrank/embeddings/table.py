@@ -53,11 +53,13 @@ class TableConfig(BaseModel):
 
     Attributes:
         kind: its name; a subclass sets it to a literal.
+        first_rows: ids that the table was made for, if it has grown since. A warm start writes it down.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
+    first_rows: int | None = Field(default=None, ge=2)
 
 
 class Table(nn.Module):
@@ -67,6 +69,10 @@ class Table(nn.Module):
     those of one width in one buffer, looks rows up, pools bags and updates rows. A kind may have parameters of its own,
     which the model's optimiser moves.
 
+    A table grows when a later log brings new ids: it is then made with more rows, and `config.first_rows` says how many
+    it was made for. The vectors of the first ids must stay, and that of a new one be what the out-of-vocabulary id has
+    if each added row of a part, and of a buffer with a row for each id, is a copy of what that id asks for.
+
     Args:
         rows: ids are 0 to rows - 1.
         width: D.
@@ -74,14 +80,20 @@ class Table(nn.Module):
 
     Attributes:
         parts: what is stored. Set by the subclass.
+        first_rows: ids below it are laid out as if there were no others.
+        grows: whether it can grow; a subclass that obeys the above says so.
     """
 
     Config: ClassVar[type[TableConfig]]
+    grows: ClassVar[bool] = False
     parts: tuple[Part, ...]
 
     def __init__(self, rows: int, width: int, init_std: float, config: TableConfig) -> None:
         super().__init__()
         self.rows, self.width, self.init_std, self.config = rows, width, init_std, config
+        self.first_rows = config.first_rows or rows
+        if self.first_rows > rows:
+            raise ValueError(f"first_rows is {self.first_rows}, and the table has {rows} rows")
 
     def asks(self, ids_N: Tensor) -> list[Ask]:
         """The stored rows that make the vectors of int64 ids, each in 0 to rows - 1."""

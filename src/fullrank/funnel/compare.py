@@ -8,7 +8,6 @@ from typing import Any
 
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import Encoders
-from fullrank.funnel.evaluation import check_same_encoding
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.predictions import predictions
 from fullrank.funnel.recall import hits
@@ -52,16 +51,17 @@ def compare_funnels(
         `verdict`: that of the first task, by NE or RMSE.
 
     Raises:
-        ValueError: if the dataset has another schema, labels aside, or other encoders than a bundle; the two share no
-            label with it; or there is no such split, or no row of it has a label of both.
+        ValueError: if the dataset has another schema, labels aside, or other encoders than a bundle (its own extended
+            are not others: what is new is unknown to it); the two share no label with it; or there is no such split, or
+            no row of it has a label of both.
     """
     models = [funnel.model if isinstance(funnel, Scorer) else funnel.final for funnel in (a, b)]
-    for funnel in (a, b):
-        check_same_encoding(_as_for(funnel.encoders, dataset.schema.labels), dataset)
+    # What came after a bundle is unknown to it.
+    views = [dataset.as_known_to(_as_for(funnel.encoders, dataset.schema.labels)) for funnel in (a, b)]
     if dataset.rows(split) == 0:
         raise ValueError(f'{dataset.path}: split "{split}" is empty')
     shared = _shared_labels(models, dataset)
-    said = [predictions(model, dataset, split, shared) for model in models]
+    said = [predictions(model, view, split, shared) for model, view in zip(models, views, strict=True)]
     tasks = {
         label.name: _compared(*(bootstrap(one.rows(task), seed=seed) for one in said), metrics=COMPARED[label.kind])
         for task, label in enumerate(shared)
@@ -77,12 +77,14 @@ def compare_funnels(
         "verdict": next(iter(next(iter(tasks.values())).values()))["verdict"],
     }
     if isinstance(a, Funnel) and isinstance(b, Funnel):
-        result["recall"] = _recalls(a, b, dataset, split, requests, seed)
+        result["recall"] = _recalls((a, b), views, split, requests, seed)
     return result
 
 
-def _recalls(a: Funnel, b: Funnel, dataset: Dataset, split: str, requests: int, seed: int) -> dict[str, Any]:
-    found = [hits(funnel, dataset, split, requests, seed) for funnel in (a, b)]
+def _recalls(
+    funnels: Sequence[Funnel], views: Sequence[Dataset], split: str, requests: int, seed: int
+) -> dict[str, Any]:
+    found = [hits(funnel, view, split, requests, seed) for funnel, view in zip(funnels, views, strict=True)]
     of_a, of_b = found
     if of_a is None or of_b is None:
         return {}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fullrank.data.dataset import Dataset
-from fullrank.data.encoders import KEY_COLUMNS, Encoders
+from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.funnel.baselines import as_report, item_rates, one_class_warning, ranker_warning, retrieval_warning
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.predictions import Predictions, intervals, predictions
@@ -63,10 +63,11 @@ def evaluate_funnel(
         trivial, a label that has one class or no rows.
 
     Raises:
-        ValueError: if the dataset has another schema or was encoded by other encoders than the funnel's, has no
-            such split, no row of it has a label, or a column to slice by is not there.
+        ValueError: if the dataset has another schema or was encoded by other encoders than the funnel's (these
+            extended are not others: new ids are out of vocabulary), has no such split, no row of it has a label, or a
+            column to slice by is not there.
     """
-    check_same_encoding(funnel.encoders, dataset)
+    dataset = dataset.as_known_to(funnel.encoders)
     if dataset.rows(split) == 0:
         raise ValueError(f'{dataset.path}: split "{split}" is empty')
     parts = groupings(dataset, split, slice_by)
@@ -103,17 +104,6 @@ def evaluate_funnel(
         report |= _lists(funnel, dataset, split, requests, seed, warnings)
     report["warnings"] = [warning for warning in warnings if warning is not None]
     return report
-
-
-def check_same_encoding(encoders: Encoders, dataset: Dataset) -> None:
-    """Raises:
-    ValueError: if ids in the dataset do not mean what they mean to the encoders of a bundle.
-    """
-    if not encoders.agrees_with(dataset.encoders):
-        raise ValueError(
-            f"{dataset.path} has another schema or other vocabularies than the bundle: import a later log with "
-            "`fullrank data import ... --like BUNDLE`"
-        )
 
 
 def _of_final(said: Predictions, parts: Sequence[Grouping], seed: int) -> dict[str, Any]:

@@ -31,7 +31,10 @@ def run_funnel(
     """Train the stages of a recipe's section `funnel`, evaluate them, and save them as `<directory>/bundle`."""
     section = written_out(recipe.funnel)
     if start is not None:
-        raise ValueError(f"{source} trains a funnel: a bundle can be the start of a single ranker only")
+        raise ValueError(
+            f"{source} trains a funnel, and only a single ranker can go on from a bundle: leave out --from, and train "
+            "the funnel anew on the later log"
+        )
     try:
         config = FunnelConfig.model_validate(section)
     except ValidationError as error:

@@ -26,6 +26,7 @@ from fullrank.training.callbacks import Callback
 from fullrank.training.config import TrainerConfig
 from fullrank.training.engine import Engine
 from fullrank.training.evaluation import evaluate
+from fullrank.training.growing import grown, same_settings
 from fullrank.training.memory import return_freed_memory
 from fullrank.training.recipe import DataSpec, Recipe, parse_recipe, read_recipe
 from fullrank.training.result import TrainingResult, learning_curves
@@ -113,7 +114,8 @@ def run(
         resume: continue from the newest checkpoint in `directory`.
         overwrite: replace an earlier run in `directory`, once this one is complete.
         start: a bundle of the same ranker to go on training from: a warm start. The dataset has to have its encoders
-            (`import_dataset(..., like=bundle)`).
+            (`import_dataset(..., like=bundle)`), as they are or extended (`extend=True`): then the ranker's tables
+            grow, and new ids start as the out-of-vocabulary id.
         source: where the recipe comes from, for messages and the bundle; default its file.
         page: what makes `report.html` of the run, which is written beside the rest; `fullrank.funnel.report.run_page`.
 
@@ -243,16 +245,23 @@ def run_model(
 
 
 def _started(spec: RankerSpec, dataset: Dataset, bundle: Path) -> Ranker:
-    """The ranker of a bundle, if it is the recipe's and the dataset means to it what its own did."""
+    """The ranker of a bundle, if it is the recipe's and the dataset means to it what its own did, with new ids if the
+    dataset has some."""
     model = load_model(bundle)
-    if RankerSpec(name=model.name, config=model.config) != spec:
+    if not same_settings(model, spec):
         raise ValueError(f"{bundle} holds a {model.name} with other settings than the recipe's model: they must agree")
-    if not Encoders.load(bundle / "encoders").agrees_with(dataset.encoders):
+    encoders = Encoders.load(bundle / "encoders")
+    if not dataset.encoders.extends(encoders):
         raise ValueError(
             f"{dataset.path} has other encoders than {bundle}: import the log with `fullrank data import ... --like "
-            f"{bundle}`"
+            f"{bundle}`, and with --extend if its new ids are to be learnt"
         )
-    return model
+    if dataset.encoders.agrees_with(encoders):
+        return model
+    try:
+        return grown(model, dataset.schema)
+    except ValueError as error:
+        raise ValueError(f"{bundle}: {error}") from None
 
 
 def train_ranker(

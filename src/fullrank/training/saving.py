@@ -60,7 +60,10 @@ def load_model(directory: Path) -> Ranker:
     directory = Path(directory)
     manifest = read_manifest(directory)
     if [stage.stage for stage in manifest.stages] != ["final"]:
-        raise ValueError(f"{directory} is a funnel, not a single ranker: open it with fullrank.funnel.load_bundle")
+        raise ValueError(
+            f"{directory} is a funnel, not a single ranker, which alone can be trained on: to use it as it is, open it "
+            "with fullrank.funnel.load_bundle"
+        )
     require_files(directory, manifest, ["schema.json", WEIGHTS])
     return load_ranker(directory, manifest.stages[0], Schema.read(directory / "schema.json"), directory / WEIGHTS)
 

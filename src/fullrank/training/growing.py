@@ -1,0 +1,71 @@
+"""A trained ranker for a schema with more ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fullrank.embeddings import EmbeddingCollection
+from fullrank.embeddings.growing import grown_state
+from fullrank.models import Ranker, RankerSpec
+from fullrank.schema import Schema
+
+
+def grown(model: Ranker, schema: Schema) -> Ranker:
+    """The same ranker with the tables of a schema that has more ids, each of which starts as the out-of-vocabulary id.
+
+    So it says of every row what `model` says of it. A table that is not plain keeps the layout of its first ids, which
+    its config remembers as `first_rows`.
+
+    Raises:
+        ValueError: if a table, or another part of the model that has a row for each id, cannot grow.
+    """
+    before, after = model.schema.tables(), schema.tables()
+    grows = {table: rows for table, rows in before.items() if after[table] > rows}
+    config = _written(model.config.model_dump(mode="json"), grows)
+    with torch.random.fork_rng(devices=[]):
+        larger = type(model).from_config(schema, config)
+    state, modules = model.state_dict(), dict(model.named_modules())
+    for name, module in larger.named_modules():
+        if isinstance(module, EmbeddingCollection):
+            small = modules[name]
+            assert isinstance(small, EmbeddingCollection)
+            prefix = f"{name}." if name else ""
+            state.update({f"{prefix}{key}": value for key, value in grown_state(small, module).items()})
+    for name, value in larger.state_dict().items():
+        if state[name].shape != value.shape:
+            raise ValueError(f"{model.name} cannot grow: its {name} depends on the number of ids; train anew")
+    larger.load_state_dict(state)
+    return larger.train(model.training)
+
+
+def same_settings(model: Ranker, spec: RankerSpec) -> bool:
+    """Whether a ranker is what a recipe asks for; it may have grown since."""
+    written = (_written(config.model_dump(mode="json"), None) for config in (model.config, spec.config))
+    return model.name == spec.name and next(written) == next(written)
+
+
+def _written(config: Any, grows: Mapping[str, int] | None) -> Any:
+    """A config with the first rows of the tables that grow written down; without those of any, if None.
+
+    A ranker may hold rankers, whose configs lie somewhere in its own.
+    """
+    if isinstance(config, list):
+        return [_written(item, grows) for item in config]
+    if not isinstance(config, dict):
+        return config
+    config = {key: _written(value, grows) for key, value in config.items()}
+    tables = config.get("tables")
+    if isinstance(tables, dict):
+        config["tables"] = {name: _table(table, name, grows) for name, table in tables.items()}
+    return config
+
+
+def _table(config: dict[str, Any], name: str, grows: Mapping[str, int] | None) -> dict[str, Any]:
+    if grows is None:
+        return {**config, "first_rows": None}
+    if config["kind"] == "full":
+        return config
+    return {**config, "first_rows": config["first_rows"] or grows.get(name)}
