@@ -78,14 +78,15 @@ def test_slices_and_warnings_are_printed(
     words = ("evaluate", work / "poor", work / "data", "--slice", "price", "--slice", "user")
     code, out, error = run(capsys, monkeypatch, *words)
     assert code == 0 and "other values" in out and "torso" in out
-    (warning,) = error.strip().splitlines()
+    warning, place = error.strip().splitlines()
+    assert place == f"report: {work / 'report-data-test.html'}"
     assert warning.startswith("warning: final, click: NE ") and "of the item's rate in training" in warning
     report = strict(run(capsys, monkeypatch, *words, "--json")[1])
     prices = [part for part in report["slices"] if part["by"] == "price"]
     assert {part["slice"] for part in prices} == {*"012345"}
     assert sum(part["rows"] for part in prices) == report["rows"]
     code, out, error = run(capsys, monkeypatch, "evaluate", work / "good", work / "data")
-    assert (code, error) == (0, "")
+    assert code == 0 and "warning" not in error
 
 
 def test_a_log_without_a_positive_is_evaluated_without_nan(

@@ -152,6 +152,10 @@ def curve(
     return figure(title, "".join(drawn), bottom + 42)
 
 
+# Marks of a decade of a logarithmic axis.
+_DECADES = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), tuple(n / 10 for n in range(10, 100)))
+
+
 def calibration(title: str, values: Mapping[str, Sequence[float]]) -> str:
     """Observed rate by predicted rate of the bins, both axes logarithmic, with 95 % intervals of the observed one.
 
@@ -178,15 +182,18 @@ def calibration(title: str, values: Mapping[str, Sequence[float]]) -> str:
         return top + size - along(rate)
 
     drawn = []
-    digits = (1, 2, 5) if high - low < 1.5 else (1, 3) if high - low < 3 else (1,)
-    for tick in (digit * 10.0**power for power in range(-9, 1) for digit in digits):
-        if low <= math.log10(tick) <= high:
-            drawn.append(
-                f"<line class=grid x1='{x(tick):.1f}' x2='{x(tick):.1f}' y1='{top}' y2='{top + size}'/>"
-                f"<line class=grid x1='{left}' x2='{left + size}' y1='{y(tick):.1f}' y2='{y(tick):.1f}'/>"
-                f"<text class=soft x='{x(tick):.1f}' y='{top + size + 18}' text-anchor=middle>{tick:g}</text>"
-                f"<text class=soft x='{left - 6}' y='{y(tick) + 4:.1f}' text-anchor=end>{tick:g}</text>"
-            )
+    for digits in _DECADES:  # the fewest that mark an axis in three places
+        ticks = [digit * 10.0**power for power in range(-9, 1) for digit in digits]
+        ticks = [tick for tick in ticks if low <= math.log10(tick) <= high]
+        if len(ticks) >= 3:
+            break
+    for tick in ticks:
+        drawn.append(
+            f"<line class=grid x1='{x(tick):.1f}' x2='{x(tick):.1f}' y1='{top}' y2='{top + size}'/>"
+            f"<line class=grid x1='{left}' x2='{left + size}' y1='{y(tick):.1f}' y2='{y(tick):.1f}'/>"
+            f"<text class=soft x='{x(tick):.1f}' y='{top + size + 18}' text-anchor=middle>{tick:g}</text>"
+            f"<text class=soft x='{left - 6}' y='{y(tick) + 4:.1f}' text-anchor=end>{tick:g}</text>"
+        )
     drawn.append(f"<line class=unbiased x1='{left}' y1='{top + size}' x2='{left + size}' y2='{top}'/>")
     for p, o, (least, most) in bins:
         drawn.append(
