@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -67,6 +68,29 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(tmp_path
     assert living.exists()
 
 
+def test_what_a_process_of_another_container_is_building_is_left_alone(tmp_path: Path) -> None:
+    """There numbers of processes mean nothing: it may be any number that is free here, or this process's own."""
+    with atomic.new_directory(tmp_path / "data") as mine:
+        (mine / "rows").write_text("1")
+        foreign = mine.rename(tmp_path / ".data.partial-999999999")
+        atomic.clear_leftovers(tmp_path, "data")
+        assert (foreign / "rows").exists()
+        foreign.rename(mine)
+        with pytest.raises(ValueError, match="is being made by another"), atomic.new_directory(tmp_path / "data"):
+            pytest.fail("nothing should be built")
+    assert (tmp_path / "data" / "rows").exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / "data"]
+
+
+def test_a_file_that_a_killed_process_was_writing_is_removed_and_a_strangers_is_not(tmp_path: Path) -> None:
+    path, dead = tmp_path / "file", tmp_path / ".file.partial-999999999"
+    strangers = {tmp_path / ".file.partial-notes", tmp_path / ".other.partial-999999999"}
+    for each in (dead, *strangers):
+        each.write_text("half")
+    atomic.write_text(path, "new")
+    assert set(tmp_path.iterdir()) == {path, *strangers}
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_wherever_an_overwrite_is_killed_a_whole_directory_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
@@ -116,3 +140,26 @@ def test_a_file_or_a_link_is_refused_at_once(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=what), atomic.new_directory(tmp_path / name, overwrite=True):
             pytest.fail("nothing should be built")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_error_that_says_there_is_no_room_says_where(tmp_path: Path) -> None:
+    class Theirs(Exception):
+        pass
+
+    def said(error: Exception, name: str) -> str:
+        with (
+            pytest.raises(type(error)) as raised,
+            atomic.new_directory(tmp_path / name),
+            atomic.naming(tmp_path / "own"),
+        ):
+            raise error
+        told = [getattr(raised.value, "filename", None), *getattr(raised.value, "__notes__", [])]
+        return "".join(Path(place).name for place in told if place is not None)
+
+    assert said(OSError(errno.ENOSPC, "Error writing bytes"), "data") == "own"
+    assert said(Theirs("No space left on device (os error 28)"), "data") == "own"
+    assert said(OSError(errno.ENOSPC, "No space left on device", "named"), "data") == "named"
+    assert said(OSError(errno.EIO, "Error reading bytes"), "data") == ""
+    with pytest.raises(OSError) as raised, atomic.new_directory(tmp_path / "data") as partial:
+        (partial / "none" / "file").write_text("1")
+    assert raised.value.filename == str(tmp_path / "data" / "none" / "file")

@@ -165,9 +165,12 @@ def test_what_no_run_made_is_left_alone(dataset: Dataset, tmp_path: Path) -> Non
 def test_resuming_needs_a_checkpoint_that_is_whole(dataset: Dataset, tmp_path: Path) -> None:
     fresh = run(a_recipe(dataset.path), tmp_path / "mistyped", resume=True)
     assert "there was no run in" in fresh.notes[0]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no checkpoint to resume from"):
-        run(a_recipe(dataset.path), tmp_path / "empty", resume=True)
+    run(a_recipe(dataset.path, keep_checkpoints=0), tmp_path / "without")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    for place in ("without", "home"):
+        with pytest.raises(ValueError, match="has no checkpoint to resume from"):
+            run(a_recipe(dataset.path), tmp_path / place, resume=True)
     for file in (tmp_path / "mistyped" / "checkpoints").rglob("*.safetensors"):
         file.write_bytes(b"x" * 40)
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="every checkpoint is damaged"):

@@ -63,6 +63,8 @@ def test_an_earlier_run_is_kept_unless_told(
         _train(capsys, recipe, out)
     resumed = _train(capsys, recipe, out, resume=True)
     assert resumed["test"] == first["test"] and resumed["steps"] == first["steps"]
+    train(recipe, set_=None, out=out, resume=True, overwrite=False, as_json=False)
+    assert "nothing was left to train" in capsys.readouterr().err
     with pytest.raises(ValueError, match="another training"):
         _train(capsys, recipe, out, resume=True, set_=["training.learning_rate=0.5"])
     changed = _train(capsys, recipe, out, overwrite=True, set_=["training.epochs=1"])

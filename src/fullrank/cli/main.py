@@ -74,11 +74,11 @@ def _message(error: Exception) -> str | None:
         # Without arguments the help was printed, and there is nothing to add.
         return f"{message}; see {context.command_path} --help" if message and context is not None else message
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename}: {os.strerror(error.errno) if error.errno else error.strerror}"
     # Polars and safetensors report a full disk, and the like, as errors of their own with the system's number.
     system = re.search(r"\(os error (\d+)\)", str(error))
     if system is not None:
-        return os.strerror(int(system[1]))
+        return ": ".join([*getattr(error, "__notes__", []), os.strerror(int(system[1]))])
     if isinstance(error, (ValueError, IndexError, OSError)):
         return str(error) or type(error).__name__
     return None

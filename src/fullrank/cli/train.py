@@ -105,7 +105,9 @@ def _print(report: dict[str, Any]) -> None:
     else:
         print("the dataset has no validation and no test rows: nothing could be measured", file=sys.stderr)
     if "model" in report:
-        print(f"{report['samples_per_second']:,.0f} samples/s in training, {report['precision']}", file=sys.stderr)
+        speed = report["samples_per_second"]
+        told = "nothing was left to train" if speed is None else f"{speed:,.0f} samples/s in training"
+        print(f"{told}, {report['precision']}", file=sys.stderr)
     for split in ("valid", "test"):
         recall = report.get(split, {}).get("recall", {})
         if recall:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
@@ -34,6 +32,7 @@ from fullrank.data.frames import FrameLog, polars_frame
 from fullrank.data.inference import schema_for, with_reading
 from fullrank.data.raw import RawChunk, rejected_text
 from fullrank.data.reading import read_log
+from fullrank.data.scratch import Scratch
 from fullrank.data.splits import PARTS, SplitSpec
 from fullrank.schema import OUT_OF_VOCABULARY_ID, Role, Schema, TimeUnit
 
@@ -197,8 +196,8 @@ class Dataset:
             schema = with_reading(schema, missing, time_unit, time_format)
         if not schema.labels:
             raise ValueError(f'{place}: no label found; name its column, such as label="click"')
-        temporary = Path(tempfile.mkdtemp(prefix="fullrank-")) if path is None else None
-        out = temporary / "dataset" if temporary is not None else Path(path or "")
+        scratch = Scratch() if path is None else None
+        out = scratch.path / "dataset" if scratch is not None else Path(path or "")
         try:
             read_log(
                 source,
@@ -215,11 +214,11 @@ class Dataset:
             )
             dataset = cls.open(out)
         except BaseException:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
+            if scratch is not None:
+                scratch.remove()
             raise
-        if temporary is not None:
-            weakref.finalize(dataset, shutil.rmtree, temporary, ignore_errors=True)
+        if scratch is not None:
+            weakref.finalize(dataset, scratch.remove)
         return dataset
 
     @cached_property

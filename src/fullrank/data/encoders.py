@@ -9,7 +9,6 @@ Encoders are fitted on the training part of a log and encode requests with the s
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -26,6 +25,7 @@ from fullrank.data.chunk import Chunk, Coded, Integers
 from fullrank.data.fitting import Embedded, Fitting, new_values
 from fullrank.data.hashing import hash_series, hash_text
 from fullrank.data.raw import RawChunk, rejected_text
+from fullrank.data.scratch import Scratch
 from fullrank.data.transforms import BucketState, NumberState, State, bucket_ids, transformed, transformed_events
 from fullrank.data.vocabulary import Vocabulary
 from fullrank.schema import FIRST_VOCABULARY_ID, MISSING_ID, Feature, Numeric, Schema, describe_errors
@@ -86,8 +86,8 @@ class Encoders:
                 yield _clean(schema, frame, first_row, allow_missing=False)
                 first_row += frame.height
 
-        with tempfile.TemporaryDirectory(prefix="fullrank-") as directory:
-            return cls.fit_checked(schema, checked(), Path(directory))
+        with Scratch() as directory:
+            return cls.fit_checked(schema, checked(), directory)
 
     @classmethod
     def fit_checked(cls, schema: Schema, chunks: Iterable[Chunk], directory: Path) -> Encoders:

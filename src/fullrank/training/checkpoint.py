@@ -67,8 +67,14 @@ def write(
     kept = set(sorted(kept)[-keep:]) | set(protect)
     for old in steps:
         if old not in kept:
-            _remove(directory / f"{_PREFIX}{old:010d}")
+            atomic.remove(directory / f"{_PREFIX}{old:010d}")
+    clear_leftovers(directory)
     return path
+
+
+def clear_leftovers(directory: Path, *, alone: bool = False) -> None:
+    """Remove what killed processes left in a directory of checkpoints; see `atomic.clear_leftovers`."""
+    atomic.clear_leftovers(directory, f"{_PREFIX}*", alone=alone)
 
 
 def read(path: Path) -> Checkpoint:
@@ -122,9 +128,3 @@ def list_steps(directory: Path) -> list[int]:
     """Steps of the checkpoints in a directory, valid or not, in order."""
     names = (path.name.removeprefix(_PREFIX) for path in directory.glob(f"{_PREFIX}*"))
     return sorted(int(name) for name in names if name.isdigit())
-
-
-def _remove(path: Path) -> None:
-    # Without its manifest it is no checkpoint any more, however far a kill lets the rest of the removal go.
-    (path / _MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import glob
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +19,12 @@ STAGES = "stages"
 # What a run writes; the recipe comes first and says that the rest is a run's.
 RECIPE, PAGE = "recipe.json", "report.html"
 OWN = ("model", "bundle", "checkpoints", STAGES, "tensorboard", "metrics.json", PAGE, RECIPE)
-# Where a run that is to replace another one works until it is complete.
-NEXT = ".next"
+# The parts that a run writes when training is over.
+_RESULTS = ("model", "bundle", "metrics.json", PAGE)
+# Where a run that is to replace another one works until it is complete, and where it lies while the other gives way.
+NEXT, COMPLETE = ".next", ".complete"
+# In the latter: the inode of each part, by which it is known wherever a kill ended the exchange.
+_PARTS = "parts.json"
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,17 @@ class RunDirectory:
     resume: bool
 
     def publish(self) -> None:
-        """Let the earlier run give way to the complete one, part by part: each is the old or the new one throughout."""
+        """Let the earlier run give way to the complete one.
+
+        Each part is the old or the new one throughout. If a kill ends this, whoever locks the directory next finishes
+        it first.
+        """
         if self.work == self.path:
             return
-        for name in OWN:
-            new, old = self.work / name, self.path / name
-            if new.exists():
-                atomic.replace_entry(new, old)
-            elif old.exists():
-                _remove(old)
-        shutil.rmtree(self.work)
+        parts = {name: (self.work / name).stat().st_ino for name in OWN if (self.work / name).exists()}
+        atomic.write_text(self.work / _PARTS, json.dumps(parts) + "\n")
+        self.work.rename(self.path / COMPLETE)
+        _give_way(self.path)
 
 
 @contextlib.contextmanager
@@ -63,14 +69,48 @@ def run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunD
     path.mkdir(parents=True, exist_ok=True)
     try:
         with locked(path, "a run"):
-            yield _prepared(path, resume=resume, overwrite=overwrite, fresh=fresh)
+            _clear_leftovers(path)
+            place = _prepared(path, resume=resume, overwrite=overwrite)
+            try:
+                yield place
+            except BaseException:
+                if place.work == path / NEXT and not _has_checkpoints(place.work):
+                    shutil.rmtree(place.work, ignore_errors=True)
+                raise
     finally:
         if fresh:
             with contextlib.suppress(OSError):  # it stays if anything was written
                 path.rmdir()
 
 
-def _prepared(path: Path, *, resume: bool, overwrite: bool, fresh: bool) -> RunDirectory:
+def _clear_leftovers(path: Path) -> None:
+    """Finish what a killed run was publishing, and remove what it was building. The lock is ours: nobody is at it."""
+    for name in (*OWN, NEXT, COMPLETE):
+        atomic.clear_leftovers(path, glob.escape(name), alone=True)
+    _give_way(path)
+    for work in (path, path / NEXT):
+        for name in OWN:
+            atomic.clear_leftovers(work, glob.escape(name), alone=True)
+        for place in _checkpoint_places(work):
+            checkpoint.clear_leftovers(place, alone=True)
+
+
+def _give_way(path: Path) -> None:
+    complete = path / COMPLETE
+    if not (complete / _PARTS).exists():
+        return
+    parts = json.loads((complete / _PARTS).read_text(encoding="utf-8"))
+    for name in OWN:
+        new, old = complete / name, path / name
+        if name not in parts:
+            if old.exists():
+                atomic.remove(old)
+        elif not old.exists() or old.stat().st_ino != parts[name]:
+            atomic.replace_entry(new, old)
+    atomic.remove(complete)
+
+
+def _prepared(path: Path, *, resume: bool, overwrite: bool) -> RunDirectory:
     present = [name for name in OWN if (path / name).exists()]
     if present and RECIPE not in present:
         raise ValueError(f"{path / present[0]} was not made by a run: choose another --out")
@@ -79,11 +119,14 @@ def _prepared(path: Path, *, resume: bool, overwrite: bool, fresh: bool) -> RunD
         work = following if following.exists() else path
         if _has_checkpoints(work):
             return RunDirectory(path, work, resume=True)
-        if not fresh:
-            raise ValueError(f"{path} has no checkpoint to resume from: start anew with --overwrite")
-        return RunDirectory(path, path, resume=False)
+        if work == path:
+            others = [] if present else [place for place in path.iterdir() if not place.name.startswith(".lock")]
+            if others or any(name in present for name in _RESULTS):
+                raise ValueError(f"{path} has no checkpoint to resume from: start anew with --overwrite")
+            return RunDirectory(path, path, resume=False)
+        overwrite = True  # which is what made it
     if following.exists():
-        shutil.rmtree(following)
+        atomic.remove(following)
     if present in ([], [RECIPE]):
         return RunDirectory(path, path, resume=False)
     if not overwrite:
@@ -94,12 +137,8 @@ def _prepared(path: Path, *, resume: bool, overwrite: bool, fresh: bool) -> RunD
 
 
 def _has_checkpoints(work: Path) -> bool:
-    places = [work / "checkpoints", *sorted(work.glob(f"{STAGES}/*/checkpoints"))]
-    return any(checkpoint.list_steps(place) for place in places)
+    return any(checkpoint.list_steps(place) for place in _checkpoint_places(work))
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not os.path.islink(path):
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+def _checkpoint_places(work: Path) -> list[Path]:
+    return [work / "checkpoints", *sorted(work.glob(f"{STAGES}/*/checkpoints"))]

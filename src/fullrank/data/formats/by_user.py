@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,8 +10,10 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet
 
+from fullrank.data import atomic
 from fullrank.data.arrow import as_frame
 from fullrank.data.hashing import hash_series, splitmix
+from fullrank.data.scratch import Scratch
 
 # About so many bytes of text come to one group.
 GROUP_BYTES = 32 << 20
@@ -43,7 +44,7 @@ class ByUser:
         self.groups = groups
         self._pending: list[pl.DataFrame] = []
         self._pending_bytes = 0
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: Scratch | None = None
         # Of each file, its footer, and the row group that holds each group of users.
         self._files: list[tuple[Path, Any, dict[int, int]]] = []
 
@@ -54,8 +55,8 @@ class ByUser:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pending = []
-        if self._directory is not None:
-            self._directory.cleanup()
+        if self._scratch is not None:
+            self._scratch.remove()
 
     def add(self, frame: pl.DataFrame) -> None:
         self._pending.append(frame)
@@ -75,13 +76,14 @@ class ByUser:
         return pl.concat(pieces, rechunk=True) if pieces else None
 
     def _write(self) -> None:
-        if self._directory is None:
-            self._directory = tempfile.TemporaryDirectory(prefix="fullrank-")
+        if self._scratch is None:
+            self._scratch = Scratch()
         frame = pl.concat(self._pending)
         self._pending, self._pending_bytes = [], 0
-        path = Path(self._directory.name) / f"{len(self._files):05d}.parquet"
+        path = self._scratch.path / f"{len(self._files):05d}.parquet"
         places: dict[int, int] = {}
-        with pyarrow.parquet.ParquetWriter(path, frame.head(0).to_arrow().schema, compression="lz4") as writer:
+        schema = frame.head(0).to_arrow().schema
+        with atomic.naming(path), pyarrow.parquet.ParquetWriter(path, schema, compression="lz4") as writer:
             for (group,), rows in frame.with_columns(__group=self._group_of(frame[self._user])).group_by(
                 "__group", maintain_order=True
             ):
