@@ -168,7 +168,8 @@ def test_resuming_needs_a_checkpoint_that_is_whole(dataset: Dataset, tmp_path: P
     run(a_recipe(dataset.path, keep_checkpoints=0), tmp_path / "without")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    for place in ("without", "home"):
+    (tmp_path / "empty").mkdir()
+    for place in ("without", "home", "empty"):
         with pytest.raises(ValueError, match="has no checkpoint to resume from"):
             run(a_recipe(dataset.path), tmp_path / place, resume=True)
     for file in (tmp_path / "mistyped" / "checkpoints").rglob("*.safetensors"):

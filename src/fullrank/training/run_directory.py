@@ -66,11 +66,13 @@ def run_directory(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunD
             there has the name of a run's part but no run made it, or there is nothing to resume.
     """
     fresh = not path.exists()
+    # A lock is all that a run leaves which is killed at once.
+    begun = fresh or bool(list(path.glob(".lock*")))
     path.mkdir(parents=True, exist_ok=True)
     try:
         with locked(path, "a run"):
             _clear_leftovers(path)
-            place = _prepared(path, resume=resume, overwrite=overwrite)
+            place = _prepared(path, resume=resume, overwrite=overwrite, begun=begun)
             try:
                 yield place
             except BaseException:
@@ -110,7 +112,7 @@ def _give_way(path: Path) -> None:
     atomic.remove(complete)
 
 
-def _prepared(path: Path, *, resume: bool, overwrite: bool) -> RunDirectory:
+def _prepared(path: Path, *, resume: bool, overwrite: bool, begun: bool) -> RunDirectory:
     present = [name for name in OWN if (path / name).exists()]
     if present and RECIPE not in present:
         raise ValueError(f"{path / present[0]} was not made by a run: choose another --out")
@@ -120,8 +122,8 @@ def _prepared(path: Path, *, resume: bool, overwrite: bool) -> RunDirectory:
         if _has_checkpoints(work):
             return RunDirectory(path, work, resume=True)
         if work == path:
-            others = [] if present else [place for place in path.iterdir() if not place.name.startswith(".lock")]
-            if others or any(name in present for name in _RESULTS):
+            ended = any(name in present for name in _RESULTS)
+            if ended or not (RECIPE in present or (begun and all(each.name == ".lock" for each in path.iterdir()))):
                 raise ValueError(f"{path} has no checkpoint to resume from: start anew with --overwrite")
             return RunDirectory(path, path, resume=False)
         overwrite = True  # which is what made it
