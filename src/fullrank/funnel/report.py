@@ -104,7 +104,7 @@ def render(
     training = training or {}
     judge = FINAL_STAGE if "recall" in report or RETRIEVAL in training.get("seconds", {}) else MODEL
     task = next((name for name, values in final.items() if "ne" in values), next(iter(final), None))
-    parts = [_measured(report), report_parts.warnings(report.get("warnings") or [])]
+    parts = [_measured(report), report_parts.warnings(judge, report.get("warnings") or [])]
     if task is not None:
         parts += [
             report_parts.cards(judge, final[task], report),

@@ -28,15 +28,17 @@ _WORST_NE = 1.5
 _BASELINES = {"item_rate": "the item's mean"}
 
 
-def warnings(found: Sequence[Mapping[str, Any]]) -> str:
+def warnings(judge: str, found: Sequence[Mapping[str, Any]]) -> str:
     if not found:
         return ""
-    items = "".join(
-        f"<li><strong>{escape(str(warning.get('message', '')))}</strong> {escape(str(warning.get('advice') or ''))}"
-        for warning in found
-    )
+    items = []
+    for warning in found:
+        stage = str(warning.get("stage", FINAL))
+        where = judge if stage == FINAL else stage if stage == RETRIEVAL else f"{stage} stage"
+        message, advice = escape(str(warning.get("message", ""))), escape(str(warning.get("advice") or ""))
+        items.append(f"<li><strong>{escape(where[:1].upper() + where[1:])}</strong>, {message}. {advice[:1].upper()}{advice[1:]}")
     title = "One thing to look at" if len(found) == 1 else f"{len(found)} things to look at"
-    return f"<div class=warnings style='border-color:var(--warn)'><h2>{title}</h2><ul>{items}</ul></div>"
+    return f"<div class=warnings style='border-color:var(--warn)'><h2>{title}</h2><ul>{''.join(items)}</ul></div>"
 
 
 def cards(judge: str, final: Mapping[str, Any], report: Mapping[str, Any]) -> str:
