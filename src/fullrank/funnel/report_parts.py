@@ -36,7 +36,9 @@ def warnings(judge: str, found: Sequence[Mapping[str, Any]]) -> str:
         stage = str(warning.get("stage", FINAL))
         where = judge if stage == FINAL else stage if stage == RETRIEVAL else f"{stage} stage"
         message, advice = escape(str(warning.get("message", ""))), escape(str(warning.get("advice") or ""))
-        items.append(f"<li><strong>{escape(where[:1].upper() + where[1:])}</strong>, {message}. {advice[:1].upper()}{advice[1:]}")
+        items.append(
+            f"<li><strong>{escape(where[:1].upper() + where[1:])}</strong>, {message}. {advice[:1].upper()}{advice[1:]}"
+        )
     title = "One thing to look at" if len(found) == 1 else f"{len(found)} things to look at"
     return f"<div class=warnings style='border-color:var(--warn)'><h2>{title}</h2><ul>{''.join(items)}</ul></div>"
 
