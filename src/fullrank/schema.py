@@ -10,6 +10,7 @@ training part fills in every `num_embeddings`. Models need a fitted schema.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -410,8 +411,8 @@ class Schema(Part):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [feature.name for feature in self.features] + [label.name for label in self.labels]
-        for name in names:
-            if names.count(name) > 1:
+        for name, count in Counter(names).items():
+            if count > 1:
                 raise ValueError(f'the name "{name}" is used twice; features and labels need distinct names')
         sizes: dict[str, tuple[str, int | None, int | None]] = {}
         for name, feature in self.embedded().items():

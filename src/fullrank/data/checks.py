@@ -82,11 +82,13 @@ def check(
         ValueError: if a column is absent, or has a type that cannot hold what the schema says.
     """
     source = _Source(raw, schema.missing)
-    names = raw_columns(schema, raw.frame.columns)
-    absent = {name for name, stored in names.items() if stored not in raw.frame.columns}
+    columns = raw.frame.columns
+    names = raw_columns(schema, columns)
+    present = set(columns)
+    absent = {name for name, stored in names.items() if stored not in present}
     if absent and not allow_missing:
         first = next(name for name in names if name in absent)
-        raise ValueError(f'column "{first}" of the schema is missing; the data has {", ".join(raw.frame.columns)}')
+        raise ValueError(f'column "{first}" of the schema is missing; the data has {", ".join(columns)}')
     chunk = Chunk(rows=source.rows, first_line=raw.first_line)
     if LINE_COLUMN in raw.frame.columns:
         chunk.lines = raw.frame[LINE_COLUMN].to_numpy()

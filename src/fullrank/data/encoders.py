@@ -214,15 +214,13 @@ class Encoders:
         return ids
 
     def save(self, directory: Path) -> None:
-        """Write `encoders.json` and the vocabularies into a directory, made if needed; `encoders.json` comes last."""
+        """Write the vocabularies and `encoders.json` into a directory, made if needed, that nobody reads yet."""
         directory.mkdir(parents=True, exist_ok=True)
         files: dict[str, str] = {}
         for place, (table, vocabulary) in enumerate(self.vocabularies.items()):
             files[table] = f"vocabulary-{place:03d}.parquet"
             frame = pl.DataFrame({"value": vocabulary.values, "count": vocabulary.counts})
-            partial = directory / f".{files[table]}.partial"
-            frame.write_parquet(partial, compression="zstd", compression_level=1)
-            atomic.replace(partial, directory / files[table])
+            frame.write_parquet(directory / files[table], compression="zstd", compression_level=1)
         stored = _Stored(
             version=1, table_schema=self.schema, numbers=self.numbers, buckets=self.buckets, vocabularies=files
         )

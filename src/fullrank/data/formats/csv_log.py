@@ -64,7 +64,8 @@ class Csv:
                 if layout.values and not set(wanted) <= set(available):
                     check_header(file, layout)
                 check_columns(file, wanted, available)
-                stored = [name for name in wanted if name in set(layout.names)]
+                in_file = set(layout.names)
+                stored = [name for name in wanted if name in in_file]
                 return delimited_chunks(file, layout, stored, plain=mostly_distinct(schema))
 
             yield from file_rows(path, file, rows, several=len(files) > 1)
