@@ -16,7 +16,7 @@ from fullrank.cli.options import ImportOption
 
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="The bundle directory.")],
-    data: Annotated[Path, typer.Argument(help="The dataset that the bundle was trained on.")],
+    data: Annotated[Path, typer.Argument(help="Its own dataset, or one that was imported --like it.")],
     split: Annotated[str, typer.Option("--split", help="train, valid or test.")] = "test",
     requests: Annotated[int, typer.Option("--requests", min=1, help="Clicked rows to take recalls over.")] = 2000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of requests, and of the resamples.")] = 0,
