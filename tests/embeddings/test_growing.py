@@ -18,12 +18,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "product": {"kind": "quotient_remainder", "collisions": 3},
     "sum": {"kind": "quotient_remainder", "collisions": 40, "operation": "add"},  # a row of the remainders: m = 1
+    "three digits": {"kind": "quotient_remainder", "num_partitions": 3, "major": "quotient"},
+    "side by side": {"kind": "chinese_remainder", "operation": "concat"},
+    "path": {"kind": "quotient_remainder", "operation": "path", "path_hidden": 4},
+    "custom": {"kind": "custom_partitions", "sizes": [5, 5]},
+    "small": {"kind": "quotient_remainder", "threshold": 23, "operation": "path"},
+    "hash": {"kind": "hash"},
     "one block": {"kind": "mixed_dimension", "dims": [2]},
     "blocks": {"kind": "mixed_dimension", "dims": [8, 4, 2], "shares": [0.3, 0.3]},
     "tiny first block": {"kind": "mixed_dimension", "dims": [8, 2], "shares": [0.06]},
     "prefix": {"kind": "prefix", "levels": 2, "codebook_size": 5},
     "few prefixes": {"kind": "prefix", "levels": 2, "codebook_size": 7, "stored_rows": 9},
 }
+BUCKETS = torch.stack([torch.arange(23) % 5, torch.arange(23) // 5], 1)
 
 
 def collection(rows: int, config: dict[str, Any]) -> EmbeddingCollection:
@@ -51,6 +58,8 @@ def ids(*groups: range | list[int]) -> Tensor:
 def test_old_ids_stay_and_new_ones_are_the_unknown_one_twice_in_a_row(kind: str) -> None:
     torch.manual_seed(0)
     first = collection(23, KINDS[kind])
+    if kind == "custom":
+        first.kinds["item"].set_buckets(BUCKETS)  # type: ignore[operator]
     if kind == "prefix":  # codes that a quantiser found, of which no id knows where they come from
         table = first.kinds["item"]
         table.set_codes(torch.randint(0, 5, (23, 2)))  # type: ignore[operator]
@@ -66,6 +75,8 @@ def test_old_ids_stay_and_new_ones_are_the_unknown_one_twice_in_a_row(kind: str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_id_asks_for_rows_of_its_own(kind: str) -> None:
     table = collection(40, {**KINDS[kind], "first_rows": 23}).kinds.get("item")
+    if kind == "custom":
+        table.set_buckets(BUCKETS)  # type: ignore[operator, union-attr]
     if table is None:  # plain
         return
     asked = [[] for _ in range(40)]  # type: ignore[var-annotated]
@@ -82,7 +93,7 @@ def test_a_new_id_asks_for_rows_of_its_own(kind: str) -> None:
 
 def test_without_first_rows_a_layout_is_another_one() -> None:
     """What `first_rows` is for: the same config at more rows gives old ids other rows."""
-    for kind in ("product", "blocks", "prefix"):
+    for kind in ("product", "three digits", "side by side", "hash", "blocks", "prefix"):
         few, many = (collection(rows, KINDS[kind]).kinds["item"] for rows in (23, 40))
         rows_of = [[ask.rows.tolist() for ask in table.asks(torch.arange(2, 23))] for table in (few, many)]
         assert rows_of[0] != rows_of[1]

@@ -23,6 +23,7 @@ from fullrank.embeddings import (
     Tables,
     register,
 )
+from fullrank.embeddings.custom_partitions import CustomPartitionsTable
 from fullrank.embeddings.mixed_dimension import MixedDimensionTable
 from fullrank.embeddings.prefix import PrefixTable
 from fullrank.embeddings.quotient_remainder import QuotientRemainderTable
@@ -35,6 +36,10 @@ SCHEMA = Schema(
         Categorical(name="user", num_embeddings=50),
         Categorical(name="plain", num_embeddings=11),
         Categorical(name="item", num_embeddings=30),
+        Categorical(name="city", num_embeddings=20),
+        Categorical(name="shop", num_embeddings=24),
+        Categorical(name="car", num_embeddings=12),
+        Categorical(name="zip", num_embeddings=40),
         MultiCategorical(name="liked", table="item", num_embeddings=30),
         MultiCategorical(name="genres", num_embeddings=40),
         Sequence(name="history", fields=(EventId(name="item", table="item", num_embeddings=30),)),
@@ -45,7 +50,12 @@ KINDS: dict[str, Any] = {
     "user": {"kind": "quotient_remainder", "collisions": 3},
     "item": {"kind": "mixed_dimension", "dims": [8, 2], "shares": [0.3]},
     "genres": {"kind": "prefix", "levels": 2, "codebook_size": 7, "stored_rows": 60},
+    "city": {"kind": "chinese_remainder", "sizes": [4, 5], "operation": "concat"},
+    "shop": {"kind": "quotient_remainder", "sizes": [8, 3], "operation": "path", "path_hidden": 6},
+    "car": {"kind": "custom_partitions", "sizes": [3, 4], "operation": "add"},
+    "zip": {"kind": "hash", "collisions": 4},
 }
+SINGLE = ("user", "plain", "item", "city", "shop", "car", "zip")
 TABLES = Tables(embedding_dim=8, init_std=0.5, kinds=KINDS)
 
 
@@ -59,7 +69,7 @@ def a_batch(seed: int, rows: int = 32) -> Batch:
     sizes = lengths.sum(1).tolist()
     return Batch(
         numeric_BN=torch.zeros(rows, 0),
-        ids_BF=torch.stack([ids(50, rows), ids(11, rows), ids(30, rows)], 1),
+        ids_BF=torch.stack([ids(below, rows) for below in (50, 11, 30, 20, 24, 12, 40)], 1),
         jagged_keys=("liked", "genres", "history.item"),
         jagged_values=torch.cat([ids(below, size) for below, size in zip((30, 40, 30), sizes, strict=True)]),
         jagged_lengths_KB=lengths,
@@ -72,7 +82,15 @@ def a_batch(seed: int, rows: int = 32) -> Batch:
 
 def a_collection(**options: Any) -> EmbeddingCollection:
     torch.manual_seed(0)
-    return EmbeddingCollection(SCHEMA, options.pop("tables", TABLES), **options)
+    return with_buckets(EmbeddingCollection(SCHEMA, options.pop("tables", TABLES), **options))
+
+
+def with_buckets(module: Any) -> Any:
+    """Its cars have makes, 0 to 2, and models, 0 to 3."""
+    for table in module.modules():
+        if isinstance(table, CustomPartitionsTable):
+            table.set_buckets(torch.stack([torch.arange(12) % 3, torch.arange(12) // 3], 1))
+    return module
 
 
 def whole_tables(collection: EmbeddingCollection) -> dict[str, Tensor]:
@@ -81,7 +99,20 @@ def whole_tables(collection: EmbeddingCollection) -> dict[str, Tensor]:
     user = state["tables.user.remainder.weight"], state["tables.user.quotient.weight"]
     narrow = state["tables.item.block1.weight"] @ state["kind_modules.1.projections.block1"]
     prefixes = state["tables.genres.prefixes.weight"]
+    city, shop = torch.arange(20), torch.arange(24) // 8
+    cities = state["tables.city.partition0.weight"][city % 4], state["tables.city.partition1.weight"][city % 5]
+    hidden_weight, hidden_bias, weight, bias = (
+        state[f"kind_modules.3.paths.0.{name}"][shop]
+        for name in ("hidden_weight_PDH", "hidden_bias_PH", "weight_PHD", "bias_PD")
+    )
+    shops = state["tables.shop.remainder.weight"][torch.arange(24) % 8]
+    hidden = (torch.einsum("nd,ndh->nh", shops, hidden_weight) + hidden_bias).relu()
+    makes, models = (state[f"tables.car.partition{j}.weight"] for j in range(2))
     return {
+        "city": torch.cat(cities, 1),
+        "shop": torch.einsum("nh,nhd->nd", hidden, weight) + bias,
+        "car": torch.stack([makes[i % 3] + models[i // 3] for i in range(12)]),
+        "zip": torch.stack([state["tables.zip.rows.weight"][i % 10] for i in range(40)]),
         "user": torch.stack([user[0][i % 17] * user[1][i // 17] for i in range(50)]),
         "plain": state["tables.plain.weight"],
         "item": torch.cat([state["tables.item.block0.weight"], narrow]),
@@ -95,9 +126,9 @@ def test_each_kind_is_its_definition_in_every_place_that_a_table_is_looked_up() 
     tables = whole_tables(collection)
     embedded = collection(batch)
     tokens = embedded.tokens_BFD
-    for place, name in enumerate(("user", "plain", "item")):
+    for place, name in enumerate(SINGLE):
         torch.testing.assert_close(tokens[:, place], tables[name][batch.ids_BF[:, place]])
-    for place, (key, table) in enumerate((("liked", "item"), ("genres", "genres")), 3):
+    for place, (key, table) in enumerate((("liked", "item"), ("genres", "genres")), len(SINGLE)):
         values, lengths = batch.jagged(key)
         for row, ids in enumerate(values.split(lengths.tolist())):
             mean = tables[table][ids].mean(0) if len(ids) else torch.zeros(8)
@@ -127,7 +158,19 @@ def test_state_and_optimiser_continue_exactly(kind: Any) -> None:
     train(second, range(3, 6))
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name])
-        assert "codes" in name or not torch.equal(value, begin[name]), f"{name} has not learnt"
+        assert "codes" in name or "buckets" in name or not torch.equal(value, begin[name]), f"{name} has not learnt"
+
+
+def test_fused_updates_are_those_of_the_dense_gradient() -> None:
+    dense, fused = a_collection(), a_collection(optimizer=EmbeddingOptimizer(kind="sgd", learning_rate=0.05))
+    for collection in (dense, fused):
+        descent = torch.optim.SGD(collection.parameters(), lr=0.05)
+        for step in range(3):
+            collection.train()(a_batch(step)).flat.sin().sum().backward()
+            descent.step()
+            descent.zero_grad()
+    for name, value in dense.state_dict().items():
+        torch.testing.assert_close(value, fused.state_dict()[name])
 
 
 def test_gradients_are_those_of_the_definition() -> None:
@@ -189,12 +232,12 @@ def test_the_rows_of_a_table_too_large_for_int32_are_exact() -> None:
     table = QuotientRemainderTable(rows, 2, 1.0, QuotientRemainderTable.Config(collisions=1 << 20))
     ids = torch.tensor([rows - 1, 4 * (2**24 + 1), 2**33 + 1])
     remainder, quotient = (ask.rows.tolist() for ask in table.asks(ids))
-    assert [q * table.modulus + r for q, r in zip(quotient, remainder, strict=True)] == ids.tolist()
+    assert [q * table.sizes[0] + r for q, r in zip(quotient, remainder, strict=True)] == ids.tolist()
 
 
 def test_a_model_does_not_know_the_kinds_of_its_tables() -> None:
     for name in ("dcn_v2", "deepfm", "din"):
-        model = MODELS[name].from_config(SCHEMA, {"embedding_dim": 8, "tables": KINDS})
+        model = with_buckets(MODELS[name].from_config(SCHEMA, {"embedding_dim": 8, "tables": KINDS}))
         loss = model(a_batch(0)).logits_BT.sum()
         loss.backward()
         assert torch.isfinite(loss)
@@ -205,7 +248,9 @@ def test_a_model_does_not_know_the_kinds_of_its_tables() -> None:
     )
     assert small.num_parameters().dense == plain.num_parameters().dense
     # 17 + 3 rows for 50 users; 9 rows of 8, 21 of 2 and a 2 x 8 projection for 30 items; 60 - 4 prefixes for 40 genres.
-    expected = 8 * (17 + 3) + 8 * 11 + 8 * 9 + 2 * 21 + 2 * 8 + 8 * 56
+    # 4 + 5 rows of 4 for 20 cities; 8 rows and 3 MLPs for 24 shops; 3 + 4 rows for 12 cars, 10 for 40 codes.
+    expected = 4 * (4 + 5) + 8 * 8 + 3 * (8 * 6 + 6 + 6 * 8 + 8) + 8 * (3 + 4) + 8 * 10
+    expected += 8 * (17 + 3) + 8 * 11 + 8 * 9 + 2 * 21 + 2 * 8 + 8 * 56
     assert small.num_parameters().embedding == expected
 
 

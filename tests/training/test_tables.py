@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from tables import SCHEMA
@@ -69,6 +70,29 @@ def test_a_recipe_chooses_kinds_by_table_and_the_bundle_brings_them(dataset: Dat
         assert torch.equal(loaded(batch).logits_BT, report.content(batch).logits_BT)
     manifest = json.loads((report.bundle / "manifest.json").read_text())
     assert manifest["stages"][0]["config"]["tables"]["user"]["collisions"] == 3
+
+
+def test_a_bundle_has_the_buckets_that_a_recipe_names_a_file_of(dataset: Dataset, tmp_path: Path) -> None:
+    file = tmp_path / "buckets.parquet"
+    pl.DataFrame({"make": [i // 8 for i in range(60)], "year": [i % 8 for i in range(60)]}).write_parquet(file)
+    tables = {
+        "item": {"kind": "custom_partitions", "buckets": str(file)},
+        "user": {"kind": "quotient_remainder", "operation": "path", "path_hidden": 4},
+    }
+    recipe = {
+        "data": {"dataset": str(dataset.path)},
+        "model": {**MODEL, "tables": tables},
+        "training": {"batch_size": 60, "epochs": 2, "learning_rate": 0.02},
+    }
+    report = run(recipe, tmp_path / "run")
+    file.unlink()
+    assert report.bundle is not None
+    loaded = load_model(report.bundle)
+    batch = next(iter(Loader(dataset, "test", 50)))
+    with torch.no_grad():
+        assert torch.equal(loaded(batch).logits_BT, report.content(batch).logits_BT)
+    with pytest.raises(ValueError, match=r"buckets.parquet: expected a Parquet file of buckets"):
+        run(recipe)
 
 
 def test_a_table_that_is_not_there_is_named(dataset: Dataset) -> None:

@@ -3,6 +3,7 @@
 from fullrank.embeddings.collection import EmbeddingCollection
 from fullrank.embeddings.embedded import Embedded
 from fullrank.embeddings.optimizer import EmbeddingOptimizer
+from fullrank.embeddings.partitions import complementary_partitions, is_complementary
 from fullrank.embeddings.table import TABLE_KINDS, AnyTable, Ask, Part, Table, TableConfig, Tables, register
 
 __all__ = [
@@ -16,5 +17,7 @@ __all__ = [
     "Table",
     "TableConfig",
     "Tables",
+    "complementary_partitions",
+    "is_complementary",
     "register",
 ]

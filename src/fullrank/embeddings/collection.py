@@ -15,6 +15,7 @@ from fullrank.embeddings.embedded import Embedded
 from fullrank.embeddings.full import FullTable
 from fullrank.embeddings.layout import Buffer, Layout, Place
 from fullrank.embeddings.optimizer import EmbeddingOptimizer
+from fullrank.embeddings.partitions import check_ids, check_integers
 from fullrank.embeddings.row_buffer import STATES, Backend, RowBuffer
 from fullrank.embeddings.segments import segment_sum
 from fullrank.embeddings.table import TABLE_KINDS, Ask, Table, Tables
@@ -145,7 +146,25 @@ class EmbeddingCollection(nn.Module):
 
         Raises:
             KeyError: if there is no such table.
+            IndexError: if an id is outside it.
+            TypeError: if ids are no integers.
         """
+        check_ids(ids_N, self._table_rows(table), f'table "{table}"')
+        return self._vectors(table, ids_N)
+
+    def materialize(self, table: str) -> Tensor:
+        """The plain table that a table stands for, shape (rows, width): row i is what id i becomes.
+
+        With optimiser `dense`, gradients go through it to what is stored.
+        """
+        ids_N = torch.arange(self._table_rows(table), device=self._buffer(0).weight_RD.device)
+        return self._vectors(table, ids_N)
+
+    def _table_rows(self, table: str) -> int:
+        (place, *_) = self.layout.places[table]
+        return self.kinds[table].rows if table in self.kinds else place.rows.stop - place.rows.start
+
+    def _vectors(self, table: str, ids_N: Tensor) -> Tensor:
         self.flush()
         places = self.layout.places[table]
         kind = self.kinds.get(table)
@@ -153,7 +172,9 @@ class EmbeddingCollection(nn.Module):
         found = []
         for ask in asks:
             buffer, rows = places[ask.part]
-            found.append(self._buffer(buffer).weight_RD.detach().index_select(0, ask.rows + rows.start))
+            weight_RD: Tensor = self._buffer(buffer).weight_RD
+            weight_RD = weight_RD if self.optimizer.kind == "dense" else weight_RD.detach()
+            found.append(weight_RD.index_select(0, ask.rows + rows.start))
         return found[0] if kind is None else kind.combine(ids_N, asks, found)
 
     def weights(self) -> list[nn.Parameter]:
@@ -201,6 +222,7 @@ class EmbeddingCollection(nn.Module):
 
         Raises:
             IndexError: if an id is outside its table; names the feature and the id.
+            TypeError: if ids are no integers.
         """
         if self.check_ids:
             self._check(batch)
@@ -320,6 +342,8 @@ class EmbeddingCollection(nn.Module):
         return pooled, events
 
     def _check(self, batch: Batch) -> None:
+        for what, ids in (("ids_BF", batch.ids_BF), ("jagged_values", batch.jagged_values)):
+            check_integers(ids, what)
         if self.single:
             limits = self.get_buffer("_single_rows")
             if bool(((batch.ids_BF < 0) | (batch.ids_BF >= limits)).any()):

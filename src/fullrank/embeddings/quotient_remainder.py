@@ -1,63 +1,82 @@
-"""Quotient-remainder tables: two small tables whose rows are combined, and no two ids share both."""
+"""Quotient-remainder tables: the parts of an id are its digits in a mixed radix."""
 
-# Shapes: N ids, D width.
+# Shapes: N ids.
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
-from fullrank.embeddings.table import Ask, Part, Table, TableConfig
-from fullrank.schema import OUT_OF_VOCABULARY_ID
+from fullrank.embeddings.compositional import CompositionalConfig, CompositionalTable
+from fullrank.embeddings.partitions import (
+    Major,
+    balanced_sizes,
+    check_sizes,
+    collisions_within,
+    digits,
+    quotient_remainder_sizes,
+)
+
+Sizes = Annotated[tuple[PositiveInt, ...], Field(min_length=2)]
 
 
-class QuotientRemainderTable(Table):
+class QuotientRemainderTable(CompositionalTable):
     """e(i) = U[i mod m] ω V[⌊i / m⌋] with m = ⌈rows / collisions⌉, so that `collisions` ids share a row of U.
 
-    The parts start so that an entry of e(i) has the standard deviation of a plain table: with the product each part
-    takes the square root of it, with the sum each a share of 1/√2.
-
-    An id that came later shares the row of U with the out-of-vocabulary id, and has a row of V for itself.
-
-    Source: Shi et al., Compositional Embeddings Using Complementary Partitions for Memory-Efficient Recommendation
-    Systems, KDD 2020, arXiv 1909.02107.
+    With more than two partitions, p_1(i) = i mod m_1 and p_j(i) = ⌊i / (m_1 ⋯ m_{j-1})⌋ mod m_j.
     """
 
-    class Config(TableConfig):
+    class Config(CompositionalConfig):
         """Attributes:
-        collisions: ids that share a row of the larger part; the memory falls by about this factor.
-        operation: ω, by entries.
+        collisions: ids that share a row of the larger of two parts; the memory falls by about this factor. 4, if no
+            other size is given.
+        num_partitions: this many partitions of about equal size instead, the smallest that suffice.
+        sizes: parts of each partition instead.
+        memory_budget: bytes of the table instead, as float32: the fewest collisions that fit, and a plain table where
+            they save nothing.
+        major: whether the first partition has the least significant digit (`remainder`: ids that share a row of the
+            larger part lie m apart) or the most significant one (`quotient`: they are neighbours).
         """
 
         kind: Literal["quotient_remainder"] = "quotient_remainder"
-        collisions: int = Field(default=4, ge=1)
-        operation: Literal["mult", "add"] = "mult"
+        collisions: int | None = Field(default=None, ge=1)
+        num_partitions: int | None = Field(default=None, ge=2)
+        sizes: Sizes | None = None
+        memory_budget: int | None = Field(default=None, ge=1)
+        major: Major = "remainder"
 
-    grows = True
+        @model_validator(mode="after")
+        def _one_size(self) -> Self:
+            names = ("collisions", "num_partitions", "sizes", "memory_budget")
+            given = [name for name in names if getattr(self, name) is not None]
+            if len(given) > 1:
+                raise ValueError(f"expected one of {', '.join(names)}, got {' and '.join(given)}")
+            if self.memory_budget is not None and self.operation == "path":
+                raise ValueError("memory_budget sizes rows, and operation path has MLPs: give collisions or sizes")
+            return self
+
     config: Config
 
-    def __init__(self, rows: int, width: int, init_std: float, config: Config) -> None:
-        super().__init__(rows, width, init_std, config)
-        self.modulus = -(-self.first_rows // config.collisions)
-        self.quotients = -(-self.first_rows // self.modulus)
-        std = init_std**0.5 if config.operation == "mult" else init_std * 0.5**0.5
-        self.parts = (
-            Part("remainder", self.modulus, width, std),
-            Part("quotient", self.quotients + rows - self.first_rows, width, std),
-        )
+    def partition_sizes(self) -> tuple[int, ...]:
+        config, rows = self.config, self.first_rows
+        if config.sizes is not None:
+            check_sizes(rows, config.sizes, "quotient_remainder")
+            return config.sizes
+        if config.num_partitions is not None:
+            return balanced_sizes(rows, config.num_partitions)
+        if config.memory_budget is not None:
+            collisions = collisions_within(config.memory_budget, [rows], self.bytes_of)
+            sizes = quotient_remainder_sizes(rows, collisions)
+            return sizes if self.bytes_of(sizes) < self.bytes_of((rows,)) else (rows,)
+        return quotient_remainder_sizes(rows, config.collisions or 4)
 
-    def asks(self, ids_N: Tensor) -> list[Ask]:
-        remainder_N, quotient_N = ids_N % self.modulus, ids_N.div(self.modulus, rounding_mode="floor")
-        if self.first_rows < self.rows:
-            is_later_N = ids_N >= self.first_rows
-            remainder_N = remainder_N.masked_fill(is_later_N, OUT_OF_VOCABULARY_ID % self.modulus)
-            quotient_N = torch.where(is_later_N, self.quotients + ids_N - self.first_rows, quotient_N)
-        return [Ask(0, remainder_N), Ask(1, quotient_N)]
+    def part_names(self) -> Sequence[str]:
+        if len(self.sizes) != 2:
+            return super().part_names()
+        return ("remainder", "quotient") if self.config.major == "remainder" else ("quotient", "remainder")
 
-    def combine(self, ids_N: Tensor, asks: Sequence[Ask], vectors: Sequence[Tensor]) -> Tensor:
-        remainder_ND, quotient_ND = vectors
-        return remainder_ND * quotient_ND if self.config.operation == "mult" else remainder_ND + quotient_ND
+    def partition(self, ids_N: Tensor) -> list[Tensor]:
+        return digits(ids_N, self.sizes, self.config.major)

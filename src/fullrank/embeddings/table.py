@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
 from torch import Tensor, nn
 
@@ -104,13 +105,27 @@ class Table(nn.Module):
         each."""
         raise NotImplementedError
 
+    def num_parameters(self) -> int:
+        """Numbers that learn: those of the parts, and parameters of the kind's own."""
+        return sum(part.rows * part.width for part in self.parts) + sum(own.numel() for own in self.parameters())
+
+    def memory_bytes(self) -> int:
+        """Bytes of the parts as they are stored, and of the kind's own parameters and buffers; no optimiser state."""
+        own = (*self.parameters(), *self.buffers())
+        bytes_of: dict[str, int] = {part.store: getattr(torch, part.store).itemsize for part in self.parts}
+        stored = sum(part.rows * part.width * bytes_of[part.store] for part in self.parts)
+        return stored + sum(tensor.numel() * tensor.element_size() for tensor in own)
+
 
 TABLE_KINDS: Registry[type[Table]] = Registry(
     "table kind",
     "fullrank.table_kinds",
     {
         "full": "fullrank.embeddings.full:FullTable",
+        "hash": "fullrank.embeddings.hashed:HashedTable",
         "quotient_remainder": "fullrank.embeddings.quotient_remainder:QuotientRemainderTable",
+        "chinese_remainder": "fullrank.embeddings.chinese_remainder:ChineseRemainderTable",
+        "custom_partitions": "fullrank.embeddings.custom_partitions:CustomPartitionsTable",
         "mixed_dimension": "fullrank.embeddings.mixed_dimension:MixedDimensionTable",
         "prefix": "fullrank.embeddings.prefix:PrefixTable",
     },

@@ -1,0 +1,1 @@
+"""Benchmarks of tables and their memory."""
