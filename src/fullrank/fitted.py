@@ -11,13 +11,16 @@ import numpy.typing as npt
 import polars as pl
 import torch
 
+from fullrank.compression.quantization import Method
 from fullrank.data.dataset import Dataset
 from fullrank.data.frames import polars_frame
 from fullrank.data.loader import batch_from_frame
 from fullrank.embeddings import EmbeddingCollection, EmbeddingOptimizer
+from fullrank.embeddings.packed import Bits
 from fullrank.funnel.bundle import load_bundle, save_bundle
 from fullrank.funnel.evaluation import evaluate_funnel
 from fullrank.funnel.funnel import Funnel
+from fullrank.funnel.quantizing import quantize_content
 from fullrank.funnel.report import facts_of, write_report
 from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import ROWS_AT_ONCE, Scorer
@@ -180,6 +183,18 @@ class Fitted:
         """
         save_bundle(self._content, Path(path), overwrite=overwrite)
         return Path(path)
+
+    def quantize(self, bits: Bits = 4, method: Method = "greedy", **settings: Any) -> Fitted:
+        """The same with its tables as codes of a few bits, for serving; this one stays as it is.
+
+        Args:
+            settings: further ones of `fullrank.compression.quantize_ranker`, such as `tables` or `max_error`.
+
+        Raises:
+            ValueError: as there, or if nothing would become smaller.
+        """
+        content, _ = quantize_content(self._content, bits=bits, method=method, **settings)
+        return Fitted(content, self.dataset)
 
     def _check_derived(self, frame: pl.DataFrame) -> None:
         """A table of rows has no past of its own: what the import derived has to be in it."""

@@ -15,10 +15,11 @@ from fullrank.embeddings.embedded import Embedded
 from fullrank.embeddings.full import FullTable
 from fullrank.embeddings.layout import Buffer, Layout, Place
 from fullrank.embeddings.optimizer import EmbeddingOptimizer
+from fullrank.embeddings.packed import PackedRows, Packing
 from fullrank.embeddings.partitions import check_ids, check_integers
 from fullrank.embeddings.row_buffer import STATES, Backend, RowBuffer
 from fullrank.embeddings.segments import segment_sum
-from fullrank.embeddings.table import TABLE_KINDS, Ask, Table, Tables
+from fullrank.embeddings.table import BITS, TABLE_KINDS, Ask, Table, Tables
 from fullrank.schema import MultiCategorical, Schema
 
 
@@ -106,7 +107,7 @@ class EmbeddingCollection(nn.Module):
         if len(set(names)) < len(names):
             raise ValueError(f"two parts of tables share a name in the state: {max(names, key=names.count)}")
         self.kind_modules = nn.ModuleList(self.kinds.values())
-        self.buffers_ = nn.ModuleList(RowBuffer(buffer.start(), backend) for buffer in self.layout.buffers)
+        self.buffers_ = nn.ModuleList(_made(buffer, backend) for buffer in self.layout.buffers)
         for index, buffer in enumerate(self.layout.buffers):
             for what, columns, own in (("single", buffer.single, self.single), ("jagged", buffer.jagged, self.jagged)):
                 first = [self.layout.places[self.columns[own[i]].table_name][0].rows.start for i in columns]
@@ -122,7 +123,8 @@ class EmbeddingCollection(nn.Module):
             table = TABLE_KINDS.find(config.kind)(rows, width, tables.init_std, config)
         except ValueError as error:
             raise ValueError(f'table "{name}": {error}') from None
-        self.layout.place(name, table.parts)
+        stored = table.parts if config.store == "float32" else [part.stored(config.store) for part in table.parts]
+        self.layout.place(name, stored)
         if not isinstance(table, FullTable):
             self.kinds[name] = table
             self._composed[name] = _Composed([], [])
@@ -133,8 +135,21 @@ class EmbeddingCollection(nn.Module):
         return sum(self.widths)
 
     def num_parameters(self) -> int:
-        """Stored numbers, and what the kinds have beside them."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Stored numbers, those in codes too, and what the kinds have beside them."""
+        packed = sum(buffer.numbers() for buffer in self.buffers_ if isinstance(buffer, PackedRows))
+        return packed + sum(parameter.numel() for parameter in self.parameters())
+
+    def parts(self) -> Iterator[tuple[str, str, Packing | None]]:
+        """Of each part of each table: the table, its name in the state, and how its rows are packed, if they are."""
+        names = self._part_names()
+        for table, places in self.layout.places.items():
+            for place in places:
+                buffer = self._buffer(place.buffer)
+                yield table, f"{next(names)[0]}.weight", buffer.packing if isinstance(buffer, PackedRows) else None
+
+    def packed_tables(self) -> list[str]:
+        """Tables of which a part is stored as codes: they cannot learn."""
+        return sorted({table for table, _, packing in self.parts() if packing is not None})
 
     def table_widths(self) -> dict[str, int]:
         """Width of the vectors of each table that is looked up here."""
@@ -157,7 +172,7 @@ class EmbeddingCollection(nn.Module):
 
         With optimiser `dense`, gradients go through it to what is stored.
         """
-        ids_N = torch.arange(self._table_rows(table), device=self._buffer(0).weight_RD.device)
+        ids_N = torch.arange(self._table_rows(table), device=self._buffer(0).stored.device)
         return self._vectors(table, ids_N)
 
     def _table_rows(self, table: str) -> int:
@@ -172,9 +187,7 @@ class EmbeddingCollection(nn.Module):
         found = []
         for ask in asks:
             buffer, rows = places[ask.part]
-            weight_RD: Tensor = self._buffer(buffer).weight_RD
-            weight_RD = weight_RD if self.optimizer.kind == "dense" else weight_RD.detach()
-            found.append(weight_RD.index_select(0, ask.rows + rows.start))
+            found.append(self._buffer(buffer).rows(ask.rows + rows.start))
         return found[0] if kind is None else kind.combine(ids_N, asks, found)
 
     def weights(self) -> list[nn.Parameter]:
@@ -182,9 +195,8 @@ class EmbeddingCollection(nn.Module):
         return [buffer.weight_RD for buffer in self._row_buffers()]
 
     def _row_buffers(self) -> Iterator[RowBuffer]:
-        for buffer in self.buffers_:
-            assert isinstance(buffer, RowBuffer)
-            yield buffer
+        """Of rows that learn."""
+        return (buffer for buffer in self.buffers_ if isinstance(buffer, RowBuffer))
 
     def set_optimizer(self, optimizer: EmbeddingOptimizer) -> None:
         """Choose how tables learn, forgetting any optimiser state; weights stay."""
@@ -368,7 +380,7 @@ class EmbeddingCollection(nn.Module):
             for name, place in zip(names, places, strict=True):
                 yield f"tables.{table}{name}", place
 
-    def _parts(self) -> Iterator[tuple[str, RowBuffer, slice]]:
+    def _parts(self) -> Iterator[tuple[str, RowBuffer | PackedRows, slice]]:
         """Each part's name in the state, its buffer and its rows there."""
         for name, place in self._part_names():
             yield name, self._buffer(place.buffer), place.rows
@@ -376,7 +388,7 @@ class EmbeddingCollection(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.flush()
         for name, buffer, rows in self._parts():
-            destination[f"{prefix}{name}.weight"] = buffer.weight_RD.detach()[rows]
+            destination[f"{prefix}{name}.weight"] = buffer.stored[rows]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         state = super().state_dict(*args, **kwargs)
@@ -401,20 +413,26 @@ class EmbeddingCollection(nn.Module):
                 missing_keys.append(key)
                 continue
             value = state_dict[key]
-            target = buffer.weight_RD.data[rows]
+            target = buffer.stored[rows]
             if value.shape != target.shape:
                 error_msgs.append(f'"{key}" has shape {tuple(value.shape)}, expected {tuple(target.shape)}')
                 continue
+            misfit = buffer.misfit(value)
+            if misfit is not None:
+                error_msgs.append(f'"{key}" {misfit}')
+                continue
             target.copy_(value)
-        for index in range(
-            len(self.layout.buffers)
-        ):  # the buffers' own names are ours to fill: nothing is missing there
-            state_dict[f"{prefix}buffers_.{index}.weight_RD"] = self._buffer(index).weight_RD.detach()
+        for index, rows_of_buffer in enumerate(self.buffers_):  # nothing is missing under their own names
+            if isinstance(rows_of_buffer, RowBuffer):
+                state_dict[f"{prefix}buffers_.{index}.weight_RD"] = rows_of_buffer.stored
 
-    def _buffer(self, index: int) -> RowBuffer:
+    def _buffer(self, index: int) -> RowBuffer | PackedRows:
         buffer = self.buffers_[index]
-        assert isinstance(buffer, RowBuffer)
+        assert isinstance(buffer, RowBuffer | PackedRows)
         return buffer
+
+    def _learning_parts(self) -> Iterator[tuple[str, RowBuffer, slice]]:
+        return ((name, buffer, rows) for name, buffer, rows in self._parts() if isinstance(buffer, RowBuffer))
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """State of the fused optimisers as `tables.<table>.<name>`, with `step` and the decay bookkeeping."""
@@ -423,7 +441,7 @@ class EmbeddingCollection(nn.Module):
         for index, buffer in enumerate(self._row_buffers()):
             state[f"groups.{index}.step"] = torch.tensor(buffer.step)
             state[f"groups.{index}.log_decay"] = torch.tensor(buffer.log_decay, dtype=torch.float64)
-        for part, buffer, rows in self._parts():
+        for part, buffer, rows in self._learning_parts():
             for name in STATES[self.optimizer.kind]:
                 state[f"{part}.{name}"] = buffer.states[name][rows]
         return state
@@ -439,7 +457,7 @@ class EmbeddingCollection(nn.Module):
             buffer.step = int(_entry(state, f"groups.{index}.step"))
             buffer.log_decay = float(_entry(state, f"groups.{index}.log_decay"))
             buffer.decay_is_applied()
-        for part, buffer, rows in self._parts():
+        for part, buffer, rows in self._learning_parts():
             for name in STATES[self.optimizer.kind]:
                 value = _entry(state, f"{part}.{name}")
                 target = buffer.states[name][rows]
@@ -449,6 +467,12 @@ class EmbeddingCollection(nn.Module):
                         f"{tuple(target.shape)}"
                     )
                 target.copy_(value)
+
+
+def _made(buffer: Buffer, backend: Backend) -> RowBuffer | PackedRows:
+    if buffer.store == "float32":
+        return RowBuffer(buffer.start(), backend)
+    return PackedRows(buffer.rows, Packing(buffer.width, BITS[buffer.store]))
 
 
 def _side_by_side(tokens: list[Tensor], batch: Batch) -> Tensor:

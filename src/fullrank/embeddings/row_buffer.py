@@ -54,6 +54,25 @@ class RowBuffer(nn.Module):
         # In a list so that the kernel, itself a module, is not registered: its tensors are ours.
         self._fbgemm: list[SplitTableBatchedEmbeddingBagsCodegen] = []
 
+    @property
+    def stored(self) -> Tensor:
+        """What the state has of each row."""
+        return self.weight_RD.detach()
+
+    def rows(self, ids_N: Tensor) -> Tensor:
+        """Vectors (N, D) of row ids, without an update; with kind `dense` they have a gradient."""
+        weight_RD = self.weight_RD if self.optimizer.kind == "dense" else self.weight_RD.detach()
+        return weight_RD.index_select(0, ids_N)
+
+    def numbers(self) -> int:
+        """How many numbers are stored."""
+        return self.weight_RD.numel()
+
+    def misfit(self, stored_RD: Tensor) -> str | None:
+        """What is wrong with rows that are to be loaded: None if nothing is."""
+        is_packed = not stored_RD.is_floating_point()
+        return f"has {stored_RD.dtype}, expected {self.weight_RD.dtype}" if is_packed else None
+
     def set_optimizer(self, optimizer: EmbeddingOptimizer) -> None:
         """Start anew with another rule; weights stay.
 

@@ -5,17 +5,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
 from torch import Tensor, nn
 
+from fullrank.embeddings.packed import Packing
 from fullrank.registry import Registry
 
-# How the numbers of a part lie in memory. One today; a buffer holds parts of one store.
-Store = Literal["float32"]
+# How the numbers of a part lie in memory; a buffer holds parts of one store. Codes with a scale and a bias for each row
+# (`fullrank quantize`) are for serving: they do not learn.
+Store = Literal["float32", "int8", "int4", "int2"]
+BITS: dict[Store, Literal[2, 4, 8]] = {"int8": 8, "int4": 4, "int2": 2}
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Part:
     width: int
     init_std: float
     store: Store = "float32"
+
+    def stored(self, store: Store) -> Part:
+        """The same part in another store; as it is if that would not make it smaller."""
+        is_smaller = store not in BITS or Packing(self.width, BITS[store]).row_bytes < 4 * self.width
+        return replace(self, store=store) if is_smaller else self
 
 
 class Ask(NamedTuple):
@@ -54,12 +62,14 @@ class TableConfig(BaseModel):
 
     Attributes:
         kind: its name; a subclass sets it to a literal.
+        store: how its rows lie in memory. `fullrank quantize` writes down codes; a model with them cannot be trained.
         first_rows: ids that the table was made for, if it has grown since. A warm start writes it down.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
+    store: Store = "float32"
     first_rows: int | None = Field(default=None, ge=2)
 
 

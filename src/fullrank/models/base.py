@@ -177,6 +177,11 @@ class Ranker(nn.Module):
         dense = sum(p.numel() for p in self.parameters() if p.requires_grad and id(p) not in owned)
         return ParameterCount(dense, embedding)
 
+    def packed_tables(self) -> list[str]:
+        """Tables that are stored as codes, so that the model can serve and not learn."""
+        collections = [module for module in self.modules() if isinstance(module, EmbeddingCollection)]
+        return sorted({name for collection in collections for name in collection.packed_tables()})
+
     def flops_per_example(self, sequence_length: int | None = None) -> int:
         """Floating-point operations of one row's forward pass, counted by PyTorch: matrix products, a multiply-add
         as 2; lookups and element-wise work are not in it.

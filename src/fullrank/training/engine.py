@@ -81,6 +81,11 @@ class LocalEngine:
             name: module for name, module in model.named_modules() if isinstance(module, EmbeddingCollection)
         }
         for collection in self.collections.values():
+            if collection.packed_tables():
+                raise ValueError(
+                    f'table "{collection.packed_tables()[0]}" is quantised, which is for serving: train the model with '
+                    "its tables in float32, and quantise what comes out"
+                )
             if kept is None or collection.optimizer != embedding:
                 collection.set_optimizer(embedding)
         self.table_rate = embedding.learning_rate or config.learning_rate

@@ -248,6 +248,8 @@ def _started(spec: RankerSpec, dataset: Dataset, bundle: Path) -> Ranker:
     """The ranker of a bundle, if it is the recipe's and the dataset means to it what its own did, with new ids if the
     dataset has some."""
     model = load_model(bundle)
+    if model.packed_tables():
+        raise ValueError(f"{bundle} is quantised, and cannot be trained: start from the bundle that it was made from")
     if not same_settings(model, spec):
         raise ValueError(f"{bundle} holds a {model.name} with other settings than the recipe's model: they must agree")
     encoders = Encoders.load(bundle / "encoders")

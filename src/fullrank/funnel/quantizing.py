@@ -1,0 +1,56 @@
+"""A funnel, or one ranker, with the tables of its rankers as codes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from fullrank.compression.rankers import quantize_ranker
+from fullrank.funnel.funnel import Funnel
+from fullrank.funnel.scorer import Scorer
+from fullrank.funnel.stages import FINAL, RETRIEVAL
+
+
+def quantize_content(content: Funnel | Scorer, **settings: Any) -> tuple[Funnel | Scorer, dict[str, Any]]:
+    """What can be saved as a bundle again and served; a retriever stays as it is.
+
+    Args:
+        settings: of `quantize_ranker`.
+
+    Returns:
+        The funnel or scorer, and a report for people and machines: `settings`, `parts` (of each table: stage, bytes
+        before and after, error, why it was left if it was), `before` and `after` (bytes of all tables), `left` (other
+        stages that stay as they are).
+
+    Raises:
+        ValueError: as `quantize_ranker`, or if nothing would become smaller.
+    """
+    rankers = {**content.early, FINAL: content.final} if isinstance(content, Funnel) else {FINAL: content.model}
+    smaller, parts = {}, []
+    for stage, ranker in rankers.items():
+        smaller[stage], reports = quantize_ranker(ranker, **settings)
+        parts += [{"stage": stage, **asdict(report)} for report in reports]
+    if all(part["left"] for part in parts):
+        raise ValueError("no table would become smaller: there is nothing to quantise")
+    report = {
+        "settings": settings,
+        "parts": parts,
+        "before": sum(part["before"] for part in parts),
+        "after": sum(part["after"] for part in parts),
+        "left": [RETRIEVAL] if isinstance(content, Funnel) else [],
+    }
+    final = smaller.pop(FINAL)
+    if isinstance(content, Scorer):
+        return Scorer(content.encoders, final, content.value.text), report
+    funnel = Funnel(
+        encoders=content.encoders,
+        items=content.items,
+        users=content.users,
+        context=content.context,
+        retriever=content.retriever,
+        early=smaller,
+        final=final,
+        value=content.value.text,
+        sizes=content.sizes,
+    )
+    return funnel, report
