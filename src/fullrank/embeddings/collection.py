@@ -194,6 +194,10 @@ class EmbeddingCollection(nn.Module):
         """The rows of all tables, one parameter per buffer; what else kinds have is not in it."""
         return [buffer.weight_RD for buffer in self._row_buffers()]
 
+    def weight_bytes(self) -> int:
+        """Bytes of the rows of all tables in the optimiser's storage."""
+        return sum(buffer.nbytes for buffer in self._row_buffers())
+
     def _row_buffers(self) -> Iterator[RowBuffer]:
         """Of rows that learn."""
         return (buffer for buffer in self.buffers_ if isinstance(buffer, RowBuffer))
@@ -388,7 +392,7 @@ class EmbeddingCollection(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.flush()
         for name, buffer, rows in self._parts():
-            destination[f"{prefix}{name}.weight"] = buffer.stored[rows]
+            destination[f"{prefix}{name}.weight"] = buffer.state(rows)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         state = super().state_dict(*args, **kwargs)
@@ -413,15 +417,15 @@ class EmbeddingCollection(nn.Module):
                 missing_keys.append(key)
                 continue
             value = state_dict[key]
-            target = buffer.stored[rows]
-            if value.shape != target.shape:
-                error_msgs.append(f'"{key}" has shape {tuple(value.shape)}, expected {tuple(target.shape)}')
+            expected = buffer.stored[rows].shape
+            if value.shape != expected:
+                error_msgs.append(f'"{key}" has shape {tuple(value.shape)}, expected {tuple(expected)}')
                 continue
             misfit = buffer.misfit(value)
             if misfit is not None:
                 error_msgs.append(f'"{key}" {misfit}')
                 continue
-            target.copy_(value)
+            buffer.load(rows, value)
         for index, rows_of_buffer in enumerate(self.buffers_):  # nothing is missing under their own names
             if isinstance(rows_of_buffer, RowBuffer):
                 state_dict[f"{prefix}buffers_.{index}.weight_RD"] = rows_of_buffer.stored

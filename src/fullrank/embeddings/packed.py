@@ -134,8 +134,16 @@ class PackedRows(nn.Module):
 
     @property
     def stored(self) -> Tensor:
-        """What the state has of each row."""
+        """The rows as they lie in memory."""
         return self.packed_RP
+
+    def state(self, rows: slice) -> Tensor:
+        """What the state has of some rows: these bytes."""
+        return self.packed_RP[rows]
+
+    def load(self, rows: slice, value_RP: Tensor) -> None:
+        """Put other bytes in the place of some rows."""
+        self.packed_RP[rows].copy_(value_RP)
 
     def numbers(self) -> int:
         """How many numbers the rows stand for."""

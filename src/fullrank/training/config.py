@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fullrank.bfloat16 import Rounding
 
 
 class TrainerConfig(BaseModel):
@@ -30,6 +32,8 @@ class TrainerConfig(BaseModel):
             larger than later ones and would fill Adam's second moment for the rest of the epoch.
         precision: `bfloat16` computes matrix products of the training steps in bfloat16 (weights, optimiser state,
             logits, loss and all evaluation stay float32); `auto` does where this machine is faster so.
+            `bfloat16_emulated` has the numbers of bfloat16 on any machine, slower.
+        rounding: of `bfloat16_emulated`: `rne` to nearest, as the hardware does; `trunc` towards zero; `sr` at random.
         compile: run the model through `torch.compile`.
         seed: of dropout, and of the loaders and initial weights that `fullrank train` makes.
         checkpoint_every: steps between checkpoints, beside the one at each validation or end of an epoch; 0 for these
@@ -52,9 +56,21 @@ class TrainerConfig(BaseModel):
     monitor: Literal["auc", "gauc", "auc+gauc", "logloss", "ne", "mse"] | None = None
     validate_every: int = Field(default=0, ge=0)
     gradient_clip: float | None = Field(default=10.0, gt=0)
-    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    precision: Literal["float32", "bfloat16", "bfloat16_emulated", "auto"] = "float32"
+    rounding: Rounding = "rne"
     compile: bool = False
     seed: int = 0
     checkpoint_every: int = Field(default=0, ge=0)
     keep_checkpoints: int = Field(default=2, ge=0)
     tensorboard: bool = False
+
+    @model_validator(mode="after")
+    def _emulation_is_possible(self) -> Self:
+        if self.rounding != "rne" and self.precision != "bfloat16_emulated":
+            raise ValueError(
+                f'rounding "{self.rounding}" is of precision "bfloat16_emulated", not of "{self.precision}": the '
+                "hardware rounds to nearest"
+            )
+        if self.compile and self.precision == "bfloat16_emulated":
+            raise ValueError('precision "bfloat16_emulated" does not go with compile')
+        return self

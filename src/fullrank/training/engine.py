@@ -12,6 +12,7 @@ from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection, EmbeddingOptimizer
 from fullrank.models import Ranker
 from fullrank.training.config import TrainerConfig
+from fullrank.training.mixed_precision import products_in, warn_without_units
 from fullrank.training.optimizers import DenseOptimizer
 from fullrank.training.precision import Precision, fastest_precision
 
@@ -77,6 +78,8 @@ class LocalEngine:
         self.model, self.config, self.embedding = model, config, embedding
         self.device = next(iter(model.parameters())).device
         self.precision = fastest_precision(self.device) if config.precision == "auto" else config.precision
+        if config.precision == "bfloat16":
+            warn_without_units(self.device)
         self.collections = {
             name: module for name, module in model.named_modules() if isinstance(module, EmbeddingCollection)
         }
@@ -91,6 +94,13 @@ class LocalEngine:
         self.table_rate = embedding.learning_rate or config.learning_rate
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         tables = {id(weight) for collection in self.collections.values() for weight in collection.weights()}
+        for name, parameter in self.parameters.items():
+            stored = id(parameter) in tables and embedding.storage != "float32"
+            if parameter.dtype.itemsize < 4 and not stored:
+                raise ValueError(
+                    f"{name} is {str(parameter.dtype).removeprefix('torch.')}, in which small steps are lost: train "
+                    "float32 weights, with precision bfloat16 for products in it"
+                )
         rates = {
             name: self.table_rate if id(parameter) in tables else config.learning_rate
             for name, parameter in self.parameters.items()
@@ -106,7 +116,7 @@ class LocalEngine:
         self._set_rates(rate_scale)
         if batch.device != self.device:
             batch = batch.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with products_in(self.precision, self.device, self.config.rounding):
             output = self.forward(batch)
         loss = self.model.loss(output, batch)
         detached = loss.detach()

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "bfloat16_emulated"]
 # A step in bfloat16 also converts its weights and activations: the products must be this much faster to pay for it.
 WORTHWHILE = 1.5
 

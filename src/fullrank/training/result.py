@@ -21,7 +21,7 @@ class TrainingResult:
         steps: of the whole run, those before a resume included.
         epochs: finished ones.
         seconds: wall time of `fit`.
-        precision: of the matrix products, `float32` or `bfloat16`.
+        precision: of the matrix products, `float32`, `bfloat16` or `bfloat16_emulated`.
         samples_per_second: rows per second over the training steps of this call, loading included, without
             validations, checkpoints and the first ten steps.
         history: a point for each validation, in order: its metrics of the first label, and `epoch`, `step`,

@@ -88,9 +88,10 @@ class Trainer:
             progress: called with step, number of steps (0 if unknown) and the latest loss, at most every second.
 
         Raises:
-            ValueError: if the loss becomes NaN or infinite (names the step), if the checkpoint to resume from belongs
-                to another model, configuration or data, if `run_directory` has checkpoints and `resume` is not asked,
-                or if nothing says when a `train` without a length ends.
+            ValueError: if the loss becomes NaN or infinite (names the step), if a weight that the dense optimiser moves
+                is narrower than float32, if the checkpoint to resume from belongs to another model, configuration or
+                data, if `run_directory` has checkpoints and `resume` is not asked, or if nothing says when a `train`
+                without a length ends.
         """
         return _Run(self, model, train, valid, run_directory, progress, resume, warm_start).go()
 
