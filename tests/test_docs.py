@@ -21,6 +21,7 @@ from fullrank.cli.main import app
 from fullrank.data.formats import FORMATS
 from fullrank.data.simulate import SimulationConfig, simulate, simulate_dataset
 from fullrank.embeddings import TABLE_KINDS
+from fullrank.embeddings.planning import OFFERS
 from fullrank.fields import field_rows
 from fullrank.funnel import FunnelConfig
 from fullrank.models import RANKERS, Ranker, RankerSpec
@@ -96,7 +97,7 @@ def reader(logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     modules = set(sys.modules)
-    registries = (RANKERS, RETRIEVERS, FORMATS, TABLE_KINDS, INTERACTIONS)
+    registries = (RANKERS, RETRIEVERS, FORMATS, TABLE_KINDS, OFFERS, INTERACTIONS)
     known = [set(registry) for registry in registries]
     yield tmp_path
     for registry, names in zip(registries, known, strict=True):

@@ -18,7 +18,18 @@ def fullrank(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPr
 def test_help_names_every_command() -> None:
     done = fullrank("--help")
     assert done.returncode == 0
-    for command in ("demo", "data", "train", "evaluate", "compare", "serve", "models", "doctor"):
+    for command in (
+        "demo",
+        "data",
+        "train",
+        "evaluate",
+        "compare",
+        "serve",
+        "plan-memory",
+        "inspect",
+        "models",
+        "doctor",
+    ):
         assert command in done.stdout
 
 

@@ -27,6 +27,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "one block": {"kind": "mixed_dimension", "dims": [2]},
     "blocks": {"kind": "mixed_dimension", "dims": [8, 4, 2], "shares": [0.3, 0.3]},
     "tiny first block": {"kind": "mixed_dimension", "dims": [8, 2], "shares": [0.06]},
+    "popularity": {
+        "kind": "mixed_dimension",
+        "temperature": 0.5,
+        "blocks": [[4, 400], [7, 350], [12, 300]],
+    },
     "prefix": {"kind": "prefix", "levels": 2, "codebook_size": 5},
     "few prefixes": {"kind": "prefix", "levels": 2, "codebook_size": 7, "stored_rows": 9},
 }

@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "quotient_remainder": {"kind": "quotient_remainder", "collisions": 3},
     "mixed_dimension": {"kind": "mixed_dimension", "dims": [4, 2], "shares": [0.4]},
+    "popularity": {"kind": "mixed_dimension", "temperature": 0.5, "num_blocks": 2},
     "prefix": {"kind": "prefix", "levels": 2, "codebook_size": 4},
 }
 ALL = SplitSpec(kind="none")
@@ -64,7 +65,7 @@ def a_model(dataset: Dataset, kind: str, name: str = "din") -> Ranker:
     torch.manual_seed(0)
     tables = {"item": KINDS[kind]}
     config = {"embedding_dim": 4, "embedding_init": 0.5, "hidden": [8], "tables": tables}
-    return RankerSpec.of({"name": name, **config}).build(dataset.schema).eval()
+    return RankerSpec.of({"name": name, **config}).fitted(dataset.encoders).build(dataset.schema).eval()
 
 
 def logits(model: Ranker, dataset: Dataset) -> torch.Tensor:
@@ -83,6 +84,8 @@ def test_a_grown_model_says_what_it_said_before(name: str, kind: str, days: tupl
     assert torch.equal(logits(larger, first), logits(model, first))
     assert len(before.unique()) > 50
     assert same_settings(larger, RankerSpec(name=name, config=model.config))
+    asked = model.config.model_dump(mode="json") | {"tables": {"item": KINDS[kind]}}  # what training wrote is not asked
+    assert same_settings(larger, RankerSpec.of({"name": name, **asked}))
     assert larger.config.tables["item"].first_rows == (None if kind == "full" else 14)
 
 
@@ -90,9 +93,9 @@ def test_rankers_within_a_ranker_grow_with_it(days: tuple[Dataset, Dataset]) -> 
     first, second = days
     torch.manual_seed(0)
     members = [{"name": name, "hidden": [8]} for name in ("dcn_v2", "deepfm")]
-    tables = {"item": KINDS["quotient_remainder"], "user": KINDS["prefix"]}
+    tables = {"item": KINDS["quotient_remainder"], "user": KINDS["popularity"]}
     config = {"name": "cetnet", "members": members, "embedding_dim": 4, "embedding_init": 0.5, "tables": tables}
-    model = RankerSpec.of(config).build(first.schema).eval()
+    model = RankerSpec.of(config).fitted(first.encoders).build(first.schema).eval()
     larger = grown(model, second.schema)
     assert torch.equal(logits(larger, second), logits(model, second.as_known_to(first.encoders)))
     assert same_settings(larger, RankerSpec.of(config))
@@ -105,7 +108,7 @@ def test_training_on_moves_new_items_and_what_it_saved_is_the_next_days_start(
     first, second = days
     model = a_model(first, kind)
     save_model(model, tmp_path / "day1", first.encoders)
-    config = {"name": "din", **model.config.model_dump(mode="json")}
+    config = {"name": "din", **model.config.model_dump(mode="json"), "tables": {"item": KINDS[kind]}}
     recipe = {"model": config, "training": {"batch_size": 100, "epochs": 1, "learning_rate": 0.05}}
     recipe["embedding"] = {"kind": "row_wise_adagrad"}
     data = {"data": {"dataset": str(second.path)}}

@@ -51,6 +51,11 @@ class Vocabulary:
         """Rows of the table, reserved ids included."""
         return len(self.values) + FIRST_VOCABULARY_ID
 
+    @property
+    def id_counts(self) -> npt.NDArray[np.int64]:
+        """How often each id was seen, shape (rows,); 0 of the reserved ids, which are no values."""
+        return np.concatenate([np.zeros(FIRST_VOCABULARY_ID, np.int64), self.counts.to_numpy()])
+
     def extended(self, new: Vocabulary) -> Vocabulary:
         """The same ids, and behind them those of values that are not in it yet."""
         if not len(new.values):

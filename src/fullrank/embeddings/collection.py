@@ -430,6 +430,10 @@ class EmbeddingCollection(nn.Module):
             if isinstance(rows_of_buffer, RowBuffer):
                 state_dict[f"{prefix}buffers_.{index}.weight_RD"] = rows_of_buffer.stored
 
+    def stored(self, place: Place) -> Tensor:
+        """The rows of a part as they lie in memory: the upper plane of `split`, the bytes of codes."""
+        return self._buffer(place.buffer).stored[place.rows]
+
     def _buffer(self, index: int) -> RowBuffer | PackedRows:
         buffer = self.buffers_[index]
         assert isinstance(buffer, RowBuffer | PackedRows)

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
 from torch import Tensor, nn
@@ -64,13 +66,24 @@ class TableConfig(BaseModel):
         kind: its name; a subclass sets it to a literal.
         store: how its rows lie in memory. `fullrank quantize` writes down codes; a model with them cannot be trained.
         first_rows: ids that the table was made for, if it has grown since. A warm start writes it down.
+        written: fields that training fills in, and a recipe leaves out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    written: ClassVar[tuple[str, ...]] = ("first_rows",)
+
     kind: str
     store: Store = "float32"
     first_rows: int | None = Field(default=None, ge=2)
+
+    def fitted(self, counts: npt.NDArray[np.int64]) -> Self:
+        """The settings for a table whose ids occur this often in training, if they depend on it.
+
+        Args:
+            counts: of each id of a vocabulary, shape (rows,); 0 of the reserved ids, then falling.
+        """
+        return self
 
 
 class Table(nn.Module):

@@ -205,7 +205,7 @@ def train_funnel(
 
     def fitted(stage: str, settings: EarlyConfig | FinalConfig) -> Ranker:
         torch.manual_seed(config.seed)
-        model = settings.model.build(schema)
+        model = settings.model.fitted(dataset.encoders).build(schema)
         place = None if run_directory is None else run_directory / STAGES / stage
         results[stage] = fit_ranker(
             model,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from pydantic import BaseModel
+
+from fullrank.embeddings import TableConfig
 from fullrank.models.base import Ranker
 from fullrank.registry import Registry, Spec
 from fullrank.schema import Schema
+
+if TYPE_CHECKING:
+    from fullrank.data.encoders import Encoders
 
 # A class is imported when it is asked for: some need PyTorch's compiler, 0.7 s and 40 MB.
 RANKERS: Registry[type[Ranker]] = Registry(
@@ -57,6 +63,18 @@ class RankerSpec(Spec):
 
     config: Ranker.Config
 
+    def fitted(self, encoders: Encoders) -> Self:
+        """The same with what its tables take from the training counts of their values; see `TableConfig.fitted`.
+
+        Tables without a vocabulary stay as they are.
+        """
+
+        def fitted(name: str, table: TableConfig) -> TableConfig:
+            known = encoders.vocabularies.get(name)
+            return table if known is None else table.fitted(known.id_counts)
+
+        return self.model_copy(update={"config": _with_tables(self.config, fitted)})
+
     def build(self, schema: Schema) -> Ranker:
         """The model for a fitted schema.
 
@@ -65,6 +83,19 @@ class RankerSpec(Spec):
         """
         ranker: Ranker = RANKERS[self.name].from_config(schema, self.config)
         return ranker
+
+
+def _with_tables(value: Any, change: Callable[[str, TableConfig], TableConfig]) -> Any:
+    """Settings of a ranker with those of its tables changed, and of the tables of rankers in it."""
+    if isinstance(value, list | tuple):
+        return type(value)(_with_tables(item, change) for item in value)
+    if not isinstance(value, BaseModel):
+        return value
+    updates = {name: _with_tables(getattr(value, name), change) for name in type(value).model_fields}
+    if isinstance(value, Ranker.Config):
+        updates["tables"] = {name: change(name, table) for name, table in value.tables.items()}
+    changed = {name: new for name, new in updates.items() if new != getattr(value, name)}
+    return value.model_copy(update=changed) if changed else value
 
 
 def pass_on(values: Any, field: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fullrank.embeddings import EmbeddingCollection
+from fullrank.embeddings import TABLE_KINDS, EmbeddingCollection
 from fullrank.embeddings.growing import grown_state
 from fullrank.models import Ranker, RankerSpec
 from fullrank.schema import Schema
@@ -48,7 +48,7 @@ def same_settings(model: Ranker, spec: RankerSpec) -> bool:
 
 
 def _written(config: Any, grows: Mapping[str, int] | None) -> Any:
-    """A config with the first rows of the tables that grow written down; without those of any, if None.
+    """A config with the first rows of the tables that grow written down; without what training wrote, if None.
 
     A ranker may hold rankers, whose configs lie somewhere in its own.
     """
@@ -65,7 +65,7 @@ def _written(config: Any, grows: Mapping[str, int] | None) -> Any:
 
 def _table(config: dict[str, Any], name: str, grows: Mapping[str, int] | None) -> dict[str, Any]:
     if grows is None:
-        return {**config, "first_rows": None}
+        return {**config, **dict.fromkeys(TABLE_KINDS.find(config["kind"]).Config.written)}
     if config["kind"] == "full":
         return config
     return {**config, "first_rows": config["first_rows"] or grows.get(name)}

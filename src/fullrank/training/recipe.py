@@ -105,6 +105,18 @@ def read_recipe(path: Path, overrides: Sequence[str] | None = None) -> Recipe:
     Raises:
         ValueError: one line per wrong field, with the file and the path of the field.
     """
+    values = read_values(path)
+    for override in overrides or []:
+        _override(values, override)
+    return parse_recipe(values, str(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The content of a recipe's file, or of one that comes with the package, as it is written.
+
+    Raises:
+        ValueError: if it is no YAML or no mapping.
+    """
     try:
         values = yaml.load(find_recipe(path).read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -113,9 +125,7 @@ def read_recipe(path: Path, overrides: Sequence[str] | None = None) -> Recipe:
         raise ValueError(f"{path} is nested too deeply for a recipe") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping with data, model, ...; got {type(values).__name__}")
-    for override in overrides or []:
-        _override(values, override)
-    return parse_recipe(values, str(path))
+    return values
 
 
 def parse_recipe(values: dict[str, Any], place: str = "recipe") -> Recipe:

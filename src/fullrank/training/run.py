@@ -193,7 +193,7 @@ def run_model(
 
     if start is None:
         torch.manual_seed(training.seed)
-        model = recipe.model.build(dataset.schema)
+        model = recipe.model.fitted(dataset.encoders).build(dataset.schema)
     else:
         model = _started(recipe.model, dataset, start)
     result = fit_ranker(
@@ -283,7 +283,7 @@ def train_ranker(
     """Build a ranker from `training.seed` and fit it to a dataset: `fit_ranker` with a name for the model."""
     training = training or TrainerConfig()
     torch.manual_seed(training.seed)
-    model = RankerSpec.of(spec).build(dataset.schema)
+    model = RankerSpec.of(spec).fitted(dataset.encoders).build(dataset.schema)
     result = fit_ranker(
         model,
         dataset,
