@@ -23,8 +23,8 @@ def bundle_contents(path: Path) -> dict[str, Any]:
 
     Returns:
         `bytes` of all files; `stages`, each with its `kind`, the bytes of its `files`, `parameters` and bytes of
-        `tables` and of the rest, `dense`, and for each table its kind, store, ids, width, parameters and bytes; and the number
-        of values in each of the `vocabularies`.
+        `tables` and of the rest, `dense`, and for each table its kind, store, ids, width, parameters and bytes; and the
+        number of values in each of the `vocabularies`.
 
     Raises:
         ValueError: if it is no bundle, or damaged.
