@@ -35,6 +35,7 @@ EXTRAS: dict[str, Extra] = {
         "HTTP service", {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
     ),
     "retrieval": Extra("FAISS, as a baseline", {"faiss": "faiss-cpu"}),
+    "text": Extra("vectors of texts for codes", {"wordllama": "wordllama"}),
     "randomized": Extra(
         "estimators of fullrank.randomized",
         {

@@ -32,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "temperature": 0.5,
         "blocks": [[4, 400], [7, 350], [12, 300]],
     },
+    "individual": {"kind": "individual", "unknown_share": 0.0},
     "prefix": {"kind": "prefix", "levels": 2, "codebook_size": 5},
     "few prefixes": {"kind": "prefix", "levels": 2, "codebook_size": 7, "stored_rows": 9},
 }

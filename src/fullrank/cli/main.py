@@ -11,7 +11,20 @@ from typing import Annotated
 import typer
 
 from fullrank import __version__
-from fullrank.cli import compare, data, demo, doctor, evaluate, inspect, models, plan_memory, quantize, serve, train
+from fullrank.cli import (
+    codes,
+    compare,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    inspect,
+    models,
+    plan_memory,
+    quantize,
+    serve,
+    train,
+)
 
 # Rounds that an idle OpenMP thread spins before it sleeps. The default of 300,000 gains 2 % on an idle machine; on a
 # busy one, training beside two other processes on two cores, it takes three times as long.
@@ -34,6 +47,7 @@ app.command("quantize")(quantize.quantize)
 app.command("serve")(serve.serve)
 app.command("plan-memory")(plan_memory.plan_memory)
 app.command("inspect")(inspect.inspect)
+app.add_typer(codes.app, name="codes")
 app.command("models")(models.models)
 app.command("doctor")(doctor.doctor)
 

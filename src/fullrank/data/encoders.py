@@ -127,6 +127,12 @@ class Encoders:
         vocabularies = {table: known.extended(new[table]) for table, known in self.vocabularies.items()}
         return Encoders(_sized(self.schema, vocabularies), self.numbers, self.buckets, vocabularies)
 
+    def with_values(self, table: str, values: pl.Series) -> Encoders:
+        """These encoders with further values, texts that it lacks, at the end of a table's vocabulary."""
+        new = Vocabulary(values, pl.zeros(len(values), pl.Int64, eager=True))
+        vocabularies = {**self.vocabularies, table: self.vocabularies[table].extended(new)}
+        return Encoders(_sized(self.schema, vocabularies), self.numbers, self.buckets, vocabularies)
+
     def without(self, names: Collection[str]) -> Encoders:
         """The same encoders without the features of these names."""
         return Encoders(self.schema.without(names), self.numbers, self.buckets, self.vocabularies)

@@ -150,6 +150,7 @@ TABLE_KINDS: Registry[type[Table]] = Registry(
         "chinese_remainder": "fullrank.embeddings.chinese_remainder:ChineseRemainderTable",
         "custom_partitions": "fullrank.embeddings.custom_partitions:CustomPartitionsTable",
         "mixed_dimension": "fullrank.embeddings.mixed_dimension:MixedDimensionTable",
+        "individual": "fullrank.embeddings.individual:IndividualTable",
         "prefix": "fullrank.embeddings.prefix:PrefixTable",
     },
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +24,13 @@ def grown(model: Ranker, schema: Schema) -> Ranker:
     """
     before, after = model.schema.tables(), schema.tables()
     grows = {table: rows for table, rows in before.items() if after[table] > rows}
-    config = _written(model.config.model_dump(mode="json"), grows)
+
+    def written(name: str, table: dict[str, Any]) -> dict[str, Any]:
+        if table["kind"] == "full":
+            return table
+        return {**table, "first_rows": table["first_rows"] or grows.get(name)}
+
+    config = with_tables(model.config.model_dump(mode="json"), written)
     with torch.random.fork_rng(devices=[]):
         larger = type(model).from_config(schema, config)
     state, modules = model.state_dict(), dict(model.named_modules())
@@ -42,30 +48,26 @@ def grown(model: Ranker, schema: Schema) -> Ranker:
 
 
 def same_settings(model: Ranker, spec: RankerSpec) -> bool:
-    """Whether a ranker is what a recipe asks for; it may have grown since."""
-    written = (_written(config.model_dump(mode="json"), None) for config in (model.config, spec.config))
+    """Whether a ranker is what a recipe asks for; it may have grown since, and codes may come from another file."""
+
+    def asked(_: str, table: dict[str, Any]) -> dict[str, Any]:
+        return {**table, **dict.fromkeys(TABLE_KINDS.find(table["kind"]).Config.written), "codes": None}
+
+    written = (with_tables(config.model_dump(mode="json"), asked) for config in (model.config, spec.config))
     return model.name == spec.name and next(written) == next(written)
 
 
-def _written(config: Any, grows: Mapping[str, int] | None) -> Any:
-    """A config with the first rows of the tables that grow written down; without what training wrote, if None.
+def with_tables(config: Any, change: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Any:
+    """A config whose tables are what `change` makes of the name and the config of each.
 
     A ranker may hold rankers, whose configs lie somewhere in its own.
     """
     if isinstance(config, list):
-        return [_written(item, grows) for item in config]
+        return [with_tables(item, change) for item in config]
     if not isinstance(config, dict):
         return config
-    config = {key: _written(value, grows) for key, value in config.items()}
+    config = {key: with_tables(value, change) for key, value in config.items()}
     tables = config.get("tables")
     if isinstance(tables, dict):
-        config["tables"] = {name: _table(table, name, grows) for name, table in tables.items()}
+        config["tables"] = {name: change(name, table) for name, table in tables.items()}
     return config
-
-
-def _table(config: dict[str, Any], name: str, grows: Mapping[str, int] | None) -> dict[str, Any]:
-    if grows is None:
-        return {**config, **dict.fromkeys(TABLE_KINDS.find(config["kind"]).Config.written)}
-    if config["kind"] == "full":
-        return config
-    return {**config, "first_rows": config["first_rows"] or grows.get(name)}

@@ -23,6 +23,7 @@ from fullrank.registry import Registry
 from fullrank.schema import Schema
 from fullrank.training.baseline import RANKER_ADVICE, beaten_by_item_rate
 from fullrank.training.callbacks import Callback
+from fullrank.training.codes import give_codes, named_codes
 from fullrank.training.config import TrainerConfig
 from fullrank.training.engine import Engine
 from fullrank.training.evaluation import evaluate
@@ -258,12 +259,13 @@ def _started(spec: RankerSpec, dataset: Dataset, bundle: Path) -> Ranker:
             f"{dataset.path} has other encoders than {bundle}: import the log with `fullrank data import ... --like "
             f"{bundle}`, and with --extend if its new ids are to be learnt"
         )
-    if dataset.encoders.agrees_with(encoders):
-        return model
-    try:
-        return grown(model, dataset.schema)
-    except ValueError as error:
-        raise ValueError(f"{bundle}: {error}") from None
+    if not dataset.encoders.agrees_with(encoders):
+        try:
+            model = grown(model, dataset.schema)
+        except ValueError as error:
+            raise ValueError(f"{bundle}: {error}") from None
+    give_codes(model, dataset.encoders, named_codes(spec.config.model_dump(mode="json")))
+    return model
 
 
 def train_ranker(
@@ -326,6 +328,8 @@ def fit_ranker(
     Raises:
         ValueError: as `Trainer.fit`.
     """
+    if not warm_start:
+        give_codes(model, dataset.encoders)
     # A last batch of one row would have no variance for batch norm to learn from.
     rows = dataset.rows("train")
     lonely = rows > 1 and rows % training.batch_size == 1

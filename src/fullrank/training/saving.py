@@ -15,6 +15,7 @@ from fullrank.data import atomic
 from fullrank.data.encoders import Encoders
 from fullrank.models import RANKERS, Ranker
 from fullrank.schema import Schema, describe_errors
+from fullrank.training.codes import without_files
 from fullrank.training.manifest import MANIFEST, Manifest, Stage, read_manifest, write_manifest
 
 WEIGHTS = "weights.safetensors"
@@ -90,7 +91,8 @@ def stage_of(name: str, model: Ranker) -> Stage:
             f"{kind.__module__}.{kind.__qualname__} could not be loaded again, {taken}: give it a name of its own and "
             "register it with fullrank.models.register"
         )
-    return Stage(stage=name, kind=model.name, config=model.config.model_dump(mode="json"), defined_in=kind.__module__)
+    config = without_files(model.config.model_dump(mode="json"))
+    return Stage(stage=name, kind=model.name, config=config, defined_in=kind.__module__)
 
 
 def write_weights(model: Ranker, path: Path) -> None:
