@@ -1,11 +1,12 @@
 """Semantic IDs against random hashing and a row for each item: entropy of head, torso, tail and new items.
 
-    python -m benchmarks.embeddings.semantic_id [stream|latest|1m|quantizers]
+    python -m benchmarks.embeddings.semantic_id [stream|latest|1m|quantizers] --data DIR
 
-`stream` is planted (see `semantic_id_data`), `latest` MovieLens by time, `1m` MovieLens-1M with cold items, each with
-codes fitted to the training rows' items; H rows are a third of the items. All arms of a seed have the same rows, the
-same ranker (DCN-V2; DIN where there is a history) and one epoch. `quantizers` holds residual k-means against FAISS on
-100,000 vectors of 64 numbers.
+DIR has the folders movielens-latest-small and movielens-1m, with the tables of their releases as Parquet: ratings, and
+movies or items. `stream` is planted (see `semantic_id_data`), `latest` MovieLens by time, `1m` MovieLens-1M with cold
+items, each with codes fitted to the training rows' items; H rows are a third of the items. All arms of a seed have the
+same rows, the same ranker (DCN-V2; DIN where there is a history) and one epoch. `quantizers` holds residual k-means
+against FAISS on 100,000 vectors of 64 numbers.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def measure(log: Any, dataset: Any, kind: Any, impressions: Any, seed: int) -> d
     }
 
 
-def ranking(which: str, seeds: list[int], only: list[str] | None) -> dict[str, Any]:
+def ranking(which: str, place_of_data: Path, seeds: list[int], only: list[str] | None) -> dict[str, Any]:
     import numpy as np
     import polars as pl
     import torch
@@ -173,7 +174,7 @@ def ranking(which: str, seeds: list[int], only: list[str] | None) -> dict[str, A
     runs: dict[str, list[dict[str, Any]]] = {}
     log: Any = None
     for seed in seeds:
-        log = data.LOGS[which](seed)
+        log = data.LOGS[which](seed, place_of_data)
         vectors = vectors_of(log)
         train = log.frame.filter(pl.col("part") == "train")["item"].to_numpy()
         impressions = torch.from_numpy(np.bincount(train, minlength=log.items))
@@ -297,6 +298,7 @@ def quantizers(seeds: list[int]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["stream", "latest", "1m", "quantizers"])
+    parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--only", nargs="+", help="arms to run")
     parser.add_argument("--threads", type=int, default=1)
@@ -307,7 +309,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for what in args.what:
         print(what)
-        found = quantizers(args.seeds) if what == "quantizers" else ranking(what, args.seeds, args.only)
+        found = quantizers(args.seeds) if what == "quantizers" else ranking(what, args.data, args.seeds, args.only)
         if args.only is None:
             write(f"semantic_id_{what}", {"threads": args.threads, "result": found})
 

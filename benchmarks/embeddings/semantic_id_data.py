@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-LATEST = Path("/work/shared/data/movielens-latest-small")
-MOVIELENS_1M = Path("/work/shared/data/movielens-1m")
 DAYS = 5
 
 
@@ -40,7 +38,7 @@ class World(NamedTuple):
     branches: tuple[int, ...] = (12, 12, 12)
 
 
-def stream(seed: int, world: World = World()) -> Log:
+def stream(seed: int, data: Path, world: World = World()) -> Log:
     """Ads that are born and retired over six days; whether a user clicks depends on the ad's place in a tree of topics,
     which its content shows, and on the ad itself, which it does not."""
     random = np.random.default_rng(seed)
@@ -74,12 +72,14 @@ def numbered(frame: pl.DataFrame, column: str, name: str) -> pl.DataFrame:
     return frame.with_columns(pl.col(column).rank("dense").cast(pl.Int64).sub(1).alias(name))
 
 
-def movielens_latest(seed: int) -> Log:
+def movielens_latest(seed: int, data: Path) -> Log:
     """Ratings above 3.5 or not, the last fifth in time to be predicted; most users and a fifth of the rows' items are
     new there, so that the history speaks for the user."""
-    ratings = pl.read_parquet(LATEST / "ratings.parquet").sort("timestamp", maintain_order=True)
+    ratings = pl.read_parquet(data / "movielens-latest-small" / "ratings.parquet").sort(
+        "timestamp", maintain_order=True
+    )
     ratings = numbered(numbered(ratings, "userId", "user"), "movieId", "item")
-    movies = pl.read_parquet(LATEST / "movies.parquet")
+    movies = pl.read_parquet(data / "movielens-latest-small" / "movies.parquet")
     items = ratings.select("movieId", "item").unique().join(movies, on="movieId", how="left").sort("item")
     cut = int(0.8 * ratings.height)
     frame = ratings.select(
@@ -92,14 +92,16 @@ def movielens_latest(seed: int) -> Log:
     return Log("movielens-latest", frame, items.select("genres"), history=True)
 
 
-def movielens_1m(seed: int) -> Log:
+def movielens_1m(seed: int, data: Path) -> Log:
     """250,000 ratings of 4 and 5 against 1 and 2; a fifth of the rows is to be predicted, and every row of a fifth of
     the items: this file has no times, so the cold items are chosen at random."""
-    ratings = pl.read_parquet(MOVIELENS_1M / "ratings.parquet").filter(pl.col("rating") != 3)
+    ratings = pl.read_parquet(data / "movielens-1m" / "ratings.parquet").filter(pl.col("rating") != 3)
     ratings = ratings.sample(250_000, seed=seed)
     ratings = numbered(numbered(ratings, "user_id", "user"), "item_id", "item")
     items = (
-        ratings.select("item_id", "item").unique().join(pl.read_parquet(MOVIELENS_1M / "items.parquet"), on="item_id")
+        ratings.select("item_id", "item")
+        .unique()
+        .join(pl.read_parquet(data / "movielens-1m" / "items.parquet"), on="item_id")
     )
     random = np.random.default_rng(seed)
     cold = random.random(int(ratings["item"].max()) + 1) < 0.2
