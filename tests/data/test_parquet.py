@@ -110,3 +110,11 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"log\.parquet.*not( a)? readable") as caught:
             import_dataset("parquet", path, tmp_path / "out", split=NONE)
         assert "\n" not in str(caught.value)
+
+
+def test_what_a_schema_says_beside_names_and_types_may_be_any_bytes(tmp_path: Path) -> None:
+    field = pa.field("user_id", pa.int64(), metadata={b"note": b"\xff\xfe"})
+    schema = pa.schema([field, ("click", pa.int64())], metadata={b"\xff": b"\xfe"})
+    pq.write_table(pa.table({"user_id": [1, 2], "click": [0, 1]}, schema=schema), tmp_path / "log.parquet")
+    dataset = import_dataset("parquet", tmp_path / "log.parquet", tmp_path / "out", split=SplitSpec(kind="none"))
+    assert dataset.rows("train") == 2
