@@ -29,7 +29,7 @@ from fullrank.schema import Schema
 FORMAT_VERSION = 1
 # A file is held in memory until it is written, and a loader that shuffles holds a few row groups at a time: both end
 # before so many rows where rows have long lists.
-SHARD_ROWS, SHARD_BYTES = 262_144, 64 << 20
+SHARD_ROWS, SHARD_BYTES = 262_144, 32 << 20
 GROUP_ROWS, GROUP_BYTES = 65_536, 16 << 20
 
 

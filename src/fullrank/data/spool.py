@@ -13,7 +13,7 @@ from fullrank.data.arrow import as_array, as_numpy, as_one_array, as_series
 from fullrank.data.chunk import Chunk, Coded, Jagged, JaggedNumbers
 
 # Checked rows stay in memory up to this size.
-MEMORY_BYTES = 192 << 20
+MEMORY_BYTES = 64 << 20
 
 
 class Spool:
