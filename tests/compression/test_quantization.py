@@ -60,6 +60,18 @@ def test_the_bytes_are_those_of_pytorch(width: int, heavy: bool) -> None:
         assert packed(weight_RD, 2, "minmax").packed.equal(torch.ops.quantized.embedding_bag_2bit_prepack(weight_RD))
 
 
+@pytest.mark.parametrize("width", [1, 16, 33, 128])
+def test_the_compiled_search_finds_the_same_ranges(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    weight_RD = torch.cat([rows(width), rows(width, heavy=True), torch.ones(3, width)])
+    for bits in (2, 4, 8):
+        plain = packed(weight_RD, bits)
+        monkeypatch.setattr("fullrank.compression.greedy.WORTH_NUMBA", 0)
+        monkeypatch.setattr("fullrank.compression.greedy._fast_loss", None)
+        assert packed(weight_RD, bits).packed.equal(plain.packed)
+        monkeypatch.undo()
+
+
 def test_where_both_ends_cost_the_same_nearly_all_rows_are_decided_as_pytorch_decides() -> None:
     """Every row is symmetric: the losses to choose between differ by rounding alone."""
     half_RD = rows(8, 2000)

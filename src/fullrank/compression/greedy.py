@@ -4,17 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from fullrank.compression.errors import WORTH_NUMBA, Loss, compiled_loss, compiled_sums, exact_loss
 from fullrank.embeddings.packed import Packing
 
 # Rows searched together: their numbers and two buffers stay in a core's cache.
 CHUNK_NUMBERS = 1 << 18
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def greedy(weight_RD: Tensor, packing: Packing, nbins: int = 200, ratio: float = 0.16) -> tuple[Tensor, Tensor]:
@@ -25,7 +22,8 @@ def greedy(weight_RD: Tensor, packing: Packing, nbins: int = 200, ratio: float =
     Rows are judged in float32, as PyTorch's `embedding_bag_4bit_prepack(..., optimized_qparams=True)` judges them, so
     the bytes are the same, but for one in a thousand of rows that are symmetric to the last bit. Most decisions do not
     hang on the last bits: a fast pass sums in any order and notes the rows where one did, and these are searched again
-    with PyTorch's operations in PyTorch's order.
+    with PyTorch's operations in PyTorch's order. With Numba a large table needs no such pass: the operations in
+    PyTorch's order, compiled, are faster still.
 
     Returns:
         low_R, high_R.
@@ -36,32 +34,19 @@ def greedy(weight_RD: Tensor, packing: Packing, nbins: int = 200, ratio: float =
     low_R, high_R = weight_RD.new_empty(len(weight_RD)), weight_RD.new_empty(len(weight_RD))
     unsure_R = torch.zeros(len(weight_RD), dtype=torch.bool)
     size = max(64, CHUNK_NUMBERS // packing.width)
+    compiled = weight_RD.numel() >= WORTH_NUMBA and compiled_sums() is not None
     for begin in range(0, len(weight_RD), size):
         part = slice(begin, begin + size)
         x_DR = weight_RD[part].T.contiguous()
-        low_R[part], high_R[part], unsure_R[part] = _search(x_DR, nbins, ratio, _fast_loss(x_DR, packing))
+        if compiled:
+            low_R[part], high_R[part] = _search(x_DR, nbins, ratio, compiled_loss(x_DR, packing))
+        else:
+            loss = _fast_loss(x_DR, packing)
+            low_R[part], high_R[part] = _search(x_DR, nbins, ratio, loss, unsure_R[part])
     for again in torch.split(unsure_R.nonzero().squeeze(1), size):
         x_DR = weight_RD.index_select(0, again).T.contiguous()
-        low_R[again], high_R[again], _ = _search(x_DR, nbins, ratio, exact_loss(x_DR, packing))
+        low_R[again], high_R[again] = _search(x_DR, nbins, ratio, exact_loss(x_DR, packing))
     return low_R, high_R
-
-
-def exact_loss(x_DR: Tensor, packing: Packing) -> Loss:
-    """Norm of the error of each row by the range it is clipped to, in the order in which PyTorch computes it."""
-    error_DR = torch.empty_like(x_DR)
-
-    def loss(low_R: Tensor, high_R: Tensor) -> Tensor:
-        scale_R, bias_R = packing.scale_and_bias(low_R, high_R)
-        torch.sub(x_DR, bias_R, out=error_DR)
-        error_DR.mul_(scale_R.reciprocal()).round_().clamp_(0, packing.levels).mul_(scale_R).add_(bias_R)
-        torch.sub(x_DR, error_DR, out=error_DR)
-        error_DR.square_()
-        sum_R = error_DR[0].clone()
-        for error_R in error_DR[1:]:
-            sum_R.add_(error_R)
-        return sum_R.sqrt_()
-
-    return loss
 
 
 def _fast_loss(x_DR: Tensor, packing: Packing) -> Loss:
@@ -82,8 +67,10 @@ def _fast_loss(x_DR: Tensor, packing: Packing) -> Loss:
     return loss
 
 
-def _search(x_DR: Tensor, nbins: int, ratio: float, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
-    """low_R, high_R, and for which rows a fast loss cannot tell which of two was the smaller.
+def _search(
+    x_DR: Tensor, nbins: int, ratio: float, loss: Loss, unsure_R: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """low_R, high_R; into `unsure_R` for which rows a fast loss cannot tell which of two was the smaller.
 
     A place among the levels is off by a part in 2**24 of their number, which moves the norm of the errors by as large a
     part of the range; its sum adds rounding of its own.
@@ -94,7 +81,7 @@ def _search(x_DR: Tensor, nbins: int, ratio: float, loss: Loss) -> tuple[Tensor,
     narrowest_R = int(nbins * (1.0 - float(torch.tensor(ratio)))) * step_R
     best_low_R, best_high_R = low_R, high_R
     now_R = loss(low_R, high_R)
-    best_R, unsure_R = now_R, torch.zeros_like(now_R, dtype=torch.bool)
+    best_R = now_R
     for _ in range(nbins):  # a step that is lost in rounding changes nothing: PyTorch's search never ends on such rows
         goes_on_R = low_R + narrowest_R < high_R
         if not bool(goes_on_R.any()):
@@ -103,9 +90,10 @@ def _search(x_DR: Tensor, nbins: int, ratio: float, loss: Loss) -> tuple[Tensor,
         left_R, right_R = loss(low_R + step_R, high_R), loss(low_R, high_R - step_R)
         least_R = torch.minimum(left_R, right_R)
         is_best_R = now_R < torch.minimum(least_R, best_R)
-        closest_R = torch.minimum((left_R - right_R).abs_(), (least_R - now_R).abs_())
-        closest_R = torch.minimum(closest_R, (best_R - now_R).abs_().masked_fill_(best_R == now_R, torch.inf))
-        unsure_R |= closest_R <= torch.add(off_R, now_R, alpha=off)
+        if unsure_R is not None:
+            closest_R = torch.minimum((left_R - right_R).abs_(), (least_R - now_R).abs_())
+            closest_R = torch.minimum(closest_R, (best_R - now_R).abs_().masked_fill_(best_R == now_R, torch.inf))
+            unsure_R |= closest_R <= torch.add(off_R, now_R, alpha=off)
         if not all_go_on:
             is_best_R &= goes_on_R
         best_R = torch.where(is_best_R, now_R, best_R)
@@ -118,4 +106,4 @@ def _search(x_DR: Tensor, nbins: int, ratio: float, loss: Loss) -> tuple[Tensor,
             to_left_R, to_right_R = to_left_R * goes_on_R, to_right_R * goes_on_R
         low_R, high_R = low_R.addcmul(step_R, to_left_R), high_R.addcmul(step_R, to_right_R, value=-1)
         now_R = least_R
-    return best_low_R, best_high_R, unsure_R
+    return best_low_R, best_high_R

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fullrank.compression.greedy import exact_loss, greedy
+from fullrank.compression.errors import exact_loss
+from fullrank.compression.greedy import greedy
 from fullrank.compression.histogram import histogram_approximate, histogram_brute
 from fullrank.embeddings.packed import Bits, Packing
 
