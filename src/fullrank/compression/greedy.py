@@ -92,7 +92,8 @@ def _search(
         is_best_R = now_R < torch.minimum(least_R, best_R)
         if unsure_R is not None:
             closest_R = torch.minimum((left_R - right_R).abs_(), (least_R - now_R).abs_())
-            closest_R = torch.minimum(closest_R, (best_R - now_R).abs_().masked_fill_(best_R == now_R, torch.inf))
+            if best_R is not now_R:  # at the first step they are the same
+                closest_R = torch.minimum(closest_R, (best_R - now_R).abs_())
             unsure_R |= closest_R <= torch.add(off_R, now_R, alpha=off)
         if not all_go_on:
             is_best_R &= goes_on_R
