@@ -14,6 +14,15 @@ from fullrank.compression.quantization import RANGE_METHODS, Method
 from fullrank.compression.ranges import RANGES, Search
 from fullrank.embeddings.packed import Packing
 
+# Two ranges on this row's way cost the same if the errors are summed in another order than PyTorch's.
+TIE = torch.frombuffer(
+    bytearray.fromhex(
+        "556b153c3266bebbe0aa72bb0e81b5bb8778d3bbd632acbc82ea693bf3823cbca646b9b992efc3bba2f0d93b8c5565bb"
+        "89c7eb3b0cd2763c24ce423ccd8db8bbdd9ac1bc60c9283b603bf6ba56980e3c80adfb3be7cc9d3c5cdc45bc00443d3c"
+        "3407c33b5e648e3b19ea18bc152f42bbb9c8c43c9c03183c9e2d98b9ef4ad93c1720523c"
+    ),
+    dtype=torch.float32,
+)[None]
 GOLDEN = torch.tensor([[-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 2.0]])
 
 
@@ -78,6 +87,11 @@ def test_where_both_ends_cost_the_same_nearly_all_rows_are_decided_as_pytorch_de
     weight_RD = torch.cat([half_RD, -half_RD], 1)
     ours, theirs = packed(weight_RD).packed, torch.ops.quantized.embedding_bag_4bit_prepack(weight_RD, True, 200, 0.16)
     assert (ours != theirs).any(1).float().mean() < 0.005
+
+
+def test_a_tie_of_the_fast_pass_is_searched_again() -> None:
+    low_R, high_R = RANGES["greedy"](TIE, Packing(33, 2), Search())
+    assert (float(low_R), float(high_R)) == pytest.approx((-0.0204, 0.0230), abs=5e-5)
 
 
 def test_a_step_that_rounding_loses_ends_the_search() -> None:
