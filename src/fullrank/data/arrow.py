@@ -20,8 +20,10 @@ def as_series(array: pa.Array, name: str) -> pl.Series:
 
 
 def as_frame(table: pa.Table | pa.RecordBatch) -> pl.DataFrame:
-    """An Arrow table as a polars frame, without what its schema says beside names and types: polars panics, aloud, where
-    that is not UTF-8."""
+    """An Arrow table as a polars frame.
+
+    What its schema says beside names and types is left out: polars panics, aloud, where that is not UTF-8.
+    """
     frame = pl.from_arrow(type(table).from_arrays(table.columns, names=table.schema.names))
     assert isinstance(frame, pl.DataFrame)
     return frame
