@@ -20,6 +20,7 @@ from fullrank.embeddings.packed import Bits
 from fullrank.funnel.bundle import load_bundle, save_bundle
 from fullrank.funnel.evaluation import evaluate_funnel
 from fullrank.funnel.funnel import Funnel
+from fullrank.funnel.pruning import prune_content
 from fullrank.funnel.quantizing import quantize_content
 from fullrank.funnel.report import facts_of, write_report
 from fullrank.funnel.requests import Request
@@ -194,6 +195,18 @@ class Fitted:
             ValueError: as there, or if nothing would become smaller.
         """
         content, _ = quantize_content(self._content, bits=bits, method=method, **settings)
+        return Fitted(content, self.dataset)
+
+    def prune(self, **settings: Any) -> Fitted:
+        """The same without the rows of some ids, for serving; this one stays as it is.
+
+        Args:
+            settings: of `fullrank.compression.prune_ranker`: `min_count`, or `share` and `by`; `tables`.
+
+        Raises:
+            ValueError: as there.
+        """
+        content, _ = prune_content(self._content, **settings)
         return Fitted(content, self.dataset)
 
     def _check_derived(self, frame: pl.DataFrame) -> None:

@@ -130,6 +130,14 @@ def test_a_kind_that_does_not_say_how_it_grows_is_refused() -> None:
         TABLE_KINDS.unregister("half")
 
 
+def test_a_table_that_was_pruned_does_not_grow() -> None:
+    config = {"kind": "pruned", "kept_rows": 9}
+    with pytest.raises(ValueError, match='table "item" is of the kind pruned, which cannot grow: train anew'):
+        grown_state(collection(23, config), collection(31, config))
+    with pytest.raises(ValueError, match='table "item": kept_rows is 24, and the table has 23 rows'):
+        collection(23, {"kind": "pruned", "kept_rows": 24})
+
+
 def test_first_rows_beyond_the_table_are_refused() -> None:
     with pytest.raises(ValueError, match='table "item": first_rows is 24, and the table has 23 rows'):
         collection(23, {"kind": "prefix", "first_rows": 24})

@@ -21,6 +21,7 @@ from fullrank.cli import (
     inspect,
     models,
     plan_memory,
+    prune,
     quantize,
     serve,
     train,
@@ -44,6 +45,7 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("quantize")(quantize.quantize)
+app.command("prune")(prune.prune)
 app.command("serve")(serve.serve)
 app.command("plan-memory")(plan_memory.plan_memory)
 app.command("inspect")(inspect.inspect)

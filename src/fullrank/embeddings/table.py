@@ -152,6 +152,7 @@ TABLE_KINDS: Registry[type[Table]] = Registry(
         "mixed_dimension": "fullrank.embeddings.mixed_dimension:MixedDimensionTable",
         "individual": "fullrank.embeddings.individual:IndividualTable",
         "prefix": "fullrank.embeddings.prefix:PrefixTable",
+        "pruned": "fullrank.embeddings.pruned:PrunedTable",
     },
 )
 

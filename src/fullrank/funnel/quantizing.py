@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +10,7 @@ from fullrank.compression.rankers import quantize_ranker
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
 from fullrank.funnel.stages import FINAL, RETRIEVAL
+from fullrank.models import Ranker
 
 
 def quantize_content(content: Funnel | Scorer, **settings: Any) -> tuple[Funnel | Scorer, dict[str, Any]]:
@@ -25,9 +27,8 @@ def quantize_content(content: Funnel | Scorer, **settings: Any) -> tuple[Funnel 
     Raises:
         ValueError: as `quantize_ranker`, or if nothing would become smaller.
     """
-    rankers = {**content.early, FINAL: content.final} if isinstance(content, Funnel) else {FINAL: content.model}
     smaller, parts = {}, []
-    for stage, ranker in rankers.items():
+    for stage, ranker in rankers_of(content).items():
         smaller[stage], reports = quantize_ranker(ranker, **settings)
         parts += [{"stage": stage, **asdict(report)} for report in reports]
     if all(part["left"] for part in parts):
@@ -39,18 +40,28 @@ def quantize_content(content: Funnel | Scorer, **settings: Any) -> tuple[Funnel 
         "after": sum(part["after"] for part in parts),
         "left": [RETRIEVAL] if isinstance(content, Funnel) else [],
     }
-    final = smaller.pop(FINAL)
+    return with_rankers(content, smaller), report
+
+
+def rankers_of(content: Funnel | Scorer) -> dict[str, Ranker]:
+    """By stage, the final one last."""
+    return {**content.early, FINAL: content.final} if isinstance(content, Funnel) else {FINAL: content.model}
+
+
+def with_rankers(content: Funnel | Scorer, rankers: Mapping[str, Ranker]) -> Funnel | Scorer:
+    """The same with other rankers, one for each of `rankers_of`."""
+    early = dict(rankers)
+    final = early.pop(FINAL)
     if isinstance(content, Scorer):
-        return Scorer(content.encoders, final, content.value.text), report
-    funnel = Funnel(
+        return Scorer(content.encoders, final, content.value.text)
+    return Funnel(
         encoders=content.encoders,
         items=content.items,
         users=content.users,
         context=content.context,
         retriever=content.retriever,
-        early=smaller,
+        early=early,
         final=final,
         value=content.value.text,
         sizes=content.sizes,
     )
-    return funnel, report
