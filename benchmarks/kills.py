@@ -93,6 +93,8 @@ CASES = [
     ),
 ]  # fmt: skip
 THING = {"import": ".", "model": "model", "funnel": "bundle"}
+# What `evaluate` writes beside the bundle.
+PAGE = "out/report-sim-test.html"
 # While one of these exists the result is being published.
 PUBLISHING = {
     "import": ("home/.out.partial-*/dataset.json",),
@@ -207,8 +209,12 @@ class Bench:
     def broken(self, case: Case) -> Iterator[tuple[str, str]]:
         """After a kill: what is not whole under its final name, and what does not belong together."""
         out = self.home / "out"
+        for page in (out / "report.html", self.home / PAGE):
+            if page.exists() and not page.read_text().endswith("</html>\n"):
+                yield "broken", f"{page.name} is cut off"
         if case.kind == "evaluate":
-            if digest(self.home) != digest(self.states / case.begins):
+            thing = case.arguments[1].removeprefix("home/")
+            if digest(self.home / thing) != digest(self.states / case.begins / thing):
                 yield "broken", "evaluate changed the bundle"
             return
         for entry in self.home.iterdir():
@@ -264,7 +270,7 @@ class Bench:
                 faults.append(("different", f"{place} has other bits"))
             elif case.kind != "import" and numbers(self.home / "out") != numbers(age / "out"):
                 faults.append(("different", "metrics.json has other numbers"))
-        kept = listing(age)
+        kept = listing(age) | ({PAGE} if case.kind == "evaluate" else set())
         faults += [("stray", name) for name in sorted(listing(self.home) - kept)]
         faults += [("different", f"{name} is missing") for name in sorted(kept - listing(self.home)) if not code]
         return faults + [("stray", f"TMPDIR/{name}") for name in sorted(listing(self.tmp))]
