@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fullrank.cli.options import ImportOption
+from fullrank.cli.smaller import write_smaller
 
 
 def prune(
@@ -33,27 +34,14 @@ def prune(
 
     Example: fullrank prune runs/demo/bundle runs/demo/bundle-pruned --min-count 5
     """
-    from fullrank.funnel.bundle import load_bundle, save_bundle
     from fullrank.funnel.pruning import prune_content
     from fullrank.registry import import_modules
-    from fullrank.training.manifest import read_manifest
 
     import_modules(imports or (), "--import")
-    content = load_bundle(bundle)
     settings = {"by": by, "min_count": min_count, "share": share, "tables": tables}
-    try:
-        smaller, report = prune_content(content, **settings)
-    except ValueError as error:
-        raise ValueError(f"{bundle}: {error}") from None
-    pruned = {"from": str(bundle), "by": by, "min_count": min_count, "share": share}
-    save_bundle(smaller, out, about={**read_manifest(bundle).about, "pruned": pruned}, overwrite=overwrite)
-    if as_json:
-        print(json.dumps({"bundle": str(out), **report}, allow_nan=False))
-        return
-    _print(report)
-    for stage in report["left"]:
-        print(f"stage {stage} stays as it is", file=sys.stderr)
-    print(f"written to {out}; what it costs in quality: fullrank compare {bundle} {out} DATA", file=sys.stderr)
+    about = {"pruned": {"from": str(bundle), "by": by, "min_count": min_count, "share": share}}
+    change = partial(prune_content, **settings)
+    write_smaller(bundle, out, change, about, _print, overwrite=overwrite, as_json=as_json)
 
 
 def _print(report: dict[str, Any]) -> None:

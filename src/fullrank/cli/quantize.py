@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fullrank.cli.options import ImportOption
+from fullrank.cli.smaller import write_smaller
 
 
 def quantize(
@@ -34,27 +35,14 @@ def quantize(
 
     Example: fullrank quantize runs/demo/bundle runs/demo/bundle-4bit
     """
-    from fullrank.funnel.bundle import load_bundle, save_bundle
     from fullrank.funnel.quantizing import quantize_content
     from fullrank.registry import import_modules
-    from fullrank.training.manifest import read_manifest
 
     import_modules(imports or (), "--import")
-    content = load_bundle(bundle)
     settings = {"bits": bits, "method": method, "tables": tables, "max_error": max_error}
-    try:
-        smaller, report = quantize_content(content, **settings)
-    except ValueError as error:
-        raise ValueError(f"{bundle}: {error}") from None
-    about = {**read_manifest(bundle).about, "quantized": {"from": str(bundle), "bits": bits, "method": method}}
-    save_bundle(smaller, out, about=about, overwrite=overwrite)
-    if as_json:
-        print(json.dumps({"bundle": str(out), **report}, allow_nan=False))
-        return
-    _print(report)
-    for stage in report["left"]:
-        print(f"stage {stage} stays as it is", file=sys.stderr)
-    print(f"written to {out}; what it costs in quality: fullrank compare {bundle} {out} DATA", file=sys.stderr)
+    about = {"quantized": {"from": str(bundle), "bits": bits, "method": method}}
+    change = partial(quantize_content, **settings)
+    write_smaller(bundle, out, change, about, _print, overwrite=overwrite, as_json=as_json)
 
 
 def _print(report: dict[str, Any]) -> None:

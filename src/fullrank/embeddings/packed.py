@@ -151,7 +151,7 @@ class PackedRows(nn.Module):
 
     def rows(self, ids_N: Tensor) -> Tensor:
         """Vectors (N, D) of row ids."""
-        return self.packing.look_up(self.packed_RP, ids_N)
+        return self.forward(ids_N)
 
     def forward(self, ids_N: Tensor) -> Tensor:
         """Vectors (N, D) of row ids."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 
 from fullrank.compression.pruning import prune_ranker
 from fullrank.funnel.funnel import Funnel
-from fullrank.funnel.quantizing import rankers_of, with_rankers
+from fullrank.funnel.quantizing import with_each_ranker
 from fullrank.funnel.scorer import Scorer
-from fullrank.funnel.stages import RETRIEVAL
 
 
 def prune_content(content: Funnel | Scorer, **settings: Any) -> tuple[Funnel | Scorer, dict[str, Any]]:
@@ -29,15 +28,4 @@ def prune_content(content: Funnel | Scorer, **settings: Any) -> tuple[Funnel | S
         ValueError: as `prune_ranker`.
     """
     counts = {name: torch.from_numpy(known.id_counts) for name, known in content.encoders.vocabularies.items()}
-    smaller, parts = {}, []
-    for stage, ranker in rankers_of(content).items():
-        smaller[stage], reports = prune_ranker(ranker, counts, **settings)
-        parts += [{"stage": stage, **asdict(report)} for report in reports]
-    report = {
-        "settings": settings,
-        "parts": parts,
-        "before": sum(part["before"] for part in parts),
-        "after": sum(part["after"] for part in parts),
-        "left": [RETRIEVAL] if isinstance(content, Funnel) else [],
-    }
-    return with_rankers(content, smaller), report
+    return with_each_ranker(content, partial(prune_ranker, counts=counts, **settings), settings)

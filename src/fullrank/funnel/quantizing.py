@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fullrank.compression.rankers import quantize_ranker
@@ -27,12 +28,21 @@ def quantize_content(content: Funnel | Scorer, **settings: Any) -> tuple[Funnel 
     Raises:
         ValueError: as `quantize_ranker`, or if nothing would become smaller.
     """
+    smaller, report = with_each_ranker(content, partial(quantize_ranker, **settings), settings)
+    if all(part["left"] for part in report["parts"]):
+        raise ValueError("no table would become smaller: there is nothing to quantise")
+    return smaller, report
+
+
+def with_each_ranker(
+    content: Funnel | Scorer, change: Callable[[Ranker], tuple[Ranker, Sequence[Any]]], settings: Mapping[str, Any]
+) -> tuple[Funnel | Scorer, dict[str, Any]]:
+    """The same with what `change` makes of each ranker, and a report, as of `quantize_content`, of the dataclasses that
+    it says of the tables."""
     smaller, parts = {}, []
     for stage, ranker in rankers_of(content).items():
-        smaller[stage], reports = quantize_ranker(ranker, **settings)
+        smaller[stage], reports = change(ranker)
         parts += [{"stage": stage, **asdict(report)} for report in reports]
-    if all(part["left"] for part in parts):
-        raise ValueError("no table would become smaller: there is nothing to quantise")
     report = {
         "settings": settings,
         "parts": parts,
