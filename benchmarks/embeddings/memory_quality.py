@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 import tempfile
@@ -16,6 +17,16 @@ SETS = ("ml1m_ctr", "avazu")
 EPOCHS = {"ml1m_ctr": 2, "avazu": 12}
 BATCH = {"ml1m_ctr": 2048, "avazu": 256}
 RATE = {"ml1m_ctr": 3e-3, "avazu": 1e-3}
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """Of a benchmark under this protocol: `name` of a set, where its rows are, and seeds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", dest="name", required=True, choices=SETS)
+    parser.add_argument("--tables", type=Path, default=Path("tables"))
+    parser.add_argument("--avazu", type=Path, help="rows of the training file of the Avazu challenge")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    return parser.parse_args()
 
 
 @contextmanager

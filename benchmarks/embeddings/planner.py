@@ -13,15 +13,13 @@ left out. An entry is on the front if no other one takes fewer bytes, or as many
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
-from benchmarks.embeddings.memory_quality import SETS, dataset_of, evaluated, summary
+from benchmarks.embeddings.memory_quality import arguments, dataset_of, evaluated, summary
 from benchmarks.machine import table, write
 from fullrank.embeddings import Ask, Part, Table, TableConfig, register
 
@@ -92,12 +90,7 @@ def entries(dataset: Any, percent: int) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", dest="name", required=True, choices=SETS)
-    parser.add_argument("--tables", type=Path, default=Path("tables"))
-    parser.add_argument("--avazu", type=Path, help="rows of the training file of the Avazu challenge")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    args = parser.parse_args()
+    args = arguments(__doc__)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with dataset_of(args.name, args.tables, args.avazu) as dataset:
