@@ -16,6 +16,7 @@ from fullrank.data.dataset import Dataset
 from fullrank.data.frames import polars_frame
 from fullrank.data.loader import batch_from_frame
 from fullrank.embeddings import EmbeddingCollection, EmbeddingOptimizer
+from fullrank.embeddings.admitted import AdmittedTable
 from fullrank.embeddings.packed import Bits
 from fullrank.funnel.bundle import load_bundle, save_bundle
 from fullrank.funnel.evaluation import evaluate_funnel
@@ -27,7 +28,7 @@ from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import ROWS_AT_ONCE, Scorer
 from fullrank.funnel.training import FunnelConfig, train_funnel
 from fullrank.models import Ranker, RankerSpec
-from fullrank.schema import FIRST_VOCABULARY_ID, Schema
+from fullrank.schema import FIRST_VOCABULARY_ID, RAW_IDS, Schema
 from fullrank.training.config import TrainerConfig
 from fullrank.training.evaluation import evaluate
 from fullrank.training.result import TrainingResult, learning_curves
@@ -145,8 +146,9 @@ class Fitted:
     def embeddings(self) -> dict[str, pl.DataFrame]:
         """The vectors of each embedding table: columns `value`, as in the log, and `vector`.
 
-        A hashed table has its buckets as values. Of several tables of one name, such as the weights of a linear term
-        and vectors, the widest is given.
+        A hashed table has its buckets as values, one of raw ids the numbers of those that have a row (62 bits of the
+        hash where they were texts); of raw ids that share rows there is nothing to list. Of several tables of one name,
+        such as the weights of a linear term and vectors, the widest is given.
         """
         widest: dict[str, EmbeddingCollection] = {}
         for module in self.ranker.modules():
@@ -157,10 +159,16 @@ class Fitted:
         found = {}
         for table, collection in widest.items():
             vocabulary = self._scorer.encoders.vocabularies.get(table)
-            first = FIRST_VOCABULARY_ID if vocabulary is not None else 0
-            ids = torch.arange(first, self.schema.tables()[table])
+            kind, rows = collection.kinds.get(table), self.schema.tables()[table]
+            if rows >= RAW_IDS:
+                if not isinstance(kind, AdmittedTable):
+                    continue
+                ids = kind.live_ids()
+                values = pl.Series(ids.numpy() - FIRST_VOCABULARY_ID)
+            else:
+                ids = torch.arange(FIRST_VOCABULARY_ID if vocabulary is not None else 0, rows)
+                values = vocabulary.values if vocabulary is not None else pl.Series(ids.numpy())
             vectors = collection.vectors(table, ids).numpy()
-            values = vocabulary.values if vocabulary is not None else pl.Series(ids.numpy())
             dtype = pl.Array(pl.Float32, vectors.shape[1])
             found[table] = pl.DataFrame([values.alias("value"), pl.Series("vector", vectors, dtype=dtype)])
         return found

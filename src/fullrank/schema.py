@@ -29,6 +29,8 @@ _TIME_PARTS = (*"YymdbBejHIMSpTRFDz%", ".f", "f", ":z", "#z")
 MISSING_ID = 0
 OUT_OF_VOCABULARY_ID = 1
 FIRST_VOCABULARY_ID = 2
+# Rows that a table of raw ids would have if each had one: they are 62 bits wide.
+RAW_IDS = 1 << 62
 
 
 class Part(BaseModel):
@@ -114,7 +116,8 @@ class _Embedded(Part):
         encoding: `vocabulary` keeps the values seen at least `min_count` times in training, `hash` maps a value to one
             of `num_embeddings` buckets, `log2_bucket` buckets a count as floor(log2(x)**2) does for x > 2 (the
             Criteo challenge's winning recipe), `quantile` buckets a number by training quantiles, `identity` takes
-            integers in [0, num_embeddings) as they are.
+            integers in [0, num_embeddings) as they are, `raw` keeps every value apart without having seen it: whole
+            numbers as they are, texts by 62 bits of their hash. Its table must be of a kind that has no row for each.
         table: name of the embedding table; features with the same table share rows. Default: the feature's own name.
         min_count: rows of the training part that a value has to occur in, for `vocabulary`.
         num_embeddings: rows of the table, reserved ids included; None until fitted, required for `hash`/`identity`.
@@ -123,7 +126,7 @@ class _Embedded(Part):
 
     name: str = Field(min_length=1)
     role: Role = "context"
-    encoding: Literal["vocabulary", "hash", "log2_bucket", "quantile", "identity"] = "vocabulary"
+    encoding: Literal["vocabulary", "hash", "log2_bucket", "quantile", "identity", "raw"] = "vocabulary"
     table: str | None = None
     min_count: int = Field(default=1, ge=1)
     num_embeddings: int | None = Field(default=None, ge=1)
@@ -133,8 +136,17 @@ class _Embedded(Part):
     def table_name(self) -> str:
         return self.table or self.name
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether its ids take 64 bits where they are stored, and not 32."""
+        return self.num_embeddings is not None and self.num_embeddings > 1 << 31
+
     @model_validator(mode="after")
     def _sized(self) -> Self:
+        if self.encoding == "raw":
+            if self.num_embeddings not in (None, RAW_IDS):
+                raise ValueError(f'feature "{self.name}": encoding "raw" takes no num_embeddings')
+            object.__setattr__(self, "num_embeddings", RAW_IDS)  # the feature is frozen for its users
         if self.encoding in ("hash", "identity") and self.num_embeddings is None:
             raise ValueError(f'feature "{self.name}": encoding "{self.encoding}" needs num_embeddings')
         return self

@@ -7,7 +7,8 @@ import polars as pl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullrank.data.hashing import hash_series, hash_text, stable_hash
+from fullrank.data.hashing import hash_series, hash_text, raw_ids, stable_hash
+from fullrank.schema import MISSING_ID, RAW_IDS
 
 FROZEN = [0, 3_387_003_161_236_568_110, 755_621_251_303_720_452, 4_274_729_870_443_894_285]
 
@@ -41,3 +42,18 @@ def test_buckets_fill_like_independent_uniform_draws() -> None:
         chi_squared = ((counts - 200_000 / 997) ** 2 / (200_000 / 997)).sum()
         # 996 degrees of freedom: six standard deviations.
         assert abs(chi_squared - 996) < 6 * np.sqrt(2 * 996)
+
+
+@given(st.lists(st.text(max_size=20) | st.integers(-(2**64), 2**64).map(str) | st.none(), max_size=9))
+def test_raw_ids_are_the_same_one_by_one_and_in_columns(texts: list[str | None]) -> None:
+    alone = [int(raw_ids(pl.Series([text], dtype=pl.String))[0]) for text in texts]
+    assert raw_ids(pl.Series([*texts, *["x"] * 5], dtype=pl.String)).tolist()[: len(texts)] == alone
+    assert all(0 <= one < RAW_IDS for one in alone)
+
+
+def test_raw_ids_keep_whole_numbers_and_tell_all_spellings_apart() -> None:
+    numbers = [0, 1, 10**18, RAW_IDS - 3]
+    assert raw_ids(pl.Series([str(n) for n in numbers])).tolist() == [n + 2 for n in numbers]
+    others = ["007", "-1", "+7", "7.5", "", " 7", str(RAW_IDS - 2), str(2**64), "seven", "٧"]
+    ids = raw_ids(pl.Series([*others, "7", None], dtype=pl.String)).tolist()
+    assert len(set(ids)) == len(ids) and ids[-2:] == [9, MISSING_ID]

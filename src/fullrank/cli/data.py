@@ -361,6 +361,7 @@ def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
     from rich.table import Table
 
     from fullrank.data.formats.published import Fingerprint
+    from fullrank.schema import RAW_IDS
 
     console = Console(markup=False)
     console.print(str(dataset.path), highlight=False, soft_wrap=True)
@@ -385,7 +386,9 @@ def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
         if found["rows_in_ties"]:
             table.add_row("rows of one user and second, blind to each other", f"{found['rows_in_ties']:,}")
     sizes = dataset.schema.tables()
-    table.add_row("embedding tables", f"{len(sizes)}, {sum(sizes.values()):,} rows")
+    raw = sum(rows >= RAW_IDS for rows in sizes.values())
+    rows_in_all = sum(rows for rows in sizes.values() if rows < RAW_IDS)
+    table.add_row("embedding tables", f"{len(sizes)}, {rows_in_all:,} rows" + (f", {raw} of raw ids" if raw else ""))
     if dataset.new_ids:
         table.add_row("new ids", ", ".join(f"{name} {count:,}" for name, count in dataset.new_ids.items()))
     table.add_row("seconds", f"{seconds:.1f}")

@@ -36,6 +36,8 @@ def _print(bundle: Path, contents: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from fullrank.schema import RAW_IDS
+
     console = Console(markup=False, width=None if sys.stdout.isatty() else 120)
     console.print(f"{bundle}: {contents['bytes']:,} bytes", highlight=False, soft_wrap=True)
     stages = Table()
@@ -53,11 +55,11 @@ def _print(bundle: Path, contents: dict[str, Any]) -> None:
                 stage["stage"],
                 table["table"],
                 table["kind"] if table["store"] == "float32" else f"{table['kind']}, {table['store']}",
-                f"{table['rows']:,}",
+                f"{table['rows']:,}" if table["rows"] < RAW_IDS else "raw",
                 "" if known is None else f"{known:,}",
                 f"{table['width']:,}",
                 f"{table['bytes']:,}",
-                f"{table['bytes'] / table['plain_bytes']:.1%}",
+                f"{table['bytes'] / table['plain_bytes']:.1%}" if table["rows"] < RAW_IDS else "",
             )
     console.print(stages)
     console.print(tables)

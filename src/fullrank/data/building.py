@@ -37,8 +37,9 @@ def encoded_columns(schema: Schema) -> dict[str, pl.DataType]:
     """Columns of an encoded shard and their types, in order; keys excepted `__user_id` and the like, whose type is
     the source's."""
     columns: dict[str, pl.DataType] = {name: pl.Float32() for name in schema.numeric_columns}
-    columns.update({feature.name: pl.Int32() for feature in schema.categorical})
-    columns.update({name: pl.List(pl.Int32()) for name in schema.jagged_keys})
+    for name, feature in schema.embedded().items():
+        ids = pl.Int64() if feature.is_wide else pl.Int32()
+        columns[name] = pl.List(ids) if name in schema.jagged_keys else ids
     columns.update({name: pl.List(pl.Float32()) for name in schema.event_number_keys})
     columns.update({label.name: pl.Float32() for label in schema.labels})
     fixed = {"timestamp": pl.Int64(), "weight": pl.Float32(), "bid": pl.Float32()}

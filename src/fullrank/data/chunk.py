@@ -12,6 +12,7 @@ import numpy.typing as npt
 import polars as pl
 
 Integers = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 

@@ -53,10 +53,10 @@ class DecodedLists(NamedTuple):
 
 @dataclass(frozen=True)
 class DecodedRows:
-    """Decoded rows in a compact form: 4 bytes a number or id, row after row."""
+    """Decoded rows in a compact form: 4 bytes a number or id, 8 an id where some are wide, row after row."""
 
     numeric_RN: Floats
-    ids_RF: Ints
+    ids_RF: Ints | Longs
     labels_RT: Floats
     jagged: DecodedLists
     events: DecodedLists
@@ -99,8 +99,16 @@ def columns_of(schema: Schema) -> list[str]:
     return names + [KEY_COLUMNS[key] for key in keys if getattr(schema.keys, key) is not None]
 
 
-def bytes_of(column: str) -> int:
-    return 8 if column in (KEY_COLUMNS["user_id"], KEY_COLUMNS["timestamp"]) else 4
+def bytes_of(column: str, schema: Schema) -> int:
+    """What a value of a column of this schema takes, decoded."""
+    if column in (KEY_COLUMNS["user_id"], KEY_COLUMNS["timestamp"]):
+        return 8
+    return np.dtype(id_type(schema)).itemsize if column in schema.embedded() else 4
+
+
+def id_type(schema: Schema) -> type[np.int32] | type[np.int64]:
+    """Of the decoded ids of a schema."""
+    return np.int64 if any(feature.is_wide for feature in schema.embedded().values()) else np.int32
 
 
 class Decoder:
@@ -129,7 +137,8 @@ class Decoder:
         self._present = set(columns)
         self._done = 0
         self._numeric_RN = np.empty((rows, len(schema.numeric_columns)), dtype=np.float32)
-        self._ids_RF = np.empty((rows, len(schema.categorical)), dtype=np.int32)
+        self._id_type = id_type(schema)
+        self._ids_RF: npt.NDArray[Any] = np.empty((rows, len(schema.categorical)), dtype=self._id_type)
         self._labels_RT = np.full((rows, len(schema.labels)), np.nan, dtype=np.float32)
         self._weights_R = np.empty(rows, dtype=np.float32) if KEY_COLUMNS["weight"] in columns else None
         self._timestamp_R = np.empty(rows, dtype=np.int64) if KEY_COLUMNS["timestamp"] in columns else None
@@ -140,7 +149,7 @@ class Decoder:
         self._lengths = {name: np.zeros(rows, dtype=np.int32) for name in self._lists}
         self._extra: dict[str, npt.NDArray[Any]] = {name: np.empty(0, dtype=np.float32) for name in extra}
         self._later = later or {}
-        self._sizes = {name: feature.num_embeddings for name, feature in schema.embedded().items()}
+        self._features = schema.embedded()
 
     def add(self, table: pa.Table) -> None:
         begin, end = self._done, self._done + table.num_rows
@@ -151,7 +160,7 @@ class Decoder:
                 raise ValueError(f'{self.place}: column "{name}" has NaN or infinity, expected finite numbers')
             self._numeric_RN[begin:end, place] = values
         for place, feature in enumerate(self.schema.categorical):
-            ids = self._flat(table, feature.name, np.int32)
+            ids = self._flat(table, feature.name, np.int64 if feature.is_wide else np.int32)
             self._ids_RF[begin:end, place] = self._known(feature.name, ids)
         for place, label in enumerate(self.schema.labels):
             if label.name not in self._present:
@@ -162,7 +171,7 @@ class Decoder:
             self._labels_RT[begin:end, place] = values
         for name in self._lists:
             event = name in self.schema.event_number_keys
-            dtype = np.float32 if event else np.int32
+            dtype = np.float32 if event else np.int64 if self._features[name].is_wide else np.int32
             offsets, values = self._list(table, name, dtype)
             if event and not np.isfinite(values).all():
                 raise ValueError(f'{self.place}: column "{name}" has NaN or infinity, expected finite numbers')
@@ -200,7 +209,7 @@ class Decoder:
             self._numeric_RN,
             self._ids_RF,
             self._labels_RT,
-            self._join(self.schema.jagged_keys, np.int32),
+            self._join(self.schema.jagged_keys, self._id_type),
             self._join(self.schema.event_number_keys, np.float32),
             self._weights_R,
             self._timestamp_R,
@@ -275,7 +284,7 @@ class Decoder:
     def _known(self, name: str, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The ids once they are checked, later ones out of vocabulary."""
         later = self._later.get(name)
-        size = self._sizes[name] if later is None else later.stop
+        size = self._features[name].num_embeddings if later is None else later.stop
         if size is not None and len(ids) and (ids.min() < 0 or ids.max() >= size):
             bad = ids[(ids < 0) | (ids >= size)][0]
             raise ValueError(f'{self.place}: column "{name}" has id {bad}, expected 0 to {size - 1}')

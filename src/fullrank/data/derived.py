@@ -123,7 +123,8 @@ class Derived:
         names = dict.fromkeys(name for sequence in self._schema.histories for name in sequence.of)
         if not names:
             return
-        ids = {name: self._new(np.int32) for name in names}
+        features = self._schema.embedded()
+        ids = {name: self._new(np.int64 if features[name].is_wide else np.int32) for name in names}
         for chunk in chunks:
             for name, column in ids.items():
                 column.append(encoders.ids(name, chunk.ids[name]))

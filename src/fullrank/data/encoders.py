@@ -21,9 +21,9 @@ from pydantic import ValidationError
 from fullrank.data import atomic
 from fullrank.data.arrow import as_array, as_series, list_array
 from fullrank.data.checks import check
-from fullrank.data.chunk import Chunk, Coded, Integers
+from fullrank.data.chunk import Chunk, Coded, Integers, Longs
 from fullrank.data.fitting import Embedded, Fitting, new_values
-from fullrank.data.hashing import hash_series, hash_text
+from fullrank.data.hashing import hash_series, hash_text, raw_ids
 from fullrank.data.raw import RawChunk, rejected_text
 from fullrank.data.scratch import Scratch
 from fullrank.data.transforms import BucketState, NumberState, State, bucket_ids, transformed, transformed_events
@@ -105,7 +105,7 @@ class Encoders:
             ValueError: if an id feature is not hashed or identical, or a number needs fitted state.
         """
         for name, feature in schema.embedded().items():
-            if feature.encoding not in ("hash", "identity"):
+            if feature.encoding not in ("hash", "identity", "raw"):
                 raise ValueError(f'feature "{name}": encoding "{feature.encoding}" needs training data to be fitted')
         for numeric in schema.numeric:
             if numeric.transform not in ("none", "log1p"):
@@ -187,24 +187,26 @@ class Encoders:
         columns.extend(_series(name, values) for name, values in chunk.extra.items())
         return pl.DataFrame(columns)
 
-    def ids(self, name: str, column: Coded) -> Integers:
+    def ids(self, name: str, column: Coded) -> Integers | Longs:
         """Encoded ids of a column of this name, shape (n,)."""
         return self._ids(self._features[name], column)
 
-    def _ids(self, feature: Embedded, column: Coded) -> Integers:
-        ids = self._value_ids(feature, column.values)
+    def _ids(self, feature: Embedded, column: Coded) -> Integers | Longs:
+        ids: Integers | Longs = self._value_ids(feature, column.values)
         return ids[column.codes]
 
-    def _value_ids(self, feature: Embedded, values: pl.Series) -> Integers:
+    def _value_ids(self, feature: Embedded, values: pl.Series) -> Integers | Longs:
         table = feature.table_name
         if feature.encoding == "vocabulary":
             return self.vocabularies[table].ids(values)
         if feature.encoding in ("log2_bucket", "quantile"):
             numbers = values.cast(pl.Float64).fill_null(float("nan")).to_numpy()
             return bucket_ids(feature.encoding, self.buckets[table], numbers)
+        if feature.encoding == "raw":
+            return raw_ids(values)
         size = cast(int, feature.num_embeddings)
         if feature.encoding == "identity":
-            return values.cast(pl.Int32).fill_null(MISSING_ID).to_numpy()
+            return values.cast(pl.Int64 if feature.is_wide else pl.Int32).fill_null(MISSING_ID).to_numpy()
         return self._hashed(values, size)
 
     def _hashed(self, values: pl.Series, size: int) -> Integers:
@@ -264,7 +266,7 @@ class Encoders:
                 raise ValueError(f'{path}: table "{table}" has {sizes.get(table)} rows, its file {len(vocabulary)}')
         encoders = cls(stored.table_schema, stored.numbers, stored.buckets, vocabularies)
         for name, feature in encoders._features.items():
-            if feature.encoding in ("hash", "identity"):
+            if feature.encoding in ("hash", "identity", "raw"):
                 continue
             known = encoders.vocabularies if feature.encoding == "vocabulary" else encoders.buckets
             if feature.table_name not in known:

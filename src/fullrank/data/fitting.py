@@ -127,7 +127,7 @@ class Fitting:
 
     def _add_values(self, feature: Embedded, used: Uses) -> None:
         table, (codes, values, weights) = feature.table_name, used
-        if feature.encoding in ("hash", "identity") or not len(values):
+        if feature.encoding in ("hash", "identity", "raw") or not len(values):
             return
         if feature.encoding == "quantile":
             numbers = values.cast(pl.Float64).fill_null(float("nan")).to_numpy()[codes]

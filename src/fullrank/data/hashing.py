@@ -7,6 +7,7 @@ import numpy.typing as npt
 import polars as pl
 
 from fullrank.data.spelling import as_text, text_bytes
+from fullrank.schema import FIRST_VOCABULARY_ID, MISSING_ID, RAW_IDS
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -80,3 +81,26 @@ def stable_hash(values: pl.Series) -> pl.Series:
     text = as_text(values)
     hashes = pl.Series(values.name, hash_series(text), dtype=pl.UInt64)
     return hashes.zip_with(text.is_not_null(), pl.Series([None], dtype=pl.UInt64)) if text.null_count() else hashes
+
+
+def raw_ids(values: pl.Series) -> npt.NDArray[np.int64]:
+    """Ids of texts under the encoding `raw`, which tells all values apart without having seen them.
+
+    A whole number from 0 to 2^62 - 3, written without leading zeros, is itself plus the reserved ids; any other text is
+    62 bits of its hash, so that two of a billion share an id with probability 0.1; null is missing.
+    """
+    room = RAW_IDS - FIRST_VOCABULARY_ID
+    if len(values) <= 4:
+        return np.array([MISSING_ID if v is None else _raw_id(v, room) for v in values.to_list()], dtype=np.int64)
+    whole = values.cast(pl.Int64, strict=False)
+    is_whole = (whole.is_between(0, room - 1) & (whole.cast(pl.String) == values)).fill_null(False).to_numpy()
+    hashed = (hash_series(values) % np.uint64(room)).astype(np.int64)
+    ids: npt.NDArray[np.int64] = np.where(is_whole, whole.fill_null(0).to_numpy(), hashed) + FIRST_VOCABULARY_ID
+    if values.null_count():
+        ids[values.is_null().to_numpy()] = MISSING_ID
+    return ids
+
+
+def _raw_id(text: str, room: int) -> int:
+    is_whole = text.isascii() and text.isdigit() and len(text) < 20 and str(int(text)) == text and int(text) < room
+    return FIRST_VOCABULARY_ID + (int(text) if is_whole else hash_text(text) % room)

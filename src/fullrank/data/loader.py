@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fullrank.batch import Batch
+from fullrank.data.building import encoded_columns
 from fullrank.data.dataset import Dataset
 from fullrank.data.decoding import DecodedRows, Decoder, Ints, bytes_of, columns_of
 from fullrank.schema import Schema
@@ -47,9 +48,11 @@ def partial_batch(frame: pl.DataFrame, schema: Schema) -> Batch:
     """
     absent: list[pl.Expr] = []
     absent += [pl.lit(0.0, pl.Float32).alias(name) for name in schema.numeric_columns if name not in frame.columns]
-    absent += [pl.lit(0, pl.Int32).alias(f.name) for f in schema.categorical if f.name not in frame.columns]
-    for names, dtype in ((schema.jagged_keys, pl.List(pl.Int32)), (schema.event_number_keys, pl.List(pl.Float32))):
-        absent += [pl.lit([], dtype).alias(name) for name in names if name not in frame.columns]
+    types = encoded_columns(schema)
+    absent += [pl.lit(0, types[f.name]).alias(f.name) for f in schema.categorical if f.name not in frame.columns]
+    for name in (*schema.jagged_keys, *schema.event_number_keys):
+        if name not in frame.columns:
+            absent.append(pl.lit([], types[name]).alias(name))
     return batch_from_frame(frame.with_columns(absent), schema)
 
 
@@ -122,7 +125,7 @@ class Loader:
                 group = metadata.row_group(index)
                 self._groups.append(_RowGroup(path, index, group.num_rows))
                 counts = {name: group.column(i).num_values for i, name in enumerate(leaves)}
-                size += sum(bytes_of(name) * counts[name] for name in own)
+                size += sum(bytes_of(name, self.schema) * counts[name] for name in own)
                 size += sum(8 * counts[name] for name in self._extra)
                 size += 4 * group.num_rows * len((*self.schema.jagged_keys, *self.schema.event_number_keys))
         self.rows = sum(group.rows for group in self._groups)

@@ -118,8 +118,8 @@ class EmbeddingCollection(nn.Module):
         self.set_optimizer(optimizer or EmbeddingOptimizer())
 
     def _add_table(self, name: str, rows: int, width: int, tables: Tables) -> None:
-        config = tables.kinds.get(name, FullTable.Config())
         try:
+            config = tables.kind_of(name, rows) or FullTable.Config()
             table = TABLE_KINDS.find(config.kind)(rows, width, tables.init_std, config)
         except ValueError as error:
             raise ValueError(f'table "{name}": {error}') from None
@@ -189,6 +189,26 @@ class EmbeddingCollection(nn.Module):
             buffer, rows = places[ask.part]
             found.append(self._buffer(buffer).rows(ask.rows + rows.start))
         return found[0] if kind is None else kind.combine(ids_N, asks, found)
+
+    def _learn(self, kind: Table, places: list[Place], ids_N: Tensor) -> Tensor:
+        """Let a table take note of the ids of a step, if its rows learn; the ids to look up."""
+        buffers = [self.buffers_[place.buffer] for place in places]
+        if not all(isinstance(buffer, RowBuffer) and buffer.weight_RD.requires_grad for buffer in buffers):
+            return ids_N
+        ids_N, fresh = kind.learn(ids_N)
+        for part, rows, like in fresh:
+            buffer, first = buffers[part], places[part].rows.start
+            assert isinstance(buffer, RowBuffer)
+            buffer.start_anew(rows + first, like + first)
+        return ids_N
+
+    def take_fresh(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Rows that have started anew since this was last asked, by the parameter that they are of: the state that the
+        model's own optimiser has of them is to be forgotten. The fused kinds have forgotten theirs."""
+        for buffer in self._row_buffers():
+            if buffer.fresh:
+                yield buffer.weight_RD, torch.cat(buffer.fresh)
+                buffer.fresh = []
 
     def weights(self) -> list[nn.Parameter]:
         """The rows of all tables, one parameter per buffer; what else kinds have is not in it."""
@@ -325,10 +345,13 @@ class EmbeddingCollection(nn.Module):
         if columns.single:
             ids.insert(0, batch.ids_BF[:, columns.single].reshape(-1))
         ids_N = ids[0] if len(ids) == 1 else torch.cat(ids)
-        asks = self.kinds[table].asks(ids_N)
+        kind, places = self.kinds[table], self.layout.places[table]
+        if kind.learns_ids and self.training and torch.is_grad_enabled():
+            ids_N = self._learn(kind, places, ids_N)
+        asks = kind.asks(ids_N)
         found_at = []
         for ask in asks:
-            place = self.layout.places[table][ask.part]
+            place = places[ask.part]
             found_at.append((place.buffer, len(wanted[place.buffer])))
             wanted[place.buffer].append(ask.rows + place.rows.start)
         return _Lookup(ids_N, [part.numel() for part in ids], asks, found_at)

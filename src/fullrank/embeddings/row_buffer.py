@@ -44,6 +44,7 @@ class RowBuffer(nn.Module):
     Attributes:
         weight_RD: in the optimiser's storage: float32, bfloat16, or the upper plane of `split`.
         low_RD: the lower plane of `split`, int16.
+        fresh: rows that have started anew, in kind `dense`; `EmbeddingCollection.take_fresh` empties it.
     """
 
     low_RD: Tensor | None
@@ -61,6 +62,7 @@ class RowBuffer(nn.Module):
         self.log_decay = 0.0
         self.row_log_decay_R: Tensor | None = None
         self._owes_decay = False
+        self.fresh: list[Tensor] = []
         # In a list so that the kernel, itself a module, is not registered: its tensors are ours.
         self._fbgemm: list[SplitTableBatchedEmbeddingBagsCodegen] = []
 
@@ -150,6 +152,20 @@ class RowBuffer(nn.Module):
             self.low_RD[rows].copy_(low)
         else:
             target.copy_(value)
+
+    @torch.no_grad()
+    def start_anew(self, rows: Tensor, like: int) -> None:
+        """Make distinct rows equal to another one, without what the optimiser knew of them."""
+        source = torch.tensor([like], device=rows.device)
+        if self._owes_decay:
+            self._catch_up(source)
+        self._write(rows, self.read(source).expand(rows.numel(), -1))
+        for state in self.states.values():
+            state.index_fill_(0, rows, 0)
+        if self.row_log_decay_R is not None:
+            self.row_log_decay_R.index_fill_(0, rows, self.log_decay)
+        if self.optimizer.kind == "dense":
+            self.fresh.append(rows)
 
     def _write(self, ids_U: Tensor, rows_UD: Tensor) -> None:
         """Put float32 rows back into the storage."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fullrank.embeddings.packed import Packing
 from fullrank.registry import Registry
+from fullrank.schema import RAW_IDS
 
 # How the numbers of a part lie in memory; a buffer holds parts of one store. Codes with a scale and a bias for each row
 # (`fullrank quantize`) are for serving: they do not learn.
@@ -57,6 +58,20 @@ class Ask(NamedTuple):
     part: int
     rows: Tensor
     of: Tensor | None = None
+
+
+class Fresh(NamedTuple):
+    """Rows of one part that have become those of other ids: they start anew, without optimiser state.
+
+    Attributes:
+        part: index in `Table.parts`.
+        rows: int64, distinct, shape (M,).
+        like: the row of the part that they start as.
+    """
+
+    part: int
+    rows: Tensor
+    like: int
 
 
 class TableConfig(BaseModel):
@@ -106,10 +121,12 @@ class Table(nn.Module):
         parts: what is stored. Set by the subclass.
         first_rows: ids below it are laid out as if there were no others.
         grows: whether it can grow; a subclass that obeys the above says so.
+        learns_ids: whether which row an id asks for depends on the ids that training has looked up, through `learn`.
     """
 
     Config: ClassVar[type[TableConfig]]
     grows: ClassVar[bool] = False
+    learns_ids: ClassVar[bool] = False
     parts: tuple[Part, ...]
 
     def __init__(self, rows: int, width: int, init_std: float, config: TableConfig) -> None:
@@ -126,6 +143,14 @@ class Table(nn.Module):
     def combine(self, ids_N: Tensor, asks: Sequence[Ask], vectors: Sequence[Tensor]) -> Tensor:
         """Vectors (N, D) of the ids that `asks` was called with, from the rows that it named, (M, width of the part)
         each."""
+        raise NotImplementedError
+
+    def learn(self, ids_N: Tensor) -> tuple[Tensor, list[Fresh]]:
+        """Take note of the ids that a step of training looks up, before it does, if `learns_ids`.
+
+        Returns:
+            The ids that the step shall look up instead, each in its place, and the rows that are another id's now.
+        """
         raise NotImplementedError
 
     def num_parameters(self) -> int:
@@ -153,6 +178,7 @@ TABLE_KINDS: Registry[type[Table]] = Registry(
         "individual": "fullrank.embeddings.individual:IndividualTable",
         "prefix": "fullrank.embeddings.prefix:PrefixTable",
         "pruned": "fullrank.embeddings.pruned:PrunedTable",
+        "admitted": "fullrank.embeddings.admitted:AdmittedTable",
     },
 )
 
@@ -190,6 +216,7 @@ class Tables(BaseModel):
         embedding_dim: width of every table that the schema does not size itself.
         init_std: standard deviation that the entries of an id's vector start with.
         kinds: by the table's name; those not named are plain.
+        only_raw: whether `kinds` are for tables of raw ids alone, which cannot be plain.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -197,7 +224,22 @@ class Tables(BaseModel):
     embedding_dim: int = Field(default=16, ge=1)
     init_std: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
     kinds: dict[str, AnyTable] = {}
+    only_raw: bool = False
 
     def of_width(self, embedding_dim: int) -> Tables:
-        """Plain tables of another width, started alike."""
-        return Tables(embedding_dim=embedding_dim, init_std=self.init_std)
+        """Plain tables of another width, started alike; those of raw ids are of the same kind."""
+        return Tables(embedding_dim=embedding_dim, init_std=self.init_std, kinds=self.kinds, only_raw=True)
+
+    def kind_of(self, table: str, rows: int) -> TableConfig | None:
+        """What a table of so many ids is, None for plain.
+
+        Raises:
+            ValueError: if it has raw ids and no kind.
+        """
+        found = None if self.only_raw and rows < RAW_IDS else self.kinds.get(table)
+        if rows >= RAW_IDS and (found is None or found.kind == "full"):
+            raise ValueError(
+                "its ids are raw, and a table cannot have a row for each: say what it is in the model's tables, such "
+                f"as {table}: {{kind: admitted, capacity: 100000}}, or {{kind: hash, stored_rows: 100000}}"
+            )
+        return found

@@ -18,6 +18,8 @@ class TrainerConfig(BaseModel):
         max_seconds: end after so many seconds of wall time, validations included, even in the middle of an epoch. Such
             a run is not the same twice.
         batch_size: of the loaders that `fullrank train` makes.
+        shuffle: draw rows in a new order in each epoch; else they come in the order of the dataset, which is that of
+            time where the log has times.
         optimizer: of everything but tables of a fused kind.
         learning_rate: at the start.
         schedule: `constant`; `linear` falls from the learning rate to zero over the whole run; `plateau` multiplies it
@@ -48,6 +50,7 @@ class TrainerConfig(BaseModel):
     max_steps: int | None = Field(default=None, ge=1)
     max_seconds: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=4096, ge=1)
+    shuffle: bool = True
     optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
     learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["constant", "linear", "plateau"] = "constant"

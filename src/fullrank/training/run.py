@@ -27,6 +27,7 @@ from fullrank.training.codes import give_codes, named_codes
 from fullrank.training.config import TrainerConfig
 from fullrank.training.engine import Engine
 from fullrank.training.evaluation import evaluate
+from fullrank.training.evicted import id_counts
 from fullrank.training.growing import grown, same_settings
 from fullrank.training.memory import return_freed_memory
 from fullrank.training.recipe import DataSpec, Recipe, parse_recipe, read_recipe
@@ -228,6 +229,10 @@ def run_model(
     if metrics:
         last = next(reversed(metrics))
         notes += [f"{said}: {RANKER_ADVICE}" for said in beaten_by_item_rate(dataset, last, metrics[last])]
+    notes += [
+        f'table "{name}": {count["live"]:,} ids have a row at the end, {count["evicted"]:,} lost theirs'
+        for name, count in id_counts(model).items()
+    ]
     parameters = model.num_parameters()
     first = dataset.schema.labels[0].name
     details = {
@@ -240,6 +245,7 @@ def run_model(
         "epochs": result.epochs,
         "steps": result.steps,
         "best": result.best,
+        **({"ids": ids} if (ids := id_counts(model)) else {}),
         **learning_curves({ONLY_STAGE: result}),
     }
     return Report(model, dataset, metrics, details, seconds, bundle=bundle, notes=notes)
@@ -317,7 +323,7 @@ def fit_ranker(
     engine: Engine | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> TrainingResult:
-    """Fit a ranker to the training part of a dataset, shuffled, and validate it on the validation part if there is one.
+    """Fit a ranker to the training part of a dataset, and validate it on the validation part if there is one.
 
     Args:
         workers: threads that put training batches together.
@@ -337,7 +343,7 @@ def fit_ranker(
         dataset,
         "train",
         training.batch_size,
-        shuffle=True,
+        shuffle=training.shuffle,
         seed=training.seed,
         workers=workers,
         drop_last=lonely,

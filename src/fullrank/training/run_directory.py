@@ -16,9 +16,11 @@ from fullrank.training.lock import locked
 
 # The checkpoints of a funnel's rankers: a directory for each stage.
 STAGES = "stages"
+# Which ids lost their rows.
+EVICTED = "evicted"
 # What a run writes; the recipe comes first and says that the rest is a run's.
 RECIPE, PAGE = "recipe.json", "report.html"
-OWN = ("model", "bundle", "checkpoints", STAGES, "tensorboard", "metrics.json", PAGE, RECIPE)
+OWN = ("model", "bundle", "checkpoints", STAGES, EVICTED, "tensorboard", "metrics.json", PAGE, RECIPE)
 # The parts that a run writes when training is over.
 _RESULTS = ("model", "bundle", "metrics.json", PAGE)
 # Where a run that is to replace another one works until it is complete, and where it lies while the other gives way.

@@ -13,6 +13,7 @@ from fullrank.embeddings import EmbeddingCollection
 from fullrank.embeddings.memory import table_memory
 from fullrank.embeddings.planning import OFFERS, MemoryPlan, TableUse, bytes_of, plan_memory
 from fullrank.models import RankerSpec
+from fullrank.schema import RAW_IDS
 
 # Stands for every table that is to be planned while we look where the model has it: made at any size and width.
 _PROBE = {"kind": "quotient_remainder", "collisions": 1}
@@ -24,7 +25,7 @@ def plan_tables(
     """Choose kinds of a ranker's tables by how often their ids are looked up in the training rows of a dataset.
 
     What cannot be planned is counted as it is: tables of which `model.tables` says another kind than those to choose
-    among, and small vectors beside the tables, such as those of first-order terms.
+    among, those of raw ids, and small vectors beside the tables, such as those of first-order terms.
 
     Args:
         model: as in a recipe: `name` and the fields of its Config.
@@ -37,8 +38,9 @@ def plan_tables(
     values: dict[str, Any] = {"name": model} if isinstance(model, str) else dict(model)
     known = dataset.schema.tables()
     given = dict(values.get("tables") or {})
-    kept = {table: settings for table, settings in given.items() if _kind(settings) not in OFFERS}
-    planned = [table for table in known if table not in kept]
+    raw = {table for table, rows in known.items() if rows >= RAW_IDS}
+    kept = {table: settings for table, settings in given.items() if _kind(settings) not in OFFERS or table in raw}
+    planned = [table for table in known if table not in kept and table not in raw]
     probe = {**values, "tables": {**kept, **dict.fromkeys(planned, _PROBE)}}
     with torch.device("meta"):
         ranker = RankerSpec.of(probe).fitted(dataset.encoders).build(dataset.schema)

@@ -21,6 +21,7 @@ from fullrank.training.callbacks import Callback, TensorBoard
 from fullrank.training.config import TrainerConfig
 from fullrank.training.engine import Engine, LocalEngine
 from fullrank.training.evaluation import evaluate
+from fullrank.training.evicted import EvictedIds
 from fullrank.training.memory import keep_freed_memory, return_freed_memory
 from fullrank.training.patience import Patience
 from fullrank.training.result import TrainingResult
@@ -132,6 +133,7 @@ class _Run:
         self.loss_sum, self.loss_count = 0.0, 0
         self.unchecked: list[Tensor] = []
         torch.manual_seed(config.seed)
+        self.evicted = EvictedIds(model, run_directory)
         self.checkpoints: Path | None = None
         if run_directory is not None and config.keep_checkpoints:
             self.checkpoints = run_directory / "checkpoints"
@@ -140,6 +142,7 @@ class _Run:
             self.fingerprint = getattr(train, "fingerprint", None)
             if resume:
                 self._resume(self.checkpoints, train)
+                self.evicted.resume(self.step)
             elif checkpoint.list_steps(self.checkpoints):
                 raise ValueError(f"{self.checkpoints} has checkpoints already: resume, or choose another directory")
 
@@ -264,6 +267,7 @@ class _Run:
             self._validate()
         elif not ended and not (self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0):
             return False
+        self.evicted.write(self.step)
         if self.checkpoints is not None:
             self._save(self.checkpoints)
         return True
