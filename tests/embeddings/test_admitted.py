@@ -72,19 +72,22 @@ def stream(seed: int, steps: int, births: int = 6, size: int = 24) -> list[Tenso
 
 def test_the_map_is_a_dictionary() -> None:
     random = np.random.default_rng(1)
-    found, expected = IdMap(300), dict[int, int]()
+    ids_R = torch.full((300,), NO_ID, dtype=torch.int64)
+    found, expected = IdMap(ids_R, torch.zeros(0, dtype=torch.int64)), dict[int, int]()
     for _ in range(400):
         if expected:
-            gone = random.choice(list(expected), min(len(expected), int(random.integers(0, 60))), replace=False)
-            found.remove(torch.from_numpy(gone))
-            for one in gone.tolist():
-                del expected[one]
-        # Many of them fall into the same slots.
+            gone = random.choice(
+                list(expected), min(len(expected), int(random.integers(0, 60))), replace=False
+            ).tolist()
+            rows = torch.tensor([expected.pop(one) for one in gone], dtype=torch.int64)
+            found.remove(rows)
+            ids_R[rows] = NO_ID
         ids = np.unique(random.integers(0, 500, 80) << 44)
-        new = [one for one in ids.tolist() if one not in expected][: 300 - len(expected)]
-        rows = random.integers(0, 1000, len(new))
-        found.add(torch.tensor(new, dtype=torch.int64), torch.from_numpy(rows))
-        expected.update(zip(new, rows.tolist(), strict=True))
+        free = (ids_R == NO_ID).nonzero().squeeze(1)
+        new = [one for one in ids.tolist() if one not in expected][: free.numel()]
+        ids_R[free[: len(new)]] = torch.tensor(new, dtype=torch.int64)
+        found.add(free[: len(new)])
+        expected.update(zip(new, free.tolist(), strict=False))
         asked = torch.from_numpy(random.integers(0, 500, 200) << 44)
         assert found.rows(asked).tolist() == [expected.get(one, NO_ROW) for one in asked.tolist()]
 

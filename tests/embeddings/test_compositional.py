@@ -20,7 +20,9 @@ from fullrank.embeddings import EmbeddingCollection, Tables
 from fullrank.embeddings.compositional import PathBank
 from fullrank.embeddings.custom_partitions import CustomPartitionsTable
 from fullrank.embeddings.table import TABLE_KINDS, Table
-from fullrank.schema import Categorical, MultiCategorical, Schema
+from fullrank.models import MODELS
+from fullrank.models.base import example_batch
+from fullrank.schema import Categorical, EventId, Label, MultiCategorical, Numeric, Schema, Sequence
 
 ROWS, WIDTH = 50, 8
 KINDS: dict[str, dict[str, Any]] = {
@@ -360,3 +362,48 @@ def test_custom_buckets_that_cannot_be_are_named() -> None:
             table.set_buckets(torch.tensor(buckets))
     with pytest.raises(ValidationError, match=r"none.parquet: expected a Parquet file of buckets"):
         Tables.model_validate({"kinds": {"item": {"kind": "custom_partitions", "buckets": "none.parquet"}}})
+
+
+FEATURES = {"kind": "quotient_remainder", "collisions": 3, "operation": "features"}
+
+
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+def test_generated_features_are_those_of_a_column_for_each_partition(pooling: Any) -> None:
+    collection = a_collection(FEATURES, pooling=pooling)
+    assert collection.token_columns == ("item", "bag", "item", "bag") and collection.widths == (WIDTH,) * 4
+    parts = parts_of(collection)
+    assert float(torch.cat(parts).std()) == pytest.approx(0.5, rel=0.2)  # that of a plain table each
+    offsets = LENGTHS.cumsum(0) - LENGTHS
+    tokens_BFD = collection(BATCH).tokens_BFD
+    for place, (rows_of, part) in enumerate(zip((lambda ids: ids % 17, lambda ids: ids // 17), parts, strict=True)):
+        torch.testing.assert_close(tokens_BFD[:, 2 * place], part[rows_of(BATCH.ids_BF[:, 0])])
+        bag = F.embedding_bag(rows_of(BATCH.jagged_values), part, offsets, mode=pooling)
+        torch.testing.assert_close(tokens_BFD[:, 2 * place + 1], bag, atol=1e-6, rtol=1e-6)
+    assert collection.vectors("item", torch.tensor([18])).tolist() == [[*parts[0][1].tolist(), *parts[1][1].tolist()]]
+    assert collection.num_parameters() == WIDTH * (17 + 3)
+
+
+def test_every_ranker_takes_generated_features_and_learns_them() -> None:
+    schema = Schema(
+        features=(
+            Categorical(name="user", role="user", num_embeddings=40),
+            Categorical(name="item", role="item", num_embeddings=ROWS),
+            Numeric(name="age", role="user", encoding="scalar"),
+            Sequence(name="history", fields=(EventId(name="item", table="item", num_embeddings=ROWS),)),
+        ),
+        labels=(Label(name="y"),),
+    )
+    for name, ranker in MODELS.items():
+        model = ranker.from_config(schema, {"tables": {"user": FEATURES}})
+        loss = model(example_batch(schema, 4)).logits_BT.sum()
+        assert torch.isfinite(loss)
+        loss.backward()
+        tables = [module for module in model.modules() if isinstance(module, EmbeddingCollection)]
+        several = [one for one in tables if "user" in one.kinds]
+        # Weights of width 1, of a linear term, are plain.
+        assert several or name == "lr"
+        assert all(one.token_columns.count("user") == 2 for one in several)
+    with pytest.raises(
+        ValueError, match=r'an id of it has several vectors, and one that is .* \("history.item"\) needs'
+    ):
+        MODELS["din"].from_config(schema, {"tables": {"item": FEATURES}})

@@ -20,6 +20,8 @@ from fullrank.schema import FIRST_VOCABULARY_ID, OUT_OF_VOCABULARY_ID
 NO_ID = -1
 # Counters of the sketch for each id that can be admitted, and how many of them an id has.
 _COUNTERS, _HASHES = 2, 4
+# Lookups for each counter after which the sketch is halved.
+_FILLED = 8
 _MOST = 255
 
 
@@ -37,8 +39,9 @@ class AdmittedTable(Table):
     full table says the same in training and in serving.
 
     Counts of ids that have no row are those of a count-min sketch with conservative update, so an id may get a row
-    earlier than it should, never later. All counts are halved every `half_life` steps, with which ids that were
-    frequent long ago go in the end.
+    earlier than it should, hardly ever later: when the sketch has counted 8 lookups for each counter of a hash function
+    it is halved, or else it would be full in the end. All counts, those of the rows too, are halved every `half_life`
+    steps, with which ids that were frequent long ago go.
 
     Attributes:
         ids_R: int64, the id of each row, `NO_ID` of free ones. The first two rows are those of the missing and of the
@@ -46,7 +49,8 @@ class AdmittedTable(Table):
         counts_R: int32, how often it was seen; 0 of free ones.
         seen_R: int32, the step when it was last seen.
         sketch_HC: uint8, counts of the ids that have no row.
-        totals: int64: steps so far, ids that have a row, ids that ever got one, ids that lost it.
+        totals: int64: steps so far, ids that have a row, ids that ever got one, ids that lost it, and lookups that the
+            sketch has counted since it was last halved.
     """
 
     class Config(TableConfig):
@@ -91,7 +95,7 @@ class AdmittedTable(Table):
         self.register_buffer("counts_R", torch.zeros(stored, dtype=torch.int32))
         self.register_buffer("seen_R", torch.zeros(stored, dtype=torch.int32))
         self.register_buffer("sketch_HC", torch.zeros(_HASHES, self._counters, dtype=torch.uint8))
-        self.register_buffer("totals", torch.zeros(4, dtype=torch.int64))
+        self.register_buffer("totals", torch.zeros(5, dtype=torch.int64))
         self._map: IdMap | None = None  # follows from ids_R
         self._evicted: list[tuple[int, Tensor]] = []
         self.register_load_state_dict_post_hook(lambda table, _: table.check())  # type: ignore[no-untyped-call]
@@ -123,11 +127,9 @@ class AdmittedTable(Table):
         return evicted
 
     def _rows(self, ids_N: Tensor) -> Tensor:
-        if self._map is None:
-            self._map = IdMap(self.config.capacity)
-            taken = (self.ids_R != NO_ID).nonzero().squeeze(1)
-            self._map.add(self.ids_R[taken].cpu(), taken.cpu())
-        rows_N = self._map.rows(ids_N.cpu()).to(ids_N.device)
+        if self._map is None or self._map.ids_R is not self.ids_R:  # moved, as by `to`
+            self._map = IdMap(self.ids_R, (self.ids_R != NO_ID).nonzero().squeeze(1))
+        rows_N = self._map.rows(ids_N)
         return torch.where(ids_N < FIRST_VOCABULARY_ID, ids_N, rows_N)
 
     def asks(self, ids_N: Tensor) -> list[Ask]:
@@ -144,7 +146,7 @@ class AdmittedTable(Table):
         self.totals[0] += 1
         if self.config.half_life is not None and int(self.totals[0]) % self.config.half_life == 0:
             self.counts_R >>= 1
-            self.sketch_HC >>= 1
+            self._age_sketch()
         ids_U, count_U = torch.unique(ids_N[ids_N >= FIRST_VOCABULARY_ID], return_counts=True)
         rows_U = self._rows(ids_U)
         known_U = rows_U != NO_ROW
@@ -167,7 +169,14 @@ class AdmittedTable(Table):
         total_M.clamp_max_(_MOST)
         # No counter of an id is raised above what its lowest one says of it.
         self.sketch_HC.scatter_reduce_(1, place_HM, total_M.to(torch.uint8).expand_as(place_HM), "amax")
+        self.totals[4] += int(count_M.sum())
+        if int(self.totals[4]) >= _FILLED * self._counters:
+            self._age_sketch()
         return total_M
+
+    def _age_sketch(self) -> None:
+        self.sketch_HC >>= 1
+        self.totals[4] = 0
 
     def _admit(self, ids_M: Tensor, total_M: Tensor) -> Tensor | None:
         """Give rows to ids, the most frequent first; those rows."""
@@ -181,8 +190,8 @@ class AdmittedTable(Table):
         if not rows.numel():
             return None
         assert self._map is not None
-        self._map.add(ids.cpu(), rows.cpu())
         self.ids_R[rows], self.counts_R[rows] = ids, total.int()
+        self._map.add(rows)
         self.seen_R[rows] = self.totals[0].int()
         self.totals[1] += len(free)
         self.totals[2] += rows.numel()
@@ -212,7 +221,7 @@ class AdmittedTable(Table):
         gone = self.ids_R[rows]
         if gone.numel():
             assert self._map is not None
-            self._map.remove(gone.cpu())
+            self._map.remove(rows)
             self._evicted.append((step, gone.cpu()))
             self.totals[3] += gone.numel()
         return rows

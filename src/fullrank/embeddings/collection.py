@@ -59,9 +59,11 @@ class EmbeddingCollection(nn.Module):
 
     Attributes:
         kinds: of the tables that are not plain, by the table's name.
+        token_columns: the column that each token of `Embedded.flat` is of: each one once, and behind them again those
+            whose ids have several vectors.
 
     Raises:
-        ValueError: if a kind cannot be made at its table's size.
+        ValueError: if a kind cannot be made at its table's size, or its ids have several vectors and events need one.
     """
 
     def __init__(
@@ -87,7 +89,6 @@ class EmbeddingCollection(nn.Module):
         self.event_keys = () if pool_sequences else events
         width_of = {name: feature.embedding_dim or tables.embedding_dim for name, feature in self.columns.items()}
         self._width_of = {name: width_of[name] for name in (*self.single, *self.jagged)}
-        self.widths = tuple(width_of[name] for name in (*self.single, *self.pooled))
         self._rows_of = {name: rows_of[self.columns[name].table_name] for name in (*self.single, *self.jagged)}
         self.layout = Layout()
         self.kinds: dict[str, Table] = {}
@@ -103,6 +104,18 @@ class EmbeddingCollection(nn.Module):
                 else self.layout.buffers[self.layout.places[table][0].buffer]
             )
             (looked_up.single if name in self.single else looked_up.jagged).append(index)
+        several = {table: kind.tokens for table, kind in self.kinds.items() if kind.tokens > 1}
+        for name in self.event_keys:
+            if self.columns[name].table_name in several:
+                raise ValueError(
+                    f'table "{self.columns[name].table_name}": an id of it has several vectors, and one that is looked '
+                    f'up for events ("{name}") needs one: choose another operation than features'
+                )
+        once = (*self.single, *self.pooled)
+        further = [name for name in once for _ in range(several.get(self.columns[name].table_name, 1) - 1)]
+        self._several = {name: width_of[name] for name in dict.fromkeys(further)}
+        self.token_columns = (*once, *further)
+        self.widths = tuple(width_of[name] for name in self.token_columns)
         names = [name for name, _ in self._part_names()]
         if len(set(names)) < len(names):
             raise ValueError(f"two parts of tables share a name in the state: {max(names, key=names.count)}")
@@ -289,7 +302,9 @@ class EmbeddingCollection(nn.Module):
             pooled, more = self._place_jagged(pieces, batch)
             by_name.update(pooled)
             events.update(more)
-        tokens = [by_name[name] for name in (*self.single, *self.pooled)]
+        further = [by_name[name][:, width:] for name, width in self._several.items()]
+        by_name |= {name: by_name[name][:, :width] for name, width in self._several.items()}
+        tokens = [*(by_name[name] for name in (*self.single, *self.pooled)), *further]
         return Embedded(_side_by_side(tokens, batch), self.widths, events, lengths)
 
     def _jagged_places(self, batch: Batch) -> tuple[list[int], list[int]]:

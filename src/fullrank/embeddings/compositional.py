@@ -20,13 +20,14 @@ class CompositionalConfig(TableConfig):
     """Attributes:
     operation: how the rows W_j[p_j] of an id's parts become its vector: entry-wise product, sum, one beside the other,
         or `path`, in which every part of the later partitions is an MLP and the row of the first one goes through
-        those of the id.
+        those of the id. With `features` each row is a feature of its own: the id has a vector for each partition, and
+        the model combines them as it combines features.
     dims: widths of the parts with `concat`, whose sum is the table's width; equal ones by default.
     path_hidden: units of the hidden layer of each MLP with `path`.
     threshold: a table of no more ids stays plain.
     """
 
-    operation: Literal["mult", "add", "concat", "path"] = "mult"
+    operation: Literal["mult", "add", "concat", "path", "features"] = "mult"
     dims: tuple[PositiveInt, ...] | None = None
     path_hidden: int = Field(default=64, ge=1)
     threshold: int = Field(default=0, ge=0)
@@ -40,6 +41,9 @@ class CompositionalConfig(TableConfig):
 
 class CompositionalTable(Table):
     """e(i) = ω(W_1[p_1(i)], .., W_k[p_k(i)]) for k partitions p_j of the ids. A subclass says which.
+
+    Deviation: of a bag of ids the `features` are pooled like its vectors, so a pool may be of rows that no single id
+    has; the paper leaves bags open.
 
     No two ids lie in the same part of all partitions, so no two have the same rows. Rows start so that an entry of
     e(i) has the standard deviation of a plain table, σ: each of k factors σ^(1/k), each of k summands σ/√k.
@@ -66,9 +70,11 @@ class CompositionalTable(Table):
             "mult": init_std ** (1 / count),
             "add": init_std * count**-0.5,
             "concat": init_std,
+            "features": init_std,
             "path": init_std / PathBank.gain(width, config.path_hidden) ** (count - 1),
         }[config.operation]
         self.grown = 0 if is_path else count - 1
+        self.tokens = count if config.operation == "features" else 1
         stored = list(self.sizes[: 1 if is_path else count])
         stored[self.grown] += rows - self.first_rows
         self.parts = tuple(
@@ -123,7 +129,7 @@ class CompositionalTable(Table):
 
     def combine(self, ids_N: Tensor, asks: Sequence[Ask], vectors: Sequence[Tensor]) -> Tensor:
         match self.config.operation:
-            case "concat":
+            case "concat" | "features":
                 return torch.cat(list(vectors), 1)
             case "path":
                 vector_ND = vectors[0]

@@ -16,7 +16,8 @@ class Embedded:
     """Vectors of one batch.
 
     Attributes:
-        flat: float32, shape (B, sum of widths): single-id features, pooled bags, then pooled sequences.
+        flat: float32, shape (B, sum of widths): single-id features, pooled bags, then pooled sequences,
+            and behind them the further vectors of columns whose ids have several.
         widths: width of each of those tokens.
         events: vectors (sum of lengths, D) of each `<sequence>.<field>`, oldest first within a row.
         lengths: int64 lengths_B of each `<sequence>.<field>`.

@@ -1,6 +1,6 @@
-"""An exact map from 62-bit ids to rows, in tensors: lookups, entries and removals of many ids at once."""
+"""An exact map from ids to the rows that hold them, in tensors: lookups, entries and removals of many ids at once."""
 
-# Shapes: N ids, S slots.
+# Shapes: N ids, R rows, S slots.
 
 from __future__ import annotations
 
@@ -21,61 +21,62 @@ def mixed(ids_N: Tensor) -> Tensor:
 
 
 class IdMap:
-    """A hash table with open addressing: an id lies in the first slot from its own on that is not another's.
+    """A hash table with open addressing over ids that lie elsewhere: a slot holds a row, and the row's id is looked up.
 
-    At most half of the slots are taken, so an id is found in about one and a half looks.
+    An id lies in the first slot from its own on that is not another's. At most half of the slots are taken, so it is
+    found in about one and a half looks; a slot is 4 bytes.
 
     Args:
-        capacity: most ids that are in it at a time.
+        ids_R: int64, the id of each row, to which the map looks. Whoever changes them tells it.
+        taken: rows that are in the map from the start.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._slots = 1 << max(2 * capacity - 1, 3).bit_length()
-        self.clear()
+    def __init__(self, ids_R: Tensor, taken: Tensor) -> None:
+        self.ids_R = ids_R
+        self._slots = 1 << max(2 * len(ids_R) - 1, 3).bit_length()
+        self._clear()
+        self.add(taken)
 
-    def clear(self) -> None:
-        self._id_S = torch.full((self._slots,), _EMPTY, dtype=torch.int64, device="cpu")
-        self._row_S = torch.full((self._slots,), NO_ROW, dtype=torch.int32, device="cpu")
-        self._taken = 0  # by ids, and by those that are gone
+    def _clear(self) -> None:
+        self._row_S = torch.full((self._slots,), _EMPTY, dtype=torch.int32, device=self.ids_R.device)
+        self._used = 0  # slots with rows, and those of rows that are gone
 
     def rows(self, ids_N: Tensor) -> Tensor:
         """int64 row of each id, `NO_ROW` of those that have none."""
-        slot_N = self._find(ids_N)
-        rows_N = self._row_S[slot_N.clamp_min(0)].long()
-        return rows_N.masked_fill_(slot_N < 0, NO_ROW)
+        return self._find(ids_N)[1]
 
-    def _find(self, ids_N: Tensor) -> Tensor:
-        """The slot of each id, -1 if it is not there."""
-        slot_N = mixed(ids_N) & (self._slots - 1)
-        there_N = self._id_S[slot_N]
-        left = ((there_N != ids_N) & (there_N != _EMPTY)).nonzero().squeeze(1)
+    def _find(self, ids_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The slot where the search for each id ends, and its row."""
+        slot_N = self._first_slot(ids_N)
+        row_N = self._row_S[slot_N].long()
+        left = ((row_N != _EMPTY) & ((row_N == _GONE) | (self.ids_R[row_N] != ids_N))).nonzero().squeeze(1)
         while left.numel():
             slot_N[left] = (slot_N[left] + 1) & (self._slots - 1)
-            there_N[left] = there = self._id_S[slot_N[left]]
-            left = left[(there != ids_N[left]) & (there != _EMPTY)]
-        return slot_N.masked_fill_(there_N == _EMPTY, -1)
+            row_N[left] = row = self._row_S[slot_N[left]].long()
+            left = left[(row != _EMPTY) & ((row == _GONE) | (self.ids_R[row] != ids_N[left]))]
+        return slot_N, row_N
 
-    def add(self, ids_N: Tensor, rows_N: Tensor) -> None:
-        """Enter distinct ids that are not there."""
-        if 2 * (self._taken + ids_N.numel()) > self._slots:
+    def _first_slot(self, ids_N: Tensor) -> Tensor:
+        return mixed(ids_N) & (self._slots - 1)
+
+    def add(self, rows_M: Tensor) -> None:
+        """Enter the ids of distinct rows; none of them is there."""
+        if 2 * (self._used + rows_M.numel()) > self._slots:
             self._rebuild()
-        self._taken += ids_N.numel()
-        slot_N = mixed(ids_N) & (self._slots - 1)
-        left = torch.arange(ids_N.numel())
+        self._used += rows_M.numel()
+        slot_M = self._first_slot(self.ids_R[rows_M])
+        left = torch.arange(rows_M.numel(), device=rows_M.device)
         while left.numel():
-            free = left[self._id_S[slot_N[left]] == _EMPTY]
-            self._id_S[slot_N[free]] = ids_N[free]  # of several for one slot, one stays
-            done = self._id_S[slot_N[left]] == ids_N[left]
-            self._row_S[slot_N[left[done]]] = rows_N[left[done]].int()
-            left = left[~done]
-            slot_N[left] = (slot_N[left] + 1) & (self._slots - 1)
+            free = left[self._row_S[slot_M[left]] == _EMPTY]
+            self._row_S[slot_M[free]] = rows_M[free].int()  # of several for one slot, one stays
+            left = left[self._row_S[slot_M[left]] != rows_M[left]]
+            slot_M[left] = (slot_M[left] + 1) & (self._slots - 1)
 
-    def remove(self, ids_N: Tensor) -> None:
-        """Take out distinct ids that are there."""
-        self._id_S[self._find(ids_N)] = _GONE
+    def remove(self, rows_M: Tensor) -> None:
+        """Take out the ids of distinct rows that are there, before the rows have others."""
+        self._row_S[self._find(self.ids_R[rows_M])[0]] = _GONE
 
     def _rebuild(self) -> None:
-        there_S = self._id_S >= 0
-        ids, rows = self._id_S[there_S], self._row_S[there_S]
-        self.clear()
-        self.add(ids, rows)
+        there = self._row_S[self._row_S >= 0].long()
+        self._clear()
+        self.add(there)

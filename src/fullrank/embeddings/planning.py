@@ -5,17 +5,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from fullrank.embeddings.dimensions import DEFAULT_TEMPERATURE, equal_count_blocks
 from fullrank.embeddings.full import FullTable
 from fullrank.embeddings.memory import table_bytes
 from fullrank.embeddings.mixed_dimension import MixedDimensionTable
+from fullrank.embeddings.partitions import balanced_sizes, digits, quotient_remainder_sizes
 from fullrank.embeddings.quotient_remainder import QuotientRemainderTable
 from fullrank.embeddings.table import TableConfig
 from fullrank.registry import Registry
@@ -101,24 +103,31 @@ def mixed_dimension_offers(use: TableUse) -> Iterator[tuple[TableConfig, float]]
 
 
 def quotient_remainder_offers(use: TableUse) -> Iterator[tuple[TableConfig, float]]:
-    """2, 4, 8, ... collisions, of tables of more than 200 ids.
+    """2, 4, 8, ... collisions, and three digits, of tables of more than 200 ids.
 
     A row that ids share is their mean by lookups: of id i, asked for in a share q_i of the lookups, it explains q_i / P
-    of the variance, P being the share of the row. The two rows explain the sum, less what the mean of all ids does.
+    of the variance, P being the share of the row. The rows of an id explain the sum, less what the mean of all ids does
+    for each but one.
     """
     if use.rows <= LEAST_ROWS_TO_SHARE:
         return
     share_R = use.counts / max(use.counts.sum(), 1)
-    ids_R = np.arange(use.rows)
-    collisions = 2
-    while collisions * 2 <= use.rows:
-        modulus = -(-use.rows // collisions)
-        kept = -float((share_R**2).sum())
-        for row_R in (ids_R % modulus, ids_R // modulus):
+    mean = float((share_R**2).sum())
+
+    def lost(sizes: Sequence[int]) -> float:
+        kept = (1 - len(sizes)) * mean
+        for digit_R in digits(torch.arange(use.rows), sizes, "remainder"):
+            row_R = digit_R.numpy()
             shared = np.bincount(row_R, weights=share_R)[row_R]
             kept += float(np.divide(share_R**2, shared, out=np.zeros(use.rows), where=shared > 0).sum())
-        yield QuotientRemainderTable.Config(collisions=collisions), max(0.0, 1 - kept)
+        return max(0.0, 1 - kept)
+
+    collisions = 2
+    while collisions * 2 <= use.rows:
+        sizes = quotient_remainder_sizes(use.rows, collisions)
+        yield QuotientRemainderTable.Config(collisions=collisions), lost(sizes)
         collisions *= 2
+    yield QuotientRemainderTable.Config(num_partitions=3), lost(balanced_sizes(use.rows, 3))
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,7 @@ class Table(nn.Module):
     Attributes:
         parts: what is stored. Set by the subclass.
         first_rows: ids below it are laid out as if there were no others.
+        tokens: vectors of width D that an id has, side by side in what `combine` gives.
         grows: whether it can grow; a subclass that obeys the above says so.
         learns_ids: whether which row an id asks for depends on the ids that training has looked up, through `learn`.
     """
@@ -128,6 +129,7 @@ class Table(nn.Module):
     grows: ClassVar[bool] = False
     learns_ids: ClassVar[bool] = False
     parts: tuple[Part, ...]
+    tokens: int = 1
 
     def __init__(self, rows: int, width: int, init_std: float, config: TableConfig) -> None:
         super().__init__()
@@ -141,8 +143,8 @@ class Table(nn.Module):
         raise NotImplementedError
 
     def combine(self, ids_N: Tensor, asks: Sequence[Ask], vectors: Sequence[Tensor]) -> Tensor:
-        """Vectors (N, D) of the ids that `asks` was called with, from the rows that it named, (M, width of the part)
-        each."""
+        """Vectors (N, tokens · D) of the ids that `asks` was called with, from the rows that it named, (M, width of the
+        part) each."""
         raise NotImplementedError
 
     def learn(self, ids_N: Tensor) -> tuple[Tensor, list[Fresh]]:

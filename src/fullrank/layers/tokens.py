@@ -58,8 +58,7 @@ class FeatureTokens(nn.Module):
         self.num_tokens = len(self.ids.widths) + (number_tokens if together else numbers)
         if self.num_tokens == 0:
             raise ValueError("the schema has no features")
-        names = (*self.ids.single, *self.ids.pooled)
-        for name, width in zip(names, self.ids.widths, strict=True):
+        for name, width in zip(self.ids.token_columns, self.ids.widths, strict=True):
             if width != tables.embedding_dim:
                 raise ValueError(
                     f'this model needs one embedding width for all features: "{name}" has embedding_dim {width}, '

@@ -30,7 +30,7 @@ class Towers(nn.Module):
         self.numbers = NumberCodes(schema)
         self.sides: dict[str, tuple[list[int], list[int]]] = {}
         for side, roles in SIDES.items():
-            places, numbers = _columns(schema, self.ids.widths, self.numbers.columns_C, roles)
+            places, numbers = _columns(schema, self.ids, self.numbers.columns_C, roles)
             if not places and not numbers:
                 raise ValueError(f"the schema has no feature with role {' or '.join(sorted(roles))}: a tower needs one")
             self.sides[side] = (places, numbers)
@@ -67,13 +67,13 @@ SIDES: dict[str, set[Role]] = {"user": {"user", "context"}, "item": {"item"}}
 
 
 def _columns(
-    schema: Schema, widths: tuple[int, ...], columns_C: Sequence[int], roles: set[Role]
+    schema: Schema, ids: EmbeddingCollection, columns_C: Sequence[int], roles: set[Role]
 ) -> tuple[list[int], list[int]]:
     """Places in `Embedded.flat` and in the codes of numbers of the features that have one of `roles`."""
     role_of = schema.roles()
     places: list[int] = []
     begin = 0
-    for column, width in zip(schema.embedded(), widths, strict=True):
+    for column, width in zip(ids.token_columns, ids.widths, strict=True):
         if role_of[column] in roles:
             places.extend(range(begin, begin + width))
         begin += width

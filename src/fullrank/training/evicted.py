@@ -32,7 +32,7 @@ def admitted_tables(model: Ranker) -> dict[str, AdmittedTable]:
 def id_counts(model: Ranker) -> dict[str, dict[str, int]]:
     """By table: how many ids have a row, ever got one, and lost it."""
     return {
-        name: dict(zip(("live", "admitted", "evicted"), kind.totals[1:].tolist(), strict=True))
+        name: dict(zip(("live", "admitted", "evicted"), kind.totals[1:4].tolist(), strict=True))
         for name, kind in admitted_tables(model).items()
     }
 
