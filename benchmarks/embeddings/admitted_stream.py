@@ -1,5 +1,6 @@
-"""Ids that come and go, on a stream in which ads are born and die: admitted rows, hashing, quotient and remainder, and
-TorchRec's managed collision at equal memory, against a table with a row for every ad.
+"""Ids that come and go, in a stream of ads that are born and die: kinds of tables at equal memory.
+
+Admitted rows, hashing, quotient and remainder, and TorchRec's managed collision, against a row for every ad.
 
     python -m benchmarks.embeddings.admitted_stream
 
@@ -9,6 +10,8 @@ is learnt from (DCN-V2, row-wise AdaGrad on tables); the loss is that of the las
 training keeps of the table of ads: rows, optimiser state, ids, counts and maps; the oracle's is not bounded, and
 hashing and quotient-remainder get as many rows as fit into the same bytes. Quotient and remainder are of ids that are
 numbered beforehand, which a stream does not offer.
+
+The bounded arms have the bytes of an admitted table of `capacity` ids: some 3,600 ads are shown on a day.
 
 A new ad has been seen fewer than 20 times when it is shown; of the others the head is what the most popular tenth of
 the ads gets. `minus_hash` is the mean difference of the NE to that of hashing, `error` its standard error.
@@ -44,6 +47,7 @@ from fullrank.training.evicted import id_counts
 DAYS, ADS, LIFE, BURN_IN, NEW = 30, 30_000, 6.0, 5, 20
 BATCH, WIDTH, RATE = 512, 16, 0.05
 ADS_TABLE = "item_id"
+HASHING = "hashing"
 # Bytes of a row and its optimiser state.
 ROW = 4 * WIDTH + 4
 
@@ -136,31 +140,38 @@ def admitted_bytes(capacity: int) -> int:
     return capacity * (ROW + 8 + 4 + 4) + slots * 4 + 4 * (1 << (2 * capacity - 1).bit_length())
 
 
-def arms(capacity: int, ads: int) -> dict[str, dict[str, Any]]:
-    """By name: the table, whether its ids are numbered, and rows of managed collision."""
-    budget = admitted_bytes(capacity)
-    rows = budget // ROW
-    collisions = next(c for c in range(2, ads) if sum(quotient_remainder_sizes(ads, c)) <= rows)
-    admitted = {"kind": "admitted", "capacity": capacity}
-    managed = ManagedCollision.rows_of(budget)
+def unlimited(ads: int) -> dict[str, dict[str, Any]]:
+    """By name: the table, and its rows."""
     return {
         "oracle: a row for every ad": {"table": None, "rows": ads},
-        "admitted, room for all": {"table": {**admitted, "capacity": ads}, "rows": ads},
-        "hashing": {"table": {"kind": "hash", "stored_rows": rows}, "rows": rows},
-        "quotient-remainder, ids numbered": {
-            "table": {"kind": "quotient_remainder", "collisions": collisions}, "rows": rows, "numbered": True,
-        },
-        "admitted, LFU": {"table": {**admitted, "half_life": 200}, "rows": capacity},
-        "admitted, TTL": {"table": {**admitted, "evict": "ttl", "ttl": 50}, "rows": capacity},
-        "admitted, no drop-out": {"table": {**admitted, "half_life": 200, "dropout": 0.0}, "rows": capacity},
-        "admitted at once, LFU": {"table": {**admitted, "half_life": 200, "admit_after": 1}, "rows": capacity},
+        "admitted, room for all": {"table": {"kind": "admitted", "capacity": ads}, "rows": ads},
+    }
+
+
+def limited(capacity: int, ads: int, day: int) -> dict[str, dict[str, Any]]:
+    """By name: the table, whether its ids are numbered, rows, and how those of managed collision are given.
+
+    Args:
+        day: steps of a day. Counts of admitted ids are halved every two days, and ids go after two days: by a log of
+            another seed than those that are reported.
+    """
+    budget = admitted_bytes(capacity)
+    rows, managed = budget // ROW, ManagedCollision.rows_of(budget)
+    collisions = next(c for c in range(2, ads) if sum(quotient_remainder_sizes(ads, c)) <= rows)
+    product = {"kind": "quotient_remainder", "collisions": collisions}
+    admitted = {"kind": "admitted", "capacity": capacity}
+    return {
+        HASHING: {"table": {"kind": "hash", "stored_rows": rows}, "rows": rows},
+        "quotient-remainder, ids numbered": {"table": product, "rows": rows, "numbered": True},
+        "admitted, LFU": {"table": {**admitted, "half_life": 2 * day}, "rows": capacity},
         "admitted, LFU without ageing": {"table": admitted, "rows": capacity},
+        "admitted, TTL": {"table": {**admitted, "evict": "ttl", "ttl": 2 * day}, "rows": capacity},
         "TorchRec MCH, LFU": {"table": None, "managed": "LFU", "rows": managed},
         "TorchRec MCH, DistanceLFU": {"table": None, "managed": "DistanceLFU", "rows": managed},
-    }  # fmt: skip
+    }
 
 
-def one(name: str, arm: dict[str, Any], schema: Schema, log: Batch, seed: int) -> tuple[Tensor, dict[str, Any]]:
+def one(arm: dict[str, Any], schema: Schema, log: Batch, seed: int) -> tuple[Tensor, dict[str, Any]]:
     """Logits of all rows, each before its batch was learnt from."""
     ads = int(log.ids_BF[:, column_of(schema)].max()) + 1
     rows = arm["rows"] if "managed" in arm else ads
@@ -213,47 +224,51 @@ def groups(schema: Schema, log: Batch, day_N: Tensor, popularity: np.ndarray[Any
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
-    by = {(run["tables"], run["seed"]): run for run in runs}
+    by = {(run["capacity"], run["tables"], run["seed"]): run for run in runs}
     seeds = sorted({run["seed"] for run in runs})
-    for name in dict.fromkeys(run["tables"] for run in runs):
-        mine = [by[name, seed] for seed in seeds]
-        row: dict[str, Any] = {"tables": name}
-        for key in ("rows", "all", "new", "tail", "head", "evicted", "cpu_seconds"):
+    for capacity, name in dict.fromkeys((run["capacity"], run["tables"]) for run in runs):
+        mine = [by[capacity, name, seed] for seed in seeds]
+        row: dict[str, Any] = {"capacity": capacity, "tables": name}
+        for key in ("rows", "bytes", "all", "new", "tail", "head", "evicted", "cpu_seconds"):
             values = [run[key] for run in mine if key in run]
             row[key] = statistics.mean(values) if values else None
-        less = [run["all"] - by["hashing", run["seed"]]["all"] for run in mine] if name != "hashing" else []
-        row["minus_hash"] = statistics.mean(less) if less else None
-        row["error"] = statistics.stdev(less) / len(less) ** 0.5 if len(less) > 1 else None
+        if capacity is not None and name != HASHING:
+            less = [run["all"] - by[capacity, HASHING, run["seed"]]["all"] for run in mine]
+            row["minus_hash"] = statistics.mean(less)
+            row["error"] = statistics.stdev(less) / len(less) ** 0.5 if len(less) > 1 else None
         rows.append(row)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--impressions", type=int, default=600_000)
-    parser.add_argument("--capacity", type=int, default=2_000)
+    parser.add_argument("--impressions", type=int, default=400_000)
+    parser.add_argument("--capacities", nargs="+", type=int, default=[2_000, 5_000])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--tables", nargs="+", metavar="TABLES")
     args = parser.parse_args()
     torch.set_num_threads(1)
     runs = []
     for seed in args.seeds:
         schema, log, day_N, popularity = log_of(args.impressions, seed)
-        found = arms(args.capacity, int(log.ids_BF[:, column_of(schema)].max()) + 1)
         chosen = groups(schema, log, day_N, popularity)
-        for name in args.tables or found:
-            logits, facts = one(name, found[name], schema, log, seed)
+        ads = int(log.ids_BF[:, column_of(schema)].max()) + 1
+        arms = [(None, name, arm) for name, arm in unlimited(ads).items()]
+        for capacity in args.capacities:
+            found = limited(capacity, ads, len(log) // BATCH // DAYS)
+            arms += [(capacity, name, arm) for name, arm in found.items()]
+        for capacity, name, arm in arms:
+            logits, facts = one(arm, schema, log, seed)
             losses = {group: normalised(logits[rows], log.labels_BT[rows, 0]) for group, rows in chosen.items()}
-            runs.append({"tables": name, "seed": seed, **losses, **facts})
+            runs.append({"capacity": capacity, "tables": name, "seed": seed, **losses, **facts})
+            if capacity is not None:
+                runs[-1]["bytes"] = admitted_bytes(capacity)
             print(runs[-1], flush=True)
-    if args.tables:
-        return
     summary = summarise(runs)
-    columns = ["tables", "rows", "all", "minus_hash", "error", "new", "tail", "head", "evicted", "cpu_seconds"]
-    table(summary, columns)
+    columns = ["capacity", "tables", "rows", "bytes", "all", "minus_hash", "error", "new", "tail", "head", "evicted"]
+    table(summary, [*columns, "cpu_seconds"])
     settings = {
-        "impressions": args.impressions, "ads": ADS, "days": DAYS, "capacity": args.capacity,
-        "bytes": admitted_bytes(args.capacity), "batch": BATCH, "width": WIDTH, "learning_rate": RATE, "threads": 1,
+        "impressions": args.impressions, "ads": ADS, "days": DAYS, "batch": BATCH, "width": WIDTH,
+        "learning_rate": RATE, "threads": 1,
     }  # fmt: skip
     write("admitted_stream", {"settings": settings, "summary": summary, "runs": runs})
 
