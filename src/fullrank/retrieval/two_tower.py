@@ -18,7 +18,7 @@ from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.data.loader import batch_from_frame
 from fullrank.embeddings import Tables
 from fullrank.layers.towers import Towers
-from fullrank.retrieval.base import Progress, Retriever, item_keys
+from fullrank.retrieval.base import Progress, item_keys
 from fullrank.retrieval.vector_retriever import VectorRetriever
 from fullrank.schema import Schema
 
@@ -72,7 +72,7 @@ class TwoTower(VectorRetriever):
     an inner product.
     """
 
-    class Config(Retriever.Config):
+    class Config(VectorRetriever.Config):
         """Hyper-parameters.
 
         Attributes:

@@ -1,16 +1,17 @@
 """Retrievers whose score is an inner product: vectors of users and items, and an index of the latter."""
 
-# Shapes: B users, I items, D width of vectors, A items that may be returned.
+# Shapes: B users, I items, D width of vectors, A items that may be returned, Q typical users.
 
 from __future__ import annotations
 
 from abc import abstractmethod
 
+from pydantic import Field
 from torch import Tensor
 
 from fullrank.batch import Batch
 from fullrank.retrieval.base import Items, Retriever, SearchResult
-from fullrank.retrieval.exact import ExactIndex
+from fullrank.retrieval.vectors import VectorIndex, VectorIndexSpec
 from fullrank.schema import Schema
 
 
@@ -23,16 +24,30 @@ class VectorRetriever(Retriever):
 
     Attributes:
         vectors: the index of the items' vectors.
+        typical_QD: vectors of some users, by which an approximate index chooses how hard to search; `fit` may set it.
     """
 
-    filters = True
+    class Config(Retriever.Config):
+        """Hyper-parameters of a retriever by inner products.
 
-    def __init__(self, schema: Schema, config: Retriever.Config | None = None) -> None:
+        Attributes:
+            index: what searches the vectors, by name with its fields: `exact` scores all of them.
+        """
+
+        index: VectorIndexSpec = Field(default_factory=lambda: VectorIndexSpec.of("exact"))
+
+    filters = True
+    config: Config
+
+    def __init__(self, schema: Schema, config: Config | None = None) -> None:
         super().__init__(schema, config)
+        self.typical_QD: Tensor | None = None
         self.vectors = self._empty()
 
-    def _empty(self) -> ExactIndex:
-        return ExactIndex(self.width)
+    def _empty(self) -> VectorIndex:
+        index = self.config.index.build(self.width)
+        index.typical_QD = self.typical_QD
+        return index
 
     @property
     @abstractmethod
@@ -62,10 +77,11 @@ class VectorRetriever(Retriever):
         return self.vectors.search(self.user_vectors(users), k, allowed=allowed)
 
     def cost(self) -> int:
-        return len(self.vectors)
+        return self.vectors.cost()
 
     def state(self) -> dict[str, Tensor]:
-        return {"index.keys": self.vectors.keys_I, "index.vectors": self.vectors.vectors_ID.contiguous()}
+        return {f"index.{name}": value for name, value in self.vectors.state().items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.vectors.add(state["index.keys"], state["index.vectors"])
+        index = {name.removeprefix("index."): value for name, value in state.items() if name.startswith("index.")}
+        self.vectors.restore(index)

@@ -129,6 +129,6 @@ def merged(one: SearchResult, other: SearchResult, k: int) -> SearchResult:
     """The k best of two searches of different items."""
     keys_BK, scores_BK = torch.cat([one.item_keys_BK, other.item_keys_BK], 1), torch.cat([one[1], other[1]], 1)
     keys_BK, order_BK = keys_BK.sort(1)
-    scores_BK, best_BK = scores_BK.gather(1, order_BK).sort(1, descending=True, stable=True)
+    scores_BK, best_BK = scores_BK.gather(1, order_BK).sort(dim=1, descending=True, stable=True)
     keys_BK = keys_BK.gather(1, best_BK)
     return SearchResult(keys_BK[:, :k].contiguous(), scores_BK[:, :k].contiguous(), one.cost_B + other.cost_B)

@@ -53,6 +53,9 @@ class _FaissIVF(SnapshotIndex):
         index = self.faiss.index_factory(
             self.width, f"IVF{number},{self._quantizer()}", self.faiss.METRIC_INNER_PRODUCT
         )
+        if hasattr(index, "pq"):
+            # Its own default learns each code book from 256 vectors a code word, in minutes.
+            index.pq.cp.max_points_per_centroid = 64
         index.train(vectors_SD.numpy())
         index.add(vectors_SD.numpy())
         return index
@@ -104,7 +107,7 @@ class FaissIVFPQ(_FaissIVF):
         most = max(1, self.width // self.config.numbers_per_code)
         return f"PQ{next(codes for codes in range(most, 0, -1) if self.width % codes == 0)}"
 
-    def _asked(self, count: int, effort: int) -> int:
+    def _asked(self, count: int) -> int:
         return round(self.config.refine * count)
 
 

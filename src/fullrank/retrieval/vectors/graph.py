@@ -1,4 +1,4 @@
-"""What indexes that walk a graph have in common: inner products become distances, and what can be reached is counted."""
+"""What indexes that walk a graph have in common: inner products become distances."""
 
 # Shapes: B queries, S items, D width, E width of points (D or D + 1), L links, N items found.
 

@@ -106,5 +106,5 @@ def k_means(vectors_SD: Tensor, number: int, *, seed: int = 0) -> Tensor:
 def nearest(vectors_SD: Tensor, centroids_CD: Tensor) -> Tensor:
     """The centroid at the smallest Euclidean distance of each vector."""
     half_C = centroids_CD.square().sum(1) / 2
-    parts = [(rows @ centroids_CD.T).sub_(half_C).argmax(1) for rows in vectors_SD.split(ROWS_AT_ONCE)]
-    return torch.cat(parts)
+    blocks = [vectors_SD[begin : begin + ROWS_AT_ONCE] for begin in range(0, len(vectors_SD), ROWS_AT_ONCE)]
+    return torch.cat([(rows_RD @ centroids_CD.T).sub_(half_C).argmax(1) for rows_RD in blocks])
