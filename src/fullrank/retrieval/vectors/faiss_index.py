@@ -53,9 +53,6 @@ class _FaissIVF(SnapshotIndex):
         index = self.faiss.index_factory(
             self.width, f"IVF{number},{self._quantizer()}", self.faiss.METRIC_INNER_PRODUCT
         )
-        if hasattr(index, "pq"):
-            # Its own default learns each code book from 256 vectors a code word, in minutes.
-            index.pq.cp.max_points_per_centroid = 64
         index.train(vectors_SD.numpy())
         index.add(vectors_SD.numpy())
         return index
@@ -133,11 +130,10 @@ class FaissHNSW(GraphIndex):
         asked = self.faiss.SearchParametersHNSW(efSearch=effort)
         return torch.from_numpy(graph.search(queries_BE.numpy(), count, params=asked)[1])
 
-    def neighbours(self) -> Tensor | None:
+    def links(self) -> tuple[Tensor, int] | None:
         if self.snapshot is None:
             return None
         hnsw, size = self.snapshot.library.hnsw, self.live_S.numel()
         links = torch.from_numpy(self.faiss.vector_to_array(hnsw.neighbors)).long()
         offsets = torch.from_numpy(self.faiss.vector_to_array(hnsw.offsets).astype("int64"))
-        width = hnsw.nb_neighbors(0)
-        return links[offsets[:size, None] + torch.arange(width)]
+        return links[offsets[:size, None] + torch.arange(hnsw.nb_neighbors(0))], int(hnsw.entry_point)

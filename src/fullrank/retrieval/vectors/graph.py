@@ -55,9 +55,9 @@ class GraphIndex(SnapshotIndex):
     def _walk(self, graph: Any, queries_BE: Tensor, count: int, effort: int) -> Tensor:
         """`_find` among points."""
 
-    def neighbours(self) -> Tensor | None:
-        """Links between the places of the snapshot on the level that has all items, (S, L), -1 for none; None if there
-        is no snapshot or the library does not tell."""
+    def links(self) -> tuple[Tensor, int] | None:
+        """Links between the places of the snapshot on the level that has all items, (S, L), -1 for none, and the place
+        where searches begin; None if there is no snapshot or the library does not tell."""
         return None
 
     def _build(self, vectors_SD: Tensor) -> Any:
