@@ -104,7 +104,7 @@ def peer(bundle: Path, port: int) -> None:
     retriever = funnel.retriever
     assert isinstance(retriever, TwoTower) and funnel.users is not None and funnel.items.bid_I is not None
     schema, model = funnel.schema, funnel.final
-    vectors = retriever.exact.vectors_ID.numpy()
+    vectors = retriever.vectors.vectors_ID.numpy()
     index = faiss.IndexHNSWFlat(vectors.shape[1], HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
     retrieve = funnel.sizes.retrieve
     index.hnsw.efConstruction, index.hnsw.efSearch = HNSW_BUILD, max(HNSW_SEARCH, retrieve)
@@ -124,9 +124,9 @@ def peer(bundle: Path, port: int) -> None:
     @app.get("/recall")
     def recall() -> dict[str, float]:
         queries = torch.cat([retriever.user_vectors(row) for row in list(users.values())[:200]])
-        exact = retriever.exact.search(queries, retrieve).item_keys_BK.numpy()
+        exact = retriever.vectors.search(queries, retrieve).item_keys_BK.numpy()
         _, found = index.search(queries.numpy(), retrieve)
-        keys = retriever.exact.keys_I.numpy()
+        keys = retriever.vectors.keys_I.numpy()
         pairs = zip(found, exact, strict=True)
         return {"recall": float(np.mean([len(set(keys[f]) & set(e)) / retrieve for f, e in pairs]))}
 

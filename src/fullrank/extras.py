@@ -34,7 +34,9 @@ EXTRAS: dict[str, Extra] = {
     "serve": Extra(
         "HTTP service", {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
     ),
-    "retrieval": Extra("FAISS, as a baseline", {"faiss": "faiss-cpu"}),
+    "retrieval": Extra("FAISS, for large catalogues and as a baseline", {"faiss": "faiss-cpu"}),
+    "ann": Extra("USearch and ScaNN, further indexes of vectors", {"usearch": "usearch", "scann": "scann"}),
+    "hnswlib": Extra("hnswlib, built from source", {"hnswlib": "hnswlib"}),
     "text": Extra("vectors of texts for codes", {"wordllama": "wordllama"}),
     "randomized": Extra(
         "estimators of fullrank.randomized",

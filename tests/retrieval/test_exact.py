@@ -18,7 +18,7 @@ def test_exact_search_equals_brute_force(monkeypatch: pytest.MonkeyPatch) -> Non
     keys = rng.permutation(2000)[:503]
     order = np.lexsort((keys[None, :].repeat(20, 0), -(queries @ vectors.T)), axis=1)
     for scores_at_once in (4_000_000, 700):
-        monkeypatch.setattr("fullrank.retrieval.exact.SCORES_AT_ONCE", scores_at_once)
+        monkeypatch.setattr("fullrank.retrieval.vectors.scan.SCORES_AT_ONCE", scores_at_once)
         index = ExactIndex(5)
         index.add(torch.from_numpy(keys), torch.from_numpy(vectors))
         for k in (1, 7, 100, 503):
@@ -53,7 +53,7 @@ def test_a_vector_that_is_not_finite_is_refused() -> None:
 @pytest.mark.parametrize("scores_at_once", [4_000_000, 40])
 def test_a_filtered_search_is_a_search_of_what_is_allowed(monkeypatch: pytest.MonkeyPatch, scores_at_once: int) -> None:
     """For all queries or for each its own; who has fewer than k gets what there is, and no item behind it."""
-    monkeypatch.setattr("fullrank.retrieval.exact.SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr("fullrank.retrieval.vectors.scan.SCORES_AT_ONCE", scores_at_once)
     generator = torch.Generator().manual_seed(0)
     keys = torch.randperm(500, generator=generator)[:90]
     index, queries = ExactIndex(4), torch.randn(3, 4, generator=generator)

@@ -4,6 +4,7 @@ from fullrank.retrieval.base import NO_ITEM, Items, Retriever, SearchResult, ite
 from fullrank.retrieval.popularity import Popularity
 from fullrank.retrieval.registry import RETRIEVERS, RetrieverSpec, register
 from fullrank.retrieval.two_tower import TwoTower
+from fullrank.retrieval.vector_retriever import VectorRetriever
 
 __all__ = [
     "NO_ITEM",
@@ -14,6 +15,7 @@ __all__ = [
     "RetrieverSpec",
     "SearchResult",
     "TwoTower",
+    "VectorRetriever",
     "item_keys",
     "register",
 ]

@@ -18,8 +18,8 @@ from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.data.loader import batch_from_frame
 from fullrank.embeddings import Tables
 from fullrank.layers.towers import Towers
-from fullrank.retrieval.base import Items, Progress, Retriever, SearchResult, item_keys
-from fullrank.retrieval.exact import ExactIndex
+from fullrank.retrieval.base import Progress, item_keys
+from fullrank.retrieval.vector_retriever import VectorRetriever
 from fullrank.schema import Schema
 
 # Rows of a tower's forward pass when all items are encoded.
@@ -64,7 +64,7 @@ def sampled_softmax_loss(
     return F.cross_entropy(logits_BI, own_B)
 
 
-class TwoTower(Retriever):
+class TwoTower(VectorRetriever):
     """Score = u·v / temperature + b, with u from the user's and context's features, v and b from the item's.
 
     Trains on the rows whose first binary label is 1. Vectors have unit length, so that no item can win by its norm
@@ -72,7 +72,7 @@ class TwoTower(Retriever):
     an inner product.
     """
 
-    class Config(Retriever.Config):
+    class Config(VectorRetriever.Config):
         """Hyper-parameters.
 
         Attributes:
@@ -100,7 +100,6 @@ class TwoTower(Retriever):
         seed: int = 0
 
     name = "two_tower"
-    filters = True
     config: Config
 
     def __init__(self, schema: Schema, config: Config | None = None) -> None:
@@ -115,7 +114,10 @@ class TwoTower(Retriever):
                 output_dim=self.config.output_dim + 1,
             )
         self.towers.eval()
-        self.exact = ExactIndex(self.config.output_dim + 1)
+
+    @property
+    def width(self) -> int:
+        return self.config.output_dim + 1
 
     def fit(self, log: Dataset, *, progress: Progress | None = None) -> Self:
         """Learn from the training part of a log.
@@ -168,45 +170,26 @@ class TwoTower(Retriever):
 
     @torch.inference_mode()
     def user_vectors(self, users: Batch) -> Tensor:
-        """Queries, shape (B, output_dim + 1)."""
         user_BD = F.normalize(self.towers.users(users)[:, :-1], dim=1)
         return torch.cat([user_BD, user_BD.new_ones(user_BD.shape[0], 1)], 1)
 
     @torch.inference_mode()
     def item_vectors(self, items: Batch) -> Tensor:
-        """What the index holds, shape (I, output_dim + 1)."""
         pieces = []
         for begin in range(0, len(items), ROWS_AT_ONCE):
             item = self.towers.items(items[begin : begin + ROWS_AT_ONCE])
             unit = F.normalize(item[:, :-1], dim=1) / self.config.temperature
             pieces.append(torch.cat([unit, item[:, -1:]], 1))
-        return torch.cat(pieces) if pieces else torch.zeros(0, self.config.output_dim + 1)
-
-    def index(self, items: Items) -> None:
-        fresh = ExactIndex(self.config.output_dim + 1)
-        fresh.add(items.keys_I, self.item_vectors(items.features))
-        self.exact = fresh
-
-    def add(self, items: Items) -> None:
-        self.exact.add(items.keys_I, self.item_vectors(items.features))
-
-    def remove(self, keys: Tensor) -> None:
-        self.exact.remove(keys)
-
-    def search(self, users: Batch, k: int, *, allowed: Tensor | None = None) -> SearchResult:
-        return self.exact.search(self.user_vectors(users), k, allowed=allowed)
-
-    def cost(self) -> int:
-        return len(self.exact)
+        return torch.cat(pieces) if pieces else torch.zeros(0, self.width)
 
     def state(self) -> dict[str, Tensor]:
         state = {f"towers.{name}": value.contiguous() for name, value in self.towers.state_dict().items()}
-        return {**state, "index.keys": self.exact.keys_I, "index.vectors": self.exact.vectors_ID.contiguous()}
+        return {**state, **super().state()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         towers = {name.removeprefix("towers."): value for name, value in state.items() if name.startswith("towers.")}
         self.towers.load_state_dict(towers)
-        self.exact.add(state["index.keys"], state["index.vectors"])
+        super().restore(state)
         # Ids come from the encoders that the tables were built for; a lookup refuses what is outside in any case.
         self.towers.ids.check_ids = False
 

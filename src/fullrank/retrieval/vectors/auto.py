@@ -1,0 +1,126 @@
+"""The index that costs least: all items scored while that is cheap, the best library at hand beyond."""
+
+# Shapes: B queries, S items, D width, N items found, Q typical queries, K results.
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor
+
+from fullrank.extras import installed
+from fullrank.retrieval.vectors.registry import VECTOR_INDEXES
+from fullrank.retrieval.vectors.snapshot import RESULTS, Snapshot, SnapshotIndex
+
+# Those that were never far from the best at a recall of .95 (benchmarks.retrieval.dot_products), and what each needs.
+LIBRARIES = {"scann": "scann", "faiss_ivf_sq8": "faiss-cpu"}
+WITHOUT = "ivf"
+ALL = "exact"
+
+# Queries at once for which the ways are timed, and how much faster than the usual one another has to be.
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+FASTER = 1.1
+
+
+class AutoIndex(SnapshotIndex):
+    """All items are scored up to a number of items. Beyond, a search goes the way that was fastest when the snapshot
+    was built: ScaNN, FAISS (those that are installed; else our inverted file), or all items, which wins for large
+    batches.
+
+    Ways are timed for batches of 1 to 64 typical queries, in seconds of CPU. A library that is never the fastest by a
+    tenth is forgotten.
+
+    Attributes:
+        indexes: those that may be asked, by name.
+        ways: what answers 1, 2, 4, ... 64 queries and more, by name.
+    """
+
+    class Config(SnapshotIndex.Config):
+        """Hyper-parameters.
+
+        Attributes:
+            exact_below: number of items up to which all are scored; beyond, single queries find something faster.
+        """
+
+        exact_below: int = Field(default=50_000, ge=1)
+
+    name = "auto"
+
+    def __init__(self, width: int, config: Config | None = None) -> None:
+        self.indexes: dict[str, SnapshotIndex] = {}
+        super().__init__(width, config)
+        for name in [name for name, package in LIBRARIES.items() if installed(package)] or [WITHOUT]:
+            kind = VECTOR_INDEXES[name]
+            index = kind(width, kind.Config.model_validate(self.config.model_dump()))
+            assert isinstance(index, SnapshotIndex)
+            self.indexes[name] = index
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.ways = [ALL] * len(BATCHES)
+        for index in self.indexes.values():
+            index._clear()
+
+    def _build(self, vectors_SD: Tensor) -> dict[str, Any]:
+        return {name: index._build(vectors_SD) for name, index in self.indexes.items()}
+
+    def tune(self, queries_QD: Tensor | None = None) -> None:
+        snapshot = self.snapshot
+        if snapshot is None:
+            return
+        queries_QD = self.queries() if queries_QD is None else queries_QD
+        batches = [queries_QD[:rows] for rows in BATCHES]
+        k = min(RESULTS, self.live_S.numel())
+        times = {ALL: [_seconds(snapshot.scan, batch_BD, k) for batch_BD in batches]}
+        for name, library in snapshot.library.items():
+            index = self.indexes[name]
+            index.snapshot, index.live_S = Snapshot(snapshot.keys_S, snapshot.scan, library), self.live_S
+            index.tune(queries_QD)
+            times[name] = [_seconds(index.answer, batch_BD, k) for batch_BD in batches]
+        self.ways = chosen(times)
+        for name in set(snapshot.library) - set(self.ways):
+            del snapshot.library[name]
+            self.indexes[name]._clear()
+        first = self.indexes.get(self.ways[0])
+        self.effort, self.recall = (None, 1.0) if first is None else (first.effort, first.recall)
+
+    def _way(self, rows: int) -> str:
+        return self.ways[bisect_right(BATCHES, rows) - 1]
+
+    def _scans(self, rows: int) -> bool:
+        return self._way(rows) == ALL
+
+    def answer(
+        self, queries_BD: Tensor, k: int, wanted: int | None = None, live_S: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.indexes[self._way(len(queries_BD))].answer(queries_BD, k, wanted, live_S)
+
+    def _find(self, library: Any, queries_BD: Tensor, count: int, effort: int) -> Tensor:
+        raise AssertionError("the indexes that may be asked find, and choose their efforts")
+
+    def _efforts(self, size: int) -> Sequence[int]:
+        raise AssertionError("the indexes that may be asked choose their efforts")
+
+    def _scored(self, size: int, effort: int) -> int:
+        return size if self.ways[0] == ALL else self.indexes[self.ways[0]]._scored(size, effort)
+
+
+def chosen(times: dict[str, list[float]]) -> list[str]:
+    """The way for each size of batch: the one that is fastest for most, unless another is faster by a tenth."""
+    fastest = [min(times, key=lambda way: times[way][place]) for place in range(len(BATCHES))]
+    usual = max(dict.fromkeys(fastest), key=fastest.count)
+    return [usual if times[usual][place] <= FASTER * times[way][place] else way for place, way in enumerate(fastest)]
+
+
+def _seconds(work: Callable[..., object], *arguments: object) -> float:
+    """CPU of the shortest of three runs."""
+    times = []
+    for _ in range(3):
+        begin = time.process_time()
+        work(*arguments)
+        times.append(time.process_time() - begin)
+    return min(times)
