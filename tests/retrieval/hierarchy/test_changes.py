@@ -186,8 +186,8 @@ def test_searches_during_refreshes_never_fail_and_never_mix_versions(catalogue: 
     for thread in threads:
         thread.start()
     for number, turn in enumerate(turns[1:], 1):
-        goal = [count + 3 for count in searches]
         index.refresh(encoder(catalogue, turn), node_vectors=catalogue.books, version=str(number))
+        goal = [count + 2 for count in searches]
         while any(count < least for count, least in zip(searches, goal, strict=True)) and not failures:
             stop.wait(0.001)
     stop.set()
@@ -279,3 +279,55 @@ def test_an_audit_compares_beams_with_all_items(catalogue: Catalogue, users: Ten
     hits = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(found[0], expected[0], strict=True)]
     assert audits[1].recall == pytest.approx(sum(hits) / 180)
     assert audits[1].items_share == pytest.approx(float(found.cost_B.double().mean()) / 1500)
+
+
+def test_leaves_that_have_grown_are_split(catalogue: Catalogue, users: Tensor) -> None:
+    """No item is lost, the leaves are nearer to their items, a fixed budget finds more, later items find their part."""
+    index, scorer = catalogue.index(), DotProduct()
+    before, exact = index.health(), index.search_exact(scorer, users, 20)
+    narrow = index.search(scorer, users, 20, (8, 40), max_items=250)
+    index.rebalance(30)
+    after = index.health()
+    assert before.max_leaf > 100 and after.max_leaf <= 30 and after.items == 1500
+    assert after.quantization_error is not None and before.quantization_error is not None
+    assert after.quantization_error < 0.7 * before.quantization_error
+    assert after.nodes[0] == before.nodes[0] and after.nodes[1] > before.nodes[1]
+    full = (8, after.nodes[1])
+    same(index.search_exact(scorer, users, 20), exact)
+    assert torch.equal(index.search(scorer, users, 20, full).item_keys_BK, exact.item_keys_BK)
+    wide = index.search(scorer, users, 20, full, max_items=250)
+    hits = [int(torch.isin(each.item_keys_BK, exact.item_keys_BK).sum()) for each in (narrow, wide)]
+    assert hits[1] > hits[0]
+    again = HierarchicalIndex.restore(index.state())
+    assert again.occupied == after.nodes
+    assert torch.equal(again.search(scorer, users, 20, (3, 20))[0], index.search(scorer, users, 20, (3, 20))[0])
+    fresh = catalogue.vectors_ID[:50]
+    index.add(9000 + torch.arange(50), fresh, catalogue.codes(fresh))
+    leaf = dict(zip(index.state()["keys"].tolist(), index.state()["leaves"].tolist(), strict=True))
+    beside = [leaf[9000 + row] == leaf[int(catalogue.keys_I[row])] for row in range(50)]
+    assert sum(beside) >= 45  # 2-means of halves is not nearest of all parts
+    index.rebalance(10)
+    assert index.health().max_leaf <= 10 and len(index) == 1550
+    with pytest.raises(ValueError, match="max_leaf must be at least 1, got 0"):
+        index.rebalance(0)
+
+
+def test_items_that_are_all_alike_stay_together(catalogue: Catalogue, users: Tensor) -> None:
+    alike = torch.ones(40, WIDTH)
+    index = HierarchicalIndex(NUM_NODES, catalogue.books, WIDTH)
+    index.add(torch.arange(40), alike, catalogue.codes(alike))
+    index.rebalance(5)
+    assert index.occupied == (1, 1)
+    assert index.search(DotProduct(), users, 3, (1, 1)).item_keys_BK.tolist() == [[0, 1, 2]] * 9
+
+
+def test_moved_nodes_lead_to_the_same_items(catalogue: Catalogue, users: Tensor) -> None:
+    index = catalogue.index()
+    exact = index.search_exact(DotProduct(), users, 20)
+    index.move_nodes([-book for book in catalogue.books])
+    away, back = (
+        index.search(DotProduct(), users, 20, (2, 4)),
+        catalogue.index().search(DotProduct(), -users, 20, (2, 4)),
+    )
+    assert torch.equal(away.cost_B, back.cost_B)
+    assert torch.equal(index.search(DotProduct(), users, 20, FULL).item_keys_BK, exact.item_keys_BK)

@@ -195,6 +195,31 @@ def test_ties_go_to_the_smaller_key(make_catalogue: Callable[[int], Catalogue]) 
         assert torch.equal(found.item_keys_BK, everything(catalogue.keys_I, queries @ few.T, k)[0])
 
 
+def test_a_certified_search_finds_the_best_without_scoring_all(
+    make_catalogue: Callable[[int], Catalogue], users: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In tight clusters, with ties, norms of many sizes, removed items and a user without direction."""
+    monkeypatch.setattr("fullrank.retrieval.hierarchy.certified.FIRST_ROWS", 30)
+    generator = torch.Generator().manual_seed(0)
+    catalogue = make_catalogue(1500)
+    centres = catalogue.nodes(catalogue.vectors_ID)[1] * torch.rand(1500, 1, generator=generator).exp()
+    vectors = centres + 0.03 * torch.randint(-1, 2, (1500, WIDTH), generator=generator)
+    # Sixteenths, so that products are without rounding and ties are ties.
+    vectors, users = (16 * vectors).round() / 16, (16 * users).round() / 16
+    catalogue = replace(catalogue, vectors_ID=torch.cat([vectors[:1200], vectors[:300]]))
+    index = catalogue.index()
+    index.remove(catalogue.keys_I[700:800])
+    left = torch.cat([torch.arange(700), torch.arange(800, 1500)])
+    users = torch.cat([users, torch.zeros(1, WIDTH)])
+    for k in (1, 20, 2000):
+        expected, scores = everything(catalogue.keys_I[left], users @ catalogue.vectors_ID[left].T, k)
+        found = index.search_exact(DotProduct(), users, k)
+        assert torch.equal(found.item_keys_BK, expected)
+        assert torch.allclose(found.scores_BK, scores, atol=1e-5)
+        if k == 20:
+            assert float(found.cost_B[:9].double().mean()) < 0.4 * 1500
+
+
 def test_a_budget_of_items_keeps_the_best_leaves(catalogue: Catalogue, users: Tensor) -> None:
     """As many of them, best first, as fit; the best one though it does not."""
     index = catalogue.index()
@@ -350,6 +375,8 @@ def test_wrong_input_is_told_in_one_line(
 
 def test_a_score_that_is_no_number_is_refused(index: HierarchicalIndex, users: Tensor) -> None:
     with pytest.raises(ValueError, match="the scorer gave NaN for an item"):
+        index.search_exact(DotProduct(), users * torch.nan, 5, scan=True)
+    with pytest.raises(ValueError, match="the vector of user 0 has a NaN"):
         index.search_exact(DotProduct(), users * torch.nan, 5)
     with pytest.raises(ValueError, match="the scorer gave NaN for a node of level 0"):
         index.search(DotProduct(), users * torch.nan, 5, (2, 2))

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from fullrank.retrieval.base import check_k
+from fullrank.retrieval.hierarchy.balancing import rebalanced
+from fullrank.retrieval.hierarchy.certified import certified_search
 from fullrank.retrieval.hierarchy.files import read, write
 from fullrank.retrieval.hierarchy.health import Audit, Health, audit, health
 from fullrank.retrieval.hierarchy.nodes import Codes
-from fullrank.retrieval.hierarchy.scorer import Scorer
-from fullrank.retrieval.hierarchy.searching import IndexResult, beam_search
+from fullrank.retrieval.hierarchy.scorer import DotProduct, Scorer
+from fullrank.retrieval.hierarchy.searching import IndexResult, search_snapshot
 from fullrank.retrieval.hierarchy.snapshot import ENCODED_AT_ONCE, Encode, Snapshot
-
-# A filter that leaves fewer items than this many times what a beam would score is a scan of what it leaves.
-SCAN_BELOW = 1.0
 
 
 class StaleIndexError(ValueError):
@@ -170,17 +169,28 @@ class HierarchicalIndex:
         widths = self._checked_beam(snapshot, beam)
         if max_items is not None and max_items < 1:
             raise ValueError(f"max_items must be at least 1, got {max_items}")
-        return _search(snapshot, scorer, users, k, widths, allowed, max_items)
+        return search_snapshot(snapshot, scorer, users, k, widths, allowed, max_items)
 
-    def search_exact(self, scorer: Scorer, users: Any, k: int, *, allowed: Tensor | None = None) -> IndexResult:
-        """The k best items of each user, all of them scored.
+    def search_exact(
+        self, scorer: Scorer, users: Any, k: int, *, allowed: Tensor | None = None, scan: bool = False
+    ) -> IndexResult:
+        """The k best items of each user among all.
+
+        For a `DotProduct`, where node vectors have the items' width, only what cannot be ruled out is scored, see
+        `certified_search`; `cost_B` says how much that is. All items are for any other scorer, and for `scan`.
+
+        Args:
+            scan: score all items in any case: faster unless items lie in tight clusters.
 
         Raises:
             ValueError: if k is below 1.
             StaleIndexError: if the scorer is of another version.
         """
         check_k(k)
-        return _search(self._snapshot_for(scorer), scorer, users, k, None, allowed, None)
+        snapshot = self._snapshot_for(scorer)
+        if type(scorer) is DotProduct and not scan and allowed is None and snapshot.width == snapshot.tree.codes.width:
+            return certified_search(snapshot, users, k)
+        return search_snapshot(snapshot, scorer, users, k, None, allowed, None)
 
     def add(self, keys_I: Tensor, vectors_ID: Tensor, codes_IN: Tensor) -> None:
         """Make more items searchable.
@@ -214,12 +224,26 @@ class HierarchicalIndex:
             KeyError: if a key is not there, unless those are ignored.
         """
         with self._lock:
-            known_A = self._now.found(keys_A)
-            if missing == "error" and not bool(known_A.all()):
-                raise KeyError(f"item {int(keys_A[~known_A][0])} is not in the index")
+            if missing == "error":
+                _require(self._now, keys_A)
             self._put(self._now.without(keys_A), keys_A)
             if self._previous is not None:
                 self._previous = self._previous.without(keys_A)
+
+    def lookup(self, keys_A: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored vectors (A, D) and codes (A, N) of items.
+
+        Raises:
+            KeyError: if a key is not there.
+        """
+        now = self._now
+        _require(now, keys_A)
+        return now.lookup(keys_A)
+
+    @property
+    def keys(self) -> Tensor:
+        """Of all items, int64, ascending."""
+        return self._now.items().keys_I.sort().values
 
     def refresh(
         self,
@@ -268,6 +292,24 @@ class HierarchicalIndex:
         finally:
             self._changed = None
             self._refreshing.release()
+
+    def rebalance(self, max_leaf: int, *, seed: int = 0) -> None:
+        """Split leaves with more than `max_leaf` items, see `rebalanced`.
+
+        Raises:
+            ValueError: if max_leaf is below 1, or node vectors have not the items' width.
+        """
+        with self._lock:
+            self._put(rebalanced(self._now, max_leaf, seed), None)
+
+    def move_nodes(self, node_vectors: Sequence[Tensor]) -> None:
+        """Give nodes other vectors; items stay where they are. Parts of leaves that were split keep theirs.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        with self._lock:
+            self._put(self._now.moved(node_vectors), None)
 
     def release(self) -> None:
         """Forget the state before the last refresh, and free its memory."""
@@ -351,29 +393,7 @@ class HierarchicalIndex:
             raise ValueError(f"{path}: {error}") from None
 
 
-def _search(
-    snapshot: Snapshot,
-    scorer: Scorer,
-    users: Any,
-    k: int,
-    beam: list[int] | None,
-    allowed: Tensor | None,
-    max_items: int | None,
-) -> IndexResult:
-    if allowed is None:
-        return beam_search(snapshot, scorer, users, k, beam, max_items)
-    if allowed.ndim == 1:
-        share = 1.0
-        if beam is not None and snapshot.tree.levels[-1].numbers_M.numel():
-            share = min(1.0, beam[-1] / len(snapshot.tree.levels[-1]))
-        part, few = snapshot.restricted(allowed, SCAN_BELOW * share * snapshot.stored)
-        return beam_search(part, scorer, users, k, None if few else beam, None if few else max_items)
-    rows = torch.split(torch.arange(scorer.count(users)), 1)
-    if not rows:
-        return beam_search(snapshot, scorer, users, k, beam, max_items)
-    return IndexResult.beside(
-        [
-            _search(snapshot, scorer, scorer.take(users, row), k, beam, allowed_A, max_items)
-            for row, allowed_A in zip(rows, allowed, strict=True)
-        ]
-    )
+def _require(snapshot: Snapshot, keys_A: Tensor) -> None:
+    known_A = snapshot.found(keys_A)
+    if not bool(known_A.all()):
+        raise KeyError(f"item {int(keys_A[~known_A][0])} is not in the index")

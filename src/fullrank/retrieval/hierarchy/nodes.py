@@ -98,6 +98,20 @@ class Codes:
             leaf_I = leaf_I * size + code_I
         return leaf_I * PARTS
 
+    def routed(self, leaf_I: Tensor, vectors_ID: Tensor) -> Tensor:
+        """The part that each item belongs to, the nearest one, where its leaf was split."""
+        bases = torch.unique(self.parts_P // PARTS) * PARTS
+        split_I = torch.isin(leaf_I, bases)
+        if not bool(split_I.any()):
+            return leaf_I
+        leaf_I = leaf_I.clone()
+        for base in torch.unique(leaf_I[split_I]).tolist():
+            rows = (leaf_I == base).nonzero().squeeze(1)
+            own_P = (self.parts_P // PARTS * PARTS == base).nonzero().squeeze(1)
+            nearest = torch.cdist(vectors_ID[rows], self.part_vectors_PV[own_P]).argmin(1)
+            leaf_I[rows] = self.parts_P[own_P[nearest]]
+        return leaf_I
+
     def codes(self, leaf_I: Tensor) -> Tensor:
         """The inverse of `leaves`, (I, N); parts are forgotten."""
         rest_I, found = leaf_I // PARTS, []

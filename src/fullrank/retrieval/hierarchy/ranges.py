@@ -62,12 +62,12 @@ class Rows:
     """What is stored of nodes or items, and how it is scored.
 
     Attributes:
-        dead_R: rows that count for nothing; None if there are none.
+        living_R: rows that count; None if all do.
     """
 
     vectors_RD: Tensor
     score: Score
-    dead_R: Tensor | None = None
+    living_R: Tensor | None = None
 
 
 def scored(ranges: Ranges, stored: Rows, scorer: Scorer, users: Any) -> tuple[Tensor, Tensor]:
@@ -79,54 +79,64 @@ def scored(ranges: Ranges, stored: Rows, scorer: Scorer, users: Any) -> tuple[Te
     live_BW = torch.arange(width) < ends_B[:, None]
     if not width:
         return scores_BW, live_BW
-    for users_U, columns, pieces in _calls(ranges, scorer):
-        whole = users_U.numel() == rows
-        some = users if whole else scorer.take(users, users_U)
-        vectors = stored.vectors_RD[slice(*pieces[0])] if len(pieces) == 1 else _behind(stored.vectors_RD, pieces)
-        dead = None
-        if stored.dead_R is not None:
-            dead = _behind(stored.dead_R, pieces)
-        scores_UI = stored.score(some, vectors).float()
-        if isinstance(columns, slice):
-            if whole:
-                scores_BW[:, columns] = scores_UI
-            else:
-                scores_BW[users_U[0], columns] = scores_UI[0]
-            if dead is not None:
-                live_BW[users_U, columns] &= ~dead
-        else:
-            columns_UI = columns[:, None] + torch.arange(vectors.shape[0])
-            scores_BW[users_U[:, None], columns_UI] = scores_UI
-            if dead is not None:
-                live_BW[users_U[:, None], columns_UI] &= ~dead
+    for call in _calls(ranges, scorer):
+        some = users if call.users_U is None else scorer.take(users, call.users_U)
+        scores_BW[call.where] = stored.score(some, call.rows_of(stored.vectors_RD)).float()
+        if stored.living_R is not None:
+            live_BW[call.where] = call.rows_of(stored.living_R)
     return scores_BW, live_BW
 
 
-def _behind(stored: Tensor, pieces: list[tuple[int, int]]) -> Tensor:
-    return torch.cat([stored[begin:end] for begin, end in pieces])
+@dataclass(frozen=True)
+class _Call:
+    """A grid of pairs to be scored.
+
+    Attributes:
+        users_U: which; None for all.
+        where: of the users' columns.
+        pieces: begin and end of the rows.
+    """
+
+    users_U: Tensor | None
+    where: tuple[slice | Tensor, slice | Tensor]
+    pieces: list[tuple[int, int]]
+
+    def rows_of(self, stored: Tensor) -> Tensor:
+        if len(self.pieces) == 1:
+            return stored[self.pieces[0][0] : self.pieces[0][1]]
+        sizes = [end - begin for begin, end in self.pieces]
+        if sum(sizes) > COPIED_AS_SLICES * len(sizes):
+            return torch.cat([stored[begin:end] for begin, end in self.pieces])
+        size_P = torch.tensor(sizes)
+        shift_P = torch.tensor([begin for begin, _ in self.pieces]) - (size_P.cumsum(0) - size_P)
+        return stored[torch.arange(sum(sizes)) + shift_P.repeat_interleave(size_P)]
 
 
-def _calls(ranges: Ranges, scorer: Scorer) -> Iterator[tuple[Tensor, slice | Tensor, list[tuple[int, int]]]]:
-    """Users, their columns (a slice, or the first column of each), and the pieces of rows, of every call to the scorer.
+# Pieces of fewer rows, on average, are gathered row by row.
+COPIED_AS_SLICES = 48
+
+
+def _calls(ranges: Ranges, scorer: Scorer) -> Iterator[_Call]:
+    """Every call to the scorer.
 
     Where all users have the same ranges a call has all of them. Otherwise ranges that several users share are scored
     once for all of those (node-major), if that leaves enough to do per call; else user by user.
     """
     rows = ranges.begin_BJ.shape[0]
-    everyone = torch.arange(rows)
     same = rows == 1 or (
         bool((ranges.begin_BJ == ranges.begin_BJ[:1]).all()) and bool((ranges.size_BJ == ranges.size_BJ[:1]).all())
     )
     if same:
-        yield from _of_one(everyone, ranges.begin_BJ[0], ranges.size_BJ[0], scorer)
+        yield from _of_one(None, slice(None), rows, ranges.begin_BJ[0], ranges.size_BJ[0], scorer)
         return
     user_P, slot_P = (ranges.size_BJ > 0).nonzero(as_tuple=True)
     begin_P, size_P = ranges.begin_BJ[user_P, slot_P], ranges.size_BJ[user_P, slot_P]
-    # Ranges are told apart by where they begin and end.
+    # Ranges are told apart by where they begin.
     _, of_P, count_G = torch.unique(begin_P, return_inverse=True, return_counts=True)
     if int(size_P.sum()) < scorer.pairs_worth_a_call * count_G.numel():
         for user in range(rows):
-            yield from _of_one(everyone[user : user + 1], ranges.begin_BJ[user], ranges.size_BJ[user], scorer)
+            alone = slice(user, user + 1)
+            yield from _of_one(torch.tensor([user]), alone, 1, ranges.begin_BJ[user], ranges.size_BJ[user], scorer)
         return
     order_P = of_P.argsort(stable=True)
     first_P = (ranges.ends_BJ - ranges.size_BJ)[user_P, slot_P]
@@ -136,31 +146,33 @@ def _calls(ranges: Ranges, scorer: Scorer) -> Iterator[tuple[Tensor, slice | Ten
         begin, size = int(begin_U[0]), int(size_U[0])
         step = max(1, scorer.pairs_at_once // users_U.numel())
         for done in range(0, size, step):
-            yield users_U, first_U + done, [(begin + done, begin + min(size, done + step))]
+            last = min(size, done + step)
+            columns_UI = first_U[:, None] + torch.arange(done, last)
+            yield _Call(users_U, (users_U[:, None], columns_UI), [(begin + done, begin + last)])
 
 
 def _of_one(
-    users_U: Tensor, begin_J: Tensor, size_J: Tensor, scorer: Scorer
-) -> Iterator[tuple[Tensor, slice, list[tuple[int, int]]]]:
-    """Calls for users with the same ranges: long runs where they lie, short ones gathered."""
-    most = max(1, scorer.pairs_at_once // users_U.numel())
+    users_U: Tensor | None, where: slice, users: int, begin_J: Tensor, size_J: Tensor, scorer: Scorer
+) -> Iterator[_Call]:
+    """Calls for users with the same ranges: long runs where they lie, short ones copied behind one another."""
+    most = max(1, scorer.pairs_at_once // users)
     waiting: list[tuple[int, int]] = []
     column = rows = 0
     for begin, end in _runs(begin_J.tolist(), size_J.tolist()):
-        alone = end - begin >= scorer.rows_worth_a_call
+        alone = end - begin >= min(most, scorer.rows_worth_a_call)
         if waiting and (alone or rows + end - begin > most):
-            yield users_U, slice(column, column + rows), waiting
+            yield _Call(users_U, (where, slice(column, column + rows)), waiting)
             column, rows, waiting = column + rows, 0, []
-        if not alone and end - begin <= most:
+        if not alone:
             waiting.append((begin, end))
             rows += end - begin
             continue
         for first in range(begin, end, most):
             last = min(end, first + most)
-            yield users_U, slice(column, column + last - first), [(first, last)]
+            yield _Call(users_U, (where, slice(column, column + last - first)), [(first, last)])
             column += last - first
     if waiting:
-        yield users_U, slice(column, column + rows), waiting
+        yield _Call(users_U, (where, slice(column, column + rows)), waiting)
 
 
 def _runs(begins: list[int], sizes: list[int]) -> Iterator[tuple[int, int]]:

@@ -18,6 +18,9 @@ from fullrank.retrieval.hierarchy.scorer import Scorer
 from fullrank.retrieval.hierarchy.snapshot import Snapshot
 from fullrank.retrieval.hierarchy.storage import Segment
 
+# A filter that leaves fewer items than this many times what a beam would score is a scan of what it leaves.
+SCAN_BELOW = 1.0
+
 
 @dataclass(frozen=True)
 class SearchStats:
@@ -72,6 +75,35 @@ class _Found:
     best: Best
     nodes_BN: Tensor
     items_B: Tensor
+
+
+def search_snapshot(
+    snapshot: Snapshot,
+    scorer: Scorer,
+    users: Any,
+    k: int,
+    beam: list[int] | None,
+    allowed: Tensor | None,
+    max_items: int | None,
+) -> IndexResult:
+    """`beam_search`, among the allowed items if there is a choice."""
+    if allowed is None:
+        return beam_search(snapshot, scorer, users, k, beam, max_items)
+    if allowed.ndim == 1:
+        share = 1.0
+        if beam is not None and snapshot.tree.levels[-1].numbers_M.numel():
+            share = min(1.0, beam[-1] / len(snapshot.tree.levels[-1]))
+        part, few = snapshot.restricted(allowed, SCAN_BELOW * share * snapshot.stored)
+        return beam_search(part, scorer, users, k, None if few else beam, None if few else max_items)
+    rows = torch.split(torch.arange(scorer.count(users)), 1)
+    if not rows:
+        return beam_search(snapshot, scorer, users, k, beam, max_items)
+    return IndexResult.beside(
+        [
+            search_snapshot(snapshot, scorer, scorer.take(users, row), k, beam, allowed_A, max_items)
+            for row, allowed_A in zip(rows, allowed, strict=True)
+        ]
+    )
 
 
 def beam_search(
@@ -223,7 +255,7 @@ def _with_items(
 ) -> Best:
     """Score the items of ranges, as many at once as memory allows, and keep the best."""
     rows = ranges.begin_BJ.shape[0]
-    stored = Rows(segment.vectors_ID, scorer.item_scores, segment.dead_I)
+    stored = Rows(segment.vectors_ID, scorer.item_scores, segment.living_I)
     most = max(1, exact.SCORES_AT_ONCE // max(1, rows))
     widest_J = ranges.size_BJ.max(0).values if rows else ranges.size_BJ.sum(0)
     if rows > 1 and widest_J.numel() and int(widest_J.max()) > most:

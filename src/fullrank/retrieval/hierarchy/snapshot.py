@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,7 @@ ENCODED_AT_ONCE = 8192
 ROWS_AT_ONCE = 1 << 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """Items and nodes that never change, so that searches need no lock.
 
@@ -87,7 +87,7 @@ class Snapshot:
         leaf_I = self.tree.codes.leaves(codes_IN)
         if leaf_I.numel() != keys_I.numel():
             raise ValueError(f"there are codes of {leaf_I.numel()} items and keys of {keys_I.numel()}")
-        return Segment.of(keys_I, vectors_ID, leaf_I)
+        return Segment.of(keys_I, vectors_ID, self.tree.codes.routed(leaf_I, vectors_ID))
 
     def encoded(self, keys_I: Tensor, encode: Encode) -> Snapshot:
         """With items that are encoded first, a block at a time."""
@@ -106,6 +106,16 @@ class Snapshot:
         for segment in self.segments:
             found_A |= segment.rows(keys_A) >= 0
         return found_A
+
+    def lookup(self, keys_A: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors (A, D) and codes (A, N) of items that are here."""
+        vectors_AD = torch.zeros(keys_A.numel(), self.width)
+        leaf_A = torch.zeros_like(keys_A)
+        for segment in self.segments:
+            rows_A = segment.rows(keys_A)
+            here_A = rows_A >= 0
+            vectors_AD[here_A], leaf_A[here_A] = segment.vectors_ID[rows_A[here_A]], segment.leaf_I[rows_A[here_A]]
+        return vectors_AD, self.tree.codes.codes(leaf_A)
 
     def with_items(self, fresh: Segment) -> Snapshot:
         """With more items."""
@@ -127,6 +137,13 @@ class Snapshot:
             segments.append(segment)
         return replace(self, tree=tree, segments=kept_small(segments))
 
+    def moved(self, node_vectors: Sequence[Tensor]) -> Snapshot:
+        """With other vectors of nodes."""
+        old = self.tree.codes
+        codes = replace(Codes.of(old.num_nodes, node_vectors), parts_P=old.parts_P, part_vectors_PV=old.part_vectors_PV)
+        codes.checked(self.tree.leaves_L)
+        return replace(self, tree=Tree.of(codes, self.tree.leaves_L, self.tree.count_L))
+
     def squared_distances(self, segment: Segment) -> Tensor | None:
         """‖v - q‖² of each row and the vector of its leaf, 0 for a row that is dead; None if their widths differ."""
         leaves = self.tree.levels[-1]
@@ -135,7 +152,7 @@ class Snapshot:
         place_I = torch.searchsorted(leaves.numbers_M, segment.leaf_I).clamp_max(max(0, len(leaves) - 1))
         blocks = zip(torch.split(segment.vectors_ID, ROWS_AT_ONCE), torch.split(place_I, ROWS_AT_ONCE), strict=True)
         distance_I = torch.cat([(rows - leaves.vectors_MV[place]).square().sum(1) for rows, place in blocks])
-        return distance_I if segment.dead_I is None else distance_I.masked_fill_(segment.dead_I, 0)
+        return distance_I if segment.living_I is None else distance_I * segment.living_I
 
     def quantization_error(self) -> float | None:
         """Mean of ‖v - q‖² over items; None if widths differ or there are no items."""
@@ -148,6 +165,17 @@ class Snapshot:
     def as_built(self) -> Snapshot:
         """The same, as what later states are compared with."""
         return replace(self, error_at_build=self.quantization_error())
+
+    def members(self, leaves_L: Tensor) -> Segment:
+        """The items of some leaves."""
+        found = [Segment.none(self.width)]
+        for segment in self.segments:
+            ranges = segment.ranges(leaves_L[None])
+            rows = ranges.rows(torch.arange(int(ranges.size_BJ.sum()))[None])[0]
+            part = Segment.in_order(segment.keys_I[rows], segment.vectors_ID[rows], segment.leaf_I[rows])
+            living_I = None if segment.living_I is None else segment.living_I[rows]
+            found.append(part if living_I is None else part.only(living_I))
+        return merged(found)
 
     def items(self) -> Segment:
         """All items as one segment."""

@@ -5,15 +5,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fullrank.retrieval.base import NO_ITEM
 from fullrank.retrieval.hierarchy.ranges import Ranges
+
+F = TypeVar("F")
 
 # A segment is at least this many times as large as all that came after it, or they become one: at most a fifth of the
 # items lie in the tail, and an item is copied a few times in all.
@@ -24,7 +26,7 @@ SMALL_SEGMENT = 4096
 MOST_DEAD = 0.2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """Items in order of their leaf, within a leaf the longest vector first, then by key. Never changed once made.
 
@@ -33,16 +35,18 @@ class Segment:
         offsets_L1: rows up to each leaf, and the number of rows at last.
         keys_I: int64.
         vectors_ID: float32.
-        dead_I: rows of items that were removed; None if there are none.
-        dead: how many they are.
+        living_I: False for rows of items that were removed; None if there are none.
+        dead: how many those are.
+        facts: what was found out about the rows, living or not, by name; shared with what only has fewer living ones.
     """
 
     leaves_L: Tensor
     offsets_L1: Tensor
     keys_I: Tensor
     vectors_ID: Tensor
-    dead_I: Tensor | None = None
+    living_I: Tensor | None = None
     dead: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, keys_I: Tensor, vectors_ID: Tensor, leaf_I: Tensor) -> Segment:
@@ -73,27 +77,28 @@ class Segment:
     def living(self) -> int:
         return len(self) - self.dead
 
-    @cached_property
+    @property
     def leaf_I(self) -> Tensor:
         """The leaf of each row."""
-        return self.leaves_L.repeat_interleave(self.offsets_L1.diff())
+        return self.fact("leaf_I", lambda: self.leaves_L.repeat_interleave(self.offsets_L1.diff()))
 
-    @cached_property
-    def _by_key(self) -> tuple[Tensor, Tensor]:
-        keys, rows = self.keys_I.sort()
-        return keys, rows
+    def fact(self, name: str, find: Callable[[], F]) -> F:
+        """What follows from the rows, found when it is first asked for."""
+        if name not in self.facts:
+            self.facts[name] = find()
+        found: F = self.facts[name]
+        return found
 
     def rows(self, keys_A: Tensor) -> Tensor:
         """The living row of each key; -1 where there is none."""
         if not len(self):
             return torch.full_like(keys_A, -1)
-        # A replacement has its `_by_key` again to sort; `removed` hands it on.
-        keys_I, rows_I = self._by_key
+        keys_I, rows_I = self.fact("by_key", self.keys_I.sort)
         place_A = torch.searchsorted(keys_I, keys_A).clamp_max(len(self) - 1)
         rows_A = rows_I[place_A]
         found_A = keys_I[place_A] == keys_A
-        if self.dead_I is not None:
-            found_A &= ~self.dead_I[rows_A]
+        if self.living_I is not None:
+            found_A &= self.living_I[rows_A]
         return torch.where(found_A, rows_A, -1)
 
     def ranges(self, leaves_BJ: Tensor) -> Ranges:
@@ -107,27 +112,23 @@ class Segment:
 
     def removed(self, rows_A: Tensor) -> Segment:
         """Without these living rows, which stay as dead ones."""
-        dead_I = torch.zeros(len(self), dtype=torch.bool) if self.dead_I is None else self.dead_I.clone()
-        dead_I[rows_A] = True
-        return self._with_dead(dead_I)
+        living_I = torch.ones(len(self), dtype=torch.bool) if self.living_I is None else self.living_I.clone()
+        living_I[rows_A] = False
+        return self._with(living_I)
 
     def only(self, kept_I: Tensor) -> Segment:
-        """Only these rows, where they lie: the others count as dead."""
-        return self._with_dead(~kept_I if self.dead_I is None else self.dead_I | ~kept_I)
+        """Only these rows, where they lie: the others count as removed."""
+        return self._with(kept_I if self.living_I is None else self.living_I & kept_I)
 
-    def _with_dead(self, dead_I: Tensor) -> Segment:
-        other = replace(self, dead_I=dead_I, dead=int(dead_I.sum()))
-        for name in ("leaf_I", "_by_key"):
-            if name in self.__dict__:
-                other.__dict__[name] = self.__dict__[name]
-        return other
+    def _with(self, living_I: Tensor) -> Segment:
+        return replace(self, living_I=living_I, dead=len(self) - int(living_I.sum()))
 
     def compact(self) -> Segment:
         """Without dead rows."""
-        if self.dead_I is None:
+        if self.living_I is None:
             return self
-        living_I = ~self.dead_I
-        return Segment.in_order(self.keys_I[living_I], self.vectors_ID[living_I], self.leaf_I[living_I])
+        rows = self.living_I
+        return Segment.in_order(self.keys_I[rows], self.vectors_ID[rows], self.leaf_I[rows])
 
 
 def merged(segments: Sequence[Segment]) -> Segment:
