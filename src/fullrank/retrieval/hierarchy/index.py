@@ -21,7 +21,7 @@ from fullrank.retrieval.hierarchy.health import Audit, Health, audit, health
 from fullrank.retrieval.hierarchy.nodes import Codes
 from fullrank.retrieval.hierarchy.scorer import DotProduct, Scorer
 from fullrank.retrieval.hierarchy.searching import IndexResult, search_snapshot
-from fullrank.retrieval.hierarchy.snapshot import ENCODED_AT_ONCE, Encode, Snapshot
+from fullrank.retrieval.hierarchy.snapshot import ENCODED_AT_ONCE, Encode, Selection, Snapshot
 
 
 class StaleIndexError(ValueError):
@@ -141,7 +141,7 @@ class HierarchicalIndex:
         k: int,
         beam: Sequence[int],
         *,
-        allowed: Tensor | None = None,
+        allowed: Tensor | Selection | None = None,
         max_items: int | None = None,
     ) -> IndexResult:
         """The k best items of each user that a beam reaches.
@@ -155,8 +155,8 @@ class HierarchicalIndex:
             users: as the scorer takes them.
             beam: nodes kept at each level.
             allowed: keys of the items that may be returned, to all users (A,) or to each its own (B, A), `NO_ITEM`
-                behind the last. Keys that are not indexed are ignored. Nodes without such an item are not entered;
-                where few items are allowed all of them are scored.
+                behind the last; or a `Selection`. Keys that are not indexed are ignored. Nodes without such an item are
+                not entered; where few items are allowed all of them are scored.
             max_items: leaves are kept, best first, only as long as they hold no more items than this, and the best one
                 always; then fewer than k may be found.
 
@@ -172,7 +172,7 @@ class HierarchicalIndex:
         return search_snapshot(snapshot, scorer, users, k, widths, allowed, max_items)
 
     def search_exact(
-        self, scorer: Scorer, users: Any, k: int, *, allowed: Tensor | None = None, scan: bool = False
+        self, scorer: Scorer, users: Any, k: int, *, allowed: Tensor | Selection | None = None, scan: bool = False
     ) -> IndexResult:
         """The k best items of each user among all.
 

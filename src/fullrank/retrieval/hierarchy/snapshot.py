@@ -21,6 +21,44 @@ ENCODED_AT_ONCE = 8192
 ROWS_AT_ONCE = 1 << 16
 
 
+class Selection:
+    """Keys of the items that a search may return.
+
+    What a filter selects in an index is found once and kept until the index changes: a selection that is searched with
+    often is best made once.
+    """
+
+    def __init__(self, keys_A: Tensor) -> None:
+        self.keys_A = keys_A
+        self._found: tuple[Snapshot, Snapshot] | None = None
+        self._copied: tuple[Snapshot, Snapshot] | None = None
+
+    def within(self, whole: Snapshot) -> Snapshot:
+        """Only these items, where they lie, and the nodes above them."""
+        found = self._found
+        if found is None or found[0] is not whole:
+            kept, leaves = [], [torch.zeros(0, dtype=torch.int64)]
+            for segment in whole.segments:
+                rows_A = segment.rows(self.keys_A)
+                kept_I = torch.zeros(len(segment), dtype=torch.bool)
+                kept_I[rows_A[rows_A >= 0]] = True
+                leaf_I = segment.leaf_I[kept_I]
+                if leaf_I.numel():
+                    kept.append(segment.only(kept_I))
+                    leaves.append(leaf_I)
+            tree = Tree.of(whole.tree.codes, torch.cat(leaves))
+            self._found = found = (whole, replace(whole, tree=tree, segments=tuple(kept)))
+        return found[1]
+
+    def copied(self, whole: Snapshot) -> Snapshot:
+        """Only these items, copied behind one another."""
+        copied = self._copied
+        if copied is None or copied[0] is not whole:
+            part = self.within(whole)
+            self._copied = copied = (whole, replace(part, segments=(part.items(),)))
+        return copied[1]
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """Items and nodes that never change, so that searches need no lock.
@@ -46,31 +84,6 @@ class Snapshot:
     def stored(self) -> int:
         """Rows, dead ones among them."""
         return sum(len(segment) for segment in self.segments)
-
-    def restricted(self, allowed_A: Tensor, scan_below: float) -> tuple[Snapshot, bool]:
-        """Only some of the items, and whether they are so few that scoring them all costs less than a beam.
-
-        Args:
-            scan_below: number of items below which that is so. They are then copied behind one another.
-        """
-        kept, leaves = [], []
-        allowed_A = torch.unique(allowed_A)
-        rows = [segment.rows(allowed_A) for segment in self.segments]
-        few = sum(int((rows_A >= 0).sum()) for rows_A in rows) < scan_below
-        for segment, rows_A in zip(self.segments, rows, strict=True):
-            row_A = rows_A[rows_A >= 0].sort().values
-            if not row_A.numel():
-                continue
-            leaves.append(segment.leaf_I[row_A])
-            if few:
-                kept.append(Segment.in_order(segment.keys_I[row_A], segment.vectors_ID[row_A], leaves[-1]))
-            else:
-                kept_I = torch.zeros(len(segment), dtype=torch.bool)
-                kept_I[row_A] = True
-                kept.append(segment.only(kept_I))
-        leaf_I = torch.cat(leaves) if leaves else torch.zeros(0, dtype=torch.int64)
-        segments = (merged(kept),) if few and kept else tuple(kept)
-        return replace(self, tree=Tree.of(self.tree.codes, leaf_I), segments=segments), few
 
     @classmethod
     def empty(cls, codes: Codes, width: int, model_version: str | None) -> Snapshot:
