@@ -331,3 +331,31 @@ def test_moved_nodes_lead_to_the_same_items(catalogue: Catalogue, users: Tensor)
     )
     assert torch.equal(away.cost_B, back.cost_B)
     assert torch.equal(index.search(DotProduct(), users, 20, FULL).item_keys_BK, exact.item_keys_BK)
+
+
+def test_nodes_without_vectors_have_the_mean_of_their_items(catalogue: Catalogue, users: Tensor) -> None:
+    """After any changes, of what is left: the index is the one that is built of it at once."""
+    vectors, codes = catalogue.vectors_ID, catalogue.codes(catalogue.vectors_ID)
+
+    def build(rows: slice) -> HierarchicalIndex:
+        given = catalogue.keys_I[rows], vectors[rows], codes[rows]
+        return HierarchicalIndex.build(*given, num_nodes=NUM_NODES, node_vectors=None)
+
+    index = build(slice(0, 600))
+    index.add(catalogue.keys_I[600:], vectors[600:] + 1, codes[600:])
+    index.update(catalogue.keys_I[600:], vectors[600:], codes[600:])
+    index.remove(catalogue.keys_I[:500])
+    index.rebalance(200)
+    same(index.search(DotProduct(), users, 20, (3, 4)), build(slice(500, 1500)).search(DotProduct(), users, 20, (3, 4)))
+    leaf, error = codes[500:, 0] * 5 + codes[500:, 1], 0.0
+    for number in leaf.unique():
+        own = vectors[500:][leaf == number].double()
+        error += float((own - own.mean(0)).square().sum())
+    assert index.health().quantization_error == pytest.approx(error / 1000, rel=1e-5)
+    again = HierarchicalIndex.restore(index.state())
+    same(again.search(DotProduct(), users, 20, (3, 4)), index.search(DotProduct(), users, 20, (3, 4)))
+    index.rebalance(20)
+    assert index.health().max_leaf <= 20
+    assert index.health().quantization_error < 0.7 * error / 1000
+    index.refresh(encoder(catalogue, torch.eye(WIDTH)), node_vectors=None)
+    assert index.health().quantization_error == pytest.approx(error / 1000, rel=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fullrank.embeddings.semantic_id.rq_kmeans import k_means
 from fullrank.retrieval.hierarchy.nodes import PARTS, Codes, Tree
 from fullrank.retrieval.hierarchy.snapshot import Snapshot
-from fullrank.retrieval.hierarchy.storage import Segment, kept_small, merged
+from fullrank.retrieval.hierarchy.storage import Segment, merged
 
 
 def rebalanced(snapshot: Snapshot, max_leaf: int, seed: int = 0) -> Snapshot:
@@ -47,10 +47,9 @@ def rebalanced(snapshot: Snapshot, max_leaf: int, seed: int = 0) -> Snapshot:
     if not moved:
         return snapshot
     fresh = merged(moved)
-    rest = snapshot.without(fresh.keys_I).segments
-    segments = kept_small([*rest, fresh])
-    leaf_I = torch.cat([segment.compact().leaf_I for segment in segments])
-    return replace(snapshot, tree=Tree.of(codes, leaf_I), segments=segments)
+    rest = snapshot.without(fresh.keys_I)
+    tree = Tree.of(codes, rest.tree.leaves_L, rest.tree.count_L, rest.tree.sums_LV)
+    return replace(rest, tree=tree).with_items(fresh)
 
 
 def _parts(vectors_SD: Tensor, max_leaf: int, generator: torch.Generator) -> list[Tensor]:

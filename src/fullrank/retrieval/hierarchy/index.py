@@ -42,7 +42,7 @@ class HierarchicalIndex:
     def __init__(
         self,
         num_nodes: Sequence[int],
-        node_vectors: Sequence[Tensor],
+        node_vectors: Sequence[Tensor] | None,
         width: int,
         *,
         version: str | None = None,
@@ -52,14 +52,15 @@ class HierarchicalIndex:
         Args:
             num_nodes: K_1 .. K_N.
             node_vectors: of each level, (K_n, V): vectors of codes, of which a node has the sum along its prefix. Or
-                (K_1 ·· K_n, V): a vector of each prefix, in the order of its codes.
+                (K_1 ·· K_n, V): a vector of each prefix, in the order of its codes. None: a node has the mean of its
+                items, which follows every change.
             width: D.
             version: of the model that the vectors come from.
 
         Raises:
             ValueError: if node vectors do not fit `num_nodes` or are not finite.
         """
-        self._start(Snapshot.empty(Codes.of(num_nodes, node_vectors), width, version))
+        self._start(Snapshot.empty(Codes.of(num_nodes, node_vectors, width), width, version))
 
     @classmethod
     def _of(cls, snapshot: Snapshot) -> HierarchicalIndex:
@@ -84,7 +85,7 @@ class HierarchicalIndex:
         codes_IN: Tensor,
         *,
         num_nodes: Sequence[int],
-        node_vectors: Sequence[Tensor],
+        node_vectors: Sequence[Tensor] | None,
         version: str | None = None,
     ) -> HierarchicalIndex:
         """An index of items.
@@ -176,8 +177,8 @@ class HierarchicalIndex:
     ) -> IndexResult:
         """The k best items of each user among all.
 
-        For a `DotProduct`, where node vectors have the items' width, only what cannot be ruled out is scored, see
-        `certified_search`; `cost_B` says how much that is. All items are for any other scorer, and for `scan`.
+        For a `DotProduct` only what cannot be ruled out is scored, see `certified_search`; `cost_B` says how much that
+        is. All items are for any other scorer, and for `scan`.
 
         Args:
             scan: score all items in any case: faster unless items lie in tight clusters.
@@ -188,7 +189,7 @@ class HierarchicalIndex:
         """
         check_k(k)
         snapshot = self._snapshot_for(scorer)
-        if type(scorer) is DotProduct and not scan and allowed is None and snapshot.width == snapshot.tree.codes.width:
+        if type(scorer) is DotProduct and not scan and allowed is None:
             return certified_search(snapshot, users, k)
         return search_snapshot(snapshot, scorer, users, k, None, allowed, None)
 
@@ -249,7 +250,7 @@ class HierarchicalIndex:
         self,
         encode: Encode,
         *,
-        node_vectors: Sequence[Tensor],
+        node_vectors: Sequence[Tensor] | None,
         num_nodes: Sequence[int] | None = None,
         version: str | None = None,
     ) -> None:
@@ -272,7 +273,7 @@ class HierarchicalIndex:
         if not self._refreshing.acquire(blocking=False):
             raise RuntimeError("another refresh of the index goes on")
         try:
-            codes = Codes.of(num_nodes or self.num_nodes, node_vectors)
+            codes = Codes.of(num_nodes or self.num_nodes, node_vectors, self.width)
             with self._lock:
                 self._changed, fresh = [], Snapshot.empty(codes, self.width, version)
                 keys = self._now.items().keys_I

@@ -19,7 +19,7 @@ from fullrank.retrieval.hierarchy.snapshot import Selection, Snapshot
 from fullrank.retrieval.hierarchy.storage import Segment
 
 # A filter that leaves fewer items than this many times what the beam would score is a scan of what it leaves, which is
-# exact and as fast: at a million vectors and 32 to 128 of 1024 leaves the two met at 1.6 (`benchmarks.retrieval.filters`).
+# exact and as fast, see `benchmarks.retrieval.filters`.
 SCAN_BELOW = 1.5
 
 

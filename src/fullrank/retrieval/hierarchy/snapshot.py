@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from fullrank.retrieval.hierarchy.nodes import Codes, Tree
-from fullrank.retrieval.hierarchy.storage import Segment, checked_items, kept_small, merged
+from fullrank.retrieval.hierarchy.storage import ROWS_AT_ONCE, Segment, checked_items, kept_small, merged
 
 # Vectors (I, D) and codes (I, N) of items by their keys (I,).
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 # Items that are encoded in one call.
 ENCODED_AT_ONCE = 8192
-# Rows whose differences to their leaves are held at once.
-ROWS_AT_ONCE = 1 << 16
 
 
 class Selection:
@@ -46,8 +44,8 @@ class Selection:
                 if leaf_I.numel():
                     kept.append(segment.only(kept_I))
                     leaves.append(leaf_I)
-            tree = Tree.of(whole.tree.codes, torch.cat(leaves))
-            self._found = found = (whole, replace(whole, tree=tree, segments=tuple(kept)))
+            part = replace(whole, tree=whole.tree.only(torch.cat(leaves)), segments=tuple(kept))
+            self._found = found = (whole, part)
         return found[1]
 
     def copied(self, whole: Snapshot) -> Snapshot:
@@ -88,7 +86,9 @@ class Snapshot:
     @classmethod
     def empty(cls, codes: Codes, width: int, model_version: str | None) -> Snapshot:
         """Of no items."""
-        return cls(Tree.of(codes, torch.zeros(0, dtype=torch.int64)), width, (), 0, model_version)
+        none = torch.zeros(0, dtype=torch.int64)
+        sums = None if codes.vectors else torch.zeros(0, codes.width, dtype=torch.float64)
+        return cls(Tree.of(codes, none, none, sums), width, (), 0, model_version)
 
     def segment(self, keys_I: Tensor, vectors_ID: Tensor, codes_IN: Tensor) -> Segment:
         """More items, checked and sorted in.
@@ -108,8 +108,10 @@ class Snapshot:
         parts: list[Segment] = []
         for block_I in torch.split(keys_I, ENCODED_AT_ONCE):
             vectors_ID, codes_IN = encode(block_I)
-            if not snapshot.segments and not parts:
-                snapshot = replace(snapshot, width=vectors_ID.shape[-1])
+            if not snapshot.segments and not parts and vectors_ID.shape[-1] != snapshot.width:
+                codes, width = snapshot.tree.codes, vectors_ID.shape[-1]
+                codes = Codes.of(codes.num_nodes, codes.vectors, width)
+                snapshot = Snapshot.empty(codes, width, snapshot.model_version)
             parts.append(snapshot.segment(block_I, vectors_ID, codes_IN))
         return snapshot.with_items(merged(parts)) if parts else snapshot
 
@@ -134,7 +136,8 @@ class Snapshot:
         """With more items."""
         if not len(fresh):
             return self
-        tree = self.tree.changed(fresh.leaves_L, fresh.offsets_L1.diff())
+        sums = None if self.tree.sums_LV is None else fresh.sums()
+        tree = self.tree.changed(fresh.leaves_L, fresh.offsets_L1.diff(), sums)
         return replace(self, tree=tree, segments=kept_small([*self.segments, fresh]))
 
     def without(self, keys_A: Tensor) -> Snapshot:
@@ -145,7 +148,8 @@ class Snapshot:
             rows_A = torch.unique(rows_A[rows_A >= 0])
             if rows_A.numel():
                 leaf_A = segment.leaf_I[rows_A]
-                tree = tree.changed(leaf_A, torch.full_like(leaf_A, -1))
+                sums = None if tree.sums_LV is None else -segment.vectors_ID[rows_A].double()
+                tree = tree.changed(leaf_A, torch.full_like(leaf_A, -1), sums)
                 segment = segment.removed(rows_A)
             segments.append(segment)
         return replace(self, tree=tree, segments=kept_small(segments))
@@ -153,9 +157,10 @@ class Snapshot:
     def moved(self, node_vectors: Sequence[Tensor]) -> Snapshot:
         """With other vectors of nodes."""
         old = self.tree.codes
-        codes = replace(Codes.of(old.num_nodes, node_vectors), parts_P=old.parts_P, part_vectors_PV=old.part_vectors_PV)
+        codes = Codes.of(old.num_nodes, node_vectors, self.width)
+        codes = replace(codes, parts_P=old.parts_P, part_vectors_PV=old.part_vectors_PV)
         codes.checked(self.tree.leaves_L)
-        return replace(self, tree=Tree.of(codes, self.tree.leaves_L, self.tree.count_L))
+        return replace(self, tree=Tree.of(codes, self.tree.leaves_L, self.tree.count_L, None))
 
     def squared_distances(self, segment: Segment) -> Tensor | None:
         """‖v - q‖² of each row and the vector of its leaf, 0 for a row that is dead; None if their widths differ."""
@@ -217,15 +222,17 @@ class Snapshot:
         """
         try:
             num_nodes = state["num_nodes"].tolist()
-            vectors = [state[f"nodes.{level}"] for level in range(len(num_nodes))]
+            given = [state[f"nodes.{level}"] for level in range(len(num_nodes)) if f"nodes.{level}" in state]
             keys_I, vectors_ID, leaf_I = state["keys"], state["vectors"], state["leaves"]
             parts_P, part_vectors_PV, built = state["parts"], state["part_vectors"], state["error_at_build"].tolist()
         except KeyError as error:
             raise ValueError(f"tensor {error} of the index is missing") from None
-        codes = replace(Codes.of(num_nodes, vectors), parts_P=parts_P, part_vectors_PV=part_vectors_PV)
-        codes.checked(leaf_I)
         vectors_ID = checked_items(keys_I, vectors_ID, vectors_ID.shape[-1])
+        codes = Codes.of(num_nodes, given, vectors_ID.shape[1])
+        codes = replace(codes, parts_P=parts_P, part_vectors_PV=part_vectors_PV)
+        codes.checked(leaf_I)
         if leaf_I.numel() != keys_I.numel():
             raise ValueError(f"there are leaves of {leaf_I.numel()} items and keys of {keys_I.numel()}")
-        segments = kept_small([Segment.of(keys_I, vectors_ID, leaf_I)])
-        return cls(Tree.of(codes, leaf_I), vectors_ID.shape[1], segments, 0, model_version, built[0] if built else None)
+        snapshot = cls.empty(codes, vectors_ID.shape[1], model_version)
+        snapshot = snapshot.with_items(Segment.of(keys_I, vectors_ID, leaf_I))
+        return replace(snapshot, error_at_build=built[0] if built else None)
