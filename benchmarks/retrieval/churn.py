@@ -7,10 +7,12 @@ expires and as many come from the clusters as they are that day: every centre ha
 popularity by a random factor of e^0.3. 200 queries a day from the same clusters; recall of the 100 best inner products
 among the day's items with a fixed budget of items scored. All arms start from the same index:
 
-changed    items are added and removed; codebooks stay those of the first day
-balanced   the same, and leaves of more than four times the first day's mean are split every day
-rebuilt    codebooks and index are made anew every day
-frozen     nothing happens: expired items are still returned, new ones never
+changed     items are added and removed; new ones get their codes from the codebooks of the first day
+nearest     the same, but new items go to the nearest leaf that there is
+reassigned  the same, and every day each item moves to the nearest leaf
+balanced    as changed, and every day leaves of more than four times the first day's mean are split
+rebuilt     codebooks and index are made anew every day
+frozen      nothing happens: expired items are still returned, new ones never
 
 Vectors of nodes are those of the codebooks, or the mean of the items that a node has at the time.
 
@@ -31,7 +33,7 @@ ITEMS, WIDTH, CLUSTERS = 100_000, 64, 2_000
 DAYS, REPLACED, MOVE, FADE = 7, 0.1, 0.1, 0.3
 QUERIES, K, SHARE = 200, 100, 0.1
 NUM_NODES = {"one level": (512,), "two levels": (32, 32)}
-ARMS = ("changed", "balanced", "rebuilt", "frozen")
+ARMS = ("changed", "nearest", "reassigned", "balanced", "rebuilt", "frozen")
 
 
 class Market:
@@ -104,12 +106,15 @@ def week(sizes: tuple[int, ...], nodes: str, seed: int) -> list[dict[str, Any]]:
             fresh_keys = torch.arange(day * ITEMS, day * ITEMS + len(gone))
             expired = keys[gone]
             keys, vectors = torch.cat([keys[stay], fresh_keys]), torch.cat([vectors[stay], fresh])
-            for arm in ("changed", "balanced"):
-                begin = time.process_time()
-                indexes[arm].remove(expired)
-                indexes[arm].add(fresh_keys, fresh, first.encode(fresh))
+            for arm in ("changed", "nearest", "reassigned", "balanced"):
+                begin, index = time.process_time(), indexes[arm]
+                index.remove(expired)
+                near = arm in ("nearest", "reassigned")
+                index.add(fresh_keys, fresh, index.nearest(fresh) if near else first.encode(fresh))
+                if arm == "reassigned":
+                    index.reassign()
                 if arm == "balanced":
-                    indexes[arm].rebalance(largest)
+                    index.rebalance(largest)
                 seconds[arm] = time.process_time() - begin
             begin = time.process_time()
             indexes["rebuilt"] = built(keys, vectors, quantizer(vectors, sizes, seed + day), nodes)

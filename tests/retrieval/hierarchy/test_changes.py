@@ -359,3 +359,30 @@ def test_nodes_without_vectors_have_the_mean_of_their_items(catalogue: Catalogue
     assert index.health().quantization_error < 0.7 * error / 1000
     index.refresh(encoder(catalogue, torch.eye(WIDTH)), node_vectors=None)
     assert index.health().quantization_error == pytest.approx(error / 1000, rel=1e-5)
+
+
+def test_items_move_to_the_nearest_leaf(catalogue: Catalogue, users: Tensor) -> None:
+    """Each time nearer on the whole, until nothing moves: k-means."""
+    codes = catalogue.codes(catalogue.vectors_ID)
+    index = HierarchicalIndex.build(
+        catalogue.keys_I, catalogue.vectors_ID, codes, num_nodes=NUM_NODES, node_vectors=None
+    )
+    exact, error = index.search_exact(DotProduct(), users, 20), index.health().quantization_error
+    assert error is not None
+    for _ in range(100):
+        before, found = error, index.nearest(catalogue.vectors_ID)
+        index.reassign()
+        assert torch.equal(index.lookup(catalogue.keys_I)[1], found)
+        error = index.health().quantization_error
+        assert error is not None and error <= before * (1 + 1e-6)
+        if error >= before * (1 - 1e-7):
+            break
+    assert torch.equal(index.nearest(catalogue.vectors_ID), found)
+    same(index.search_exact(DotProduct(), users, 20), exact)
+    with pytest.raises(ValueError, match="row 1, .* has a NaN"):
+        index.nearest(torch.tensor([[0.0] * WIDTH, [torch.nan] * WIDTH]))
+    index.remove(catalogue.keys_I)
+    with pytest.raises(ValueError, match="no leaf is near"):
+        index.nearest(catalogue.vectors_ID)
+    index.reassign()
+    assert len(index) == 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fullrank.retrieval.base import check_k
-from fullrank.retrieval.hierarchy.balancing import rebalanced
+from fullrank.retrieval.hierarchy.balancing import nearest_leaves, reassigned, rebalanced
 from fullrank.retrieval.hierarchy.certified import certified_search
 from fullrank.retrieval.hierarchy.files import read, write
 from fullrank.retrieval.hierarchy.health import Audit, Health, audit, health
@@ -22,6 +22,7 @@ from fullrank.retrieval.hierarchy.nodes import Codes
 from fullrank.retrieval.hierarchy.scorer import DotProduct, Scorer
 from fullrank.retrieval.hierarchy.searching import IndexResult, search_snapshot
 from fullrank.retrieval.hierarchy.snapshot import ENCODED_AT_ONCE, Encode, Selection, Snapshot
+from fullrank.retrieval.hierarchy.storage import checked_items
 
 
 class StaleIndexError(ValueError):
@@ -165,12 +166,7 @@ class HierarchicalIndex:
             ValueError: if k, a width of the beam or max_items is below 1, or there is not one width for each level.
             StaleIndexError: if the scorer is of another version.
         """
-        check_k(k)
-        snapshot = self._snapshot_for(scorer)
-        widths = self._checked_beam(snapshot, beam)
-        if max_items is not None and max_items < 1:
-            raise ValueError(f"max_items must be at least 1, got {max_items}")
-        return search_snapshot(snapshot, scorer, users, k, widths, allowed, max_items)
+        return search_snapshot(self._snapshot_for(scorer), scorer, users, k, beam, allowed, max_items)
 
     def search_exact(
         self, scorer: Scorer, users: Any, k: int, *, allowed: Tensor | Selection | None = None, scan: bool = False
@@ -226,7 +222,7 @@ class HierarchicalIndex:
         """
         with self._lock:
             if missing == "error":
-                _require(self._now, keys_A)
+                self._now.require(keys_A)
             self._put(self._now.without(keys_A), keys_A)
             if self._previous is not None:
                 self._previous = self._previous.without(keys_A)
@@ -237,9 +233,7 @@ class HierarchicalIndex:
         Raises:
             KeyError: if a key is not there.
         """
-        now = self._now
-        _require(now, keys_A)
-        return now.lookup(keys_A)
+        return self._now.lookup(keys_A)
 
     @property
     def keys(self) -> Tensor:
@@ -303,6 +297,26 @@ class HierarchicalIndex:
         with self._lock:
             self._put(rebalanced(self._now, max_leaf, seed), None)
 
+    def nearest(self, vectors_ID: Tensor) -> Tensor:
+        """Codes (I, N) of the occupied leaves that vectors are nearest to: where to put items that no model gave codes.
+
+        Raises:
+            ValueError: if there are no items, node vectors have not the items' width, or a number is not finite.
+        """
+        now = self._now
+        vectors_ID = checked_items(torch.arange(len(vectors_ID)), vectors_ID, now.width)
+        return now.tree.codes.codes(nearest_leaves(now, vectors_ID))
+
+    def reassign(self) -> None:
+        """Put each item into the nearest leaf, see `reassigned`. Where nodes have the mean of their items this undoes
+        what a week of changes did, see `benchmarks.retrieval.churn`.
+
+        Raises:
+            ValueError: if there are no items, or node vectors have not the items' width.
+        """
+        with self._lock:
+            self._put(reassigned(self._now), None)
+
     def move_nodes(self, node_vectors: Sequence[Tensor]) -> None:
         """Give nodes other vectors; items stay where they are. Parts of leaves that were split keep theirs.
 
@@ -333,13 +347,6 @@ class HierarchicalIndex:
             f'the index is of version "{now.model_version}" of the model, the scorer of "{scorer.version}"'
         )
 
-    @staticmethod
-    def _checked_beam(snapshot: Snapshot, beam: Sequence[int]) -> list[int]:
-        levels = snapshot.tree.codes.levels
-        if len(beam) != levels or any(width < 1 for width in beam):
-            raise ValueError(f"beam is {tuple(beam)}, expected {levels} widths of at least 1, one for each level")
-        return [int(width) for width in beam]
-
     def health(self) -> Health:
         """How full and how worn the index is."""
         return health(self._now)
@@ -351,10 +358,7 @@ class HierarchicalIndex:
             ValueError: as `search`.
             StaleIndexError: if the scorer is of another version.
         """
-        check_k(k)
-        snapshot = self._snapshot_for(scorer)
-        widths = [self._checked_beam(snapshot, beam) for beam in beams]
-        return audit(snapshot, scorer, users, k, widths)
+        return audit(self._snapshot_for(scorer), scorer, users, k, beams)
 
     def state(self) -> dict[str, Tensor]:
         """Items, node vectors and sizes, as contiguous tensors by name."""
@@ -392,9 +396,3 @@ class HierarchicalIndex:
             return cls.restore(state, version=of)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-
-
-def _require(snapshot: Snapshot, keys_A: Tensor) -> None:
-    known_A = snapshot.found(keys_A)
-    if not bool(known_A.all()):
-        raise KeyError(f"item {int(keys_A[~known_A][0])} is not in the index")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fullrank.retrieval import exact
-from fullrank.retrieval.base import NO_ITEM, SearchResult
+from fullrank.retrieval.base import NO_ITEM, SearchResult, check_k
 from fullrank.retrieval.hierarchy.ranges import Best, Ranges, Rows, scored
 from fullrank.retrieval.hierarchy.scorer import Scorer
 from fullrank.retrieval.hierarchy.snapshot import Selection, Snapshot
@@ -83,11 +83,21 @@ def search_snapshot(
     scorer: Scorer,
     users: Any,
     k: int,
-    beam: list[int] | None,
+    beam: Sequence[int] | None,
     allowed: Tensor | Selection | None,
     max_items: int | None,
 ) -> IndexResult:
-    """`beam_search`, among the allowed items if there is a choice."""
+    """`beam_search`, among the allowed items if there is a choice.
+
+    Raises:
+        ValueError: see `HierarchicalIndex.search`.
+    """
+    check_k(k)
+    levels = snapshot.tree.codes.levels
+    if beam is not None and (len(beam) != levels or any(width < 1 for width in beam)):
+        raise ValueError(f"beam is {tuple(beam)}, expected {levels} widths of at least 1, one for each level")
+    if max_items is not None and max_items < 1:
+        raise ValueError(f"max_items must be at least 1, got {max_items}")
     if allowed is None:
         return beam_search(snapshot, scorer, users, k, beam, max_items)
     if isinstance(allowed, Selection) or allowed.ndim == 1:

@@ -122,8 +122,17 @@ class Snapshot:
             found_A |= segment.rows(keys_A) >= 0
         return found_A
 
+    def require(self, keys_A: Tensor) -> None:
+        """Raises:
+        KeyError: if a key is that of no item here.
+        """
+        known_A = self.found(keys_A)
+        if not bool(known_A.all()):
+            raise KeyError(f"item {int(keys_A[~known_A][0])} is not in the index")
+
     def lookup(self, keys_A: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors (A, D) and codes (A, N) of items that are here."""
+        """Vectors (A, D) and codes (A, N) of items; raises as `require`."""
+        self.require(keys_A)
         vectors_AD = torch.zeros(keys_A.numel(), self.width)
         leaf_A = torch.zeros_like(keys_A)
         for segment in self.segments:
