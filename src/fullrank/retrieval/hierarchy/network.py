@@ -41,11 +41,13 @@ class Users(NamedTuple):
 class HierarchicalNetwork(nn.Module):
     """A MoNN for items, one for the nodes of each level, an index that says which nodes an item is under.
 
-    To an index an item is its vector and the values that `InteractionCounts` asks for, side by side: `stored`. A node
-    is its vector and the values of the item that stands for it.
-
     A node comes to its network as the sum of its codewords, in place of an item's vector. The logits of level n are
     linear in those of the networks down to it, z_1 .. z_n, each on the node's ancestor; of items, in all of them.
+
+    An index holds of an item its vector and the values that `InteractionCounts` asks for, side by side: `stored`.
+
+    Deviation: in the source nodes have towers of interactions, which learn from those of a node's items and serve those
+    of the one item that stands for it. Here only items have: nodes then depend on nothing that can be removed.
 
     Args:
         items: sizes of the items' network.
@@ -78,10 +80,11 @@ class HierarchicalNetwork(nn.Module):
             raise ValueError(f"there are {len(nodes)} networks of nodes for {levels} levels of the index")
         for config in nodes:
             if (config.item_vectors, config.vector_dim) != (items.item_vectors, items.vector_dim):
-                raise ValueError("networks of nodes take as many item vectors of the same width as that of items")
-        self.node_networks = nn.ModuleList(MoNN(user, None, self.counts.width, tasks, config) for config in nodes)
+                raise ValueError("networks of nodes take as many item vectors, of the same width, as that of items")
+        self.node_networks = nn.ModuleList(MoNN(user, None, 0, tasks, config) for config in nodes)
         self.index = None if index is None else LearningToIndex(items.item_dim, index, mode=mode)
         self.ensemble = Ensemble(levels + 1, tasks, linear=linear_ensemble)
+        self._flops: dict[int, int] = {}
 
     @property
     def num_levels(self) -> int:
@@ -114,20 +117,28 @@ class HierarchicalNetwork(nn.Module):
         """S."""
         return self.item_network.config.item_dim + self.counts.num_values
 
-    def stored_logits(self, level: int, users: Users, stored: Tensor) -> Tensor:
-        """z_BMT of one network from what an index holds of nodes or items, (B, M, S) or (M, S)."""
+    def node_logits(self, level: int, users: Users, nodes: Tensor) -> Tensor:
+        """z_BMT of a level's network on its nodes, each user's own (B, M, E) or the same for all (M, E)."""
+        return self.networks()[level].score_grid(users.vectors[level], nodes)
+
+    def item_logits(self, users: Users, items: Tensor, values: Tensor) -> Tensor:
+        """z_BMT of the items' network, likewise, with values (B, M, A) or (M, A)."""
+        interactions = None
+        if self.counts.width:
+            interactions = self.item_network.encode_interactions(self.counts(users.lists_BCL, values))
+        return self.item_network.score_grid(users.vectors[-1], items, interactions)
+
+    def flops_per_pair(self, level: int | None) -> int:
+        """Of a user and a node of a level, or an item for None; counted once."""
+        place = self.num_levels if level is None else level
+        if place not in self._flops:
+            self._flops[place] = self.networks()[place].flops_per_pair()
+        return self._flops[place]
+
+    def stored_logits(self, users: Users, stored: Tensor) -> Tensor:
+        """`item_logits` of what an index holds, (B, M, S) or (M, S)."""
         width = self.item_network.config.item_dim
-        return self.logits(level, users, stored[..., :width], self.counts(users.lists_BCL, stored[..., width:].long()))
-
-    def logits(self, level: int, users: Users, vectors: Tensor, counts_BMF: Tensor) -> Tensor:
-        """z_BMT of one network, number `num_levels` being that of items.
-
-        Args:
-            vectors: of nodes or items, each user's own (B, M, E) or the same for all (M, E).
-            counts_BMF: of `counts`, for each pair.
-        """
-        network = self.networks()[level]
-        return network.score_grid(users.vectors[level], vectors, network.encode_interactions(counts_BMF))
+        return self.item_logits(users, stored[..., :width], stored[..., width:].long())
 
 
 class Ensemble(nn.Module):
@@ -145,8 +156,15 @@ class Ensemble(nn.Module):
     def forward(self, level: int, logits: Sequence[Tensor]) -> Tensor:
         """From z_1 .. z_{level + 1}, of any one shape (.., T)."""
         if not self.linear:
-            return logits[level]
+            return logits[-1]
         total = self.bias_LT[level]
         for weight, part in zip(self.weights[level], logits, strict=True):
             total = total + weight * part
+        return total
+
+    def of_scores(self, level: int, scores_BIN: Tensor, weights_T: Tensor) -> Tensor:
+        """The score by a weighted sum of tasks, (B, I), from those of the networks down to a level."""
+        if not self.linear:
+            return scores_BIN[..., -1]
+        total: Tensor = scores_BIN @ self.weights[level] + self.bias_LT[level] @ weights_T
         return total
