@@ -1,6 +1,6 @@
-"""A world in which a user is several interests and likes what any one of them is near to: no inner product says that."""
+"""A world in which a user has a taste of its own for each kind of items: no inner product of two vectors says that."""
 
-# Shapes: U users, V items, H interests, D width, P rows.
+# Shapes: U users, V items, H kinds of items, D width, P rows.
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from fullrank.retrieval.hierarchy.training import TrainingData
 from fullrank.retrieval.pairing import Pairing
 from fullrank.schema import Label, Numeric, Schema
 
-INTERESTS, WIDTH = 6, 16
+KINDS, WIDTH = 6, 16
 # Of features: numbers of variance 1.
 SCALE = WIDTH**0.5
-# Items are drawn around so many centres.
+# Items are drawn around so many centres, this far from them (centres are 1 apart from 0 in each number).
 CENTRES = 200
+SPREAD = 1.0
 # Items that a user sees together, of which one is chosen by softmax of SHARPNESS x affinity.
-SHOWN, SHARPNESS = 64, 20.0
+SHOWN, SHARPNESS = 256, 40.0
 
 
 def schema() -> Schema:
-    user = [f"u{i}" for i in range(INTERESTS * WIDTH)]
-    item = [f"v{i}" for i in range(WIDTH)]
+    user = [f"u{i}" for i in range(KINDS * WIDTH)]
+    item = [f"v{i}" for i in range(WIDTH + KINDS)]
     return Schema(
         features=(
             *(Numeric(name=name, role="user", transform="none", encoding="scalar") for name in user),
@@ -58,46 +59,54 @@ class World:
 
     Attributes:
         items_VD: unit vectors around centres.
+        kind_V: of each item; that of its centre.
     """
 
     items_VD: Tensor
+    kind_V: Tensor
     generator: torch.Generator
 
     @classmethod
     def of(cls, items: int, seed: int) -> World:
         generator = torch.Generator().manual_seed(seed)
         centres = torch.randn(CENTRES, WIDTH, generator=generator)
-        near = centres[torch.randint(0, CENTRES, (items,), generator=generator)]
-        vectors = near + 0.6 * torch.randn(items, WIDTH, generator=generator)
-        return cls(torch.nn.functional.normalize(vectors, dim=1), generator)
+        centre_V = torch.randint(0, CENTRES, (items,), generator=generator)
+        vectors = centres[centre_V] + SPREAD * torch.randn(items, WIDTH, generator=generator)
+        return cls(torch.nn.functional.normalize(vectors, dim=1), centre_V % KINDS, generator)
 
     def users(self, count: int) -> Tensor:
-        """Interests near items drawn at random, (U, H, D)."""
-        near = self.items_VD[torch.randint(0, len(self.items_VD), (count, INTERESTS), generator=self.generator)]
-        noisy = near + 0.15 * torch.randn(count, INTERESTS, WIDTH, generator=self.generator)
-        return torch.nn.functional.normalize(noisy, dim=2)
+        """Tastes, each near an item of its kind that is drawn at random, (U, H, D)."""
+        tastes = []
+        for kind in range(KINDS):
+            own = self.items_VD[self.kind_V == kind]
+            near = own[torch.randint(0, len(own), (count,), generator=self.generator)]
+            tastes.append(near + 0.15 * torch.randn(count, WIDTH, generator=self.generator))
+        return torch.nn.functional.normalize(torch.stack(tastes, 1), dim=2)
 
-    def affinity(self, users_UHD: Tensor, items_VD: Tensor) -> Tensor:
-        """max_h of interest and item, (U, V)."""
-        best = users_UHD[:, 0] @ items_VD.T
-        for head in range(1, INTERESTS):
-            torch.maximum(best, users_UHD[:, head] @ items_VD.T, out=best)
-        return best
+    def affinity(self, users_UHD: Tensor) -> Tensor:
+        """Taste for the kind of an item times the item, (U, V)."""
+        found_UV = torch.empty(len(users_UHD), len(self.items_VD))
+        for kind in range(KINDS):
+            own_V = self.kind_V == kind
+            found_UV[:, own_V] = users_UHD[:, kind] @ self.items_VD[own_V].T
+        return found_UV
 
     def features(self) -> Batch:
-        return numbers(SCALE * self.items_VD, INTERESTS * WIDTH, 0)
+        kinds_VH = torch.nn.functional.one_hot(self.kind_V, KINDS)
+        return numbers(torch.cat([SCALE * self.items_VD, 2.0 * kinds_VH], 1), KINDS * WIDTH, 0)
 
     @staticmethod
     def user_features(users_UHD: Tensor) -> Batch:
-        return numbers(SCALE * users_UHD.flatten(1), 0, WIDTH)
+        return numbers(SCALE * users_UHD.flatten(1), 0, WIDTH + KINDS)
 
     def log(self, rows: int) -> TrainingData:
         """Rows of users who chose one item of those shown (label 1), and as many of an item drawn alike (label 0)."""
         users, chosen = [], []
-        for begin in range(0, rows // 2, 8192):
-            some = self.users(min(8192, rows // 2 - begin))
+        for begin in range(0, rows // 2, 2048):
+            some = self.users(min(2048, rows // 2 - begin))
             shown = torch.randint(0, len(self.items_VD), (len(some), SHOWN), generator=self.generator)
-            affinity = torch.einsum("uhd,usd->uhs", some, self.items_VD[shown]).amax(1)
+            taste_USD = some.gather(1, self.kind_V[shown][:, :, None].expand(-1, -1, WIDTH))
+            affinity = (taste_USD * self.items_VD[shown]).sum(2)
             pick = torch.multinomial(torch.softmax(SHARPNESS * affinity, 1), 1, generator=self.generator)
             users.append(some)
             chosen.append(shown.gather(1, pick).squeeze(1))
