@@ -1,6 +1,6 @@
 """A user vector and an item vector from one table per vocabulary."""
 
-# Shapes: B rows, F tokens, N numeric columns, D output width.
+# Shapes: B rows, F tokens, N numeric columns, I width of a side's inputs, D output width.
 
 from __future__ import annotations
 
@@ -16,43 +16,40 @@ from fullrank.layers.numbers import NumberCodes
 from fullrank.schema import Role, Schema
 
 
-class Towers(nn.Module):
-    """Two MLPs, one on the features of the user and of the context, one on those of the item.
+class SideInputs(nn.Module):
+    """What the features of each side say, side by side in one flat vector: vectors of ids, codes of numbers.
 
-    Both look up the same tables, so an item in a history and the candidate item share their vector where the schema
-    gives them one table. Sequences are mean-pooled. Neither tower sees the other's columns, so the vectors of all
-    items can be computed before any request comes.
+    Sides are the user's with the context, and the item's. Both look up the same tables, so an item in a history and
+    the candidate item share their vector where the schema gives them one table. Sequences are mean-pooled.
+
+    Attributes:
+        side_widths: width of either side's vector.
+
+    Raises:
+        ValueError: if a side has no feature.
     """
 
-    def __init__(self, schema: Schema, tables: Tables, *, hidden: Sequence[int], output_dim: int) -> None:
+    def __init__(self, schema: Schema, tables: Tables) -> None:
         super().__init__()
         self.ids = EmbeddingCollection(schema, tables, pool_sequences=True)
         self.numbers = NumberCodes(schema)
-        self.sides: dict[str, tuple[list[int], list[int]]] = {}
+        self.side_widths: dict[str, int] = {}
         for side, roles in SIDES.items():
             places, numbers = _columns(schema, self.ids, self.numbers.columns_C, roles)
             if not places and not numbers:
                 raise ValueError(f"the schema has no feature with role {' or '.join(sorted(roles))}: a tower needs one")
-            self.sides[side] = (places, numbers)
+            self.side_widths[side] = len(places) + len(numbers)
             self.register_buffer(f"_{side}_places", torch.tensor(places, dtype=torch.int64), persistent=False)
             self.register_buffer(f"_{side}_numbers", torch.tensor(numbers, dtype=torch.int64), persistent=False)
-        self.user_mlp = MLP(sum(map(len, self.sides["user"])), hidden, output_dim)
-        self.item_mlp = MLP(sum(map(len, self.sides["item"])), hidden, output_dim)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Vectors of each row's user and item, user_BD and item_BD."""
+    def side(self, side: str, batch: Batch) -> Tensor:
+        """The vector of one side of each row; the columns of the other may hold anything valid."""
+        return self._inputs(side, self.ids(batch).flat, batch)
+
+    def both(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The vectors of user and item of each row."""
         flat = self.ids(batch).flat
-        return self.user_mlp(self._inputs("user", flat, batch)), self.item_mlp(self._inputs("item", flat, batch))
-
-    def users(self, batch: Batch) -> Tensor:
-        """user_BD; the item columns of the batch may hold anything valid."""
-        vectors: Tensor = self.user_mlp(self._inputs("user", self.ids(batch).flat, batch))
-        return vectors
-
-    def items(self, batch: Batch) -> Tensor:
-        """item_BD; the user and context columns of the batch may hold anything valid."""
-        vectors: Tensor = self.item_mlp(self._inputs("item", self.ids(batch).flat, batch))
-        return vectors
+        return self._inputs("user", flat, batch), self._inputs("item", flat, batch)
 
     def _inputs(self, side: str, flat: Tensor, batch: Batch) -> Tensor:
         places: Tensor = getattr(self, f"_{side}_places")
@@ -61,6 +58,33 @@ class Towers(nn.Module):
         if not numbers.numel():
             return vectors
         return torch.cat([vectors, self.numbers(batch).index_select(1, numbers)], 1)
+
+
+class Towers(SideInputs):
+    """Two MLPs, one on the features of the user and of the context, one on those of the item.
+
+    Neither sees the other's columns, so the vectors of all items can be computed before any request comes.
+    """
+
+    def __init__(self, schema: Schema, tables: Tables, *, hidden: Sequence[int], output_dim: int) -> None:
+        super().__init__(schema, tables)
+        self.user_mlp = MLP(self.side_widths["user"], hidden, output_dim)
+        self.item_mlp = MLP(self.side_widths["item"], hidden, output_dim)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Vectors of each row's user and item, user_BD and item_BD."""
+        user_BI, item_BI = self.both(batch)
+        return self.user_mlp(user_BI), self.item_mlp(item_BI)
+
+    def users(self, batch: Batch) -> Tensor:
+        """user_BD; the item columns of the batch may hold anything valid."""
+        vectors: Tensor = self.user_mlp(self.side("user", batch))
+        return vectors
+
+    def items(self, batch: Batch) -> Tensor:
+        """item_BD; the user and context columns of the batch may hold anything valid."""
+        vectors: Tensor = self.item_mlp(self.side("item", batch))
+        return vectors
 
 
 SIDES: dict[str, set[Role]] = {"user": {"user", "context"}, "item": {"item"}}

@@ -14,6 +14,8 @@ RETRIEVERS: Registry[type[Retriever]] = Registry(
     {
         "two_tower": "fullrank.retrieval.two_tower:TwoTower",
         "popularity": "fullrank.retrieval.popularity:Popularity",
+        "monn": "fullrank.retrieval.hierarchy.hsnn:MoNNRetriever",
+        "hsnn": "fullrank.retrieval.hierarchy.hsnn:HSNN",
     },
 )
 
