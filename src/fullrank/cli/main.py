@@ -18,6 +18,7 @@ from fullrank.cli import (
     demo,
     doctor,
     evaluate,
+    index,
     inspect,
     models,
     plan_memory,
@@ -50,6 +51,7 @@ app.command("serve")(serve.serve)
 app.command("plan-memory")(plan_memory.plan_memory)
 app.command("inspect")(inspect.inspect)
 app.add_typer(codes.app, name="codes")
+app.add_typer(index.app, name="index")
 app.command("models")(models.models)
 app.command("doctor")(doctor.doctor)
 
