@@ -5,10 +5,8 @@
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import polars as pl
@@ -20,7 +18,6 @@ from torch import Tensor
 
 from fullrank.data import atomic
 from fullrank.retrieval.base import NO_ITEM, item_keys
-from fullrank.retrieval.exact import ExactIndex
 from fullrank.retrieval.vectors import VectorIndex, VectorIndexSpec
 from fullrank.schema import describe_errors
 
@@ -202,67 +199,4 @@ def read_vectors(path: Path, item_id: str = "item_id", vector: str = "vector") -
             raise ValueError(f"vectors are {matrix.dtype} of shape {matrix.shape}, expected a matrix of numbers")
     except (OSError, ValueError, EOFError, pl.exceptions.PolarsError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
-    return ids, torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32))
-
-
-@dataclass(frozen=True)
-class IndexAudit:
-    """What an index finds, and what that takes, against scoring all items.
-
-    Attributes:
-        items, queries, k: of the audit.
-        recall: share of the k best items that are found, mean over queries.
-        worst: the share of the query that finds least.
-        scored: share of the items that a search scores.
-        milliseconds, exact_milliseconds: of process time for a query on its own.
-        norms: smallest, median and largest norm of the vectors.
-        reachable: share of the items of a graph that its links lead to; None where there is no graph, or its library
-            does not tell.
-    """
-
-    items: int
-    queries: int
-    k: int
-    recall: float
-    worst: float
-    scored: float
-    milliseconds: float
-    exact_milliseconds: float
-    norms: tuple[float, float, float]
-    reachable: float | None
-
-
-def audit_index(index: VectorIndex, queries_QD: Tensor, k: int) -> IndexAudit:
-    """Hold an index against an exact one of the same vectors.
-
-    Raises:
-        ValueError: if it is empty, there are no queries, they do not fit, or k is below 1.
-    """
-    check_queries(queries_QD, index.width)
-    if not len(index) or not len(queries_QD):
-        raise ValueError(f"there are {len(index)} items and {len(queries_QD)} queries: nothing to audit")
-    exact = ExactIndex(index.width)
-    keys_I, vectors_ID = index.contents()
-    exact.add(keys_I, vectors_ID)
-    found, milliseconds = _timed(index, queries_QD, k)
-    best, exact_milliseconds = _timed(exact, queries_QD, k)
-    there_QK = best.item_keys_BK != NO_ITEM
-    share_Q = torch.stack(
-        [torch.isin(b[t], f).double().mean() for b, t, f in zip(best[0], there_QK, found[0], strict=True)]
-    )
-    norms = vectors_ID.norm(dim=1)
-    return IndexAudit(
-        len(index), len(queries_QD), k, float(share_Q.mean()), float(share_Q.min()),
-        float(found.cost_B.double().mean()) / len(index), milliseconds, exact_milliseconds,
-        (float(norms.min()), float(norms.median()), float(norms.max())), None,
-    )  # fmt: skip
-
-
-def _timed(index: VectorIndex, queries_QD: Tensor, k: int) -> tuple[Any, float]:
-    """What all queries find at once, and the milliseconds of one alone."""
-    result = index.search(queries_QD, k)
-    alone = queries_QD[:20]
-    begin = time.process_time()
-    for row in range(len(alone)):
-        index.search(alone[row : row + 1], k)
-    return result, 1e3 * (time.process_time() - begin) / len(alone)
+    return ids, torch.from_numpy(np.array(matrix, dtype=np.float32))

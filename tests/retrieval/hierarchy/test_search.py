@@ -100,7 +100,7 @@ def recall(found: Tensor, expected: Tensor) -> float:
 def test_a_full_beam_is_brute_force(
     catalogue: Catalogue, index: HierarchicalIndex, users: Tensor, monkeypatch: pytest.MonkeyPatch, scores_at_once: int
 ) -> None:
-    monkeypatch.setattr("fullrank.retrieval.exact.SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr("fullrank.retrieval.vectors.scan.SCORES_AT_ONCE", scores_at_once)
     exact = ExactIndex(WIDTH)
     exact.add(catalogue.keys_I, catalogue.vectors_ID)
     expected = exact.search(users, 50)
@@ -113,7 +113,7 @@ def test_a_full_beam_is_brute_force(
 def test_any_scorer_may_weigh_the_scores_of_all_levels(
     catalogue: Catalogue, index: HierarchicalIndex, users: Tensor, monkeypatch: pytest.MonkeyPatch, scores_at_once: int
 ) -> None:
-    monkeypatch.setattr("fullrank.retrieval.exact.SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr("fullrank.retrieval.vectors.scan.SCORES_AT_ONCE", scores_at_once)
     scorer = Distances(users)
     nodes = [-torch.cdist(users, vectors) for vectors in catalogue.nodes(catalogue.vectors_ID)]
     items = -torch.cdist(users, catalogue.vectors_ID, p=1)

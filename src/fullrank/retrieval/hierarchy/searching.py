@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fullrank.retrieval import exact
 from fullrank.retrieval.base import NO_ITEM, SearchResult, check_k
 from fullrank.retrieval.hierarchy.ranges import Best, Ranges, Rows, scored
 from fullrank.retrieval.hierarchy.scorer import Scorer
 from fullrank.retrieval.hierarchy.snapshot import Selection, Snapshot
 from fullrank.retrieval.hierarchy.storage import Segment
+from fullrank.retrieval.vectors import scan
 
 # A filter that leaves fewer items than this many times what the beam would score is a scan of what it leaves, which is
 # exact and as fast, see `benchmarks.retrieval.filters`.
@@ -174,7 +174,7 @@ def _users_at_once(snapshot: Snapshot, beam: Sequence[int]) -> int:
     for parents, level, width in zip(snapshot.tree.levels, snapshot.tree.levels[1:], beam[1:], strict=False):
         widest = max(widest, min(len(level), above * parents.most_children))
         above = width
-    return max(1, exact.SCORES_AT_ONCE // max(1, widest))
+    return max(1, scan.SCORES_AT_ONCE // max(1, widest))
 
 
 def _beam(
@@ -224,7 +224,7 @@ def _kept_leaves(
         total_BW = own_BW if scores_BWN is None else scorer.combined(number, scores_BWN).float()
         if bool(total_BW.isnan().any()):
             raise ValueError(f"the scorer gave NaN for a node of level {number}")
-        columns_BJ = exact.top_k(total_BW.masked_fill(~live_BW, -torch.inf), width)[1]
+        columns_BJ = scan.top_k(total_BW.masked_fill(~live_BW, -torch.inf), width)[1]
         found_BJ = live_BW.gather(1, columns_BJ)
         kept_BJ = ranges.rows(columns_BJ).masked_fill(~found_BJ, -1)
         if max_items is not None and number == len(levels) - 1:
@@ -272,7 +272,7 @@ def _with_items(
     """Score the items of ranges, as many at once as memory allows, and keep the best."""
     rows = ranges.begin_BJ.shape[0]
     stored = Rows(segment.vectors_ID, scorer.item_scores, segment.living_I)
-    most = max(1, exact.SCORES_AT_ONCE // max(1, rows))
+    most = max(1, scan.SCORES_AT_ONCE // max(1, rows))
     widest_J = ranges.size_BJ.max(0).values if rows else ranges.size_BJ.sum(0)
     if rows > 1 and widest_J.numel() and int(widest_J.max()) > most:
         halves = [torch.arange(0, rows // 2), torch.arange(rows // 2, rows)]
