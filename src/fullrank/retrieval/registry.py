@@ -14,6 +14,9 @@ RETRIEVERS: Registry[type[Retriever]] = Registry(
     {
         "two_tower": "fullrank.retrieval.two_tower:TwoTower",
         "popularity": "fullrank.retrieval.popularity:Popularity",
+        "mf_bpr": "fullrank.retrieval.implicit.mf_bpr:MatrixFactorization",
+        "simplex": "fullrank.retrieval.implicit.simplex:SimpleX",
+        "lightgcn": "fullrank.retrieval.implicit.lightgcn:LightGCN",
     },
 )
 
