@@ -17,6 +17,7 @@ RETRIEVERS: Registry[type[Retriever]] = Registry(
         "mf_bpr": "fullrank.retrieval.implicit.mf_bpr:MatrixFactorization",
         "simplex": "fullrank.retrieval.implicit.simplex:SimpleX",
         "lightgcn": "fullrank.retrieval.implicit.lightgcn:LightGCN",
+        "graph_filter": "fullrank.retrieval.implicit.graph_filter:GraphFilter",
     },
 )
 

@@ -71,6 +71,22 @@ class Interactions:
         item_ids_I, item_P = torch.unique(item_P, return_inverse=True)
         return cls(user_P, item_P, user_ids_U, item_ids_I)
 
+    def check(self) -> None:
+        """Raises:
+        ValueError: if the tensors contradict one another, as those of a damaged file may.
+        """
+        for name, ids in (("users", self.user_ids_U), ("items", self.item_ids_I)):
+            if bool((ids[1:] <= ids[:-1]).any()):
+                raise ValueError(f"the ids of the {name} of the pairs are not in order")
+        if self.user_P.shape != self.item_P.shape:
+            raise ValueError(f"the pairs have {self.user_P.numel()} users and {self.item_P.numel()} items")
+        if len(self) and not (
+            0 <= int(self.user_P.min()) <= int(self.user_P.max()) < self.users
+            and 0 <= int(self.item_P.min()) <= int(self.item_P.max()) < self.items
+            and bool((self._codes_P[1:] > self._codes_P[:-1]).all())
+        ):
+            raise ValueError("the pairs are not in order, or name a user or an item that is not there")
+
     def __len__(self) -> int:
         return self.user_P.numel()
 
@@ -85,12 +101,12 @@ class Interactions:
     @cached_property
     def per_user_U(self) -> Tensor:
         """Number of pairs of each user, float32."""
-        return torch.bincount(self.user_P).float()
+        return torch.bincount(self.user_P, minlength=self.users).float()
 
     @cached_property
     def per_item_I(self) -> Tensor:
         """Number of pairs of each item, float32."""
-        return torch.bincount(self.item_P).float()
+        return torch.bincount(self.item_P, minlength=self.items).float()
 
     @cached_property
     def _begin_U1(self) -> Tensor:
