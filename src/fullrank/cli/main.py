@@ -24,6 +24,7 @@ from fullrank.cli import (
     plan_memory,
     prune,
     quantize,
+    retrieve,
     serve,
     train,
 )
@@ -47,6 +48,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("quantize")(quantize.quantize)
 app.command("prune")(prune.prune)
+app.command("retrieve")(retrieve.retrieve)
 app.command("serve")(serve.serve)
 app.command("plan-memory")(plan_memory.plan_memory)
 app.command("inspect")(inspect.inspect)

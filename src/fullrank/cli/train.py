@@ -1,4 +1,4 @@
-"""`fullrank train`: one recipe, one model or one funnel."""
+"""`fullrank train`: one recipe, one model, one funnel or one retriever."""
 
 from __future__ import annotations
 
@@ -57,6 +57,8 @@ def train(
     summary = report.summary()
     if as_json:
         print(json.dumps(summary, indent=2, allow_nan=False))
+    elif "retriever" in summary:
+        _print_retriever(summary)
     else:
         _print(summary)
 
@@ -116,6 +118,27 @@ def _print(report: dict[str, Any]) -> None:
             print(f"{split}: share of {recall['requests']:,.0f} positive rows' items found: {text}", file=sys.stderr)
     print(f"report: {report['run']}/report.html", file=sys.stderr)
     print(f"run written to {report['run']}; serve it: fullrank serve {report['bundle']}", file=sys.stderr)
+
+
+def _print_retriever(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False)
+    console.print(f"{report['retriever']}: {report['items']:,} items", highlight=False)
+    table = Table()
+    for heading in ("split", "users", "by", "recall@20", "NDCG@20", "recall@100", "NDCG@100"):
+        table.add_column(heading, justify="left" if heading in ("split", "by") else "right")
+    for split in ("valid", "test"):
+        for name, values in report.get(split, {}).items():
+            shown = (values[f"{metric}_at_{k}"] for k in (20, 100) for metric in ("recall", "ndcg"))
+            table.add_row(split, f"{values['users']:,.0f}", name, *(f"{value:.4f}" for value in shown))
+    if table.rows:
+        console.print(table)
+    else:
+        print("the dataset has no validation and no test rows: nothing could be measured", file=sys.stderr)
+    print(f"report: {report['run']}/report.html", file=sys.stderr)
+    print(f"run written to {report['run']}; ask it: fullrank retrieve {report['run']} --user ID", file=sys.stderr)
 
 
 _RECALLS = {

@@ -17,6 +17,7 @@ from fullrank.funnel.catalogue import ACTIVE, BID, Catalogue
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import Scorer
+from fullrank.funnel.searcher import Searcher
 from fullrank.funnel.stages import FINAL, RETRIEVAL, StageSizes, check_names
 from fullrank.models import Ranker
 from fullrank.retrieval import RETRIEVERS, Retriever
@@ -55,7 +56,9 @@ def save_bundle(
     rankers = [stage_of(name, ranker) for name, ranker in _rankers(content).items()]
     stages = [_retrieval_stage(content.retriever), *rankers]
     with atomic.new_directory(path, overwrite=overwrite) as partial:
-        _write_funnel(content, partial)
+        _write_retrieval(content, partial)
+        for name, ranker in _rankers(content).items():
+            write_weights(ranker, partial / f"{name}.safetensors")
         sizes = content.sizes.model_dump(mode="json")
         write_manifest(partial, stages, value=content.value.text, sizes=sizes, about=about)
 
@@ -76,17 +79,51 @@ def _retrieval_stage(retriever: Retriever) -> Stage:
     return Stage(stage=RETRIEVAL, kind=name, config=config, defined_in=kind.__module__)
 
 
-def _write_funnel(funnel: Funnel, directory: Path) -> None:
-    """All files but the manifest."""
-    atomic.write_text(directory / "schema.json", funnel.schema.to_json())
-    funnel.encoders.save(directory / "encoders")
-    funnel.items.frame.write_parquet(directory / "items.parquet", compression="zstd")
-    if funnel.users is not None:
-        funnel.users.frame.write_parquet(directory / "users.parquet", compression="zstd")
-    funnel.context.write_parquet(directory / "context.parquet")
-    funnel.retriever.save(directory / RETRIEVAL)
-    for name, ranker in _rankers(funnel).items():
-        write_weights(ranker, directory / f"{name}.safetensors")
+def _write_retrieval(content: Funnel | Searcher, directory: Path) -> None:
+    """All files but the weights of rankers and the manifest."""
+    atomic.write_text(directory / "schema.json", content.encoders.schema.to_json())
+    content.encoders.save(directory / "encoders")
+    content.items.frame.write_parquet(directory / "items.parquet", compression="zstd")
+    if content.users is not None:
+        content.users.frame.write_parquet(directory / "users.parquet", compression="zstd")
+    content.context.write_parquet(directory / "context.parquet")
+    content.retriever.save(directory / RETRIEVAL)
+
+
+def save_searcher(
+    content: Searcher, path: Path, *, about: dict[str, Any] | None = None, overwrite: bool = False
+) -> None:
+    """Write the bundle of a retriever alone; `load_searcher` reads it.
+
+    Raises:
+        ValueError: as `save_bundle`.
+    """
+    stage = _retrieval_stage(content.retriever)
+    with atomic.new_directory(path, overwrite=overwrite) as partial:
+        _write_retrieval(content, partial)
+        write_manifest(partial, [stage], about=about)
+
+
+def load_searcher(path: Path) -> Searcher:
+    """Open the bundle of a retriever, or of a funnel, of which only retrieval is read.
+
+    Raises:
+        ValueError: as `load_bundle`, or if it has no retrieval.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    if manifest.stages[0].stage != RETRIEVAL:
+        raise ValueError(f"{path} is the bundle of a ranker: it has no {RETRIEVAL}")
+    require_files(path, manifest, ["schema.json", "items.parquet", "context.parquet"])
+    schema, encoders = _encoders(path)
+    has_users = "users.parquet" in manifest.files
+    return Searcher(
+        encoders=encoders,
+        items=_catalogue(path / "items.parquet", schema, "item"),
+        users=_catalogue(path / "users.parquet", schema, "user") if has_users else None,
+        context=_context(path / "context.parquet", schema),
+        retriever=_retriever(path, manifest.stages[0], schema),
+    )
 
 
 def load_bundle(path: Path) -> Funnel | Scorer:
@@ -98,6 +135,8 @@ def load_bundle(path: Path) -> Funnel | Scorer:
     path = Path(path)
     manifest = read_manifest(path)
     names = [stage.stage for stage in manifest.stages]
+    if names == [RETRIEVAL]:
+        raise ValueError(f"{path} is the bundle of a retriever alone: ask it with `fullrank retrieve`")
     if names == [FINAL]:
         require_files(path, manifest, ["schema.json", WEIGHTS])
         schema, encoders = _encoders(path)

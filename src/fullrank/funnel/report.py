@@ -17,7 +17,9 @@ from fullrank.funnel.evaluation import evaluate_funnel
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.report_parts import FINAL_STAGE, MODEL
 from fullrank.funnel.report_style import MEANINGS, STYLE
+from fullrank.funnel.retrieval_run import LENGTHS, RETRIEVER
 from fullrank.funnel.scorer import Scorer
+from fullrank.funnel.searcher import Searcher
 from fullrank.funnel.stages import FINAL, RETRIEVAL
 from fullrank.models import Ranker
 from fullrank.training.patience import HIGHER_IS_BETTER
@@ -44,6 +46,8 @@ def run_page(report: Report) -> str:
     It is about the test split, the validation split where there is none, and only about the training without both.
     """
     content, dataset = report.content, report.dataset
+    if isinstance(content, Searcher):
+        return _retrieval_page(content, report)
     split = next((split for split in ("test", "valid") if split in report.metrics), None)
     measured: Mapping[str, Any] = {}
     if isinstance(content, Ranker):
@@ -62,6 +66,43 @@ def run_page(report: Report) -> str:
     name = content.model.name if isinstance(content, Scorer) else "funnel"
     training = {**report.details, "seconds": report.seconds}
     return render(f"{name} on {dataset.path.resolve().name}", measured, facts, training)
+
+
+def _retrieval_page(content: Searcher, report: Report) -> str:
+    """Of a retriever that stands alone: its lists beside the most popular items, and times."""
+    dataset, name = report.dataset, content.retriever.name
+    parts = []
+    for split, found in report.metrics.items():
+        lines = "".join(
+            f"<tr><td class=text>{escape(name if by == RETRIEVER else by)}"
+            + "".join(f"<td>{values[f'{metric}_at_{k}']:.4f}" for k in LENGTHS for metric in ("recall", "ndcg"))
+            for by, values in found.items()
+        )
+        users = f"{found[RETRIEVER]['users']:,.0f} users"
+        heads = "".join(f"<th>recall@{k}<th>NDCG@{k}" for k in LENGTHS)
+        table = f"<table class=narrow><tr><th class=text>{users}{heads}</tr>{lines}</table>"
+        parts.append(f"<h2>All items ranked for the users of {escape(split)}</h2>{report_parts.wide(split, table)}")
+    rows = ", ".join(f"{split} {dataset.rows(split):,}" for split in dataset.splits)
+    facts = {
+        "log": str(dataset.path),
+        "rows": rows,
+        RETRIEVAL: f"{name}, {len(content.items):,} items",
+        "settings": ", ".join(f"{key} {value}" for key, value in content.retriever.config.model_dump().items()),
+        "fullrank": fullrank.__version__,
+    }
+    facts_table = "".join(f"<tr><td>{escape(key)}<td>{escape(text)}" for key, text in facts.items())
+    measured = "" if parts else _measured({})
+    return _page(
+        f"{name} on {dataset.path.resolve().name}",
+        "\n".join(
+            [
+                measured,
+                *parts,
+                _times(report.seconds),
+                f"<h2>What was run</h2><table class=facts>{facts_table}</table>",
+            ]
+        ),
+    )
 
 
 def facts_of(content: Funnel | Scorer, dataset: Dataset) -> dict[str, str]:
@@ -123,11 +164,14 @@ def render(
     rows = "".join(f"<tr><td>{escape(name)}<td>{escape(text)}" for name, text in facts.items())
     parts.append(f"<h2>What was run</h2><table class=facts>{rows}</table>")
     body = "\n".join(part for part in parts if part)
+    return _page(title, f"{_legend(judge, body)}{body}")
+
+
+def _page(title: str, body: str) -> str:
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
-        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>\n"
-        f"{_legend(judge, body)}{body}</html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>\n{body}</html>\n"
     )
 
 

@@ -13,7 +13,7 @@ from fullrank.metrics.binary import (
     reliability,
 )
 from fullrank.metrics.binned import BinnedMetrics
-from fullrank.metrics.ranking import ndcg_at_k, recall_at_k
+from fullrank.metrics.ranking import ndcg_at_k, ranked_ndcg_at_k, recall_at_k
 from fullrank.metrics.resampling import BinaryRows, Bootstrap, MeanRows, NumberRows, bootstrap
 from fullrank.metrics.streaming import BinaryMetrics
 
@@ -38,6 +38,7 @@ __all__ = [
     "normalized_entropy",
     "normalized_entropy_gain",
     "pair_consistency",
+    "ranked_ndcg_at_k",
     "recall_at_k",
     "relative_information_gain",
     "reliability",

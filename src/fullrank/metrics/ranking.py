@@ -26,6 +26,41 @@ def recall_at_k(ranked_BK: Tensor, relevant_BR: Tensor, k: int) -> float:
     Raises:
         ValueError: if k is below 1, an id is not an integer, or the numbers of rows differ.
     """
+    hit_BK, count_B = _hits(ranked_BK, relevant_BR, k)
+    kept_B = count_B > 0
+    if not bool(kept_B.any()):
+        warnings.warn("recall is undefined: no row has a relevant id", stacklevel=2)
+        return math.nan
+    return float((hit_BK.sum(1)[kept_B] / count_B[kept_B].double()).mean())
+
+
+def ranked_ndcg_at_k(ranked_BK: Tensor, relevant_BR: Tensor, k: int) -> float:
+    """NDCG of lists of ids of which some are relevant, all equally: `ndcg_at_k` where not all candidates are scored.
+
+    The best possible list begins with the relevant ids, whether they are among the candidates or not.
+
+    Args:
+        ranked_BK, relevant_BR, k: as in `recall_at_k`.
+
+    Returns:
+        NaN, with a warning, if no row has a relevant id.
+
+    Raises:
+        ValueError: as `recall_at_k`.
+    """
+    hit_BK, count_B = _hits(ranked_BK, relevant_BR, k)
+    kept_B = count_B > 0
+    if not bool(kept_B.any()):
+        warnings.warn("NDCG is undefined: no row has a relevant id", stacklevel=2)
+        return math.nan
+    discount_K = 1 / torch.log2(torch.arange(2, k + 2, dtype=torch.float64))
+    got_B = (hit_BK * discount_K[: hit_BK.shape[1]]).sum(1)
+    best_B = discount_K.cumsum(0)[count_B[kept_B].clamp_max(k) - 1]
+    return float((got_B[kept_B] / best_B).mean())
+
+
+def _hits(ranked_BK: Tensor, relevant_BR: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Which of the first k ids of each row are relevant, and how many relevant ids it has."""
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if ranked_BK.is_floating_point() or relevant_BR.is_floating_point():
@@ -34,15 +69,11 @@ def recall_at_k(ranked_BK: Tensor, relevant_BR: Tensor, k: int) -> float:
     relevant_BR = relevant_BR[:, None] if relevant_BR.ndim == 1 else relevant_BR
     if ranked_BK.ndim != 2 or relevant_BR.ndim != 2 or len(ranked_BK) != len(relevant_BR):
         raise ValueError(f"lists of shape {tuple(ranked_BK.shape)} do not fit relevant ids {tuple(relevant_BR.shape)}")
-    wanted_BR = relevant_BR != -1
-    count_B, found_B = wanted_BR.sum(1), torch.zeros(len(ranked_BK), dtype=torch.int64)
-    for relevant_B, wanted_B in zip(relevant_BR.unbind(1), wanted_BR.unbind(1), strict=True):
-        found_B += (ranked_BK == relevant_B[:, None]).any(1) & wanted_B
-    kept_B = count_B > 0
-    if not bool(kept_B.any()):
-        warnings.warn("recall is undefined: no row has a relevant id", stacklevel=2)
-        return math.nan
-    return float((found_B[kept_B] / count_B[kept_B].double()).mean())
+    hit_BK = torch.zeros(ranked_BK.shape, dtype=torch.bool)
+    for relevant_B in relevant_BR.unbind(1):
+        found_BK = ranked_BK == relevant_B[:, None]
+        hit_BK |= found_BK & (found_BK.cumsum(1) == 1)  # an id that is listed twice is found once
+    return hit_BK & (ranked_BK != -1), (relevant_BR != -1).sum(1)
 
 
 def ndcg_at_k(scores_BN: Tensor, gains_BN: Tensor, k: int) -> float:

@@ -16,6 +16,10 @@ RETRIEVERS: Registry[type[Retriever]] = Registry(
         "popularity": "fullrank.retrieval.popularity:Popularity",
         "monn": "fullrank.retrieval.hierarchy.hsnn:MoNNRetriever",
         "hsnn": "fullrank.retrieval.hierarchy.hsnn:HSNN",
+        "mf_bpr": "fullrank.retrieval.implicit.mf_bpr:MatrixFactorization",
+        "simplex": "fullrank.retrieval.implicit.simplex:SimpleX",
+        "lightgcn": "fullrank.retrieval.implicit.lightgcn:LightGCN",
+        "graph_filter": "fullrank.retrieval.implicit.graph_filter:GraphFilter",
     },
 )
 

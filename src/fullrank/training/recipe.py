@@ -15,9 +15,13 @@ from fullrank.data.splits import SplitSpec
 from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.models import RankerSpec
 from fullrank.registry import Spec, import_modules
+from fullrank.retrieval import RetrieverSpec
 from fullrank.schema import describe_errors
 from fullrank.training.config import TrainerConfig
 from fullrank.training.shipped import find_recipe, here_or_shipped
+
+# What a recipe may train: one of these sections.
+SECTIONS = ("model", "funnel", "retrieval")
 
 
 class Section(BaseModel):
@@ -61,7 +65,7 @@ class DataSpec(Section):
 
 
 class Recipe(Section):
-    """One run of `fullrank train`: one model, or a whole funnel.
+    """One run of `fullrank train`: one model, a whole funnel, or a retriever.
 
     Attributes:
         imports: modules to import first, such as `my_package.models`: they register rankers, retrievers, formats or
@@ -69,6 +73,7 @@ class Recipe(Section):
         data: where the rows are.
         model: `name` and the fields of that model's `Config`.
         funnel: instead of `model`: the stages, each with its own model and training (`fullrank.funnel.FunnelConfig`).
+        retrieval: instead of `model`: a retriever that stands alone, `name` and the fields of its `Config`.
         training: how `model` is fitted.
         embedding: how the tables of `model` learn.
         threads: of PyTorch; default one per core.
@@ -78,22 +83,28 @@ class Recipe(Section):
     data: DataSpec
     model: RankerSpec | None = None
     funnel: dict[str, Any] | None = None
+    retrieval: RetrieverSpec | None = None
     training: TrainerConfig = TrainerConfig()
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
     threads: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if (self.model is None) == (self.funnel is None):
-            raise ValueError(f"expected either model or funnel, got {'neither' if self.model is None else 'both'}")
-        if self.funnel is not None and {"training", "embedding"} & self.model_fields_set:
-            raise ValueError("training and embedding belong to model; those of a funnel's stages are in its stages")
+    def _one_section(self) -> Self:
+        given = [name for name in SECTIONS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = "neither" if not given else "both" if len(given) == 2 else "all"
+            raise ValueError(f"expected either {', '.join(SECTIONS[:-1])} or {SECTIONS[-1]}, got {found}")
+        if self.model is None and {"training", "embedding"} & self.model_fields_set:
+            whose = (
+                "those of a funnel's stages are in its stages" if self.funnel is not None else "a retriever has its own"
+            )
+            raise ValueError(f"training and embedding belong to model; {whose}")
         return self
 
     @property
     def section(self) -> str:
         """The section that says what is trained: a name in `fullrank.training.run.RUNS`."""
-        return "model" if self.model is not None else "funnel"
+        return next(name for name in SECTIONS if getattr(self, name) is not None)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] | None = None) -> Recipe:

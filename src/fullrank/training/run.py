@@ -48,9 +48,10 @@ class Report:
     """What a run did.
 
     Attributes:
-        content: what was trained: a `Ranker`, or a `Funnel`.
+        content: what was trained: a `Ranker`, a `Funnel`, or a `Searcher`.
         dataset: what it was trained on.
-        metrics: by split; of a ranker then by label, as `evaluate` gives them, of a funnel as `evaluate_funnel` does.
+        metrics: by split; of a ranker then by label, as `evaluate` gives them, of a funnel as `evaluate_funnel` does,
+            of a retriever as `evaluate_all_ranking` does, for it and for popularity.
         details: what else is in `metrics.json`: sizes, speed, steps.
         seconds: wall time of the parts of the run, and of its stages.
         directory: where the run's files are; None if none were written.
@@ -93,7 +94,13 @@ class Runner(Protocol):
 
 # Section of a recipe -> what runs it; imported when a recipe has it.
 RUNS: Registry[Runner] = Registry(
-    "run", "fullrank.runs", {"model": f"{__name__}:run_model", "funnel": "fullrank.funnel.run:run_funnel"}
+    "run",
+    "fullrank.runs",
+    {
+        "model": f"{__name__}:run_model",
+        "funnel": "fullrank.funnel.run:run_funnel",
+        "retrieval": "fullrank.funnel.retrieval_run:run_retrieval",
+    },
 )
 
 

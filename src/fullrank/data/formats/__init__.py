@@ -20,6 +20,7 @@ FORMATS: Registry[Callable[[], Format]] = Registry(
         "avazu": "fullrank.data.formats.avazu:Avazu",
         "criteo": "fullrank.data.formats.criteo:Criteo",
         "csv": "fullrank.data.formats.csv_log:Csv",
+        "interactions": "fullrank.data.formats.interactions:Interactions",
         "ipinyou": "fullrank.data.formats.ipinyou:IPinYou",
         "jsonl": "fullrank.data.formats.json_log:JsonLog",
         "kuaivideo": "fullrank.data.formats.kuaivideo:KuaiVideo",

@@ -1,0 +1,1 @@
+"""Retrieval learnt from who took what and nothing else: implicit feedback."""
