@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,6 +12,7 @@ from torch.nn import functional as F
 from fullrank.batch import Batch
 from fullrank.data.dataset import Dataset
 from fullrank.data.loader import partial_batch
+from fullrank.embeddings.admitted import AdmittedTable
 from fullrank.retrieval import Items, TwoTower
 from fullrank.retrieval.two_tower import sampled_softmax_loss
 
@@ -113,3 +117,34 @@ def test_it_learns_who_clicks_what(fitted: TwoTower, dataset: Dataset) -> None:
     found = fitted.search(partial_batch(catalogue, dataset.schema), 10).item_keys_BK
     parity = torch.tensor([int(name[1:]) % 2 for name in catalogue["__user_id"]])
     assert float((found % 2 == parity[:, None]).float().mean()) > 0.95
+
+
+TABLES: dict[str, dict[str, Any]] = {
+    "user_id": {"kind": "quotient_remainder", "collisions": 3},
+    "item_id": {"kind": "admitted", "capacity": 25, "admit_after": 1},
+}
+
+
+def test_tables_of_any_kind_learn_and_are_saved(dataset: Dataset, items: Items, users: Batch, tmp_path: Path) -> None:
+    config = TwoTower.Config(hidden=(16,), output_dim=8, batch_size=256, epochs=20, learning_rate=0.01, tables=TABLES)
+    retriever = TwoTower(dataset.schema, config).fit(dataset)
+    retriever.index(items)
+    kinds = retriever.towers.ids.kinds
+    assert {name: kind.config.kind for name, kind in kinds.items()} == {
+        "user_id": "quotient_remainder", "item_id": "admitted"
+    }  # fmt: skip
+    table = kinds["item_id"]
+    assert isinstance(table, AdmittedTable) and table.live_ids().numel() == 25
+    catalogue = dataset.catalogue("user")
+    found = retriever.search(partial_batch(catalogue, dataset.schema), 10).item_keys_BK
+    parity = torch.tensor([int(name[1:]) % 2 for name in catalogue["__user_id"]])
+    assert float((found % 2 == parity[:, None]).double().mean()) > 0.75
+    retriever.save(tmp_path / "saved")
+    again = TwoTower.load(tmp_path / "saved", dataset.schema)
+    for ours, theirs in zip(retriever.search(users, 10), again.search(users, 10), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_tables_that_cannot_be_are_refused(dataset: Dataset) -> None:
+    with pytest.raises(ValueError, match='tables: there is no table "itm"; the schema has user_id'):
+        TwoTower(dataset.schema, TwoTower.Config(tables={"itm": "full"}))

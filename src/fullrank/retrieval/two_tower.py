@@ -8,7 +8,7 @@ from typing import Self
 
 import polars as pl
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,7 +16,7 @@ from fullrank.batch import Batch, RowGather
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.data.loader import batch_from_frame
-from fullrank.embeddings import Tables
+from fullrank.embeddings import AnyTable, TableConfig, Tables
 from fullrank.layers.towers import Towers
 from fullrank.retrieval.base import Progress, item_keys
 from fullrank.retrieval.vector_retriever import VectorRetriever
@@ -78,6 +78,7 @@ class TwoTower(VectorRetriever):
         Attributes:
             embedding_dim: width of every table that the schema does not size itself.
             embedding_init: standard deviation that tables start with.
+            tables: how tables are stored that are not plain, by name, as in `model.tables` of a ranker.
             hidden: widths of either tower's MLP.
             output_dim: width of the vectors of users and items.
             temperature: divides inner products in the softmax of training.
@@ -90,6 +91,7 @@ class TwoTower(VectorRetriever):
 
         embedding_dim: int = Field(default=16, ge=1)
         embedding_init: float = Field(default=0.05, gt=0)
+        tables: dict[str, AnyTable] = Field(default_factory=dict)
         hidden: tuple[PositiveInt, ...] = (64,)
         output_dim: int = Field(default=32, ge=1)
         temperature: float = Field(default=0.1, gt=0)
@@ -99,19 +101,31 @@ class TwoTower(VectorRetriever):
         learning_rate: float = Field(default=2e-3, gt=0)
         seed: int = 0
 
+        @field_validator("tables")
+        @classmethod
+        def _are_complete(cls, tables: dict[str, TableConfig]) -> dict[str, TableConfig]:
+            for name, table in tables.items():
+                if getattr(table, "codes", None) is not None:
+                    raise ValueError(f'table "{name}": a retriever reads no codes, so it cannot be of {table.kind}')
+            return tables
+
     name = "two_tower"
     config: Config
 
     def __init__(self, schema: Schema, config: Config | None = None) -> None:
         super().__init__(schema, config)
+        own = self.config
+        for table in own.tables:
+            if table not in (known := schema.tables()):
+                raise ValueError(f'tables: there is no table "{table}"; the schema has {", ".join(known) or "none"}')
         with torch.random.fork_rng():
-            torch.manual_seed(self.config.seed)
+            torch.manual_seed(own.seed)
             self.towers = Towers(
                 schema,
-                Tables(embedding_dim=self.config.embedding_dim, init_std=self.config.embedding_init),
-                hidden=self.config.hidden,
+                Tables(embedding_dim=own.embedding_dim, init_std=own.embedding_init, kinds=own.tables),
+                hidden=own.hidden,
                 # The last output of the item tower is its bias; the user tower's is not used.
-                output_dim=self.config.output_dim + 1,
+                output_dim=own.output_dim + 1,
             )
         self.towers.eval()
 
@@ -155,6 +169,10 @@ class TwoTower(VectorRetriever):
                 )
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
+                for weight, given_away in self.towers.ids.take_fresh():
+                    for moments in optimizer.state[weight].values():
+                        if moments.shape == weight.shape:
+                            moments.index_fill_(0, given_away, 0)
                 optimizer.step()
                 schedule.step()
                 step += 1
