@@ -67,13 +67,15 @@ def test_the_commands_are_a_dictionary_of_vectors(tmp_path: Path, kind: str) -> 
 
 
 def test_numbers_stay_numbers_and_rows_of_a_matrix_are_ids(tmp_path: Path) -> None:
-    saved = SavedIndex.build(pl.Series([10**15, 3, 2**40]), torch.from_numpy(VECTORS[:3]), VectorIndexSpec.of("exact"))
+    saved = SavedIndex.build(
+        pl.DataFrame({"item_id": [10**15, 3, 2**40]}), torch.from_numpy(VECTORS[:3]), VectorIndexSpec.of("exact")
+    )
     saved.save(tmp_path / "index")
     found = SavedIndex.load(tmp_path / "index").search(torch.from_numpy(VECTORS[1:2]), 3)
     assert found["item_id"].dtype == pl.Int64 and set(found["item_id"]) == {3, 10**15, 2**40}
     np.save(tmp_path / "m.npy", VECTORS)
-    ids, vectors = read_vectors(tmp_path / "m.npy")
-    assert ids.to_list() == list(range(ITEMS)) and torch.equal(vectors, torch.from_numpy(VECTORS))
+    items, vectors = read_vectors(tmp_path / "m.npy")
+    assert items["item_id"].to_list() == list(range(ITEMS)) and torch.equal(vectors, torch.from_numpy(VECTORS))
     wide = pl.DataFrame(
         {"item_id": [1], "vector": VECTORS[:1]}, schema_overrides={"vector": pl.Array(pl.Float32, WIDTH)}
     )
@@ -110,3 +112,27 @@ def test_what_does_not_fit_is_refused_and_the_index_stays(tmp_path: Path) -> Non
     (index / "vectors.safetensors").write_bytes(before["vectors.safetensors"][:50])
     with pytest.raises(ValueError, match="is damaged"):
         SavedIndex.load(index)
+
+
+def test_a_search_with_a_filter_returns_k_of_what_may_be(tmp_path: Path) -> None:
+    genres = [[["Drama"], ["Drama", "War"], [], ["Comedy", "War"]][n % 4] for n in range(ITEMS)]
+    years: list[float | None] = [None if n % 7 == 0 else 1900 + n % 100 for n in range(ITEMS)]
+    frame = pl.DataFrame({"movie": [f"m{n}" for n in range(ITEMS)], "vector": VECTORS.tolist(), "genre": genres,
+                          "year": years, "shop": [n % 3 for n in range(ITEMS)]})  # fmt: skip
+    frame.write_parquet(tmp_path / "items.parquet")
+    np.save(tmp_path / "queries.npy", QUERIES)
+    run("index", "build", tmp_path / "items.parquet", tmp_path / "index", "--id", "movie", "--index", "exact")
+    text = "{any: {genre: [War, Comedy]}, all: {shop: 1}, none: {genre: Comedy}, range: {year: [1920, 1980.5]}}"
+    out = tmp_path / "found.parquet"
+    run("index", "search", tmp_path / "index", tmp_path / "queries.npy", "-k", 8, "--filter", text, "--out", out)
+    may = [
+        n for n in range(ITEMS)
+        if "War" in genres[n] and "Comedy" not in genres[n] and n % 3 == 1 and 1920 <= (years[n] or 0) <= 1980.5
+    ]  # fmt: skip
+    assert len(may) > 8
+    lists = pl.read_parquet(out).group_by("query", maintain_order=True).agg("item_id")["item_id"].to_list()
+    assert lists == expected([f"m{n}" for n in may], VECTORS[may], 8)
+    with pytest.raises(ValueError, match='filter: there is no column "gnre"; there are item_id, genre, year, shop'):
+        run("index", "search", tmp_path / "index", tmp_path / "queries.npy", "--filter", "{any: {gnre: [War]}}")
+    with pytest.raises(ValueError, match="--filter: of: unknown key"):
+        run("index", "search", tmp_path / "index", tmp_path / "queries.npy", "--filter", "{of: {genre: [War]}}")

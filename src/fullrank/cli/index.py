@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fullrank.retrieval.filters import ItemFilter
     from fullrank.retrieval.saved_index import SavedIndex
     from fullrank.retrieval.vectors import VectorIndex, VectorIndexSpec
 
@@ -48,10 +49,10 @@ def build(
     spec = _spec(index)
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists already: pass --overwrite to replace it")
-    ids, matrix = read_vectors(vectors, item_id, vector)
+    items, matrix = read_vectors(vectors, item_id, vector)
     with_place = _named(vectors)
     with with_place:
-        saved = SavedIndex.build(ids, matrix, spec)
+        saved = SavedIndex.build(items, matrix, spec)
     saved.save(out, overwrite=overwrite)
     _tell(saved, out, {"seconds": time.perf_counter() - begin}, as_json)
 
@@ -72,11 +73,11 @@ def add(
     from fullrank.retrieval.saved_index import SavedIndex, read_vectors
 
     saved = SavedIndex.load(index)
-    ids, matrix = read_vectors(vectors, item_id, vector)
+    items, matrix = read_vectors(vectors, item_id, vector)
     with _named(vectors):
-        updated = saved.add(ids, matrix, update=update)
+        updated = saved.add(items, matrix, update=update)
     saved.save(index, overwrite=True)
-    _tell(saved, index, {"added": len(ids) - updated, "updated": updated}, as_json)
+    _tell(saved, index, {"added": len(items) - updated, "updated": updated}, as_json)
 
 
 @app.command("remove")
@@ -107,6 +108,10 @@ def search(
     index: IndexArgument,
     queries: Annotated[Path, typer.Argument(metavar="QUERIES", help="Parquet file of vectors, or a .npy matrix.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Items for each query.")] = 10,
+    where: Annotated[
+        str | None,
+        typer.Option("--filter", metavar="YAML", help="'{any: {genre: [Drama, War]}, range: {year: [1990, null]}}'"),
+    ] = None,
     vector: VectorOption = "vector",
     out: Annotated[Path | None, typer.Option(help="Parquet file to write; default a table on stdout.")] = None,
 ) -> None:
@@ -117,12 +122,14 @@ def search(
     import io
 
     from fullrank.data import atomic
-    from fullrank.retrieval.saved_index import SavedIndex
+    from fullrank.retrieval.saved_index import SavedIndex, check_queries
 
+    chosen = None if where is None else _filter(where)
     saved = SavedIndex.load(index)
     matrix = _queries(queries, vector)
     with _named(queries):
-        found = saved.search(matrix, k)
+        check_queries(matrix, saved.index.width)
+    found = saved.search(matrix, k, chosen)
     if out is None:
         print(found.write_csv(), end="")
         return
@@ -222,6 +229,17 @@ def _spec(text: str) -> VectorIndexSpec:
         raise ValueError(f"--index: expected a kind or a mapping, got {text!r}") from None
     except ValidationError as error:
         raise ValueError(describe_errors(error, "--index").splitlines()[0]) from None
+
+
+def _filter(text: str) -> ItemFilter:
+    import yaml
+
+    from fullrank.retrieval.filters import ItemFilter
+
+    try:
+        return ItemFilter.of(yaml.safe_load(text), "--filter")
+    except yaml.YAMLError:
+        raise ValueError(f"--filter: expected a mapping, got {text!r}") from None
 
 
 def _queries(path: Path, vector: str) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fullrank.data import atomic
 from fullrank.retrieval.base import NO_ITEM, item_keys
+from fullrank.retrieval.filters import ItemFilter
 from fullrank.retrieval.vectors import VectorIndex, VectorIndexSpec
 from fullrank.schema import describe_errors
 
@@ -31,32 +32,33 @@ class SavedIndex:
     Attributes:
         spec: the kind of index and its hyper-parameters.
         index: by `item_keys` of the ids.
+        items: the column `item_id`, and what else is known of the items, in the order of their keys.
     """
 
     def __init__(self, spec: VectorIndexSpec, width: int) -> None:
         self.spec = spec
         self.index: VectorIndex = spec.build(width)
-        # By ascending key, as the index gives its contents.
-        self._ids = pl.Series("item_id", [], dtype=pl.Null)
+        self.items = pl.DataFrame({"item_id": []}, schema={"item_id": pl.Null})
 
     @classmethod
-    def build(cls, ids: pl.Series, vectors_ID: Tensor, spec: VectorIndexSpec) -> Self:
+    def build(cls, items: pl.DataFrame, vectors_ID: Tensor, spec: VectorIndexSpec) -> Self:
         """An index of items.
 
         Raises:
             ValueError: as `add`.
         """
         saved = cls(spec, vectors_ID.shape[1])
-        saved.add(ids, vectors_ID)
+        saved.add(items, vectors_ID)
         return saved
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def add(self, ids: pl.Series, vectors_ID: Tensor, *, update: bool = False) -> int:
+    def add(self, items: pl.DataFrame, vectors_ID: Tensor, *, update: bool = False) -> int:
         """Make more items searchable.
 
         Args:
+            items: a row for each vector: `item_id`, and columns to filter by.
             update: give items that are there already their new vectors.
 
         Returns:
@@ -66,11 +68,15 @@ class SavedIndex:
             ValueError: if an id is missing, occurs twice, is of another kind than those there, or is there already; or
                 a vector has another width or a number that is not finite.
         """
+        ids = items["item_id"]
         if ids.null_count():
             raise ValueError(f"row {ids.is_null().arg_max()}: the id of an item is missing")
         ids = ids.cast(pl.Int64) if ids.dtype.is_integer() else ids.cast(pl.String)
         if len(self) and ids.dtype != self._ids.dtype:
             raise ValueError(f"ids are {ids.dtype}, those of the index {self._ids.dtype}")
+        for name in set(items.columns) & set(self.items.columns) - {"item_id"}:
+            if items[name].dtype != self.items[name].dtype:
+                raise ValueError(f'column "{name}" is {items[name].dtype}, in the index {self.items[name].dtype}')
         if ids.is_duplicated().any():
             raise ValueError(f"item {ids.filter(ids.is_duplicated())[0]} is given twice")
         keys_I = item_keys(ids)
@@ -80,9 +86,14 @@ class SavedIndex:
         if bool(known.any()):
             self.remove(ids.filter(pl.Series(known.numpy())))
         self.index.add(keys_I, vectors_ID)
-        both = ids if not len(self._ids) else pl.concat([self._ids, ids])
-        self._ids = both.gather(torch.argsort(item_keys(both)).numpy())
+        items = items.with_columns(ids)
+        both = items if not self.items.height else pl.concat([self.items, items], how="diagonal")
+        self.items = both[torch.argsort(item_keys(both["item_id"])).numpy()]
         return int(known.sum())
+
+    @property
+    def _ids(self) -> pl.Series:
+        return self.items["item_id"]
 
     def remove(self, ids: pl.Series) -> None:
         """Forget items.
@@ -97,16 +108,21 @@ class SavedIndex:
         if missing.any():
             raise KeyError(f"item {ids.filter(missing)[0]} is not in the index")
         self.index.remove(item_keys(ids))
-        self._ids = self._ids.filter(~self._ids.is_in(ids.implode()))
+        self.items = self.items.filter(~self._ids.is_in(ids.implode()))
 
-    def search(self, queries_QD: Tensor, k: int) -> pl.DataFrame:
+    def search(self, queries_QD: Tensor, k: int, where: ItemFilter | None = None) -> pl.DataFrame:
         """The k best items of each query: columns `query` (its row), `rank`, `item_id`, `score`.
 
+        Args:
+            where: the items that may be returned, by what is known of them; k of these are, wherever there are k.
+
         Raises:
-            ValueError: if queries have another width or a number that is not finite, or k is below 1.
+            ValueError: if queries have another width or a number that is not finite, k is below 1, or the filter names
+                a column that is not there.
         """
         check_queries(queries_QD, self.index.width)
-        found = self.index.search(queries_QD, k)
+        allowed = None if where is None else where.keys(self.items)
+        found = self.index.search(queries_QD, k, allowed=allowed)
         there_QK = found.item_keys_BK != NO_ITEM
         query, rank = there_QK.nonzero(as_tuple=True)
         keys = item_keys(self._ids)
@@ -128,7 +144,7 @@ class SavedIndex:
         """
         _, vectors_ID = self.index.contents()
         with atomic.new_directory(directory, overwrite=overwrite) as place:
-            self._ids.to_frame("item_id").write_parquet(place / _ITEMS)
+            self.items.write_parquet(place / _ITEMS)
             save_file({"vectors": vectors_ID.contiguous()}, place / _VECTORS)
             about = {"version": FORMAT_VERSION, "index": self.spec.model_dump(mode="json"), "items": len(self)}
             (place / _ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -148,15 +164,17 @@ class SavedIndex:
             if about["version"] != FORMAT_VERSION:
                 raise ValueError(f"version is {about['version']!r}, this release reads {FORMAT_VERSION}")
             spec = VectorIndexSpec.of(about["index"])
-            ids = pl.read_parquet(directory / _ITEMS, glob=False)["item_id"]
+            items = pl.read_parquet(directory / _ITEMS, glob=False)
+            if "item_id" not in items.columns:
+                raise ValueError(f'{_ITEMS} has no column "item_id"')
             vectors_ID = load_file(directory / _VECTORS)["vectors"]
         except ValidationError as error:
             raise ValueError(describe_errors(error, str(path)).splitlines()[0]) from None
         except (OSError, KeyError, TypeError, ValueError, SafetensorError, pl.exceptions.PolarsError) as error:
             raise ValueError(f"{directory} is damaged: {str(error).splitlines()[0]}") from None
-        if vectors_ID.ndim != 2 or len(vectors_ID) != len(ids):
-            raise ValueError(f"{directory} is damaged: {len(ids)} ids and vectors of shape {tuple(vectors_ID.shape)}")
-        return cls.build(ids, vectors_ID, spec)
+        if vectors_ID.ndim != 2 or len(vectors_ID) != len(items):
+            raise ValueError(f"{directory} is damaged: {len(items)} ids, vectors of shape {tuple(vectors_ID.shape)}")
+        return cls.build(items, vectors_ID, spec)
 
 
 def check_queries(queries_QD: Tensor, width: int) -> None:
@@ -170,9 +188,10 @@ def check_queries(queries_QD: Tensor, width: int) -> None:
         raise ValueError(f"query {int((~finite_Q).nonzero()[0])} has a NaN or infinite number")
 
 
-def read_vectors(path: Path, item_id: str = "item_id", vector: str = "vector") -> tuple[pl.Series, Tensor]:
-    """Ids and float32 vectors (I, D) of a Parquet file with a column of each, or of a `.npy` matrix, whose ids are the
-    numbers of its rows.
+def read_vectors(path: Path, item_id: str = "item_id", vector: str = "vector") -> tuple[pl.DataFrame, Tensor]:
+    """Items and float32 vectors (I, D) of a Parquet file, or of a `.npy` matrix, whose ids are the numbers of its rows.
+
+    Items are the column of ids, as `item_id`, and all others but that of vectors.
 
     Raises:
         ValueError: if the file cannot be read, a column is missing, or vectors are no equally many numbers.
@@ -180,13 +199,15 @@ def read_vectors(path: Path, item_id: str = "item_id", vector: str = "vector") -
     try:
         if path.suffix == ".npy":
             matrix = np.load(path, allow_pickle=False)
-            ids = pl.Series(item_id, np.arange(len(matrix)))
+            items = pl.DataFrame({"item_id": np.arange(len(matrix))})
         else:
             frame = pl.read_parquet(path, glob=False)
             for column in (item_id, vector):
                 if column not in frame.columns:
                     raise ValueError(f'there is no column "{column}"; there are {", ".join(frame.columns)}')
-            ids, column_of = frame[item_id], frame[vector]
+            items, column_of = frame.drop(vector), frame[vector]
+            if item_id != "item_id":
+                items = items.drop("item_id", strict=False).rename({item_id: "item_id"})
             if not isinstance(column_of.dtype, pl.List | pl.Array):
                 raise ValueError(f'column "{vector}" is {column_of.dtype}, expected lists of numbers')
             if isinstance(column_of.dtype, pl.Array):
@@ -199,4 +220,4 @@ def read_vectors(path: Path, item_id: str = "item_id", vector: str = "vector") -
             raise ValueError(f"vectors are {matrix.dtype} of shape {matrix.shape}, expected a matrix of numbers")
     except (OSError, ValueError, EOFError, pl.exceptions.PolarsError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
-    return ids, torch.from_numpy(np.array(matrix, dtype=np.float32))
+    return items, torch.from_numpy(np.array(matrix, dtype=np.float32))

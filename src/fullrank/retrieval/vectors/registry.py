@@ -14,6 +14,8 @@ VECTOR_INDEXES: Registry[type[VectorIndex]] = Registry(
         "exact": "fullrank.retrieval.exact:ExactIndex",
         "auto": "fullrank.retrieval.vectors.auto:AutoIndex",
         "ivf": "fullrank.retrieval.vectors.ivf:IVFIndex",
+        "tree": "fullrank.retrieval.vectors.clusters:TreeVectors",
+        "streaming_vq": "fullrank.retrieval.vectors.clusters:StreamingVectors",
         "faiss_ivf_sq8": "fullrank.retrieval.vectors.faiss_index:FaissIVFSQ8",
         "faiss_ivf_pq": "fullrank.retrieval.vectors.faiss_index:FaissIVFPQ",
         "faiss_hnsw": "fullrank.retrieval.vectors.faiss_index:FaissHNSW",
