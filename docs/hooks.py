@@ -1,7 +1,7 @@
 """Tables of configuration, made from the pydantic classes when the site is built; what mkdocs.yml calls a hook.
 
 A page of `fields/` asks by a line of its own: `{{ fields fullrank.training.recipe:Recipe }}`, or, for everything in a
-registry, `{{ rankers }}`, `{{ retrievers }}`, `{{ tables }}`. `{{ names }}` are those of `import fullrank`.
+registry, `{{ rankers }}`, `{{ retrievers }}`, `{{ indexes }}`, `{{ tables }}`. `{{ names }}` are those of `import fullrank`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from fullrank.fields import field_rows, type_text
 from fullrank.models import RANKERS, Ranker
 from fullrank.registry import Registry, Spec
 from fullrank.retrieval import RETRIEVERS, Retriever
+from fullrank.retrieval.vectors import VECTOR_INDEXES, VectorIndex
 from fullrank.training import TrainerConfig
 
 LISTS: dict[str, tuple[Mapping[str, Any], type[BaseModel]]] = {
     "rankers": (RANKERS, Ranker.Config),
     "retrievers": (RETRIEVERS, Retriever.Config),
+    "indexes": (VECTOR_INDEXES, VectorIndex.Config),
     "tables": (TABLE_KINDS, TableConfig),
 }
 
