@@ -174,5 +174,5 @@ def _places(ids_I: Tensor, wanted_N: Tensor) -> tuple[Tensor, Tensor]:
     """Places of some ids among sorted ones, and which of them are there at all."""
     if not ids_I.numel():
         return torch.zeros_like(wanted_N), torch.zeros_like(wanted_N, dtype=torch.bool)
-    place_N = torch.searchsorted(ids_I, wanted_N).clamp_max(ids_I.numel() - 1)
+    place_N = torch.searchsorted(ids_I, wanted_N.contiguous()).clamp_max(ids_I.numel() - 1)
     return place_N, ids_I[place_N] == wanted_N
