@@ -96,15 +96,18 @@ def test_lightgcn_smooths_with_the_normalised_adjacency_matrix(
 
 
 def test_graph_filter_is_its_formula(dataset: Dataset, pairs: Interactions, users: Batch) -> None:
-    config = GraphFilter.Config(user_power=0.7, history_power=0.6, item_power=0.2, sharpening=0.4)
+    config = GraphFilter.Config(rank=2, low_pass=0.4, sharpening=0.6, popularity=0.2)
     taken_UI = dense(pairs)
-    user_U, item_I = taken_UI.sum(1), taken_UI.sum(0)
-    step_II = (item_I**-0.6)[:, None] * (taken_UI.T @ ((user_U**-0.7)[:, None] * taken_UI)) * item_I**-0.2
-    symmetric_II = item_I[:, None] ** 0.2 * step_II / item_I**0.2  # has the same eigenvalues
-    step_II /= torch.linalg.eigvalsh(symmetric_II).max()
-    expected_UI = taken_UI @ (step_II - 0.4 * step_II @ step_II)
+    root_I = taken_UI.sum(0).sqrt()
+    normal_UI = taken_UI / taken_UI.sum(1, keepdim=True).sqrt() / root_I
+    graph_II = normal_UI.T @ normal_UI
+    leading_IR = torch.linalg.eigh(graph_II).eigenvectors[:, -2:]
+    common_II = leading_IR @ leading_IR.T
+    sharp_II = torch.eye(pairs.items, dtype=torch.float64) - 0.6 * graph_II
+    filter_II = graph_II @ sharp_II + 0.4 * (common_II @ sharp_II) / root_I[:, None] * root_I
+    expected_UI = taken_UI @ filter_II * root_I**0.4
     found_UI = GraphFilter(dataset.schema, config).fit(dataset).scores(users)
-    assert torch.allclose(found_UI.double(), expected_UI[_order(users, pairs)], atol=1e-5)
+    assert torch.allclose(found_UI.double(), expected_UI[_order(users, pairs)], atol=1e-4)
 
 
 def _order(users: Batch, pairs: Interactions) -> torch.Tensor:
@@ -132,6 +135,7 @@ def test_state_that_contradicts_itself_is_refused(dataset: Dataset, items: Items
         ("pairs.items", filtered.state()["pairs.items"] + 1000, "not in order, or name"),
         ("pairs.users", filtered.state()["pairs.users"][:-1], "users and"),
         ("index.items", filtered.state()["index.items"][:-1], "keys of items"),
+        ("basis", filtered.state()["basis"][1:], "the basis has"),
         ("items", filtered.state()["items"].flip(0), "ids of the items"),
     ):
         with pytest.raises(ValueError, match=text):
