@@ -25,6 +25,7 @@ KINDS: list[dict[str, Any]] = [
     {"name": "lightgcn", **SMALL},
     {"name": "simplex", "margin": 0.2, "negative_weight": 10.0, **SMALL},
     {"name": "graph_filter"},
+    {"name": "graph_blend", "vectors": {"layers": 1, **SMALL}},
 ]
 
 
