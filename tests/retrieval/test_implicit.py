@@ -129,6 +129,11 @@ def test_both_ids_have_to_be_features(dataset: Dataset) -> None:
         RetrieverSpec.of("lightgcn").build(dataset.schema.without(["user_id"]))
 
 
+def test_a_blend_wants_probabilities() -> None:
+    with pytest.raises(ValueError, match='vectors.*expected the loss "softmax"'):
+        RetrieverSpec.of({"name": "graph_blend", "vectors": {"loss": "bpr"}})
+
+
 def test_state_that_contradicts_itself_is_refused(dataset: Dataset, items: Items) -> None:
     filtered = GraphFilter(dataset.schema).fit(dataset)
     filtered.index(items)

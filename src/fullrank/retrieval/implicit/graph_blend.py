@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from fullrank.batch import Batch
@@ -38,6 +38,13 @@ class GraphBlend(GraphFilter):
         vectors: LightGCN.Config = LightGCN.Config(layers=0, batch_size=256, epochs=14)
         weight: float = Field(default=0.6, ge=0)
         power: float = Field(default=0.5, gt=0, le=1)
+
+        @field_validator("vectors")
+        @classmethod
+        def _softmax(cls, vectors: LightGCN.Config) -> LightGCN.Config:
+            if vectors.loss != "softmax":
+                raise ValueError(f'probabilities are blended: expected the loss "softmax", got "{vectors.loss}"')
+            return vectors
 
     name = "graph_blend"
     config: Config
