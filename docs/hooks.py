@@ -1,7 +1,8 @@
 """Tables of configuration, made from the pydantic classes when the site is built; what mkdocs.yml calls a hook.
 
 A page of `fields/` asks by a line of its own: `{{ fields fullrank.training.recipe:Recipe }}`, or, for everything in a
-registry, `{{ rankers }}`, `{{ retrievers }}`, `{{ indexes }}`, `{{ tables }}`. `{{ names }}` are those of `import fullrank`.
+registry, `{{ rankers }}`, `{{ retrievers }}`, `{{ indexes }}`, `{{ tables }}`. `{{ names }}` are those of
+`import fullrank`.
 """
 
 from __future__ import annotations

@@ -58,10 +58,10 @@ def retrieve(
                 print(json.dumps({"user": request.user_id, "items": items}, allow_nan=False))
                 continue
             new = request.user_id is not None and str(request.user_id) not in known
-            title = f"user {request.user_id}{' (not in the log)' if new else ''}"
-            table = Table("place", "item", "score", title=title, title_justify="left")
+            table = Table("place", "item", "score")
             for place, (item, score) in enumerate(found, start=1):
                 table.add_row(str(place), str(item), f"{score:.4g}")
+            print(f"user {request.user_id}{' (not in the log)' if new else ''}")
             Console(markup=False).print(table)
     if not as_json:
         print(f"{searcher.retriever.name} over {searcher.retriever.cost():,} items", file=sys.stderr)

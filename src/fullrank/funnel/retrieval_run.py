@@ -68,10 +68,11 @@ def run_retrieval(
     details = {"retriever": spec.name, "items": len(searcher.items), "cost": searcher.retriever.cost(), **metrics}
     notes = []
     for split, found in list(metrics.items())[-1:]:
-        mine, simple = (found[name][f"recall_at_{LENGTHS[-1]}"] for name in (RETRIEVER, POPULARITY))
+        k = next((k for k in reversed(LENGTHS) if k < len(searcher.items)), LENGTHS[0])
+        mine, simple = (found[name][f"recall_at_{k}"] for name in (RETRIEVER, POPULARITY))
         if mine <= simple:
             notes.append(
-                f"{split}: recall@{LENGTHS[-1]} is {mine:.3f}, and that of the most popular items {simple:.3f}: train "
+                f"{split}: recall@{k} is {mine:.3f}, and that of the most popular items {simple:.3f}: train "
                 "for more epochs, or use `retrieval: {name: popularity}`"
             )
     return Report(

@@ -20,6 +20,7 @@ RETRIEVERS: Registry[type[Retriever]] = Registry(
         "simplex": "fullrank.retrieval.implicit.simplex:SimpleX",
         "lightgcn": "fullrank.retrieval.implicit.lightgcn:LightGCN",
         "graph_filter": "fullrank.retrieval.implicit.graph_filter:GraphFilter",
+        "graph_blend": "fullrank.retrieval.implicit.graph_blend:GraphBlend",
     },
 )
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from fullrank.batch import Batch
 from fullrank.data.dataset import Dataset
-from fullrank.retrieval.base import Items, Progress, Retriever, SearchResult
-from fullrank.retrieval.exact import ExactIndex
+from fullrank.retrieval.base import Progress
 from fullrank.retrieval.implicit.interactions import Interactions, id_column
+from fullrank.retrieval.vector_retriever import VectorRetriever
 from fullrank.schema import Schema
 
 
-class ImplicitRetriever(Retriever):
+class ImplicitRetriever(VectorRetriever):
     """Score = u·v, with a vector for each user and each item that the log knows and no other feature than the two ids.
 
     Learns from the distinct (user, item) pairs of the rows whose first binary label is 1. A user or item without a pair
@@ -28,7 +28,7 @@ class ImplicitRetriever(Retriever):
     new item each user's mean score.
     """
 
-    class Config(Retriever.Config):
+    class Config(VectorRetriever.Config):
         """Hyper-parameters.
 
         Attributes:
@@ -49,7 +49,6 @@ class ImplicitRetriever(Retriever):
         l2: float = Field(default=0.0, ge=0)
         seed: int = 0
 
-    filters = True
     config: Config
 
     def __init__(self, schema: Schema, config: Config | None = None) -> None:
@@ -59,7 +58,6 @@ class ImplicitRetriever(Retriever):
         sizes = schema.tables()
         self._users, self._items = sizes[user.table_name], sizes[item.table_name]
         self.user_UD, self.item_ID = torch.zeros(0, self.width), torch.zeros(0, self.width)
-        self.exact = ExactIndex(self.width)
 
     @property
     def width(self) -> int:
@@ -105,30 +103,8 @@ class ImplicitRetriever(Retriever):
         """What the index holds, shape (I, D)."""
         return _rows(self.item_ID, items.ids_BF[:, self._item_column])
 
-    def index(self, items: Items) -> None:
-        fresh = ExactIndex(self.width)
-        fresh.add(items.keys_I, self.item_vectors(items.features))
-        self.exact = fresh
-
-    def add(self, items: Items) -> None:
-        self.exact.add(items.keys_I, self.item_vectors(items.features))
-
-    def remove(self, keys: Tensor) -> None:
-        self.exact.remove(keys)
-
-    def search(self, users: Batch, k: int, *, allowed: Tensor | None = None) -> SearchResult:
-        return self.exact.search(self.user_vectors(users), k, allowed=allowed)
-
-    def cost(self) -> int:
-        return len(self.exact)
-
     def state(self) -> dict[str, Tensor]:
-        return {
-            "users": self.user_UD,
-            "items": self.item_ID,
-            "index.keys": self.exact.keys_I,
-            "index.vectors": self.exact.vectors_ID.contiguous(),
-        }
+        return {"users": self.user_UD, "items": self.item_ID, **super().state()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         for name, size in (("users", self._users), ("items", self._items)):
@@ -136,7 +112,7 @@ class ImplicitRetriever(Retriever):
             if rows not in (0, size):
                 raise ValueError(f"there are vectors of {rows} {name}, and the schema has {size}")
         self.user_UD, self.item_ID = state["users"], state["items"]
-        self.exact.add(state["index.keys"], state["index.vectors"])
+        super().restore(state)
 
 
 def descend(

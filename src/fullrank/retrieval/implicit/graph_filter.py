@@ -14,25 +14,25 @@ from fullrank.batch import Batch
 from fullrank.data.dataset import Dataset
 from fullrank.retrieval.base import Items, Progress, Retriever, SearchResult, check_k
 from fullrank.retrieval.exact import ExactIndex
-from fullrank.retrieval.implicit.interactions import Interactions, id_column
+from fullrank.retrieval.implicit.interactions import Interactions, SparseMatrix, id_column
 from fullrank.schema import Schema
 
 # Users scored at once; a block holds a few matrices of so many columns and a row per user and item.
 USERS_AT_ONCE = 64
-# Steps of the power iteration for the largest eigenvalue.
-_POWER_STEPS = 20
+# Extra columns and rounds of the randomised subspace iteration for the leading eigenvectors.
+_EXTRA, _ROUNDS = 32, 4
 
 
 class GraphFilter(Retriever):
-    """Scores x S - w x S^2, x being the user's row of the 0/1 matrix R of pairs.
+    """Scores x (G + l A^-1/2 V V' A^1/2) (1 - w G) A^g, x being the user's row of the 0/1 matrix R of pairs.
 
-    S = A^-a R' C^-c R A^-b / its largest eigenvalue, with the items' numbers of pairs in A and the users' in C, passes
-    what a user took on to the items that were taken along with it. a discounts popular items in the history, b those
-    that are scored (1/2 makes S symmetric, less leaves more to popularity), c users who took much. Two steps tell what
-    is popular in the whole neighbourhood; taking a part w of them away sharpens the first step.
+    G = A^-1/2 R' C^-1 R A^-1/2, with the items' numbers of pairs in A and the users' in C, passes what a user took on
+    to the items that were taken along with it; its eigenvalues lie in [0, 1]. V are its leading eigenvectors: what is
+    common to many. 1 - w G sharpens: it takes away what is popular in the whole neighbourhood. A^g gives some of the
+    items' popularity back.
 
-    A new user has the mean row of all, and a new item each user's mean score. Deviation: the papers have a = b = 1/2
-    and c = 1, add a truncated SVD and sharpen by integrating a differential equation; here one step does.
+    A new user has the mean row of all, and a new item each user's mean score. Deviation: the first paper has w = g = 0
+    (and l = 0.3 on Gowalla), the second sharpens by integrating a differential equation; here one step does.
 
     Source: Shen et al., How Powerful is Graph Convolution for Recommendation?, CIKM 2021; Choi et al., Blurring-
     Sharpening Process Models for Collaborative Filtering, SIGIR 2023.
@@ -42,16 +42,16 @@ class GraphFilter(Retriever):
         """Hyper-parameters.
 
         Attributes:
-            user_power: c.
-            history_power: a.
-            item_power: b.
+            rank: number of leading eigenvectors.
+            low_pass: l, the weight of their part.
             sharpening: w.
+            popularity: g.
         """
 
-        user_power: float = Field(default=0.6, ge=0, le=2)
-        history_power: float = Field(default=0.6, ge=0, le=2)
-        item_power: float = Field(default=0.3, ge=0, le=2)
-        sharpening: float = Field(default=0.7, ge=0)
+        rank: int = Field(default=256, ge=1)
+        low_pass: float = Field(default=0.1, ge=0)
+        sharpening: float = Field(default=0.8, ge=0)
+        popularity: float = Field(default=0.3, ge=0)
 
     name = "graph_filter"
     filters = True
@@ -63,18 +63,20 @@ class GraphFilter(Retriever):
         self._item_column, _ = id_column(schema, "item")
         none = torch.zeros(0, dtype=torch.int64)
         self.pairs = Interactions(none, none, none, none)
+        self.basis_IR, self.value_R = torch.zeros(0, self.config.rank), torch.zeros(self.config.rank)
         self._filter: _Filter | None = None
         # Keys in order, and the id of each.
         self.exact, self.ids_N = ExactIndex(0), none
 
     def fit(self, log: Dataset, *, progress: Progress | None = None) -> Self:
-        """Keep the pairs of the training part of a log.
+        """Keep the pairs of the training part of a log, and the leading eigenvectors of their graph.
 
         Raises:
             ValueError: if the log has no binary label or no positive row.
         """
         self.pairs = Interactions.of(log)
-        self._filter = _Filter(self.pairs, self.config)
+        self.basis_IR, self.value_R = _leading(_graph(self.pairs), self.config.rank)
+        self._filter = _Filter(self.pairs, self.basis_IR, self.value_R, self.config)
         return self
 
     def scores(self, users: Batch) -> Tensor:
@@ -118,7 +120,7 @@ class GraphFilter(Retriever):
                 scores_BN = torch.where(known_N, scores_BI[:, place_N], scores_BI.mean(1, keepdim=True))
             # The items as vectors of their scores by each user of the block, of which a user's query takes one.
             index = ExactIndex(len(block))
-            index.keys_I, index.vectors_ID = self.exact.keys_I, scores_BN.T.contiguous()
+            index.add(self.exact.keys_I, scores_BN.T.contiguous())
             own = allowed[begin : begin + USERS_AT_ONCE] if allowed is not None and allowed.ndim == 2 else allowed
             parts.append(index.search(torch.eye(len(block)), k, allowed=own))
         return SearchResult(*(torch.cat(each) for each in zip(*parts, strict=True)))
@@ -132,6 +134,8 @@ class GraphFilter(Retriever):
             "pairs.items": self.pairs.item_P,
             "users": self.pairs.user_ids_U,
             "items": self.pairs.item_ids_I,
+            "basis": self.basis_IR,
+            "values": self.value_R,
             "index.keys": self.exact.keys_I,
             "index.items": self.ids_N,
         }
@@ -139,10 +143,13 @@ class GraphFilter(Retriever):
     def restore(self, state: dict[str, Tensor]) -> None:
         pairs = Interactions(state["pairs.users"], state["pairs.items"], state["users"], state["items"])
         pairs.check()
+        if state["basis"].shape[0] != pairs.items:
+            raise ValueError(f"the basis has {state['basis'].shape[0]} items, and the pairs {pairs.items}")
         if state["index.keys"].shape != state["index.items"].shape:
             raise ValueError(f"{len(state['index.keys'])} keys of items have {len(state['index.items'])} ids")
         self.pairs = pairs
-        self._filter = _Filter(pairs, self.config) if len(pairs) else None
+        self.basis_IR, self.value_R = state["basis"], state["values"]
+        self._filter = _Filter(pairs, self.basis_IR, self.value_R, self.config) if len(pairs) else None
         self.exact.add(state["index.keys"], torch.zeros(state["index.keys"].numel(), 0))
         self.ids_N = state["index.items"]
 
@@ -150,29 +157,53 @@ class GraphFilter(Retriever):
 class _Filter:
     """The filter of some pairs, for rows that stand as columns."""
 
-    def __init__(self, pairs: Interactions, config: GraphFilter.Config) -> None:
-        self._taken = pairs.matrix(torch.ones(len(pairs)))
+    def __init__(self, pairs: Interactions, basis_IR: Tensor, value_R: Tensor, config: GraphFilter.Config) -> None:
+        self._graph = _graph(pairs)
         self._sharpening = config.sharpening
-        self._by_user_U1 = pairs.per_user_U.pow(-config.user_power)[:, None]
-        self._by_history_I1 = pairs.per_item_I.pow(-config.history_power)[:, None]
-        self._by_item_I1 = pairs.per_item_I.pow(-config.item_power)[:, None]
-        x_I1 = torch.ones(pairs.items, 1)
-        for _ in range(_POWER_STEPS):
-            x_I1 = self._step(x_I1 / x_I1.norm())
-        self._by_item_I1 /= x_I1.norm()
+        self._root_I1 = pairs.per_item_I.sqrt()[:, None]
+        self._popularity_I1 = pairs.per_item_I.pow(config.popularity)[:, None]
+        self._basis_IR = basis_IR
+        self._weight_R1 = (config.low_pass * (1 - config.sharpening * value_R))[:, None]
 
     def __call__(self, rows_IB: Tensor) -> Tensor:
-        once_IB = self._step(rows_IB)
-        return once_IB - self._sharpening * self._step(once_IB) if self._sharpening else once_IB
+        once_IB = _step(self._graph, rows_IB)
+        scores_IB = once_IB - self._sharpening * _step(self._graph, once_IB)
+        common_RB = self._weight_R1 * (self._basis_IR.T @ (rows_IB / self._root_I1))
+        scores_IB += self._root_I1 * (self._basis_IR @ common_RB)
+        return self._popularity_I1 * scores_IB
 
-    def _step(self, rows_IB: Tensor) -> Tensor:
-        weights_UB = self._by_user_U1 * (self._taken @ (self._by_history_I1 * rows_IB))
-        return self._by_item_I1 * (self._taken.transposed @ weights_UB)
+
+def _graph(pairs: Interactions) -> SparseMatrix:
+    """C^-1/2 R A^-1/2."""
+    return pairs.matrix((pairs.per_user_U[pairs.user_P] * pairs.per_item_I[pairs.item_P]).rsqrt())
+
+
+def _step(graph: SparseMatrix, x_IB: Tensor) -> Tensor:
+    return graph.transposed @ (graph @ x_IB)
+
+
+def _leading(graph: SparseMatrix, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading eigenvectors (I, R) of G and their eigenvalues (R,), 0 where it has no more.
+
+    Source: Halko, Martinsson & Tropp, Finding Structure with Randomness, SIAM Review 2011, algorithm 4.4.
+    """
+    users, items = graph.shape
+    width = min(rank + _EXTRA, users, items)
+    basis_IR = torch.randn(items, width, generator=torch.Generator().manual_seed(0))
+    for _ in range(_ROUNDS):
+        basis_IR = torch.linalg.qr(_step(graph, basis_IR)).Q
+    projected_UR = graph @ basis_IR
+    value_R, rotation_RR = torch.linalg.eigh(projected_UR.T @ projected_UR)
+    kept = min(rank, width)
+    vectors_IR, values_R = torch.zeros(items, rank), torch.zeros(rank)
+    vectors_IR[:, :kept] = basis_IR @ rotation_RR.flip(1)[:, :kept]
+    values_R[:kept] = value_R.flip(0)[:kept].clamp(0, 1)
+    return vectors_IR, values_R
 
 
 def _places(ids_I: Tensor, wanted_N: Tensor) -> tuple[Tensor, Tensor]:
     """Places of some ids among sorted ones, and which of them are there at all."""
     if not ids_I.numel():
         return torch.zeros_like(wanted_N), torch.zeros_like(wanted_N, dtype=torch.bool)
-    place_N = torch.searchsorted(ids_I, wanted_N).clamp_max(ids_I.numel() - 1)
+    place_N = torch.searchsorted(ids_I, wanted_N.contiguous()).clamp_max(ids_I.numel() - 1)
     return place_N, ids_I[place_N] == wanted_N

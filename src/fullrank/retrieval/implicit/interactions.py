@@ -162,6 +162,10 @@ class SparseMatrix:
         return cls(_by_rows(row_P, column_P, value_P, shape), _by_rows(*transposed))
 
     @property
+    def shape(self) -> torch.Size:
+        return self.forward.shape
+
+    @property
     def transposed(self) -> SparseMatrix:
         return SparseMatrix(self.backward, self.forward)
 
