@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import table, write
-from fullrank.bfloat16 import to_bf16
+from fullrank.bfloat16 import has_units, to_bf16
 from fullrank.data.dataset import Dataset
 from fullrank.data.importing import import_dataset
 from fullrank.data.loader import Loader
@@ -37,7 +37,7 @@ from fullrank.embeddings.optimizer import Storage
 from fullrank.models import RankerSpec
 from fullrank.schema import Schema
 from fullrank.training import Callback, LocalEngine, Trainer, TrainerConfig, evaluate
-from fullrank.training.mixed_precision import has_units, products_in
+from fullrank.training.mixed_precision import products_in
 
 HERE = Path(__file__).parent
 MODELS: dict[str, dict[str, Any]] = {

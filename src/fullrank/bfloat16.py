@@ -87,6 +87,12 @@ def join_fp32(high: Tensor, low: Tensor, rounding: Literal["trunc", "nearest"] =
     return (upper + (lower if rounding == "nearest" else lower & 0xFFFF)).view(torch.float32)
 
 
+def has_units() -> bool:
+    """Whether the processor has matrix or dot-product instructions for bfloat16."""
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
 def _check(x: Tensor) -> None:
     if x.dtype != torch.float32:
         raise ValueError(f"expected float32 to round to bfloat16, got {str(x.dtype).removeprefix('torch.')}")

@@ -130,7 +130,7 @@ def test_both_ids_have_to_be_features(dataset: Dataset) -> None:
 
 
 def test_a_blend_wants_probabilities() -> None:
-    with pytest.raises(ValueError, match='vectors.*expected the loss "softmax"'):
+    with pytest.raises(ValueError, match='expected the loss "softmax", got "bpr"'):
         RetrieverSpec.of({"name": "graph_blend", "vectors": {"loss": "bpr"}})
 
 

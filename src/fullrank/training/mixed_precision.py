@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from fullrank.bfloat16 import Rounding, to_bf16
+from fullrank.bfloat16 import Rounding, has_units, to_bf16
 from fullrank.training.precision import Precision
 
 PRODUCTS: frozenset[Any] = frozenset({
@@ -94,9 +94,3 @@ def warn_without_units(device: torch.device) -> None:
             "float32; auto takes the faster, bfloat16_emulated has the same numerics",
             stacklevel=3,
         )
-
-
-def has_units() -> bool:
-    """Whether the processor has matrix or dot-product instructions for bfloat16."""
-    known = torch.cpu.get_capabilities()
-    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))

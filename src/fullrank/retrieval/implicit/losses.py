@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fullrank.bfloat16 import has_units
+
 # Scores held at once by the losses over the whole catalogue.
 SCORES_AT_ONCE = 20_000_000
 
@@ -89,7 +91,7 @@ class _OverCatalogue(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, user_BD: Tensor, item_ID: Tensor, weight_B: Tensor, loss: _RowLoss) -> Tensor:
-        dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+        dtype = torch.bfloat16 if has_units() else torch.float32
         items_ID = item_ID.to(dtype)
         block = max(1, SCORES_AT_ONCE // max(item_ID.shape[0], 1))
         by_user_BD, by_item_ID = torch.empty_like(user_BD), torch.zeros_like(item_ID)
@@ -110,9 +112,3 @@ class _OverCatalogue(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         by_user_BD, by_item_ID = ctx.saved_tensors
         return gradients[0] * by_user_BD, gradients[0] * by_item_ID, None, None
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16 matrices."""
-    known = torch.cpu.get_capabilities()
-    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
