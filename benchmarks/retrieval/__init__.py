@@ -1,0 +1,1 @@
+"""Indexes of the first stage: what they find, cost and stand."""

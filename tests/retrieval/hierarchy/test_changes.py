@@ -331,3 +331,58 @@ def test_moved_nodes_lead_to_the_same_items(catalogue: Catalogue, users: Tensor)
     )
     assert torch.equal(away.cost_B, back.cost_B)
     assert torch.equal(index.search(DotProduct(), users, 20, FULL).item_keys_BK, exact.item_keys_BK)
+
+
+def test_nodes_without_vectors_have_the_mean_of_their_items(catalogue: Catalogue, users: Tensor) -> None:
+    """After any changes, of what is left: the index is the one that is built of it at once."""
+    vectors, codes = catalogue.vectors_ID, catalogue.codes(catalogue.vectors_ID)
+
+    def build(rows: slice) -> HierarchicalIndex:
+        given = catalogue.keys_I[rows], vectors[rows], codes[rows]
+        return HierarchicalIndex.build(*given, num_nodes=NUM_NODES, node_vectors=None)
+
+    index = build(slice(0, 600))
+    index.add(catalogue.keys_I[600:], vectors[600:] + 1, codes[600:])
+    index.update(catalogue.keys_I[600:], vectors[600:], codes[600:])
+    index.remove(catalogue.keys_I[:500])
+    index.rebalance(200)
+    same(index.search(DotProduct(), users, 20, (3, 4)), build(slice(500, 1500)).search(DotProduct(), users, 20, (3, 4)))
+    leaf, error = codes[500:, 0] * 5 + codes[500:, 1], 0.0
+    for number in leaf.unique():
+        own = vectors[500:][leaf == number].double()
+        error += float((own - own.mean(0)).square().sum())
+    assert index.health().quantization_error == pytest.approx(error / 1000, rel=1e-5)
+    again = HierarchicalIndex.restore(index.state())
+    same(again.search(DotProduct(), users, 20, (3, 4)), index.search(DotProduct(), users, 20, (3, 4)))
+    index.rebalance(20)
+    assert index.health().max_leaf <= 20
+    assert index.health().quantization_error < 0.7 * error / 1000
+    index.refresh(encoder(catalogue, torch.eye(WIDTH)), node_vectors=None)
+    assert index.health().quantization_error == pytest.approx(error / 1000, rel=1e-5)
+
+
+def test_items_move_to_the_nearest_leaf(catalogue: Catalogue, users: Tensor) -> None:
+    """Each time nearer on the whole, until nothing moves: k-means."""
+    codes = catalogue.codes(catalogue.vectors_ID)
+    index = HierarchicalIndex.build(
+        catalogue.keys_I, catalogue.vectors_ID, codes, num_nodes=NUM_NODES, node_vectors=None
+    )
+    exact, error = index.search_exact(DotProduct(), users, 20), index.health().quantization_error
+    assert error is not None
+    for _ in range(100):
+        before, found = error, index.nearest(catalogue.vectors_ID)
+        index.reassign()
+        assert torch.equal(index.lookup(catalogue.keys_I)[1], found)
+        error = index.health().quantization_error
+        assert error is not None and error <= before * (1 + 1e-6)
+        if error >= before * (1 - 1e-7):
+            break
+    assert torch.equal(index.nearest(catalogue.vectors_ID), found)
+    same(index.search_exact(DotProduct(), users, 20), exact)
+    with pytest.raises(ValueError, match="row 1, .* has a NaN"):
+        index.nearest(torch.tensor([[0.0] * WIDTH, [torch.nan] * WIDTH]))
+    index.remove(catalogue.keys_I)
+    with pytest.raises(ValueError, match="no leaf is near"):
+        index.nearest(catalogue.vectors_ID)
+    index.reassign()
+    assert len(index) == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fullrank.retrieval.base import NO_ITEM
 from fullrank.retrieval.exact import ExactIndex
-from fullrank.retrieval.hierarchy import DotProduct, HierarchicalIndex, StaleIndexError
+from fullrank.retrieval.hierarchy import DotProduct, HierarchicalIndex, Selection, StaleIndexError
 
 # Of the catalogue, see conftest.py.
 WIDTH, NUM_NODES, FULL = 6, (8, 5), (8, 40)
@@ -246,13 +246,33 @@ def test_a_filtered_search_finds_k_of_what_is_allowed(
     total_BI = users @ catalogue.vectors_ID.T
     expected, scores = everything(catalogue.keys_I[mask], total_BI[:, mask], 10)
     unknown = torch.tensor([77777, NO_ITEM])
-    for given in (torch.cat([allowed, unknown]), torch.cat([allowed, unknown]).expand(9, -1)):
+    allowed = torch.cat([allowed, unknown, allowed[:2]])
+    for given in (allowed, allowed.expand(9, -1), Selection(allowed)):
         full = index.search(DotProduct(), users, 10, FULL, allowed=given)
         assert torch.equal(full.item_keys_BK, expected)
         assert torch.allclose(full.scores_BK, scores, atol=1e-5)
         narrow = index.search(DotProduct(), users, 10, (1, 1), allowed=given)
         assert narrow.item_keys_BK.shape == (9, min(10, int(mask.sum())))
         assert bool(torch.isin(narrow.item_keys_BK, allowed).all())
+
+
+def test_a_selection_follows_the_index(catalogue: Catalogue, users: Tensor) -> None:
+    index = catalogue.index()
+    fresh, keys = 100 * users, 9000 + torch.arange(9)
+    few, many = (
+        Selection(torch.cat([catalogue.keys_I[:30], keys])),
+        Selection(torch.cat([catalogue.keys_I[:900], keys])),
+    )
+    for selection, beam in ((few, (1, 1)), (many, FULL)):
+        for _ in range(2):
+            found = index.search(DotProduct(), users, 5, beam, allowed=selection)
+            assert not bool(torch.isin(found.item_keys_BK, keys).any())
+    index.add(keys, fresh, catalogue.codes(fresh))
+    for selection, beam in ((few, (1, 1)), (many, FULL)):
+        found = index.search(DotProduct(), users, 5, beam, allowed=selection)
+        expected = index.search(DotProduct(), users, 5, beam, allowed=selection.keys_A)
+        assert torch.equal(found.item_keys_BK, expected.item_keys_BK)
+        assert bool(torch.isin(found.item_keys_BK, keys).any(1).all())
 
 
 def test_who_is_allowed_less_than_k_gets_what_there_is(

@@ -5,6 +5,7 @@ from fullrank.retrieval.hierarchy.health import Audit, Health
 from fullrank.retrieval.hierarchy.index import HierarchicalIndex, StaleIndexError
 from fullrank.retrieval.hierarchy.scorer import DotProduct, Scorer
 from fullrank.retrieval.hierarchy.searching import IndexResult, SearchStats
+from fullrank.retrieval.hierarchy.snapshot import Selection
 from fullrank.retrieval.hierarchy.streaming_vq import StreamingVQ
 from fullrank.retrieval.hierarchy.tree import TreeIndex
 
@@ -17,6 +18,7 @@ __all__ = [
     "IndexResult",
     "Scorer",
     "SearchStats",
+    "Selection",
     "StaleIndexError",
     "StreamingVQ",
     "TreeIndex",

@@ -1,4 +1,4 @@
-"""Splitting leaves that have grown too large."""
+"""Keeping leaves small and near to their items."""
 
 # Shapes: I items, S items of the leaf that is split, D width.
 
@@ -9,10 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fullrank.embeddings.semantic_id.quantizer import assigned
 from fullrank.embeddings.semantic_id.rq_kmeans import k_means
 from fullrank.retrieval.hierarchy.nodes import PARTS, Codes, Tree
 from fullrank.retrieval.hierarchy.snapshot import Snapshot
-from fullrank.retrieval.hierarchy.storage import Segment, kept_small, merged
+from fullrank.retrieval.hierarchy.storage import Segment, merged
 
 
 def rebalanced(snapshot: Snapshot, max_leaf: int, seed: int = 0) -> Snapshot:
@@ -47,10 +48,9 @@ def rebalanced(snapshot: Snapshot, max_leaf: int, seed: int = 0) -> Snapshot:
     if not moved:
         return snapshot
     fresh = merged(moved)
-    rest = snapshot.without(fresh.keys_I).segments
-    segments = kept_small([*rest, fresh])
-    leaf_I = torch.cat([segment.compact().leaf_I for segment in segments])
-    return replace(snapshot, tree=Tree.of(codes, leaf_I), segments=segments)
+    rest = snapshot.without(fresh.keys_I)
+    tree = Tree.of(codes, rest.tree.leaves_L, rest.tree.count_L, rest.tree.sums_LV)
+    return replace(rest, tree=tree).with_items(fresh)
 
 
 def _parts(vectors_SD: Tensor, max_leaf: int, generator: torch.Generator) -> list[Tensor]:
@@ -85,3 +85,37 @@ def with_parts(codes: Codes, numbers_P: Tensor, vectors_PD: Tensor) -> Codes:
     numbers, order = torch.cat([codes.parts_P[kept], numbers_P]).sort()
     vectors = torch.cat([codes.part_vectors_PV[kept], vectors_PD])[order]
     return replace(codes, parts_P=numbers, part_vectors_PV=vectors)
+
+
+def nearest_leaves(snapshot: Snapshot, vectors_ID: Tensor) -> Tensor:
+    """Numbers of the occupied leaves that vectors are nearest to.
+
+    Raises:
+        ValueError: if there are no items, or node vectors have not the items' width.
+    """
+    leaves = snapshot.tree.levels[-1]
+    if snapshot.tree.codes.width != snapshot.width:
+        raise ValueError(
+            f"node vectors have width {snapshot.tree.codes.width} and items {snapshot.width}: distances need the same"
+        )
+    if not len(leaves):
+        raise ValueError("the index has no items, so that no leaf is near")
+    return leaves.numbers_M[assigned(vectors_ID, leaves.vectors_MV)[1]]
+
+
+def reassigned(snapshot: Snapshot) -> Snapshot:
+    """The same items, each in the nearest leaf that there is: a step of k-means, where nodes have the mean of theirs.
+
+    Raises:
+        ValueError: as `nearest_leaves`.
+    """
+    moved: list[Segment] = []
+    for segment in snapshot.segments:
+        whole = segment.compact()
+        leaf_I = nearest_leaves(snapshot, whole.vectors_ID)
+        rows = (leaf_I != whole.leaf_I).nonzero().squeeze(1)
+        moved.append(Segment.of(whole.keys_I[rows], whole.vectors_ID[rows], leaf_I[rows]))
+    if not any(len(part) for part in moved):
+        return snapshot
+    fresh = merged(moved)
+    return snapshot.without(fresh.keys_I).with_items(fresh)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from fullrank.retrieval.base import NO_ITEM
-from fullrank.retrieval.hierarchy.nodes import Codes
 from fullrank.retrieval.hierarchy.ranges import Best, Ranges, Rows, scored
 from fullrank.retrieval.hierarchy.scorer import DotProduct
 from fullrank.retrieval.hierarchy.searching import IndexResult, SearchStats
 from fullrank.retrieval.hierarchy.snapshot import Snapshot
-from fullrank.retrieval.hierarchy.storage import Segment
+from fullrank.retrieval.hierarchy.storage import ROWS_AT_ONCE, Segment
 
 # Rows that are scored before the first bound is drawn; each further step takes as many as all before it.
 FIRST_ROWS = 4096
@@ -28,7 +27,7 @@ class _Bounds:
     """What bounds u·v in each leaf of a segment.
 
     Attributes:
-        centres_LD: q.
+        centres_LD: q, the mean of its rows.
         radius_L: R, the largest ‖v - q‖.
         norm_I: ‖v‖, falling within each leaf.
     """
@@ -38,11 +37,13 @@ class _Bounds:
     norm_I: Tensor
 
     @classmethod
-    def of(cls, segment: Segment, codes: Codes) -> _Bounds:
-        centres_LD = codes.vectors_of(codes.levels - 1, segment.leaves_L)
+    def of(cls, segment: Segment) -> _Bounds:
+        size_L = segment.offsets_L1.diff()
+        centres_LD = (segment.sums() / size_L[:, None]).float()
         radius_L, norms = torch.zeros(len(centres_LD)), []
-        of_I = torch.arange(len(centres_LD)).repeat_interleave(segment.offsets_L1.diff())
-        for rows, of in zip(torch.split(segment.vectors_ID, 1 << 16), torch.split(of_I, 1 << 16), strict=True):
+        of_I = torch.arange(len(centres_LD)).repeat_interleave(size_L)
+        blocks = zip(torch.split(segment.vectors_ID, ROWS_AT_ONCE), torch.split(of_I, ROWS_AT_ONCE), strict=True)
+        for rows, of in blocks:
             radius_L.scatter_reduce_(0, of, (rows - centres_LD[of]).norm(dim=1), "amax")
             norms.append(rows.norm(dim=1))
         return cls(centres_LD, radius_L, torch.cat(norms))
@@ -55,8 +56,6 @@ def certified_search(snapshot: Snapshot, users_BD: Tensor, k: int) -> IndexResul
     their longest vector, and of each only the rows that are long enough; what is bounded by less than the k-th score so
     far cannot be among the k. On data without strong clusters most items must be scored: it proves, it does not hurry.
     Removed items may keep R larger than it need be.
-
-    Node vectors must be of the items' width.
 
     Raises:
         ValueError: if a user's vector is not finite.
@@ -85,7 +84,7 @@ def _of_one(snapshot: Snapshot, user_1D: Tensor, k: int) -> tuple[Best, int]:
     best, items = Best.none(1), 0
     norm = float(user_1D.norm())
     for segment in snapshot.segments:
-        bounds: _Bounds = segment.fact("bounds", lambda of=segment: _Bounds.of(of, snapshot.tree.codes))  # type: ignore[misc]
+        bounds: _Bounds = segment.fact("bounds", lambda of=segment: _Bounds.of(of))  # type: ignore[misc]
         longest_L = bounds.norm_I[segment.offsets_L1[:-1]]
         ball_L = (bounds.centres_LD @ user_1D[0]) + norm * bounds.radius_L
         bound_L = torch.minimum(ball_L, norm * longest_L) + SLACK * norm * longest_L

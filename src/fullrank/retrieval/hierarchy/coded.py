@@ -15,6 +15,7 @@ from fullrank.embeddings.semantic_id.rq_kmeans import ITERATIONS, k_means
 from fullrank.retrieval.hierarchy.index import HierarchicalIndex
 from fullrank.retrieval.hierarchy.scorer import DotProduct
 from fullrank.retrieval.hierarchy.searching import IndexResult
+from fullrank.retrieval.hierarchy.snapshot import Selection
 from fullrank.retrieval.hierarchy.storage import checked_items
 
 # Vectors for each cluster, chosen at random, that are enough to find it.
@@ -49,7 +50,9 @@ class CodedIndex(ABC):
         """See `HierarchicalIndex.remove`."""
         self.index.remove(keys_A)
 
-    def search(self, queries_BD: Tensor, k: int, beam: Sequence[int], *, allowed: Tensor | None = None) -> IndexResult:
+    def search(
+        self, queries_BD: Tensor, k: int, beam: Sequence[int], *, allowed: Tensor | Selection | None = None
+    ) -> IndexResult:
         """See `HierarchicalIndex.search`."""
         return self.index.search(DotProduct(self.index.width), queries_BD, k, beam, allowed=allowed)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fullrank.retrieval.base import NO_ITEM
 from fullrank.retrieval.hierarchy.scorer import Scorer
-from fullrank.retrieval.hierarchy.searching import beam_search
+from fullrank.retrieval.hierarchy.searching import search_snapshot
 from fullrank.retrieval.hierarchy.snapshot import Snapshot
 
 
@@ -90,10 +90,10 @@ def health(snapshot: Snapshot) -> Health:
 
 
 def audit(snapshot: Snapshot, scorer: Scorer, users: Any, k: int, beams: Sequence[Sequence[int]]) -> list[Audit]:
-    exact = beam_search(snapshot, scorer, users, k, None, None).item_keys_BK
+    exact = search_snapshot(snapshot, scorer, users, k, None, None, None).item_keys_BK
     found = []
     for beam in beams:
-        result = beam_search(snapshot, scorer, users, k, beam, None)
+        result = search_snapshot(snapshot, scorer, users, k, beam, None, None)
         found.append(
             Audit(
                 tuple(beam),

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from fullrank.retrieval.base import check_k
-from fullrank.retrieval.hierarchy.balancing import rebalanced
+from fullrank.retrieval.hierarchy.balancing import nearest_leaves, reassigned, rebalanced
 from fullrank.retrieval.hierarchy.certified import certified_search
 from fullrank.retrieval.hierarchy.files import read, write
 from fullrank.retrieval.hierarchy.health import Audit, Health, audit, health
 from fullrank.retrieval.hierarchy.nodes import Codes
 from fullrank.retrieval.hierarchy.scorer import DotProduct, Scorer
 from fullrank.retrieval.hierarchy.searching import IndexResult, search_snapshot
-from fullrank.retrieval.hierarchy.snapshot import ENCODED_AT_ONCE, Encode, Snapshot
+from fullrank.retrieval.hierarchy.snapshot import ENCODED_AT_ONCE, Encode, Selection, Snapshot
+from fullrank.retrieval.hierarchy.storage import checked_items
 
 
 class StaleIndexError(ValueError):
@@ -42,7 +43,7 @@ class HierarchicalIndex:
     def __init__(
         self,
         num_nodes: Sequence[int],
-        node_vectors: Sequence[Tensor],
+        node_vectors: Sequence[Tensor] | None,
         width: int,
         *,
         version: str | None = None,
@@ -52,14 +53,15 @@ class HierarchicalIndex:
         Args:
             num_nodes: K_1 .. K_N.
             node_vectors: of each level, (K_n, V): vectors of codes, of which a node has the sum along its prefix. Or
-                (K_1 ·· K_n, V): a vector of each prefix, in the order of its codes.
+                (K_1 ·· K_n, V): a vector of each prefix, in the order of its codes. None: a node has the mean of its
+                items, which follows every change.
             width: D.
             version: of the model that the vectors come from.
 
         Raises:
             ValueError: if node vectors do not fit `num_nodes` or are not finite.
         """
-        self._start(Snapshot.empty(Codes.of(num_nodes, node_vectors), width, version))
+        self._start(Snapshot.empty(Codes.of(num_nodes, node_vectors, width), width, version))
 
     @classmethod
     def _of(cls, snapshot: Snapshot) -> HierarchicalIndex:
@@ -84,7 +86,7 @@ class HierarchicalIndex:
         codes_IN: Tensor,
         *,
         num_nodes: Sequence[int],
-        node_vectors: Sequence[Tensor],
+        node_vectors: Sequence[Tensor] | None,
         version: str | None = None,
     ) -> HierarchicalIndex:
         """An index of items.
@@ -141,7 +143,7 @@ class HierarchicalIndex:
         k: int,
         beam: Sequence[int],
         *,
-        allowed: Tensor | None = None,
+        allowed: Tensor | Selection | None = None,
         max_items: int | None = None,
     ) -> IndexResult:
         """The k best items of each user that a beam reaches.
@@ -155,8 +157,8 @@ class HierarchicalIndex:
             users: as the scorer takes them.
             beam: nodes kept at each level.
             allowed: keys of the items that may be returned, to all users (A,) or to each its own (B, A), `NO_ITEM`
-                behind the last. Keys that are not indexed are ignored. Nodes without such an item are not entered;
-                where few items are allowed all of them are scored.
+                behind the last; or a `Selection`. Keys that are not indexed are ignored. Nodes without such an item are
+                not entered; where few items are allowed all of them are scored.
             max_items: leaves are kept, best first, only as long as they hold no more items than this, and the best one
                 always; then fewer than k may be found.
 
@@ -164,20 +166,15 @@ class HierarchicalIndex:
             ValueError: if k, a width of the beam or max_items is below 1, or there is not one width for each level.
             StaleIndexError: if the scorer is of another version.
         """
-        check_k(k)
-        snapshot = self._snapshot_for(scorer)
-        widths = self._checked_beam(snapshot, beam)
-        if max_items is not None and max_items < 1:
-            raise ValueError(f"max_items must be at least 1, got {max_items}")
-        return search_snapshot(snapshot, scorer, users, k, widths, allowed, max_items)
+        return search_snapshot(self._snapshot_for(scorer), scorer, users, k, beam, allowed, max_items)
 
     def search_exact(
-        self, scorer: Scorer, users: Any, k: int, *, allowed: Tensor | None = None, scan: bool = False
+        self, scorer: Scorer, users: Any, k: int, *, allowed: Tensor | Selection | None = None, scan: bool = False
     ) -> IndexResult:
         """The k best items of each user among all.
 
-        For a `DotProduct`, where node vectors have the items' width, only what cannot be ruled out is scored, see
-        `certified_search`; `cost_B` says how much that is. All items are for any other scorer, and for `scan`.
+        For a `DotProduct` only what cannot be ruled out is scored, see `certified_search`; `cost_B` says how much that
+        is. All items are for any other scorer, and for `scan`.
 
         Args:
             scan: score all items in any case: faster unless items lie in tight clusters.
@@ -188,7 +185,7 @@ class HierarchicalIndex:
         """
         check_k(k)
         snapshot = self._snapshot_for(scorer)
-        if type(scorer) is DotProduct and not scan and allowed is None and snapshot.width == snapshot.tree.codes.width:
+        if type(scorer) is DotProduct and not scan and allowed is None:
             return certified_search(snapshot, users, k)
         return search_snapshot(snapshot, scorer, users, k, None, allowed, None)
 
@@ -225,7 +222,7 @@ class HierarchicalIndex:
         """
         with self._lock:
             if missing == "error":
-                _require(self._now, keys_A)
+                self._now.require(keys_A)
             self._put(self._now.without(keys_A), keys_A)
             if self._previous is not None:
                 self._previous = self._previous.without(keys_A)
@@ -236,9 +233,7 @@ class HierarchicalIndex:
         Raises:
             KeyError: if a key is not there.
         """
-        now = self._now
-        _require(now, keys_A)
-        return now.lookup(keys_A)
+        return self._now.lookup(keys_A)
 
     @property
     def keys(self) -> Tensor:
@@ -249,7 +244,7 @@ class HierarchicalIndex:
         self,
         encode: Encode,
         *,
-        node_vectors: Sequence[Tensor],
+        node_vectors: Sequence[Tensor] | None,
         num_nodes: Sequence[int] | None = None,
         version: str | None = None,
     ) -> None:
@@ -272,7 +267,7 @@ class HierarchicalIndex:
         if not self._refreshing.acquire(blocking=False):
             raise RuntimeError("another refresh of the index goes on")
         try:
-            codes = Codes.of(num_nodes or self.num_nodes, node_vectors)
+            codes = Codes.of(num_nodes or self.num_nodes, node_vectors, self.width)
             with self._lock:
                 self._changed, fresh = [], Snapshot.empty(codes, self.width, version)
                 keys = self._now.items().keys_I
@@ -301,6 +296,26 @@ class HierarchicalIndex:
         """
         with self._lock:
             self._put(rebalanced(self._now, max_leaf, seed), None)
+
+    def nearest(self, vectors_ID: Tensor) -> Tensor:
+        """Codes (I, N) of the occupied leaves that vectors are nearest to: where to put items that no model gave codes.
+
+        Raises:
+            ValueError: if there are no items, node vectors have not the items' width, or a number is not finite.
+        """
+        now = self._now
+        vectors_ID = checked_items(torch.arange(len(vectors_ID)), vectors_ID, now.width)
+        return now.tree.codes.codes(nearest_leaves(now, vectors_ID))
+
+    def reassign(self) -> None:
+        """Put each item into the nearest leaf, see `reassigned`. Where nodes have the mean of their items this undoes
+        what a week of changes did, see `benchmarks.retrieval.churn`.
+
+        Raises:
+            ValueError: if there are no items, or node vectors have not the items' width.
+        """
+        with self._lock:
+            self._put(reassigned(self._now), None)
 
     def move_nodes(self, node_vectors: Sequence[Tensor]) -> None:
         """Give nodes other vectors; items stay where they are. Parts of leaves that were split keep theirs.
@@ -332,13 +347,6 @@ class HierarchicalIndex:
             f'the index is of version "{now.model_version}" of the model, the scorer of "{scorer.version}"'
         )
 
-    @staticmethod
-    def _checked_beam(snapshot: Snapshot, beam: Sequence[int]) -> list[int]:
-        levels = snapshot.tree.codes.levels
-        if len(beam) != levels or any(width < 1 for width in beam):
-            raise ValueError(f"beam is {tuple(beam)}, expected {levels} widths of at least 1, one for each level")
-        return [int(width) for width in beam]
-
     def health(self) -> Health:
         """How full and how worn the index is."""
         return health(self._now)
@@ -350,10 +358,7 @@ class HierarchicalIndex:
             ValueError: as `search`.
             StaleIndexError: if the scorer is of another version.
         """
-        check_k(k)
-        snapshot = self._snapshot_for(scorer)
-        widths = [self._checked_beam(snapshot, beam) for beam in beams]
-        return audit(snapshot, scorer, users, k, widths)
+        return audit(self._snapshot_for(scorer), scorer, users, k, beams)
 
     def state(self) -> dict[str, Tensor]:
         """Items, node vectors and sizes, as contiguous tensors by name."""
@@ -391,9 +396,3 @@ class HierarchicalIndex:
             return cls.restore(state, version=of)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-
-
-def _require(snapshot: Snapshot, keys_A: Tensor) -> None:
-    known_A = snapshot.found(keys_A)
-    if not bool(known_A.all()):
-        raise KeyError(f"item {int(keys_A[~known_A][0])} is not in the index")

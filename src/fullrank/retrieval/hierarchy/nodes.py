@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -25,30 +25,37 @@ class Codes:
 
     Attributes:
         num_nodes: K_1 .. K_N.
+        width: V.
         vectors: of each level (K_n, V), the vector of a code: that of a node is the sum along its prefix (residual
-            codes). Or (K_1 ·· K_n, V), a vector for each prefix.
+            codes). Or (K_1 ·· K_n, V), a vector for each prefix. None of any level where a node has the mean of its
+            items.
         parts_P: int64 numbers of the leaves that were made by splitting, ascending.
         part_vectors_PV: theirs.
     """
 
     num_nodes: tuple[int, ...]
+    width: int
     vectors: tuple[Tensor, ...]
     parts_P: Tensor
     part_vectors_PV: Tensor
 
     @classmethod
-    def of(cls, num_nodes: Sequence[int], vectors: Sequence[Tensor]) -> Codes:
-        """Raises:
-        ValueError: if a level has no vectors, too many or too few, or widths that differ, or a number is not finite.
+    def of(cls, num_nodes: Sequence[int], vectors: Sequence[Tensor] | None, item_width: int) -> Codes:
+        """Codes without parts.
+
+        Raises:
+            ValueError: if a level has no vectors, too many or too few, or widths that differ, or a number is not
+                finite.
         """
+        vectors = () if vectors is None else vectors
         sizes = tuple(num_nodes)
         if not sizes or min(sizes) < 1:
             raise ValueError(f"num_nodes is {sizes}, expected a number of at least 1 for each level")
         if math.prod(sizes) * PARTS >= 1 << 62:
             raise ValueError(f"num_nodes is {sizes}, {math.prod(sizes)} leaves, expected at most 2^51")
-        if len(vectors) != len(sizes):
+        if vectors and len(vectors) != len(sizes):
             raise ValueError(f"there are vectors of {len(vectors)} levels, num_nodes is {sizes}")
-        for level, (size, rows_KV) in enumerate(zip(sizes, vectors, strict=True)):
+        for level, (size, rows_KV) in enumerate(zip(sizes, vectors, strict=False)):
             allowed = (size, math.prod(sizes[: level + 1]))
             if rows_KV.ndim != 2 or rows_KV.shape[0] not in allowed:
                 raise ValueError(
@@ -63,18 +70,13 @@ class Codes:
             if not bool(finite_K.all()):
                 row = int((~finite_K).nonzero()[0])
                 raise ValueError(f"node vectors of level {level}: row {row} has a NaN or infinite number")
-        width = vectors[0].shape[1]
-        return cls(
-            sizes, tuple(rows.float() for rows in vectors), torch.zeros(0, dtype=torch.int64), torch.zeros(0, width)
-        )
+        width = vectors[0].shape[1] if vectors else item_width
+        no_parts = torch.zeros(0, dtype=torch.int64), torch.zeros(0, width)
+        return cls(sizes, width, tuple(rows.float() for rows in vectors), *no_parts)
 
     @property
     def levels(self) -> int:
         return len(self.num_nodes)
-
-    @property
-    def width(self) -> int:
-        return self.vectors[0].shape[1]
 
     def leaves(self, codes_IN: Tensor) -> Tensor:
         """The unsplit leaf of each item.
@@ -182,6 +184,10 @@ class Level:
         return int(self.children_M1.diff().max()) if self.children_M1.numel() > 1 else 0
 
 
+# (level, numbers of its occupied nodes, which of them each leaf is below) -> their vectors.
+VectorsOf = Callable[[int, Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Tree:
     """Nodes that have items below them.
@@ -189,43 +195,81 @@ class Tree:
     Attributes:
         levels: coarsest first; the last are the leaves.
         count_L: living items of each leaf.
+        sums_LV: float64, the sum of their vectors; None where codes have vectors.
     """
 
     codes: Codes
     levels: tuple[Level, ...]
     count_L: Tensor
+    sums_LV: Tensor | None
 
     @classmethod
-    def of(cls, codes: Codes, leaf_I: Tensor, count_I: Tensor | None = None) -> Tree:
+    def of(cls, codes: Codes, leaf_I: Tensor, count_I: Tensor, sums_IV: Tensor | None) -> Tree:
         """The tree of items by their leaves, in any order.
 
         Args:
-            count_I: how many items each entry stands for; 1 when omitted.
+            count_I: how many items each entry stands for; entries of a leaf may cancel.
+            sums_IV: the sum of their vectors; None where codes have vectors.
         """
         leaves_L, of_I = torch.unique(leaf_I, return_inverse=True)
-        count_L = torch.zeros_like(leaves_L)
-        count_L.index_add_(0, of_I, torch.ones_like(leaf_I) if count_I is None else count_I)
-        if bool((count_L == 0).any()):
-            leaves_L, count_L = leaves_L[count_L > 0], count_L[count_L > 0]
+        count_L = torch.zeros_like(leaves_L).index_add_(0, of_I, count_I)
+        occupied_L = count_L > 0
+        if sums_IV is None:
+            return cls._built(codes, leaves_L[occupied_L], count_L[occupied_L], None, _of_codes(codes))
+        sums_LV = sums_IV.new_zeros(leaves_L.numel(), sums_IV.shape[1]).index_add_(0, of_I, sums_IV)
+        return cls._of_sums(codes, leaves_L[occupied_L], count_L[occupied_L], sums_LV[occupied_L])
+
+    @classmethod
+    def _of_sums(cls, codes: Codes, leaves_L: Tensor, count_L: Tensor, sums_LV: Tensor) -> Tree:
+        def means(level: int, numbers_M: Tensor, node_L: Tensor) -> Tensor:
+            count_M = torch.zeros_like(numbers_M).index_add_(0, node_L, count_L)
+            sums_MV = sums_LV.new_zeros(len(numbers_M), codes.width).index_add_(0, node_L, sums_LV)
+            return (sums_MV / count_M[:, None]).float()
+
+        return cls._built(codes, leaves_L, count_L, sums_LV, means)
+
+    @classmethod
+    def _built(
+        cls, codes: Codes, leaves_L: Tensor, count_L: Tensor, sums_LV: Tensor | None, vectors_of: VectorsOf
+    ) -> Tree:
         levels: list[Level] = []
         numbers_M, children_M1 = leaves_L, torch.zeros(0, dtype=torch.int64)
+        node_L = torch.arange(leaves_L.numel())
         for level in reversed(range(codes.levels)):
-            levels.append(Level(numbers_M, codes.vectors_of(level, numbers_M), children_M1))
+            levels.append(Level(numbers_M, vectors_of(level, numbers_M, node_L), children_M1))
             if level:
-                numbers_M, count_M = torch.unique_consecutive(codes.parents(level, numbers_M), return_counts=True)
+                numbers_M, of_M, count_M = torch.unique_consecutive(
+                    codes.parents(level, numbers_M), return_inverse=True, return_counts=True
+                )
+                node_L = of_M[node_L]
                 children_M1 = torch.cat([count_M.new_zeros(1), count_M.cumsum(0)])
-        return cls(codes, tuple(reversed(levels)), count_L)
+        return cls(codes, tuple(reversed(levels)), count_L, sums_LV)
 
     @property
     def leaves_L(self) -> Tensor:
         return self.levels[-1].numbers_M
 
-    def changed(self, leaf_I: Tensor, by_I: Tensor) -> Tree:
-        """With some more items, or fewer, in these leaves."""
+    def only(self, leaf_I: Tensor) -> Tree:
+        """Only the nodes above these leaves, as they are; an entry for each item."""
+
+        def kept(level: int, numbers_M: Tensor, node_L: Tensor) -> Tensor:
+            return self.levels[level].vectors_MV[torch.searchsorted(self.levels[level].numbers_M, numbers_M)]
+
+        leaves_L, count_L = torch.unique(leaf_I, return_counts=True)
+        return self._built(self.codes, leaves_L, count_L, None, kept)
+
+    def changed(self, leaf_I: Tensor, by_I: Tensor, sums_IV: Tensor | None) -> Tree:
+        """With some more items, or fewer, in these leaves; see `of`."""
         place_I = torch.searchsorted(self.leaves_L, leaf_I).clamp_max(max(0, self.leaves_L.numel() - 1))
-        known = self.leaves_L.numel() > 0 and bool((self.leaves_L[place_I] == leaf_I).all())
-        if known:
+        if self.leaves_L.numel() and bool((self.leaves_L[place_I] == leaf_I).all()):
             count_L = self.count_L.index_add(0, place_I, by_I)
-            if bool((count_L > 0).all()):
-                return replace(self, count_L=count_L)
-        return Tree.of(self.codes, torch.cat([self.leaves_L, leaf_I]), torch.cat([self.count_L, by_I]))
+            if bool((count_L > 0).all()):  # the nodes stay as they are
+                if self.sums_LV is None or sums_IV is None:
+                    return replace(self, count_L=count_L)
+                return self._of_sums(self.codes, self.leaves_L, count_L, self.sums_LV.index_add(0, place_I, sums_IV))
+        sums = None if self.sums_LV is None or sums_IV is None else torch.cat([self.sums_LV, sums_IV])
+        return Tree.of(self.codes, torch.cat([self.leaves_L, leaf_I]), torch.cat([self.count_L, by_I]), sums)
+
+
+def _of_codes(codes: Codes) -> VectorsOf:
+    return lambda level, numbers_M, node_L: codes.vectors_of(level, numbers_M)

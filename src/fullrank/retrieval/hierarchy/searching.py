@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from fullrank.retrieval import exact
-from fullrank.retrieval.base import NO_ITEM, SearchResult
+from fullrank.retrieval.base import NO_ITEM, SearchResult, check_k
 from fullrank.retrieval.hierarchy.ranges import Best, Ranges, Rows, scored
 from fullrank.retrieval.hierarchy.scorer import Scorer
-from fullrank.retrieval.hierarchy.snapshot import Snapshot
+from fullrank.retrieval.hierarchy.snapshot import Selection, Snapshot
 from fullrank.retrieval.hierarchy.storage import Segment
 
-# A filter that leaves fewer items than this many times what a beam would score is a scan of what it leaves.
-SCAN_BELOW = 1.0
+# A filter that leaves fewer items than this many times what the beam would score is a scan of what it leaves, which is
+# exact and as fast, see `benchmarks.retrieval.filters`.
+SCAN_BELOW = 1.5
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,29 @@ def search_snapshot(
     scorer: Scorer,
     users: Any,
     k: int,
-    beam: list[int] | None,
-    allowed: Tensor | None,
+    beam: Sequence[int] | None,
+    allowed: Tensor | Selection | None,
     max_items: int | None,
 ) -> IndexResult:
-    """`beam_search`, among the allowed items if there is a choice."""
+    """`beam_search`, among the allowed items if there is a choice.
+
+    Raises:
+        ValueError: see `HierarchicalIndex.search`.
+    """
+    check_k(k)
+    levels = snapshot.tree.codes.levels
+    if beam is not None and (len(beam) != levels or any(width < 1 for width in beam)):
+        raise ValueError(f"beam is {tuple(beam)}, expected {levels} widths of at least 1, one for each level")
+    if max_items is not None and max_items < 1:
+        raise ValueError(f"max_items must be at least 1, got {max_items}")
     if allowed is None:
         return beam_search(snapshot, scorer, users, k, beam, max_items)
-    if allowed.ndim == 1:
-        share = 1.0
-        if beam is not None and snapshot.tree.levels[-1].numbers_M.numel():
-            share = min(1.0, beam[-1] / len(snapshot.tree.levels[-1]))
-        part, few = snapshot.restricted(allowed, SCAN_BELOW * share * snapshot.stored)
-        return beam_search(part, scorer, users, k, None if few else beam, None if few else max_items)
+    if isinstance(allowed, Selection) or allowed.ndim == 1:
+        selection = allowed if isinstance(allowed, Selection) else Selection(allowed)
+        part = selection.within(snapshot)
+        if beam is None or len(part) < SCAN_BELOW * _expected_rows(snapshot, beam):
+            return beam_search(selection.copied(snapshot), scorer, users, k, None, None)
+        return beam_search(part, scorer, users, k, beam, max_items)
     rows = torch.split(torch.arange(scorer.count(users)), 1)
     if not rows:
         return beam_search(snapshot, scorer, users, k, beam, max_items)
@@ -104,6 +115,11 @@ def search_snapshot(
             for row, allowed_A in zip(rows, allowed, strict=True)
         ]
     )
+
+
+def _expected_rows(snapshot: Snapshot, beam: Sequence[int]) -> float:
+    """Items that a beam scores if leaves are alike."""
+    return snapshot.stored * min(1.0, beam[-1] / max(1, len(snapshot.tree.levels[-1])))
 
 
 def beam_search(

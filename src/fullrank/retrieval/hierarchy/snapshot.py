@@ -11,14 +11,50 @@ import torch
 from torch import Tensor
 
 from fullrank.retrieval.hierarchy.nodes import Codes, Tree
-from fullrank.retrieval.hierarchy.storage import Segment, checked_items, kept_small, merged
+from fullrank.retrieval.hierarchy.storage import ROWS_AT_ONCE, Segment, checked_items, kept_small, merged
 
 # Vectors (I, D) and codes (I, N) of items by their keys (I,).
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 # Items that are encoded in one call.
 ENCODED_AT_ONCE = 8192
-# Rows whose differences to their leaves are held at once.
-ROWS_AT_ONCE = 1 << 16
+
+
+class Selection:
+    """Keys of the items that a search may return.
+
+    What a filter selects in an index is found once and kept until the index changes: a selection that is searched with
+    often is best made once.
+    """
+
+    def __init__(self, keys_A: Tensor) -> None:
+        self.keys_A = keys_A
+        self._found: tuple[Snapshot, Snapshot] | None = None
+        self._copied: tuple[Snapshot, Snapshot] | None = None
+
+    def within(self, whole: Snapshot) -> Snapshot:
+        """Only these items, where they lie, and the nodes above them."""
+        found = self._found
+        if found is None or found[0] is not whole:
+            kept, leaves = [], [torch.zeros(0, dtype=torch.int64)]
+            for segment in whole.segments:
+                rows_A = segment.rows(self.keys_A)
+                kept_I = torch.zeros(len(segment), dtype=torch.bool)
+                kept_I[rows_A[rows_A >= 0]] = True
+                leaf_I = segment.leaf_I[kept_I]
+                if leaf_I.numel():
+                    kept.append(segment.only(kept_I))
+                    leaves.append(leaf_I)
+            part = replace(whole, tree=whole.tree.only(torch.cat(leaves)), segments=tuple(kept))
+            self._found = found = (whole, part)
+        return found[1]
+
+    def copied(self, whole: Snapshot) -> Snapshot:
+        """Only these items, copied behind one another."""
+        copied = self._copied
+        if copied is None or copied[0] is not whole:
+            part = self.within(whole)
+            self._copied = copied = (whole, replace(part, segments=(part.items(),)))
+        return copied[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,35 +83,12 @@ class Snapshot:
         """Rows, dead ones among them."""
         return sum(len(segment) for segment in self.segments)
 
-    def restricted(self, allowed_A: Tensor, scan_below: float) -> tuple[Snapshot, bool]:
-        """Only some of the items, and whether they are so few that scoring them all costs less than a beam.
-
-        Args:
-            scan_below: number of items below which that is so. They are then copied behind one another.
-        """
-        kept, leaves = [], []
-        allowed_A = torch.unique(allowed_A)
-        rows = [segment.rows(allowed_A) for segment in self.segments]
-        few = sum(int((rows_A >= 0).sum()) for rows_A in rows) < scan_below
-        for segment, rows_A in zip(self.segments, rows, strict=True):
-            row_A = rows_A[rows_A >= 0].sort().values
-            if not row_A.numel():
-                continue
-            leaves.append(segment.leaf_I[row_A])
-            if few:
-                kept.append(Segment.in_order(segment.keys_I[row_A], segment.vectors_ID[row_A], leaves[-1]))
-            else:
-                kept_I = torch.zeros(len(segment), dtype=torch.bool)
-                kept_I[row_A] = True
-                kept.append(segment.only(kept_I))
-        leaf_I = torch.cat(leaves) if leaves else torch.zeros(0, dtype=torch.int64)
-        segments = (merged(kept),) if few and kept else tuple(kept)
-        return replace(self, tree=Tree.of(self.tree.codes, leaf_I), segments=segments), few
-
     @classmethod
     def empty(cls, codes: Codes, width: int, model_version: str | None) -> Snapshot:
         """Of no items."""
-        return cls(Tree.of(codes, torch.zeros(0, dtype=torch.int64)), width, (), 0, model_version)
+        none = torch.zeros(0, dtype=torch.int64)
+        sums = None if codes.vectors else torch.zeros(0, codes.width, dtype=torch.float64)
+        return cls(Tree.of(codes, none, none, sums), width, (), 0, model_version)
 
     def segment(self, keys_I: Tensor, vectors_ID: Tensor, codes_IN: Tensor) -> Segment:
         """More items, checked and sorted in.
@@ -95,8 +108,10 @@ class Snapshot:
         parts: list[Segment] = []
         for block_I in torch.split(keys_I, ENCODED_AT_ONCE):
             vectors_ID, codes_IN = encode(block_I)
-            if not snapshot.segments and not parts:
-                snapshot = replace(snapshot, width=vectors_ID.shape[-1])
+            if not snapshot.segments and not parts and vectors_ID.shape[-1] != snapshot.width:
+                codes, width = snapshot.tree.codes, vectors_ID.shape[-1]
+                codes = Codes.of(codes.num_nodes, codes.vectors, width)
+                snapshot = Snapshot.empty(codes, width, snapshot.model_version)
             parts.append(snapshot.segment(block_I, vectors_ID, codes_IN))
         return snapshot.with_items(merged(parts)) if parts else snapshot
 
@@ -107,8 +122,17 @@ class Snapshot:
             found_A |= segment.rows(keys_A) >= 0
         return found_A
 
+    def require(self, keys_A: Tensor) -> None:
+        """Raises:
+        KeyError: if a key is that of no item here.
+        """
+        known_A = self.found(keys_A)
+        if not bool(known_A.all()):
+            raise KeyError(f"item {int(keys_A[~known_A][0])} is not in the index")
+
     def lookup(self, keys_A: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors (A, D) and codes (A, N) of items that are here."""
+        """Vectors (A, D) and codes (A, N) of items; raises as `require`."""
+        self.require(keys_A)
         vectors_AD = torch.zeros(keys_A.numel(), self.width)
         leaf_A = torch.zeros_like(keys_A)
         for segment in self.segments:
@@ -121,7 +145,8 @@ class Snapshot:
         """With more items."""
         if not len(fresh):
             return self
-        tree = self.tree.changed(fresh.leaves_L, fresh.offsets_L1.diff())
+        sums = None if self.tree.sums_LV is None else fresh.sums()
+        tree = self.tree.changed(fresh.leaves_L, fresh.offsets_L1.diff(), sums)
         return replace(self, tree=tree, segments=kept_small([*self.segments, fresh]))
 
     def without(self, keys_A: Tensor) -> Snapshot:
@@ -132,7 +157,8 @@ class Snapshot:
             rows_A = torch.unique(rows_A[rows_A >= 0])
             if rows_A.numel():
                 leaf_A = segment.leaf_I[rows_A]
-                tree = tree.changed(leaf_A, torch.full_like(leaf_A, -1))
+                sums = None if tree.sums_LV is None else -segment.vectors_ID[rows_A].double()
+                tree = tree.changed(leaf_A, torch.full_like(leaf_A, -1), sums)
                 segment = segment.removed(rows_A)
             segments.append(segment)
         return replace(self, tree=tree, segments=kept_small(segments))
@@ -140,9 +166,10 @@ class Snapshot:
     def moved(self, node_vectors: Sequence[Tensor]) -> Snapshot:
         """With other vectors of nodes."""
         old = self.tree.codes
-        codes = replace(Codes.of(old.num_nodes, node_vectors), parts_P=old.parts_P, part_vectors_PV=old.part_vectors_PV)
+        codes = Codes.of(old.num_nodes, node_vectors, self.width)
+        codes = replace(codes, parts_P=old.parts_P, part_vectors_PV=old.part_vectors_PV)
         codes.checked(self.tree.leaves_L)
-        return replace(self, tree=Tree.of(codes, self.tree.leaves_L, self.tree.count_L))
+        return replace(self, tree=Tree.of(codes, self.tree.leaves_L, self.tree.count_L, None))
 
     def squared_distances(self, segment: Segment) -> Tensor | None:
         """‖v - q‖² of each row and the vector of its leaf, 0 for a row that is dead; None if their widths differ."""
@@ -204,15 +231,17 @@ class Snapshot:
         """
         try:
             num_nodes = state["num_nodes"].tolist()
-            vectors = [state[f"nodes.{level}"] for level in range(len(num_nodes))]
+            given = [state[f"nodes.{level}"] for level in range(len(num_nodes)) if f"nodes.{level}" in state]
             keys_I, vectors_ID, leaf_I = state["keys"], state["vectors"], state["leaves"]
             parts_P, part_vectors_PV, built = state["parts"], state["part_vectors"], state["error_at_build"].tolist()
         except KeyError as error:
             raise ValueError(f"tensor {error} of the index is missing") from None
-        codes = replace(Codes.of(num_nodes, vectors), parts_P=parts_P, part_vectors_PV=part_vectors_PV)
-        codes.checked(leaf_I)
         vectors_ID = checked_items(keys_I, vectors_ID, vectors_ID.shape[-1])
+        codes = Codes.of(num_nodes, given, vectors_ID.shape[1])
+        codes = replace(codes, parts_P=parts_P, part_vectors_PV=part_vectors_PV)
+        codes.checked(leaf_I)
         if leaf_I.numel() != keys_I.numel():
             raise ValueError(f"there are leaves of {leaf_I.numel()} items and keys of {keys_I.numel()}")
-        segments = kept_small([Segment.of(keys_I, vectors_ID, leaf_I)])
-        return cls(Tree.of(codes, leaf_I), vectors_ID.shape[1], segments, 0, model_version, built[0] if built else None)
+        snapshot = cls.empty(codes, vectors_ID.shape[1], model_version)
+        snapshot = snapshot.with_items(Segment.of(keys_I, vectors_ID, leaf_I))
+        return replace(snapshot, error_at_build=built[0] if built else None)

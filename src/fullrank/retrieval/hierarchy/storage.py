@@ -22,6 +22,8 @@ F = TypeVar("F")
 TAIL_RATIO = 4
 # Smaller segments always become one with the next.
 SMALL_SEGMENT = 4096
+# Rows that are worked on at once where all are.
+ROWS_AT_ONCE = 1 << 16
 # The share of dead rows from which on a segment is written anew without them.
 MOST_DEAD = 0.2
 
@@ -87,6 +89,15 @@ class Segment:
         if name not in self.facts:
             self.facts[name] = find()
         found: F = self.facts[name]
+        return found
+
+    def sums(self) -> Tensor:
+        """Float64 sum of the vectors of each leaf (L, D), dead ones among them."""
+        leaves = self.leaves_L.numel()
+        of_I = torch.arange(leaves).repeat_interleave(self.offsets_L1.diff())
+        found = torch.zeros(leaves, self.vectors_ID.shape[1], dtype=torch.float64)
+        for of, rows in zip(torch.split(of_I, ROWS_AT_ONCE), torch.split(self.vectors_ID, ROWS_AT_ONCE), strict=True):
+            found.index_add_(0, of, rows.double())
         return found
 
     def rows(self, keys_A: Tensor) -> Tensor:
