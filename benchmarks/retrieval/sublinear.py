@@ -47,7 +47,7 @@ class OneNodeNetwork(NetworkScorer):
 
 def scorer_of(seed: int) -> OneNodeNetwork:
     world = World.of(TRAINED_ON, seed)
-    retriever = trained(world.log(BATCH * STEPS // 3), seed, "separate", "both", ensemble=False)
+    retriever = trained(world.log(BATCH * STEPS // 3), seed, "em", "both")
     scorer = OneNodeNetwork(retriever.network, retriever.scorer.weights_T, None)
     scorer.ensembles = False
     return scorer

@@ -114,7 +114,7 @@ retriever_items: Any = None
 def entries(seed: int) -> list[dict[str, Any]]:
     global retriever_items
     world = World.of(ITEMS, seed)
-    retriever = trained(world.log(BATCH * STEPS // 3), seed, "joint", "both")
+    retriever = trained(world.log(BATCH * STEPS // 3), seed, "joint", "both", ensemble=True)
     retriever_items = world.features()
     retriever.index(Items(torch.arange(ITEMS), retriever_items))
     tastes = world.users(USERS)
