@@ -129,7 +129,7 @@ def test_a_network_that_learnt_more_is_not_searched_with_the_old_index(
     assert retriever.search(users, 3).found_BK.all()
 
 
-@pytest.mark.parametrize("node_vectors", ["codebook", "representative"])
+@pytest.mark.parametrize("node_vectors", ["codebook", "mean", "representative"])
 def test_a_saved_index_that_was_changed_searches_alike(
     node_vectors: str, dataset: Dataset, items: Items, users: Batch, tmp_path: Path
 ) -> None:
