@@ -71,7 +71,7 @@ def test_it_learns_who_clicks_what_jointly(fitted: HSNN, dataset: Dataset) -> No
 
 def test_it_learns_from_impressions_and_from_a_teacher(dataset: Dataset, items: Items) -> None:
     """Without any softmax: clicks against impressions that were not clicked, and a slow copy for what was not shown."""
-    training = {"softmax": 0.0, "impressions": 1.0, "distillation": 0.3, "epochs": 3}
+    training = {"softmax": 0.0, "impressions": 1.0, "distillation": 0.3, "batch_size": 128}
     retriever = HSNN(dataset.schema, config(4, training=training)).fit(dataset)
     retriever.index(items)
     assert other_parity(retriever, dataset) < 0.1
@@ -129,7 +129,7 @@ def test_a_network_that_learnt_more_is_not_searched_with_the_old_index(
     assert retriever.search(users, 3).found_BK.all()
 
 
-@pytest.mark.parametrize("node_vectors", ["codebook", "representative"])
+@pytest.mark.parametrize("node_vectors", ["codebook", "mean", "representative"])
 def test_a_saved_index_that_was_changed_searches_alike(
     node_vectors: str, dataset: Dataset, items: Items, users: Batch, tmp_path: Path
 ) -> None:
@@ -181,7 +181,25 @@ def test_nodes_learn_nothing_before_there_is_an_index(dataset: Dataset) -> None:
     torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is None for p in retriever.network.node_networks.parameters())
     trainer.refresh(first=True)
-    assert {"tail", "index balance", "index quantization"} <= set(trainer.losses(torch.arange(64)))
+    assert {"index balance", "index quantization"} <= set(trainer.losses(torch.arange(64)))
+
+
+def test_an_item_that_is_drawn_beside_its_positive_or_has_two_rows_comes_once(dataset: Dataset) -> None:
+    """The loss of a step is that of its distinct items, each less log Q, in whatever company they came."""
+    retriever = HSNN(dataset.schema, config(4, training={"negatives": 40}))  # of 30 items: all meet again
+    data, settings = training_data(dataset, every_row=False), retriever.config.training
+    trainer = HierarchicalTrainer(retriever.network, data, dataset.schema, settings)
+    rows = torch.arange(50)
+    drawn = torch.randint(0, 30, (40,), generator=torch.Generator().manual_seed(settings.seed))
+    here = torch.tensor(sorted({*data.item_P[rows].tolist(), *drawn.tolist()}))
+    share = torch.bincount(data.item_P, minlength=30) / len(data.item_P)
+    network = retriever.network
+    users = network.encode_users(data.rows.take(rows))
+    logits = network.item_logits(users, *network.encode_items(data.items.take(here)))[..., 0]
+    in_step = 1 - (1 - share[here]) ** 50 * (1 - 1 / 30) ** 40
+    own = (here == data.item_P[rows, None]).int().argmax(1)
+    expected = torch.nn.functional.cross_entropy(logits - in_step.log(), own)
+    assert torch.allclose(trainer.losses(rows)["softmax"], expected, atol=1e-4)
 
 
 def test_the_config_is_checked(dataset: Dataset) -> None:

@@ -23,7 +23,7 @@ def fitted(dataset: Dataset, items: Items) -> HSNN:
         tree={"num_nodes": (4, 3)},
         beam=(4, 12),
         exact_below=0,
-        training={"batch_size": 64, "epochs": 2, "negatives": 16, "learning_rate": 0.02, "refresh_every": 20},
+        training={"batch_size": 64, "epochs": 2, "negatives": 16, "learning_rate": 0.02, "node_objective": "bce"},
     )
     retriever = HSNN(dataset.schema, config).fit(dataset)
     retriever.index(items)

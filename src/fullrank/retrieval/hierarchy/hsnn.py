@@ -196,8 +196,8 @@ class HSNN(MoNNRetriever):
             nodes: sizes of the networks of nodes: one for each level, or one for all.
             tree: the index and how it learns; its `num_nodes` are the levels.
             beam: nodes that a search keeps at each level.
-            node_vectors: what stands for a node in a search: its `codebook` vector, or the vector of the item nearest
-                to it when items were indexed (`representative`), as in the source.
+            node_vectors: what stands for a node in a search: its `codebook` vector, the `mean` of its items, or the
+                vector of the item nearest to it when items were indexed (`representative`), as in the source.
             linear_ensemble: score by all levels down to a node or item, not by its own network alone.
             exact_below: catalogues of at most so many items are scored whole.
         """
@@ -205,7 +205,7 @@ class HSNN(MoNNRetriever):
         nodes: tuple[MoNN.Config, ...] = (MoNN.Config(user_vectors=16, hidden=(128,), over_arch_hidden=(64, 32)),)
         tree: LearningToIndex.Config = LearningToIndex.Config(num_nodes=(128,))
         beam: tuple[PositiveInt, ...] = (16,)
-        node_vectors: Literal["codebook", "representative"] = "codebook"
+        node_vectors: Literal["codebook", "mean", "representative"] = "codebook"
         linear_ensemble: bool = True
         exact_below: int = Field(default=2048, ge=0)
 
@@ -244,12 +244,14 @@ class HSNN(MoNNRetriever):
         return self.nodes.assign(stored_IS[:, : self.nodes.dim])
 
     def _empty(self, keys_I: Tensor, stored_IS: Tensor, codes_IN: Tensor) -> HierarchicalIndex:
+        if self.config.node_vectors == "mean":
+            return self._with_nodes(None)
         vectors = [book.detach() for book in self.nodes.codebooks]
         if self.config.node_vectors == "representative":
             vectors = representatives(self.nodes, stored_IS[:, : self.nodes.dim], codes_IN)
         return self._with_nodes(vectors)
 
-    def _with_nodes(self, vectors: Sequence[Tensor]) -> HierarchicalIndex:
+    def _with_nodes(self, vectors: Sequence[Tensor] | None) -> HierarchicalIndex:
         sizes = self.config.tree.num_nodes
         return HierarchicalIndex(sizes, vectors, self.network.stored_width, version=self.version)
 
@@ -294,7 +296,8 @@ class NetworkScorer(Scorer):
         self.ensembles = network.num_levels > 0 and network.ensemble.linear  # type: ignore[misc]
 
     def node_scores(self, level: int, users: Users, nodes_MV: Tensor) -> Tensor:
-        return self.network.node_logits(level, users, nodes_MV) @ self.weights_T
+        nodes_ME = nodes_MV[:, : self.network.item_network.config.item_dim]  # a mean is one of all that is stored
+        return self.network.node_logits(level, users, nodes_ME) @ self.weights_T
 
     def item_scores(self, users: Users, vectors_ID: Tensor) -> Tensor:
         return self.network.stored_logits(users, vectors_ID) @ self.weights_T

@@ -154,10 +154,9 @@ class PairMLP(nn.Module):
         self.of_item = nn.Linear(item_vectors * width, hidden[0], bias=False)
         self.of_interaction = nn.Linear(crossed * width, hidden[0], bias=False) if crossed else None
         self.mlp = MLP(hidden[0], hidden[1:], num_tasks)
-        self.scale = width**-0.5
 
     def forward(self, users_BUD: Tensor, items: Tensor, interactions: Tensor | None) -> Tensor:
-        hidden_BMH = self.of_products(_products(users_BUD, items) * self.scale)
+        hidden_BMH = self.of_products(_products(users_BUD, items))
         hidden_BMH = hidden_BMH + self.of_user(users_BUD.flatten(1))[:, None] + self.of_item(items.flatten(-2))
         if self.of_interaction is not None:
             hidden_BMH = hidden_BMH + self.of_interaction(interactions)

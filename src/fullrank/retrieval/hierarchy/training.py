@@ -42,12 +42,14 @@ class Training(BaseModel):
         teacher_decay: of that copy, whose weights are the running mean of the network's.
         negatives: items drawn from the catalogue for each step, beside those of its rows.
         node_objective: what nodes learn: `bce` the losses of items, as the source has it; `tail` the logit of their
-            best members, which a search needs; `both`.
+            best members, which a search needs; `both` the first while items learn, then, items and codewords being
+            still, the second.
         mode: how the index learns, see `LearningToIndex`.
         index_start: share of the steps before there is an index.
         index_warmup: share of the index's steps in which the weight of its losses rises to 1.
         refresh_every: steps between two looks at the catalogue: k-means of `em` and `separate`, codewords that are
             moved, members of nodes.
+        tail_steps: further steps of `both`, in which only nodes' networks and the ensemble learn.
         tail_nodes: nodes of a step that `tail` looks at.
         tail_members: members drawn of each.
         tail_top: best of them that a node is held against.
@@ -69,6 +71,7 @@ class Training(BaseModel):
     index_start: float = Field(default=0.15, ge=0, lt=1)
     index_warmup: float = Field(default=0.2, ge=0, le=1)
     refresh_every: int = Field(default=50, ge=1)
+    tail_steps: int = Field(default=300, ge=0)
     tail_nodes: int = Field(default=16, ge=1)
     tail_members: int = Field(default=48, ge=1)
     tail_top: int = Field(default=4, ge=1)
@@ -117,28 +120,25 @@ class HierarchicalTrainer:
         self.teacher = copy.deepcopy(network).requires_grad_(False) if config.distillation else None
         self.members: list[Members] = []
         self.indexing = False
+        self._order = torch.zeros(0, dtype=torch.int64)
+        self.tail = config.node_objective == "tail"
 
     def fit(self, progress: Progress | None = None) -> None:
         """All steps; progress is told every twentieth."""
         config, network = self.config, self.network
-        total = len(self.data.item_P)
-        steps = config.epochs * max(1, total // config.batch_size)
+        steps = config.epochs * max(1, len(self.data.item_P) // config.batch_size)
         start = round(config.index_start * steps)
         optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
         network.train()
-        order = torch.zeros(0, dtype=torch.int64)
         for step in range(steps):
-            if len(order) < min(config.batch_size, total):
-                order = torch.randperm(total, generator=self.generator)
-            rows, order = order[: config.batch_size], order[config.batch_size :]
+            rows = self._rows()
             if network.index is not None and step >= start:
                 network.index.set_progress((step - start) / max(1, steps - start))
                 if (step - start) % config.refresh_every == 0:
                     self.refresh(first=not self.indexing)
             ramp = min(1.0, (step - start + 1) / max(1.0, config.index_warmup * (steps - start)))
-            losses = self.losses(rows, ramp)
-            loss = torch.stack(list(losses.values())).sum()
+            loss = torch.stack(list(self.losses(rows, ramp).values())).sum()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -148,9 +148,41 @@ class HierarchicalTrainer:
                 progress(step + 1, steps, loss.item())
         network.eval()
         if network.index is not None:
-            if config.mode != "joint":
+            if config.mode != "joint" or config.node_objective == "both":
                 self.refresh(first=not self.indexing)
             network.index.set_progress(1.0)
+            if config.node_objective == "both":
+                self._learn_tails()
+
+    def _rows(self) -> Tensor:
+        """The rows of the next step; every row comes once in a pass."""
+        size = self.config.batch_size
+        if len(self._order) < min(size, len(self.data.item_P)):
+            self._order = torch.randperm(len(self.data.item_P), generator=self.generator)
+        rows, self._order = self._order[:size], self._order[size:]
+        return rows
+
+    def _learn_tails(self) -> None:
+        """Nodes' networks learn the best members of their nodes; the ensemble goes along.
+
+        From the first step on it does not do: most pairs of user and node are far from the best, and a network that
+        has learnt nothing else gets those right and the few that a search turns on wrong.
+        """
+        config, network = self.config, self.network
+        parameters = [
+            *network.node_networks.parameters(),
+            *(p for p in network.ensemble.parameters() if p.requires_grad),
+        ]
+        optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.tail_steps)
+        self.tail = True
+        for _ in range(config.tail_steps):
+            loss = torch.stack(list(self.losses(self._rows()).values())).sum()
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            schedule.step()
 
     @torch.no_grad()
     def refresh(self, *, first: bool = False) -> None:
@@ -198,13 +230,13 @@ class HierarchicalTrainer:
                 add(name, loss, ramp)
         if config.softmax or config.distillation:
             self._unlabelled(users, own_B, batch, ramp, add)
-        if self.indexing and config.node_objective != "bce":
+        if self.indexing and self.tail:
             add("tail", self._tail(users.take(torch.arange(len(rows))[:TAIL_USERS])), ramp)
         return losses
 
     def _weighted(self, by_level: list[Tensor], ramp: float) -> list[tuple[Tensor, float]]:
         """Logits of items, and those of nodes where they learn the same."""
-        nodes = by_level[:-1] if self.config.node_objective != "tail" else []
+        nodes = [] if self.tail else by_level[:-1]
         return [(by_level[-1], 1.0), *((logits, ramp) for logits in nodes)]
 
     def _unlabelled(self, users: Users, own_B: Tensor, batch: Batch, ramp: float, add: Add) -> None:
