@@ -9,7 +9,7 @@ many steps and with as many rows by each entry:
 
 `nodes`: `TestTimeTrainer`, nodes with at least a tenth of the user's items; `nodes_unguarded`: the same without the
 guard; `random_nodes`: nodes drawn in place of the positive ones; `raw_items`: the interactions themselves against
-items drawn, with the item tower, tables and codewords frozen as well. All are judged by the five later items of each
+items drawn, with the item tower, tables and codewords frozen as well. All are judged by the five later items of 500 of the
 user: NE against as many items drawn (lower is better), recall@100 by a beam of a tenth of the nodes, and recall@100
 by scoring all.
 """
@@ -34,8 +34,9 @@ from fullrank.retrieval.hierarchy.hsnn import HSNN
 from fullrank.retrieval.hierarchy.test_time import BATCH as PAIRS
 from fullrank.retrieval.hierarchy.test_time import Events, Pairs, TestTimeTrainer
 
-USERS, EVENTS, BEFORE, K = 2000, 20, 15, 100
+USERS, JUDGED, EVENTS, BEFORE, K = 2000, 500, 20, 15, 100
 ANGLE = math.pi / 4
+LR_SCALE = 0.1
 
 
 def turned(tastes_UHD: Tensor) -> Tensor:
@@ -63,12 +64,12 @@ def chosen(world: World, tastes_UHD: Tensor, each: int) -> Tensor:
 @torch.no_grad()
 def judged(retriever: HSNN, users: Any, later_UE: Tensor, other_UE: Tensor) -> dict[str, float]:
     assert retriever.hierarchy is not None
-    encoded = retriever.network.encode_users(users)
+    some = torch.arange(JUDGED)
+    encoded, later_UE, other_UE = retriever.network.encode_users(users.take(some)), later_UE[:JUDGED], other_UE[:JUDGED]
     scorer = retriever.scorer
-    exact = retriever.hierarchy.search_exact(scorer, encoded, K)
     beam = retriever.hierarchy.search(scorer, encoded, K, (NODES,), max_items=ITEMS // 10)
     everything = retriever.hierarchy.search_exact(scorer, encoded, ITEMS)
-    scores_UV = torch.empty(len(users), ITEMS).scatter_(1, everything.item_keys_BK, everything.scores_BK)
+    scores_UV = torch.empty(JUDGED, ITEMS).scatter_(1, everything.item_keys_BK, everything.scores_BK)
     logits = torch.cat([scores_UV.gather(1, later_UE), scores_UV.gather(1, other_UE)], 1)
     labels = torch.cat([torch.ones(later_UE.shape), torch.zeros(other_UE.shape)], 1)
 
@@ -76,17 +77,16 @@ def judged(retriever: HSNN, users: Any, later_UE: Tensor, other_UE: Tensor) -> d
         return float((later_UE[:, :, None] == found_BK[:, None]).any(2).float().mean())
 
     ne = float(F.binary_cross_entropy_with_logits(logits, labels)) / math.log(2)
-    return {"ne": ne, "recall_beam": hit(beam.item_keys_BK), "recall_exact": hit(exact.item_keys_BK)}
+    return {"ne": ne, "recall_beam": hit(beam.item_keys_BK), "recall_exact": hit(everything.item_keys_BK[:, :K])}
 
 
-def raw_items(retriever: HSNN, users: Any, before: Tensor, pairs: int, seed: int, lr: float) -> None:
+def raw_items(retriever: HSNN, stored_IS: Tensor, users: Any, before: Tensor, pairs: int, seed: int) -> None:
     """As many rows as there are pairs: a fifth are interactions, the others items that were drawn."""
     network = retriever.network
     generator = torch.Generator().manual_seed(seed)
     names = ("node_networks", "item_network.user_tower", "item_network.over_arch")
     parameters = [p for name, p in network.named_parameters() if name.startswith(names)]
-    optimizer = torch.optim.Adam(parameters, lr=lr)
-    stored_IS = retriever.network.stored(retriever_items)
+    optimizer = torch.optim.Adam(parameters, lr=LR_SCALE * retriever.config.training.learning_rate)
     codes_IN = retriever.codes(stored_IS)
     for begin in range(0, pairs, PAIRS):
         rows = min(PAIRS, pairs - begin)
@@ -108,15 +108,11 @@ def raw_items(retriever: HSNN, users: Any, before: Tensor, pairs: int, seed: int
         optimizer.step()
 
 
-retriever_items: Any = None
-
-
 def entries(seed: int) -> list[dict[str, Any]]:
-    global retriever_items
     world = World.of(ITEMS, seed)
     retriever = trained(world.log(BATCH * STEPS // 3), seed, "joint", "both", ensemble=True)
-    retriever_items = world.features()
-    retriever.index(Items(torch.arange(ITEMS), retriever_items))
+    retriever.index(Items(torch.arange(ITEMS), world.features()))
+    stored_IS = retriever.network.stored(world.features())
     tastes = world.users(USERS)
     users, moved = world.user_features(tastes), turned(tastes)
     items_UE = chosen(world, moved, EVENTS)
@@ -136,7 +132,7 @@ def entries(seed: int) -> list[dict[str, Any]]:
     still = judged(retriever, users, chosen(world, tastes, EVENTS - BEFORE), other_UE)
     rows.append({"seed": seed, "entry": "before_drift", "pairs": 0, "kept": True, **still})
     add("none", pairs=0, kept=True)
-    options: dict[str, Any] = {"interest_rate": (0.1,), "lr_scale": 0.1, "seed": seed}
+    options: dict[str, Any] = {"interest_rate": (0.1,), "lr_scale": LR_SCALE, "seed": seed}
     trainer = TestTimeTrainer(retriever, **options)
     learn, judge = trainer.build_pairs(users, events, BEFORE)
     report = trainer.adapt((learn, judge))
@@ -149,8 +145,7 @@ def entries(seed: int) -> list[dict[str, Any]]:
     random_PN = torch.where(every.label_P[:, None] == 1, drawn, every.codes_PN)
     report = free.adapt((Pairs(every.users, every.level_P, every.user_P, random_PN, every.label_P), nothing))
     add("random_nodes", pairs=report.pairs, kept=report.kept)
-    lr = options["lr_scale"] * retriever.config.training.learning_rate
-    raw_items(retriever, users, items_UE[:, :BEFORE], len(every), seed, lr)
+    raw_items(retriever, stored_IS, users, items_UE[:, :BEFORE], len(every), seed)
     add("raw_items", pairs=len(every), kept=True)
     return rows
 
@@ -175,6 +170,7 @@ def main() -> None:
         {
             "seeds": args.seeds,
             "users": USERS,
+            "judged": JUDGED,
             "events": EVENTS,
             "kinds": KINDS,
             "cpu_seconds": time.process_time() - begun,
