@@ -4,8 +4,8 @@
 
 DIR has `train.txt` and `test.txt` of NGCF and LightGCN (29,858 users, 40,981 items, 810,128 + 217,242 pairs), also
 packed. Each row is a recipe of this name, with one seed and on one thread; seconds are of the processor, without the
-import. Rows that are not run again stay as they were. Hyper-parameters come from a tenth of the training pairs that was
-set aside, never from test pairs.
+import. Rows that are not run again stay as they were. Values of hyper-parameters come from a tenth of the training
+pairs that was set aside, or are first guesses, never from test pairs.
 """
 
 from __future__ import annotations
