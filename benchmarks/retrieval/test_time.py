@@ -9,9 +9,9 @@ many steps and with as many rows by each entry:
 
 `nodes`: `TestTimeTrainer`, nodes with at least a tenth of the user's items; `nodes_unguarded`: the same without the
 guard; `random_nodes`: nodes drawn in place of the positive ones; `raw_items`: the interactions themselves against
-items drawn, with the item tower, tables and codewords frozen as well. All are judged by the five later items of 500 of the
-user: NE against as many items drawn (lower is better), recall@100 by a beam of a tenth of the nodes, and recall@100
-by scoring all.
+items drawn, with the item tower, tables and codewords frozen as well. All are judged by the five later items of 500
+of the users: NE against as many items drawn (lower is better; what is learnt from has one positive in five, which
+moves the logits of all entries but `none`), recall@100 by a beam of a tenth of the nodes, and by scoring all.
 """
 
 from __future__ import annotations
