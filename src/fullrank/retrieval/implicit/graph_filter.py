@@ -118,7 +118,7 @@ class GraphFilter(Retriever):
                 scores_BN = torch.where(known_N, scores_BI[:, place_N], scores_BI.mean(1, keepdim=True))
             # The items as vectors of their scores by each user of the block, of which a user's query takes one.
             index = ExactIndex(len(block))
-            index.keys_I, index.vectors_ID = self.exact.keys_I, scores_BN.T.contiguous()
+            index.add(self.exact.keys_I, scores_BN.T.contiguous())
             own = allowed[begin : begin + USERS_AT_ONCE] if allowed is not None and allowed.ndim == 2 else allowed
             parts.append(index.search(torch.eye(len(block)), k, allowed=own))
         return SearchResult(*(torch.cat(each) for each in zip(*parts, strict=True)))
