@@ -5,16 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
+from safetensors.torch import save as to_safetensors
 from torch.nn import functional as F
 
 from fullrank.batch import Batch
 from fullrank.data.dataset import Dataset
+from fullrank.data.importing import import_dataset
 from fullrank.data.loader import partial_batch
 from fullrank.embeddings.admitted import AdmittedTable
-from fullrank.retrieval import Items, TwoTower
-from fullrank.retrieval.two_tower import sampled_softmax_loss
+from fullrank.retrieval import Items, Popularity, TwoTower
+from fullrank.retrieval.base import item_keys
+from fullrank.retrieval.recent_clicks import best_clicks
+from fullrank.retrieval.two_tower import positive_rows, sampled_softmax_loss
+from fullrank.schema import Categorical, Keys, Label, Schema
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +155,85 @@ def test_tables_of_any_kind_learn_and_are_saved(dataset: Dataset, items: Items, 
 def test_tables_that_cannot_be_are_refused(dataset: Dataset) -> None:
     with pytest.raises(ValueError, match='tables: there is no table "itm"; the schema has user_id'):
         TwoTower(dataset.schema, TwoTower.Config(tables={"itm": "full"}))
+
+
+def test_popularity_weighs_what_ranks_later_clicks_best() -> None:
+    """Nothing where vectors know who clicks what and popularity misleads, much where they know nothing."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.arange(1000)
+    likes = torch.eye(1000)
+    uneven = torch.multinomial(1 / torch.arange(1, 1001), 4000, replacement=True, generator=generator)
+    even = torch.randint(500, 1000, (400,), generator=generator)
+    known = best_clicks(torch.cat([uneven, even]), 4000, 3 * likes[even], (likes[even], even), (likes, keys))
+    assert not known.scores_I.any()
+    like_before = torch.multinomial(1 / torch.arange(1, 1001), 400, replacement=True, generator=generator)
+    noise = torch.randn(400, 8, generator=generator), torch.randn(1000, 8, generator=generator)
+    clicks = torch.cat([uneven, like_before])
+    unknown = best_clicks(clicks, 4000, noise[0], (noise[1][like_before], like_before), (noise[1], keys))
+    assert unknown(torch.tensor([0])) > 8 and unknown(torch.tensor([-5])) == 0
+
+
+def test_clicks_of_long_ago_count_less_where_items_come_and_go() -> None:
+    """The most clicked of all are clicked no more; what was clicked last goes on."""
+    generator = torch.Generator().manual_seed(1)
+    parts = [torch.randint(0, 100, (3000,), generator=generator)]
+    parts += [torch.randint(500, 560, (rows,), generator=generator) for rows in (600, 400)]
+    keys_P, later = torch.cat(parts), parts[-1]
+    noise = torch.randn(400, 4, generator=generator), torch.randn(1000, 4, generator=generator)
+    clicks = best_clicks(keys_P, 3600, noise[0], (noise[1][later], later), (noise[1], torch.arange(1000)))
+    assert clicks(torch.arange(500, 560)).mean() > 1.1 * clicks(torch.arange(100)).mean()
+
+
+@pytest.fixture(scope="module")
+def arbitrary(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Clicks that depend on the item alone: few and very popular ones of many."""
+    rng = np.random.default_rng(0)
+    weight = 1 / np.arange(1, 601)
+    frame = pl.DataFrame(
+        {
+            "user": rng.integers(0, 300, 4000),
+            "item": rng.choice(600, 4000, p=weight / weight.sum()),
+            "clicked": 1,
+            "time": np.arange(4000),
+        }
+    )
+    path = tmp_path_factory.mktemp("arbitrary")
+    frame.write_csv(path / "log.csv")
+    features = (Categorical(name="user", role="user"), Categorical(name="item", role="item"))
+    keys = Keys(user_id="user", item_id="item", timestamp="time")
+    schema = Schema(features=features, labels=(Label(name="clicked"),), keys=keys)
+    import_dataset("csv", path / "log.csv", path / "data", schema=schema)
+    return Dataset.open(path / "data")
+
+
+def test_it_is_no_worse_than_popularity_where_there_is_nothing_else(arbitrary: Dataset) -> None:
+    catalogue = arbitrary.catalogue("item")
+    items = Items(item_keys(catalogue["__item_id"]), partial_batch(catalogue, arbitrary.schema))
+    users, keys_P = positive_rows(arbitrary, "test")
+
+    def recall(retriever: Popularity | TwoTower) -> float:
+        retriever.fit(arbitrary).index(items)
+        return float((retriever.search(users, 50).item_keys_BK == keys_P[:, None]).any(1).double().mean())
+
+    popularity = recall(Popularity(arbitrary.schema))
+    assert recall(TwoTower(arbitrary.schema)) > popularity - 0.02
+    assert recall(TwoTower(arbitrary.schema, TwoTower.Config(popularity=False))) < popularity - 0.03
+
+
+def test_what_was_saved_before_popularity_opens_without_it(fitted: TwoTower, users: Batch, tmp_path: Path) -> None:
+    fitted.save(tmp_path)
+    state = {name: value for name, value in fitted.state().items() if not name.startswith("clicks.")}
+    (tmp_path / "retriever.safetensors").write_bytes(to_safetensors(state))
+    old = TwoTower.load(tmp_path, fitted.schema)
+    assert torch.equal(old.search(users, 10).item_keys_BK, fitted.search(users, 10).item_keys_BK)
+    assert not len(old.clicks.keys_I)
+
+
+def test_clicks_that_contradict_one_another_are_refused(fitted: TwoTower, tmp_path: Path) -> None:
+    fitted.save(tmp_path)
+    state = fitted.state()
+    state["clicks.keys"] = torch.tensor([3, 1])
+    state["clicks.scores"] = torch.ones(2)
+    (tmp_path / "retriever.safetensors").write_bytes(to_safetensors(state))
+    with pytest.raises(ValueError, match="not in ascending order"):
+        TwoTower.load(tmp_path, fitted.schema)

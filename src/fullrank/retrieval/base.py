@@ -78,6 +78,7 @@ class Retriever(ABC):
 
     Attributes:
         filters: whether `search` takes `allowed`.
+        added_later: names of tensors by item that what was saved by an earlier version lacks, and `restore` can.
     """
 
     class Config(BaseModel):
@@ -87,6 +88,7 @@ class Retriever(ABC):
 
     name: ClassVar[str]
     filters: ClassVar[bool] = False
+    added_later: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, schema: Schema, config: Config | None = None) -> None:
         self.schema = schema
@@ -178,7 +180,7 @@ class Retriever(ABC):
         # Built without memory first, so that a size which the tensors do not have cannot fill it.
         with torch.device("meta"):
             expected = cls(schema, config).state()
-        for name in sorted(expected.keys() | state.keys()):
+        for name in sorted((expected.keys() | state.keys()) - (cls.added_later - state.keys())):
             if not _fits(state.get(name), expected.get(name)):
                 raise ValueError(f"{path} does not fit the schema: tensor {name}")
             if state[name].is_floating_point() and not bool(torch.isfinite(state[name]).all()):

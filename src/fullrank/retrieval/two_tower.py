@@ -1,10 +1,12 @@
-"""Two towers trained with in-batch sampled softmax, searched exactly."""
+"""Two towers trained with in-batch sampled softmax, and the popularity of items beside them."""
 
 # Shapes: B rows of a batch, I items (of the batch, of the catalogue), P positive rows of the log, D width of vectors.
 
 from __future__ import annotations
 
-from typing import Self
+import copy
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 import polars as pl
 import torch
@@ -15,15 +17,20 @@ from torch.nn import functional as F
 from fullrank.batch import Batch, RowGather
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
-from fullrank.data.loader import batch_from_frame
+from fullrank.data.loader import batch_from_frame, partial_batch
 from fullrank.embeddings import AnyTable, TableConfig, Tables
 from fullrank.layers.towers import Towers
-from fullrank.retrieval.base import Progress, item_keys
+from fullrank.retrieval.base import Items, Progress, item_keys
+from fullrank.retrieval.recent_clicks import RecentClicks, best_clicks
 from fullrank.retrieval.vector_retriever import VectorRetriever
 from fullrank.schema import Schema
 
 # Rows of a tower's forward pass when all items are encoded.
 ROWS_AT_ONCE = 8192
+
+# Share of the clicks, the latest, by which the weight of popularity is chosen; at most so many of them, among so many
+# items; and how few clicks are too few to choose by.
+HELD_OUT, MOST_ROWS, MOST_ITEMS, FEWEST_CLICKS = 0.1, 2000, 20_000, 100
 
 
 def sampled_softmax_loss(
@@ -65,11 +72,13 @@ def sampled_softmax_loss(
 
 
 class TwoTower(VectorRetriever):
-    """Score = u·v / temperature + b, with u from the user's and context's features, v and b from the item's.
+    """Score = u·v / temperature + b + p, with u from the user's and context's features, v and b from the item's.
 
     Trains on the rows whose first binary label is 1. Vectors have unit length, so that no item can win by its norm
-    alone; b carries its popularity. To the index an item is (v / temperature, b) and a user (u, 1): search remains
-    an inner product.
+    alone. p is the item's popularity, w log(1 + clicks): towers know little of items that are rarely or never in a
+    batch, and after few steps little of any. w, and whether older clicks count less, is what ranks the last tenth of
+    the clicks best after training on the others; then all are trained on. To the index an item is
+    (v / temperature, b + p) and a user (u, 1): search remains an inner product.
     """
 
     class Config(VectorRetriever.Config):
@@ -86,6 +95,7 @@ class TwoTower(VectorRetriever):
             batch_size: positive rows of a step; each row's item is a negative of the others.
             epochs: passes over the positive rows.
             learning_rate: of Adam.
+            popularity: add the popularity of items to their scores; takes another training, on nine tenths of the rows.
             seed: of initial weights and of the order of the rows.
         """
 
@@ -98,7 +108,8 @@ class TwoTower(VectorRetriever):
         log_q: bool = True
         batch_size: int = Field(default=1024, ge=2)
         epochs: int = Field(default=5, ge=1)
-        learning_rate: float = Field(default=2e-3, gt=0)
+        learning_rate: float = Field(default=5e-3, gt=0)
+        popularity: bool = True
         seed: int = 0
 
         @field_validator("tables")
@@ -111,6 +122,7 @@ class TwoTower(VectorRetriever):
 
     name = "two_tower"
     config: Config
+    added_later: ClassVar = frozenset({"clicks.keys", "clicks.scores"})
 
     def __init__(self, schema: Schema, config: Config | None = None) -> None:
         super().__init__(schema, config)
@@ -128,6 +140,7 @@ class TwoTower(VectorRetriever):
                 output_dim=own.output_dim + 1,
             )
         self.towers.eval()
+        self.clicks = RecentClicks.none()
 
     @property
     def width(self) -> int:
@@ -143,13 +156,36 @@ class TwoTower(VectorRetriever):
             ValueError: if the log names no item_id, has no binary label or no positive row.
         """
         rows_P, keys_P = positive_rows(log)
+        earlier = len(keys_P) - int(HELD_OUT * len(keys_P))
+        chooses = self.config.popularity and len(keys_P) >= FEWEST_CLICKS
+        lengths = [earlier, len(keys_P)] if chooses else [len(keys_P)]
+        steps = [self._steps(length) for length in lengths]
+
+        def told(step: int, loss: float) -> None:
+            if progress is not None and step % 20 == 0:
+                progress(step, sum(steps), loss)
+
+        clicks = RecentClicks.of(keys_P) if self.config.popularity else RecentClicks.none()
+        if chooses:
+            untrained = copy.deepcopy(self.towers)
+            self._train(rows_P[:earlier], keys_P[:earlier], told)
+            clicks = self._chosen_clicks(log, rows_P, keys_P, earlier)
+            self.towers = untrained
+        self._train(rows_P, keys_P, lambda step, loss: told(sum(steps[:-1]) + step, loss))
+        self.clicks = clicks
+        return self
+
+    def _steps(self, rows: int) -> int:
+        return self.config.epochs * max(1, rows // self.config.batch_size)
+
+    def _train(self, rows_P: Batch, keys_P: Tensor, told: Callable[[int, float], None]) -> None:
         positives = RowGather(rows_P)
         _, item_P, count_I = torch.unique(keys_P, return_inverse=True, return_counts=True)
         frequency_P = (count_I.double() / len(keys_P))[item_P]
         config = self.config
         optimizer = torch.optim.Adam(self.towers.parameters(), lr=config.learning_rate)
         generator = torch.Generator().manual_seed(config.seed)
-        steps = config.epochs * max(1, len(keys_P) // config.batch_size)
+        steps = self._steps(len(keys_P))
         # The rate falls to 0 linearly: measured on the simulated log, the last epoch is then the best one.
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
         step = 0
@@ -176,11 +212,30 @@ class TwoTower(VectorRetriever):
                 optimizer.step()
                 schedule.step()
                 step += 1
-                if progress is not None and step % 20 == 0:
-                    progress(step, steps, loss.item())
+                told(step, loss.item())
         self.towers.eval()
         self.towers.ids.check_ids = False
-        return self
+
+    @torch.inference_mode()
+    def _chosen_clicks(self, log: Dataset, rows_P: Batch, keys_P: Tensor, earlier: int) -> RecentClicks:
+        """The popularity that ranks the clicks after the first `earlier` best, of all clicks."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        later = earlier + torch.randperm(len(keys_P) - earlier, generator=generator)[:MOST_ROWS].sort().values
+        catalogue = log.catalogue("item")
+        if catalogue.height > MOST_ITEMS:
+            places = torch.randperm(catalogue.height, generator=generator)[:MOST_ITEMS].sort().values
+            share, catalogue = MOST_ITEMS / catalogue.height, catalogue[places.numpy()]
+        else:
+            share = 1.0
+        held = RowGather(rows_P).take(later)
+        return best_clicks(
+            keys_P,
+            earlier,
+            self.user_vectors(held),
+            (self.item_vectors(held), keys_P[later]),
+            (self.item_vectors(partial_batch(catalogue, log.schema)), item_keys(catalogue[KEY_COLUMNS["item_id"]])),
+            share,
+        )
 
     def _vectors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         user, item = self.towers(batch)
@@ -200,20 +255,29 @@ class TwoTower(VectorRetriever):
             pieces.append(torch.cat([unit, item[:, -1:]], 1))
         return torch.cat(pieces) if pieces else torch.zeros(0, self.width)
 
+    @torch.inference_mode()
+    def index_vectors(self, items: Items) -> Tensor:
+        vectors_ID = self.item_vectors(items.features)
+        vectors_ID[:, -1] += self.clicks(items.keys_I)
+        return vectors_ID
+
     def state(self) -> dict[str, Tensor]:
         state = {f"towers.{name}": value.contiguous() for name, value in self.towers.state_dict().items()}
+        state |= {"clicks.keys": self.clicks.keys_I, "clicks.scores": self.clicks.scores_I}
         return {**state, **super().state()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         towers = {name.removeprefix("towers."): value for name, value in state.items() if name.startswith("towers.")}
         self.towers.load_state_dict(towers)
+        if "clicks.keys" in state:
+            self.clicks = RecentClicks.restored(state["clicks.keys"], state["clicks.scores"])
         super().restore(state)
         # Ids come from the encoders that the tables were built for; a lookup refuses what is outside in any case.
         self.towers.ids.check_ids = False
 
 
 def positive_rows(log: Dataset, split: str = "train") -> tuple[Batch, Tensor]:
-    """Rows whose first binary label is 1, and their item keys keys_P.
+    """Rows whose first binary label is 1, in order of time where the log has it, and their item keys keys_P.
 
     They are kept in memory: clicks are a few percent of impressions.
 
@@ -227,6 +291,8 @@ def positive_rows(log: Dataset, split: str = "train") -> tuple[Batch, Tensor]:
         raise ValueError(f"{log.path}: a retriever needs a binary label to learn from")
     item = KEY_COLUMNS["item_id"]
     frame = log.scan(split).filter((pl.col(label) == 1) & pl.col(item).is_not_null()).collect()
+    if log.schema.keys.timestamp is not None:
+        frame = frame.sort(KEY_COLUMNS["timestamp"], maintain_order=True)
     if not frame.height:
         raise ValueError(f'{log.path}: no row of "{split}" has {label} = 1')
     keys_P = item_keys(frame[item])

@@ -60,15 +60,19 @@ class VectorRetriever(Retriever):
 
     @abstractmethod
     def item_vectors(self, items: Batch) -> Tensor:
-        """What the index holds, float32 of shape (I, D), without gradients."""
+        """Vectors of items by their features, float32 of shape (I, D), without gradients."""
+
+    def index_vectors(self, items: Items) -> Tensor:
+        """What the index holds, float32 of shape (I, D): `item_vectors`, and what is known of an item by its key."""
+        return self.item_vectors(items.features)
 
     def index(self, items: Items) -> None:
         fresh = self._empty()
-        fresh.add(items.keys_I, self.item_vectors(items.features))
+        fresh.add(items.keys_I, self.index_vectors(items))
         self.vectors = fresh
 
     def add(self, items: Items) -> None:
-        self.vectors.add(items.keys_I, self.item_vectors(items.features))
+        self.vectors.add(items.keys_I, self.index_vectors(items))
 
     def remove(self, keys: Tensor) -> None:
         self.vectors.remove(keys)
