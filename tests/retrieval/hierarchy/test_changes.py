@@ -251,6 +251,12 @@ def test_a_refresh_that_fails_changes_nothing(catalogue: Catalogue, users: Tenso
     same(index.search(DotProduct(), users, 10, (3, 4)), before)
     index.refresh(encoder(catalogue, torch.eye(WIDTH)), node_vectors=catalogue.books, version="b")
     assert index.version == "b"
+    late = torch.tensor([9000]), torch.zeros(1, WIDTH), torch.zeros(1, 2, dtype=torch.int64)
+    for change in (index.add, index.update):
+        with pytest.raises(StaleIndexError, match='of version "b" of the model, the items of "a"'):
+            change(*late, version="a")
+    index.add(*late, version="b")
+    assert len(index) == 1501
 
 
 def test_health_says_how_full_and_how_worn_the_index_is(catalogue: Catalogue) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,16 @@ def test_a_user_alone_finds_what_it_finds_in_a_batch(index: HierarchicalIndex, u
         alone = index.search(DotProduct(), users[row : row + 1], 10, (3, 4))
         assert torch.equal(alone.item_keys_BK[0], together.item_keys_BK[row])
         assert int(alone.cost_B) == int(together.cost_B[row])
+
+
+def test_many_users_are_searched_in_parts(index: HierarchicalIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = torch.randn(300, WIDTH, generator=torch.Generator().manual_seed(2))
+    together = index.search(DotProduct(), many, 10, (3, 4))
+    monkeypatch.setattr("fullrank.retrieval.exact.SCORES_AT_ONCE", 20_000)
+    parts = copy.copy(index.search(DotProduct(), many, 10, (3, 4)))
+    assert torch.equal(parts.item_keys_BK, together.item_keys_BK)
+    assert torch.equal(parts.stats.nodes_BN, together.stats.nodes_BN)
+    assert torch.equal(parts.cost_B, together.cost_B)
 
 
 def test_candidates_are_nested_in_the_first_beam(catalogue: Catalogue, index: HierarchicalIndex, users: Tensor) -> None:

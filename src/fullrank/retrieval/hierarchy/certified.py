@@ -49,6 +49,7 @@ class _Bounds:
         return cls(centres_LD, radius_L, torch.cat(norms))
 
 
+@torch.no_grad()
 def certified_search(snapshot: Snapshot, users_BD: Tensor, k: int) -> IndexResult:
     """The k items of the largest u·v of each user.
 

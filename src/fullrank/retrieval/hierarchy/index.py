@@ -21,12 +21,8 @@ from fullrank.retrieval.hierarchy.health import Audit, Health, audit, health
 from fullrank.retrieval.hierarchy.nodes import Codes
 from fullrank.retrieval.hierarchy.scorer import DotProduct, Scorer
 from fullrank.retrieval.hierarchy.searching import IndexResult, search_snapshot
-from fullrank.retrieval.hierarchy.snapshot import ENCODED_AT_ONCE, Encode, Selection, Snapshot
-from fullrank.retrieval.hierarchy.storage import checked_items
-
-
-class StaleIndexError(ValueError):
-    """An index and a scorer are of different versions of a model."""
+from fullrank.retrieval.hierarchy.snapshot import ENCODED_AT_ONCE, Encode, Selection, Snapshot, StaleIndexError
+from fullrank.retrieval.hierarchy.storage import Segment, checked_items
 
 
 class HierarchicalIndex:
@@ -62,12 +58,6 @@ class HierarchicalIndex:
             ValueError: if node vectors do not fit `num_nodes` or are not finite.
         """
         self._start(Snapshot.empty(Codes.of(num_nodes, node_vectors, width), width, version))
-
-    @classmethod
-    def _of(cls, snapshot: Snapshot) -> HierarchicalIndex:
-        index = cls.__new__(cls)
-        index._start(snapshot)
-        return index
 
     def _start(self, snapshot: Snapshot) -> None:
         self._now = snapshot
@@ -189,30 +179,39 @@ class HierarchicalIndex:
             return certified_search(snapshot, users, k)
         return search_snapshot(snapshot, scorer, users, k, None, allowed, None)
 
-    def add(self, keys_I: Tensor, vectors_ID: Tensor, codes_IN: Tensor) -> None:
+    def add(self, keys_I: Tensor, vectors_ID: Tensor, codes_IN: Tensor, *, version: str | None = None) -> None:
         """Make more items searchable.
 
+        Args:
+            version: of the model that encoded them, which may have been replaced meanwhile; not compared if omitted.
+
         Raises:
+            StaleIndexError: if the index is of another version.
             ValueError: if a key is there already, given twice or that of no item, shapes differ, a number is not finite
                 or a code is outside its level.
         """
         with self._lock:
-            fresh = self._now.segment(keys_I, vectors_ID, codes_IN)
+            fresh = self._fresh(keys_I, vectors_ID, codes_IN, version)
             known_I = self._now.found(keys_I)
             if bool(known_I.any()):
                 raise ValueError(f"item {int(keys_I[known_I][0])} is in the index already")
             self._put(self._now.with_items(fresh), keys_I)
 
-    def update(self, keys_I: Tensor, vectors_ID: Tensor, codes_IN: Tensor) -> None:
+    def update(self, keys_I: Tensor, vectors_ID: Tensor, codes_IN: Tensor, *, version: str | None = None) -> None:
         """Give items new vectors and codes; those that are not there are added. No search sees an item twice or not at
         all meanwhile.
 
         Raises:
-            ValueError: as `add`, but that keys may be there already.
+            ValueError, StaleIndexError: as `add`, but that keys may be there already.
         """
         with self._lock:
-            fresh = self._now.segment(keys_I, vectors_ID, codes_IN)
+            fresh = self._fresh(keys_I, vectors_ID, codes_IN, version)
             self._put(self._now.without(keys_I).with_items(fresh), keys_I)
+
+    def _fresh(self, keys_I: Tensor, vectors_ID: Tensor, codes_IN: Tensor, version: str | None) -> Segment:
+        if version is not None and version != self.version:
+            raise StaleIndexError(f'the index is of version "{self.version}" of the model, the items of "{version}"')
+        return self._now.segment(keys_I, vectors_ID, codes_IN)
 
     def remove(self, keys_A: Tensor, missing: Literal["error", "ignore"] = "error") -> None:
         """Forget items; no later search returns them.
@@ -371,7 +370,9 @@ class HierarchicalIndex:
         Raises:
             ValueError: if tensors are missing or contradict one another.
         """
-        return cls._of(Snapshot.restored(state, version))
+        index = cls.__new__(cls)
+        index._start(Snapshot.restored(state, version))
+        return index
 
     def save(self, path: Path) -> None:
         """Write one file of safetensors, with the versions of format and model in its metadata."""

@@ -19,8 +19,10 @@ from fullrank.retrieval.hierarchy.snapshot import Selection, Snapshot
 from fullrank.retrieval.hierarchy.storage import Segment
 
 # A filter that leaves fewer items than this many times what the beam would score is a scan of what it leaves, which is
-# exact and as fast, see `benchmarks.retrieval.filters`.
+# exact and as fast: alone the two meet at 1.6, in batches at 2.5 (`benchmarks.retrieval.filters`).
 SCAN_BELOW = 1.5
+# More users are halved before the leaves of each are taken one part after another.
+FEW_USERS = 64
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class IndexResult(SearchResult):
         result.stats = stats
         return result
 
+    def __getnewargs__(self) -> tuple[Tensor, Tensor, SearchStats]:
+        return self.item_keys_BK, self.scores_BK, self.stats  # of a copy
+
     @classmethod
     def beside(cls, results: Sequence[IndexResult]) -> IndexResult:
         """The results of several batches, at least one, as one."""
@@ -78,6 +83,7 @@ class _Found:
     items_B: Tensor
 
 
+@torch.no_grad()
 def search_snapshot(
     snapshot: Snapshot,
     scorer: Scorer,
@@ -274,7 +280,8 @@ def _with_items(
     stored = Rows(segment.vectors_ID, scorer.item_scores, segment.living_I)
     most = max(1, exact.SCORES_AT_ONCE // max(1, rows))
     widest_J = ranges.size_BJ.max(0).values if rows else ranges.size_BJ.sum(0)
-    if rows > 1 and widest_J.numel() and int(widest_J.max()) > most:
+    too_wide = widest_J.numel() > 0 and int(widest_J.max()) > most
+    if rows > 1 and (too_wide or (rows > FEW_USERS and int(widest_J.sum()) > most)):
         halves = [torch.arange(0, rows // 2), torch.arange(rows // 2, rows)]
         parts = [
             _with_items(

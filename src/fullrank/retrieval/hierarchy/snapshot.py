@@ -19,6 +19,10 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 ENCODED_AT_ONCE = 8192
 
 
+class StaleIndexError(ValueError):
+    """An index and a scorer, or items, are of different versions of a model."""
+
+
 class Selection:
     """Keys of the items that a search may return.
 
