@@ -166,6 +166,5 @@ def test_no_file_is_a_pickle(saved: Path) -> None:
     for path in saved.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
-            assert content[:1] != b"\x80"
             with pytest.raises((ValueError, UnicodeDecodeError)):
                 list(pickletools.genops(content))
