@@ -105,7 +105,7 @@ class Segment:
         if not len(self):
             return torch.full_like(keys_A, -1)
         keys_I, rows_I = self.fact("by_key", self.keys_I.sort)
-        place_A = torch.searchsorted(keys_I, keys_A).clamp_max(len(self) - 1)
+        place_A = torch.searchsorted(keys_I, keys_A.contiguous()).clamp_max(len(self) - 1)
         rows_A = rows_I[place_A]
         found_A = keys_I[place_A] == keys_A
         if self.living_I is not None:
