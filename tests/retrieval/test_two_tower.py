@@ -13,7 +13,7 @@ from safetensors.torch import save as to_safetensors
 from torch.nn import functional as F
 
 from fullrank.batch import Batch
-from fullrank.data.dataset import Dataset
+from fullrank.data.dataset import Dataset, write_dataset
 from fullrank.data.importing import import_dataset
 from fullrank.data.loader import partial_batch
 from fullrank.embeddings.admitted import AdmittedTable
@@ -237,3 +237,26 @@ def test_clicks_that_contradict_one_another_are_refused(fitted: TwoTower, tmp_pa
     (tmp_path / "retriever.safetensors").write_bytes(to_safetensors(state))
     with pytest.raises(ValueError, match="not in ascending order"):
         TwoTower.load(tmp_path, fitted.schema)
+
+
+def test_a_log_without_times_that_lies_user_by_user_is_not_judged_by_its_last_users(tmp_path: Path) -> None:
+    """Ids alone say nothing of users who have no other rows: only popularity would be left."""
+    schema = Schema(
+        features=(Categorical(name="user_id", role="user"), Categorical(name="item_id", role="item")),
+        labels=(Label(name="click"),),
+        keys=Keys(user_id="user_id", item_id="item_id"),
+    )
+    # As many users of each parity, and items whose popularity is uneven.
+    random = np.random.default_rng(0)
+    user = np.repeat(np.arange(60), 40)
+    item = 2 * (random.geometric(0.1, len(user)) % 40) + user % 2
+    frame = pl.DataFrame({"user_id": user, "item_id": item, "click": np.ones(len(user))})
+    log = write_dataset(tmp_path / "log", schema, {"train": [frame]})
+    config = TwoTower.Config(hidden=(), output_dim=8, batch_size=256, epochs=30, learning_rate=0.02)
+    retriever = TwoTower(log.schema, config).fit(log)
+    catalogue = log.catalogue("item")
+    retriever.index(Items(item_keys(catalogue["__item_id"]), partial_batch(catalogue, log.schema)))
+    users = log.catalogue("user")
+    found = retriever.search(partial_batch(users, log.schema), 10).item_keys_BK
+    parity = torch.from_numpy(users["__user_id"].cast(pl.Int64).to_numpy() % 2)
+    assert float((found % 2 == parity[:, None]).double().mean()) > 0.95

@@ -77,8 +77,8 @@ class TwoTower(VectorRetriever):
     Trains on the rows whose first binary label is 1. Vectors have unit length, so that no item can win by its norm
     alone. p is the item's popularity, w log(1 + clicks): towers know little of items that are rarely or never in a
     batch, and after few steps little of any. w, and whether older clicks count less, is what ranks the last tenth of
-    the clicks best after training on the others; then all are trained on. To the index an item is
-    (v / temperature, b + p) and a user (u, 1): search remains an inner product.
+    the clicks (of a log without times, a random one) best after training on the others; then all are trained on. To
+    the index an item is (v / temperature, b + p) and a user (u, 1): search remains an inner product.
     """
 
     class Config(VectorRetriever.Config):
@@ -156,6 +156,10 @@ class TwoTower(VectorRetriever):
             ValueError: if the log names no item_id, has no binary label or no positive row.
         """
         rows_P, keys_P = positive_rows(log)
+        if log.schema.keys.timestamp is None:
+            # What stands last may be of users of its own, of whom the others tell nothing.
+            order_P = torch.randperm(len(keys_P), generator=torch.Generator().manual_seed(self.config.seed))
+            rows_P, keys_P = RowGather(rows_P).take(order_P), keys_P[order_P]
         earlier = len(keys_P) - int(HELD_OUT * len(keys_P))
         chooses = self.config.popularity and len(keys_P) >= FEWEST_CLICKS
         lengths = [earlier, len(keys_P)] if chooses else [len(keys_P)]
