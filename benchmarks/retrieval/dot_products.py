@@ -1,11 +1,11 @@
 """CPU time of searches for the 100 largest inner products: all indexes of vectors, at a recall of .95.
 
-python -m benchmarks.retrieval.dot_products [--items 1000000] [--graph-items 300000]
+python -m benchmarks.retrieval.dot_products [--items 1000000] [--graph-items 100000]
 
 Vectors of 64 numbers around 20,000 centres of Zipf popularity whose spectrum falls as j^-1/2; queries from the same
 mixture. "raw" keeps log-normal norms (coefficient of variation .24), "unit" has none. Every index chooses its effort by
 500 queries apart from those that are timed. The others are measured at a million items, graphs, which take long to
-build, at 300,000, with the rest beside them once more.
+build, at 100,000, with the rest beside them once more.
 
 Process CPU time on one thread. Indexes of a set take turns; each number is the median of five rounds of 100 single
 queries, or of 4 batches of 64. "alone" is what the library's own search takes of it: the rest is scoring again in
@@ -173,7 +173,7 @@ def comparisons(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=1_000_000)
-    parser.add_argument("--graph-items", type=int, default=300_000)
+    parser.add_argument("--graph-items", type=int, default=100_000)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
