@@ -163,8 +163,9 @@ def audit(
         check_queries(matrix, vectors.width)
         found = hold(vectors, matrix, k=k, sample=sample)
     exact = ExactIndex(vectors.width)
-    exact.add(*vectors.contents())
-    norms = vectors.contents()[1].norm(dim=1)
+    keys_I, vectors_ID = vectors.contents()
+    exact.add(keys_I, vectors_ID)
+    norms = vectors_ID.norm(dim=1)
     facts = {
         "kind": vectors.name,
         "items": len(vectors),

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -215,12 +215,20 @@ class EmbeddingCollection(nn.Module):
             buffer.start_anew(rows + first, like + first)
         return ids_N
 
-    def take_fresh(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Rows that have started anew since this was last asked, by the parameter that they are of: the state that the
-        model's own optimiser has of them is to be forgotten. The fused kinds have forgotten theirs."""
+    @torch.no_grad()
+    def forget_fresh(self, state_of: Callable[[nn.Parameter], Mapping[str, Tensor]]) -> None:
+        """Forget what the model's own optimiser knows of rows that have started anew; call it before its step. The
+        fused kinds have forgotten it themselves.
+
+        Args:
+            state_of: its tensors of a parameter; those of the parameter's shape have a row for each of its rows.
+        """
         for buffer in self._row_buffers():
             if buffer.fresh:
-                yield buffer.weight_RD, torch.cat(buffer.fresh)
+                rows, weight_RD = torch.cat(buffer.fresh), buffer.weight_RD
+                for value in state_of(weight_RD).values():
+                    if value.shape == weight_RD.shape:
+                        value.index_fill_(0, rows, 0)
                 buffer.fresh = []
 
     def weights(self) -> list[nn.Parameter]:

@@ -44,7 +44,7 @@ class RowBuffer(nn.Module):
     Attributes:
         weight_RD: in the optimiser's storage: float32, bfloat16, or the upper plane of `split`.
         low_RD: the lower plane of `split`, int16.
-        fresh: rows that have started anew, in kind `dense`; `EmbeddingCollection.take_fresh` empties it.
+        fresh: rows that have started anew, in kind `dense`; `EmbeddingCollection.forget_fresh` empties it.
     """
 
     low_RD: Tensor | None

@@ -14,6 +14,7 @@ from fullrank.data.dataset import Dataset
 from fullrank.retrieval.base import Items, Progress, Retriever, SearchResult
 from fullrank.retrieval.exact import ExactIndex
 from fullrank.retrieval.two_tower import positive_rows
+from fullrank.retrieval.vectors.base import places_of
 from fullrank.schema import Schema
 
 
@@ -42,8 +43,8 @@ class Popularity(Retriever):
         known_keys, known = self.clicked.keys_I, self.clicked.vectors_ID
         if not known_keys.numel():
             return torch.zeros(keys_I.numel(), 1)
-        place_I = torch.searchsorted(known_keys, keys_I).clamp_max(known_keys.numel() - 1)
-        return torch.where((known_keys[place_I] == keys_I)[:, None], known[place_I], 0.0)
+        place_I = places_of(keys_I, known_keys)
+        return torch.where((place_I >= 0)[:, None], known[place_I], 0.0)
 
     def index(self, items: Items) -> None:
         fresh = ExactIndex(1)

@@ -209,10 +209,7 @@ class TwoTower(VectorRetriever):
                 )
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
-                for weight, given_away in self.towers.ids.take_fresh():
-                    for moments in optimizer.state[weight].values():
-                        if moments.shape == weight.shape:
-                            moments.index_fill_(0, given_away, 0)
+                self.towers.ids.forget_fresh(lambda weight: optimizer.state[weight])
                 optimizer.step()
                 schedule.step()
                 step += 1

@@ -123,8 +123,7 @@ class LocalEngine:
         before_update(detached)
         loss.backward()  # type: ignore[no-untyped-call]
         for collection in self.collections.values():
-            for weight, rows in collection.take_fresh():
-                self.optimizer.forget(weight, rows)
+            collection.forget_fresh(self.optimizer.state_of)
             collection.before_step()
         if self.config.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)

@@ -52,13 +52,10 @@ class DenseOptimizer:
                     self.state[name] = self._fresh(self.parameters[name])
             self._update(seen, rate * scale)
 
-    @torch.no_grad()
-    def forget(self, parameter: Tensor, rows: Tensor) -> None:
-        """Set the state of some rows of a parameter to what it is at the start, but for the number of steps."""
+    def state_of(self, parameter: Tensor) -> Mapping[str, Tensor]:
+        """The state of a parameter; empty before its first gradient."""
         name = next(name for name, own in self.parameters.items() if own is parameter)
-        for key, value in self.state.get(name, {}).items():
-            if key != "step":
-                value.index_fill_(0, rows, 0)
+        return self.state.get(name, {})
 
     def zero_grad(self) -> None:
         """Let go of all gradients."""

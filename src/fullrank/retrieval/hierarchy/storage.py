@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fullrank.retrieval.base import NO_ITEM
 from fullrank.retrieval.hierarchy.ranges import Ranges
+from fullrank.retrieval.vectors.base import places_of
 
 F = TypeVar("F")
 
@@ -105,9 +106,8 @@ class Segment:
         if not len(self):
             return torch.full_like(keys_A, -1)
         keys_I, rows_I = self.fact("by_key", self.keys_I.sort)
-        place_A = torch.searchsorted(keys_I, keys_A.contiguous()).clamp_max(len(self) - 1)
-        rows_A = rows_I[place_A]
-        found_A = keys_I[place_A] == keys_A
+        place_A = places_of(keys_A, keys_I)
+        rows_A, found_A = rows_I[place_A], place_A >= 0
         if self.living_I is not None:
             found_A &= self.living_I[rows_A]
         return torch.where(found_A, rows_A, -1)

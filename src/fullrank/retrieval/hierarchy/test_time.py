@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fullrank.batch import Batch, RowGather
 from fullrank.retrieval.hierarchy.hsnn import HSNN
 from fullrank.retrieval.hierarchy.network import Users
+from fullrank.retrieval.vectors.base import places_of
 
 BATCH = 256
 
@@ -280,8 +281,8 @@ def _codes_of(retriever: HSNN, key_E: Tensor) -> Tensor:
     codes_IN = retriever.codes(held["vectors"])
     codes_EN = torch.full((len(key_E), codes_IN.shape[1]), -1)
     if len(keys_I):
-        place_E = torch.searchsorted(keys_I, key_E).clamp_max(len(keys_I) - 1)
-        found_E = keys_I[place_E] == key_E
+        place_E = places_of(key_E, keys_I)
+        found_E = place_E >= 0
         codes_EN[found_E] = codes_IN[order_I[place_E[found_E]]]
     return codes_EN
 

@@ -15,6 +15,7 @@ from fullrank.data.dataset import Dataset
 from fullrank.retrieval.base import Items, Progress, Retriever, SearchResult, check_k
 from fullrank.retrieval.exact import ExactIndex
 from fullrank.retrieval.implicit.interactions import Interactions, SparseMatrix, id_column
+from fullrank.retrieval.vectors.base import places_of
 from fullrank.schema import Schema
 
 # Users scored at once; a block holds a few matrices of so many columns and a row per user and item.
@@ -83,7 +84,8 @@ class GraphFilter(Retriever):
         """Of all items that have pairs, in the order of `pairs.item_ids_I`, shape (B, I)."""
         if self._filter is None:
             return torch.zeros(len(users), 0)
-        place_B, known_B = _places(self.pairs.user_ids_U, users.ids_BF[:, self._user_column])
+        place_B = places_of(users.ids_BF[:, self._user_column], self.pairs.user_ids_U)
+        known_B = place_B >= 0
         rows_IB = torch.zeros(self.pairs.items, len(users))
         row_Q, item_Q = self.pairs.of_users(place_B[known_B])
         rows_IB[item_Q, known_B.nonzero()[:, 0][row_Q]] = 1.0
@@ -110,14 +112,14 @@ class GraphFilter(Retriever):
 
     def search(self, users: Batch, k: int, *, allowed: Tensor | None = None) -> SearchResult:
         check_k(k)
-        place_N, known_N = _places(self.pairs.item_ids_I, self.ids_N)
+        place_N = places_of(self.ids_N, self.pairs.item_ids_I)
         parts = []
         for begin in range(0, max(len(users), 1), USERS_AT_ONCE):
             block = users[begin : begin + USERS_AT_ONCE]
             scores_BI = self.scores(block)
             scores_BN = torch.zeros(len(block), self.ids_N.numel())
             if scores_BI.numel():
-                scores_BN = torch.where(known_N, scores_BI[:, place_N], scores_BI.mean(1, keepdim=True))
+                scores_BN = torch.where(place_N >= 0, scores_BI[:, place_N], scores_BI.mean(1, keepdim=True))
             # The items as vectors of their scores by each user of the block, of which a user's query takes one.
             index = ExactIndex(len(block))
             index.add(self.exact.keys_I, scores_BN.T.contiguous())
@@ -199,11 +201,3 @@ def _leading(graph: SparseMatrix, rank: int) -> tuple[Tensor, Tensor]:
     vectors_IR[:, :kept] = basis_IR @ rotation_RR.flip(1)[:, :kept]
     values_R[:kept] = value_R.flip(0)[:kept].clamp(0, 1)
     return vectors_IR, values_R
-
-
-def _places(ids_I: Tensor, wanted_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of some ids among sorted ones, and which of them are there at all."""
-    if not ids_I.numel():
-        return torch.zeros_like(wanted_N), torch.zeros_like(wanted_N, dtype=torch.bool)
-    place_N = torch.searchsorted(ids_I, wanted_N.contiguous()).clamp_max(ids_I.numel() - 1)
-    return place_N, ids_I[place_N] == wanted_N

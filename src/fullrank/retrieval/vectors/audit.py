@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fullrank.retrieval.exact import ExactIndex
+from fullrank.retrieval.hierarchy.health import recall
 from fullrank.retrieval.vectors.base import VectorIndex
 from fullrank.retrieval.vectors.graph import GraphIndex
 
@@ -53,11 +54,10 @@ def audit(index: VectorIndex, queries_QD: Tensor | None = None, *, k: int = 100,
         queries_QD = own_QD if index.typical_QD is None else index.typical_QD
     best_QK = exact.search(queries_QD, k).item_keys_BK
     found = index.search(queries_QD, k)
-    recall = float((found.item_keys_BK[:, :, None] == best_QK[:, None, :]).any(1).double().mean())
     wanted_Q = (exact.search(own_QD, k).item_keys_BK == own_Q[:, None]).any(1)
     found_Q = (index.search(own_QD, k).item_keys_BK == own_Q[:, None]).any(1)
     own = float(found_Q[wanted_Q].double().mean()) if bool(wanted_Q.any()) else 1.0
-    return Audit(recall, own, reachable(index), round(float(found.cost_B.double().mean())))
+    return Audit(recall(found.item_keys_BK, best_QK), own, reachable(index), round(float(found.cost_B.double().mean())))
 
 
 def reachable(index: VectorIndex) -> float | None:
