@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,8 +52,7 @@ def build(
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists already: pass --overwrite to replace it")
     items, matrix = read_vectors(vectors, item_id, vector)
-    with_place = _named(vectors)
-    with with_place:
+    with _named(vectors):
         saved = SavedIndex.build(items, matrix, spec)
     saved.save(out, overwrite=overwrite)
     _tell(saved, out, {"seconds": time.perf_counter() - begin}, as_json)
@@ -259,17 +260,13 @@ def _queries(path: Path, vector: str) -> Tensor:
     return read_vectors(path, first, vector)[1]
 
 
-class _named:
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
     """Puts a path before the message of a ValueError."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError):
-            raise ValueError(f"{self.path}: {error}") from None
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _tell(saved: SavedIndex, path: Path, facts: dict[str, Any], as_json: bool) -> None:
