@@ -42,11 +42,24 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def served(bundle: Path, *options: str, cwd: Path | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its address, once it answers."""
+def served(
+    bundle: Path, *options: str, cwd: Path | None = None, files: int | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its address, once it answers; it may open so many files."""
+
+    def limited() -> None:
+        if files is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
     command = [*COMMAND, "serve", str(bundle), "--port", "0", "--json", *options]
     process = subprocess.Popen(
-        command, env=ENVIRONMENT, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=ENVIRONMENT,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=limited,
     )
     try:
         assert process.stdout is not None and process.stderr is not None
@@ -168,3 +181,53 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path: Path, limi
     assert ran.returncode == 2, ran.stderr
     assert len(ran.stderr.splitlines()) == 1 and "File too large" in ran.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_clients_that_never_finish_cost_a_few_seconds_and_nobody_else(bundle: Path) -> None:
+    """Half a head, half a body, and an answer that nobody waits for; then a signal to stop."""
+    with served(bundle) as (process, url):
+        host, port = url.removeprefix("http://").split(":")
+
+        def connected(sent: bytes) -> socket.socket:
+            connection = socket.create_connection((host, int(port)), 30)
+            connection.sendall(sent)
+            return connection
+
+        head = b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+        heads, bodies = [connected(head) for _ in range(5)], [connected(head + b"99\r\n\r\n{") for _ in range(5)]
+        body = json.dumps({"rows": [{}] * 10_000}).encode()
+        for _ in range(40):
+            connected(head + f"{len(body)}\r\n\r\n".encode() + body).close()
+        assert score(url, 3) == 200
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        for connection in heads + bodies:
+            with connection:
+                said = connection.recv(4096)
+                assert not said or said.startswith((b"HTTP/1.1 408", b"HTTP/1.1 503"))
+
+
+def test_more_connections_than_files_leave_no_trace(bundle: Path) -> None:
+    with served(bundle, files=80) as (process, url):
+        host, port = url.removeprefix("http://").split(":")
+        idle = [socket.create_connection((host, int(port)), 30) for _ in range(150)]
+        # Those for which there is no room are told so.
+        assert idle[-1].recv(4096).startswith(b"HTTP/1.1 503")
+        for connection in idle:
+            connection.close()
+        assert score(url, 3) == 200
+        process.terminate()
+        assert process.communicate(timeout=60) == ("", "")
+
+
+def test_the_access_log_has_a_line_for_each_request(bundle: Path, tmp_path: Path) -> None:
+    log = tmp_path / "access.jsonl"
+    with served(bundle, "--access-log", str(log)) as (process, url):
+        assert score(url, 3) == 200
+        process.terminate()
+        process.wait(60)
+    (line,) = (json.loads(line) for line in log.read_text().splitlines())
+    assert (line["route"], line["status"], line["rows"]) == ("/v1/score", 200, 3) and line["time"].endswith("+00:00")
+    command = [*COMMAND, "serve", str(bundle), "--port", "0", "--access-log", str(tmp_path / "none" / "log")]
+    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1 and "--access-log" in ran.stderr

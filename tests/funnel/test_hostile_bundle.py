@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fullrank.funnel import Funnel, load_bundle, save_bundle
+from fullrank.funnel.canary import CANARY, check_answers
 
 Edit = Callable[[Path], object]
 
@@ -86,6 +87,7 @@ def column(name: str, value: Any, dtype: Any) -> Callable[[pl.DataFrame], pl.Dat
 
 
 INDEX = "retrieval/retriever.safetensors"
+WORDS = "encoders/vocabulary-000.parquet"
 CASES: dict[str, tuple[Edit, str]] = {
     "schema: deep": (text("schema.json", "[" * 200_000), "schema.json"),
     "encoders: deep": (text("encoders/encoders.json", "[" * 200_000), "encoders"),
@@ -179,9 +181,63 @@ CASES: dict[str, tuple[Edit, str]] = {
     ),
     "index: keys that are no integers": (
         tensors(INDEX, lambda v: {**v, "index.keys": v["index.keys"] + 0.5}),
-        "retrieval is damaged: item keys are torch.float32",
+        "index.keys has torch.float32, expected torch.int64",
+    ),
+    "weights: of another type": (
+        tensors("final.safetensors", lambda state: {name: tensor.to(torch.int8) for name, tensor in state.items()}),
+        "final.safetensors: .* has torch.int8, expected torch.float32",
+    ),
+    "vocabulary: all the same": (
+        table(WORDS, lambda frame: frame.with_columns(value=pl.lit("7"))),
+        'the value "7" stands there twice',
+    ),
+    "vocabulary: one twice": (table(WORDS, lambda frame: pl.concat([frame[:1], frame[:-1]])), "stands there twice"),
+    "vocabulary: nulls": (
+        table(WORDS, lambda frame: frame.with_columns(value=pl.lit(None, dtype=pl.String))),
+        'column "value" has no value in row 1',
+    ),
+    "vocabulary: numbers": (
+        table(WORDS, lambda frame: frame.with_columns(value=pl.int_range(frame.height))),
+        'column "value" is Int64, expected String',
     ),
 }
+
+# Bundles that open, and do not answer as they did.
+ANSWERS: dict[str, tuple[Edit, str]] = {
+    "weights that overflow": (
+        tensors("final.safetensors", lambda state: {name: torch.full_like(t, 3e38) for name, t in state.items()}),
+        "number|is nan",
+    ),
+    "rows of a table in another order": (
+        tensors("final.safetensors", lambda state: {name: tensor.flip(0) for name, tensor in state.items()}),
+        "when it was saved",
+    ),
+    "a value that divides by zero": (
+        values("manifest.json", lambda manifest: manifest.update(value="click / 0")),
+        "no prediction gives a value that is a number",
+    ),
+    "a value of which there is no logarithm": (
+        values("manifest.json", lambda manifest: manifest.update(value="log1p(-2 * click - 1)")),
+        "no prediction gives a value that is a number",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_one_that_answers_otherwise_is_not_served(saved: Path, tmp_path: Path, name: str) -> None:
+    edit, message = ANSWERS[name]
+    bundle = Path(shutil.copytree(saved, tmp_path / "bundle"))
+    edit(bundle)
+    seal(bundle)
+    with pytest.raises(ValueError, match=f"cannot be served: .*({message})") as caught:
+        check_answers(load_bundle(bundle), bundle)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saved_bundle_answers_as_it_did(saved: Path) -> None:
+    kept = json.loads((saved / CANARY).read_text())["answers"]
+    assert kept[0]["user_id"] is None and len(kept) == 9 and all(len(answer["items"]) == 10 for answer in kept)
+    check_answers(load_bundle(saved), saved)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pytest import approx
 
 from fullrank.data.simulate import simulate_dataset
 from fullrank.funnel import Funnel, FunnelConfig, Request, StageSizes, save_bundle, train_funnel
@@ -107,7 +109,7 @@ HISTORY = {"history.item": [1], "history.category": [1], "history.age": [3.0]}
 def test_a_wrong_request_gets_one_clear_line(client: TestClient, path: str, body: Any, detail: str) -> None:
     answer = client.post(f"/v1/{path}", json=body)
     assert answer.status_code == 422
-    assert answer.json().keys() == {"detail"}
+    assert answer.json() == {"detail": answer.json()["detail"], "request_id": answer.headers["x-request-id"]}
     assert answer.json()["detail"].startswith(detail) or detail in answer.json()["detail"]
     assert "\n" not in answer.json()["detail"]
     assert "Traceback" not in answer.text
@@ -167,7 +169,7 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands(client: TestClient)
     ):
         answer = client.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 422
-        assert answer.json() == {"detail": "a text holds half of a surrogate pair, expected valid Unicode"}
+        assert answer.json()["detail"] == ("a text holds half of a surrogate pair, expected valid Unicode")
 
 
 def test_an_error_quotes_no_more_than_a_thousand_characters(client: TestClient) -> None:
@@ -185,7 +187,7 @@ def test_a_large_body_is_refused_whatever_its_headers_say(client: TestClient) ->
 
     answer = client.post("/v1/recommend", content=pieces())
     assert answer.status_code == 413
-    assert answer.json() == {"detail": "the request body is larger than 1,000,000 bytes"}
+    assert answer.json()["detail"] == "the request body is larger than 1,000,000 bytes"
     just_fits = json.dumps({"user_id": "x" * 900_000}).encode()
     assert (
         client.post("/v1/recommend", content=just_fits, headers={"content-type": "application/json"}).status_code == 200
@@ -221,7 +223,7 @@ def test_metrics_count_requests_and_stages(client: TestClient) -> None:
     assert metric(client, "fullrank_requests_in_flight") == 1  # the one that asks
 
 
-def test_more_requests_than_may_wait_are_refused_at_once(funnel: Funnel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_work_than_may_wait_is_refused(funnel: Funnel, monkeypatch: pytest.MonkeyPatch) -> None:
     release, recommend = threading.Event(), funnel.recommend
 
     def slow(*arguments: Any) -> Any:
@@ -230,18 +232,99 @@ def test_more_requests_than_may_wait_are_refused_at_once(funnel: Funnel, monkeyp
         return recommend(*arguments)
 
     monkeypatch.setattr(funnel, "recommend", slow)
-    app = create_app(funnel, ServingConfig(workers=1, waiting=1))
+    app = create_app(funnel, ServingConfig(workers=1, rows=50, share=1))
     with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
+        # A list counts as the 20 rows that the final stage scores.
         started = [pool.submit(client.post, "/v1/recommend", json={"k": 1}) for _ in range(2)]
-        while metric(client, "fullrank_requests_in_flight") < 3:
+        while metric(client, "fullrank_rows_admitted") < 40:
             pass
         refused = client.post("/v1/recommend", json={"k": 1})
-        assert refused.status_code == 503
-        assert refused.headers["retry-after"] == "1"
+        assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
+        assert client.post("/v1/score", json={"item_ids": list(range(11))}).status_code == 429
+        small = pool.submit(client.post, "/v1/score", json={"item_ids": [1, 2]})
+        release.set()
+        assert [future.result().status_code for future in (*started, small)] == [200, 200, 200]
+        # What is larger than all that may wait is let in alone.
+        assert len(client.post("/v1/score", json={"item_ids": list(range(70))}).json()["items"]) == 70
+        assert metric(client, "fullrank_requests_refused_total") == 2
+        assert metric(client, "fullrank_rows_admitted") == 0
+
+
+def test_one_client_does_not_hold_more_than_its_share(funnel: Funnel, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, recommend = threading.Event(), funnel.recommend
+
+    def slow(*arguments: Any) -> Any:
+        if len(arguments) > 2:
+            release.wait(10)
+        return recommend(*arguments)
+
+    monkeypatch.setattr(funnel, "recommend", slow)
+    app = create_app(funnel, ServingConfig(workers=2, rows=70, share=0.5))
+    with TestClient(app) as one, ThreadPoolExecutor(2) as pool:
+        other = TestClient(app, client=("10.0.0.2", 1))
+        started = [pool.submit(one.post, "/v1/recommend", json={"k": 1})]
+        while metric(one, "fullrank_rows_admitted") < 20:
+            pass
+        assert one.post("/v1/recommend", json={"k": 1}).status_code == 429
+        other.portal = one.portal
+        started.append(pool.submit(other.post, "/v1/recommend", json={"k": 1}))
+        while metric(one, "fullrank_rows_admitted") < 40:
+            pass
         release.set()
         assert [future.result().status_code for future in started] == [200, 200]
-        assert client.post("/v1/recommend", json={"k": 1}).status_code == 200
-        assert metric(client, "fullrank_requests_refused_total") == 1
+
+
+def test_what_comes_too_late_is_dropped(funnel: Funnel, monkeypatch: pytest.MonkeyPatch) -> None:
+    recommend, begun = funnel.recommend, []
+
+    def slow(*arguments: Any) -> Any:
+        if len(arguments) > 2:
+            begun.append(arguments)
+            time.sleep(0.5)
+        return recommend(*arguments)
+
+    monkeypatch.setattr(funnel, "recommend", slow)
+    app = create_app(funnel, ServingConfig(workers=1, seconds=0.25))
+    with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.post, "/v1/recommend", json={})
+        while not begun:
+            pass
+        late = client.post("/v1/recommend", json={})
+        assert late.status_code == 503 and "deadline" in late.json()["detail"]
+        assert first.result().status_code == 200 and len(begun) == 1
+
+
+def test_every_answer_has_an_id_and_a_line_in_the_log(funnel: Funnel) -> None:
+    noted: list[dict[str, Any]] = []
+    with TestClient(create_app(funnel, note=noted.append)) as client:
+        own = client.post("/v1/recommend", json={"k": 0}, headers={"x-request-id": "from.me-1"})
+        assert own.headers["x-request-id"] == own.json()["request_id"] == "from.me-1"
+        made = client.post("/v1/score", json={"item_ids": [1, 2]}, headers={"x-request-id": 'no "good"\t'})
+        assert re.fullmatch("[0-9a-f]{16}", made.headers["x-request-id"])
+    first, second = noted
+    assert (first["request_id"], first["route"], first["status"]) == ("from.me-1", "/v1/recommend", 422)
+    assert second["request_id"] == made.headers["x-request-id"] and second["rows"] == 2
+    assert second.keys() == {"request_id", "client", "method", "route", "status", "seconds", "rows"}
+
+
+def test_a_large_request_is_scored_in_turns_and_says_which_row_is_wrong(client: TestClient) -> None:
+    rows: list[dict[str, Any]] = [{"user_id": row % 7} for row in range(2500)]
+    items = client.post("/v1/score", json={"rows": rows}).json()["items"]
+    assert len(items) == 2500
+    few = client.post("/v1/score", json={"rows": rows[2400:2407]}).json()["items"]
+    assert [item["predictions"] for item in items[2400:2407]] == [approx(item["predictions"]) for item in few]
+    rows[2000] = {"price": "dear"}
+    refused = client.post("/v1/score", json={"rows": rows}).json()["detail"]
+    assert refused.startswith('row 2001: column "price" is "dear"')
+
+
+def test_the_description_stands_alone_and_names_every_status(client: TestClient) -> None:
+    page = client.get("/docs").text
+    assert "/v1/recommend" in page and "RecommendRequest" not in page.split("Answers")[0]
+    assert not re.search(r"https?://|src=|@import|url\(|<script", page)
+    listed = client.get("/openapi.json").json()["paths"]["/v1/score"]["post"]["responses"]
+    assert set(listed) == {"200", "400", "408", "413", "415", "422", "429", "500", "503"}
+    assert listed["422"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Problem"}
 
 
 def test_an_error_of_ours_shows_no_traceback(funnel: Funnel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,16 +55,16 @@ def test_rows_get_the_scorers_predictions_in_their_order(client: TestClient, sco
 def test_without_a_catalogue_there_is_nothing_to_recommend(client: TestClient) -> None:
     answer = client.post("/v1/recommend", json={"k": 3})
     assert answer.status_code == 404
-    assert answer.json() == {"detail": "this bundle has no catalogue of items to recommend; POST /v1/score scores rows"}
+    assert answer.json()["detail"] == "this bundle has no catalogue of items to recommend; POST /v1/score scores rows"
     answer = client.post("/v1/score", json={"item_ids": [1]})
     assert answer.status_code == 422
-    assert answer.json() == {"detail": "item_ids: this bundle has no catalogue of items; give rows"}
+    assert answer.json()["detail"] == "item_ids: this bundle has no catalogue of items; give rows"
 
 
 def test_wrong_rows_are_one_line(client: TestClient) -> None:
     answer = client.post("/v1/score", json={"rows": [{"C1": "a"}, {"I1": "cheap"}]})
     assert answer.status_code == 422
-    assert answer.json() == {"detail": 'row 2: column "I1" is "cheap": not a number'}
+    assert answer.json()["detail"] == 'row 2: column "I1" is "cheap": not a number'
 
 
 def test_a_body_of_another_type_is_told_what_to_be(client: TestClient) -> None:
@@ -72,7 +72,7 @@ def test_a_body_of_another_type_is_told_what_to_be(client: TestClient) -> None:
     for headers, named in (({}, "not given"), (form, "application/x-www-form-urlencoded")):
         answer = client.post("/v1/score", content=json.dumps({"rows": ROWS}), headers=headers)
         assert answer.status_code == 415
-        assert answer.json() == {"detail": f"the content type is {named}, expected application/json"}
+        assert answer.json()["detail"] == f"the content type is {named}, expected application/json"
 
 
 def test_it_is_ready_and_counts_its_stages(client: TestClient) -> None:

@@ -6,13 +6,20 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from fullrank.cli.options import ImportOption
 from fullrank.extras import needs
+
+# Of a request's head from its first byte, of an answer that is not read, and from a signal to stop to the end.
+HEADER_SECONDS, WRITE_SECONDS, GRACE_SECONDS = 10.0, 20.0, 20
 
 
 def serve(
@@ -22,9 +29,12 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")] = 8000,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Requests scored at the same time.")] = 2,
-    waiting: Annotated[
-        int, typer.Option("--waiting", min=0, help="Requests that may wait; more are answered with 503.")
-    ] = 256,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, help="Rows to be scored that may wait; more is answered with 429.")
+    ] = 100_000,
+    access_log: Annotated[
+        str | None, typer.Option("--access-log", metavar="FILE", help="A JSON line for each request; - is stderr.")
+    ] = None,
     imports: ImportOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout once requests are answered.")
@@ -41,6 +51,7 @@ def serve(
 
         from fullrank.registry import import_modules
         from fullrank.serving import ServingConfig, create_app
+        from fullrank.serving.connections import Listener, protocol
     import_modules(imports or (), "--import")
     shown = f"[{host}]" if ":" in host else host
     place = f"http://{shown}:{listening.getsockname()[1]}"
@@ -53,10 +64,42 @@ def serve(
             else:
                 print(f"serving {bundle} on {place} (Ctrl-C stops)", file=sys.stderr, flush=True)
 
-    with listening:
-        app = create_app(bundle, ServingConfig(workers=workers, waiting=waiting))
-        config = uvicorn.Config(app, log_level="warning", access_log=False)
-        Server(config).run(sockets=[listening])
+    with listening, _noted(access_log) as note:
+        app = create_app(bundle, ServingConfig(workers=workers, rows=rows), note=note)
+        listener = Listener(fileno=listening.detach())
+        config = uvicorn.Config(
+            app,
+            http=protocol(listener, header_seconds=HEADER_SECONDS, write_seconds=WRITE_SECONDS),
+            ws="none",
+            log_level="error",
+            access_log=False,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+        Server(config).run(sockets=[listener])
+
+
+@contextmanager
+def _noted(place: str | None) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """What writes the access log.
+
+    Raises:
+        ValueError: if it cannot be written there.
+    """
+    if place is None:
+        yield None
+        return
+    with ExitStack() as stack:
+        try:
+            file = sys.stderr if place == "-" else stack.enter_context(open(place, "a", encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"--access-log {place} cannot be written: {error.strerror}") from None
+        yield partial(_write, file)
+
+
+def _write(file: TextIO, said: dict[str, Any]) -> None:
+    """A line of the access log. A log that cannot be written any more does not stop the answers."""
+    with suppress(OSError):
+        print(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **said}), file=file, flush=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -296,9 +296,20 @@ def _scalar_by_default(schema: Schema) -> Schema:
 def _read_vocabulary(path: Path) -> Vocabulary:
     try:
         frame = pl.read_parquet(path, glob=False)
-        return Vocabulary(frame["value"].cast(pl.String), frame["count"].cast(pl.Int64))
+        values, counts = frame["value"], frame["count"]
     except (pl.exceptions.PolarsError, OSError) as error:
         raise ValueError(f"{path} is not a readable vocabulary: {str(error).splitlines()[0]}") from None
+    for column, kind in ((values, pl.String), (counts, pl.Int64)):
+        if column.dtype != kind:
+            raise ValueError(f'{path}: column "{column.name}" is {column.dtype}, expected {kind}')
+        if column.null_count():
+            raise ValueError(f'{path}: column "{column.name}" has no value in row {column.to_list().index(None) + 1}')
+    again = values.filter(values.is_duplicated())
+    if len(again):
+        raise ValueError(f'{path}: the value "{again[0]}" stands there twice')
+    if (counts < 0).any():
+        raise ValueError(f"{path}: a count is negative")
+    return Vocabulary(values, counts)
 
 
 def _clean(schema: Schema, frame: pl.DataFrame, first_row: int, *, allow_missing: bool) -> Chunk:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from fullrank.data import atomic
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
+from fullrank.funnel.canary import CANARY, canary_text
 from fullrank.funnel.catalogue import ACTIVE, BID, Catalogue
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.requests import Request
@@ -59,6 +60,7 @@ def save_bundle(
         _write_retrieval(content, partial)
         for name, ranker in _rankers(content).items():
             write_weights(ranker, partial / f"{name}.safetensors")
+        atomic.write_text(partial / CANARY, canary_text(content))
         sizes = content.sizes.model_dump(mode="json")
         write_manifest(partial, stages, value=content.value.text, sizes=sizes, about=about)
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fullrank.schema import EventNumber, MultiCategorical, Numeric, Schema
 from fullrank.schema import Sequence as Events
 
 ROWS_AT_ONCE = 8192
+_ROW = re.compile(r"\brow (\d+)\b")
 
 # Told the name of a stage and the seconds it took.
 Observe = Callable[[str, float], None]
@@ -85,7 +87,9 @@ class Scorer:
         ]
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[Mapping[str, Any]], observe: Observe | None = None) -> list[ScoredItem]:
+    def score(
+        self, rows: Sequence[Mapping[str, Any]], observe: Observe | None = None, *, first: int = 1
+    ) -> list[ScoredItem]:
         """Predictions for rows in the columns of the schema, in the given order.
 
         A feature that a row leaves out is missing in it. Keys and labels may be there, so that a row of the log can be
@@ -93,6 +97,7 @@ class Scorer:
 
         Args:
             observe: told the seconds that encoding and the model took.
+            first: number of the first row, in errors.
 
         Raises:
             ValueError: if a row has an unknown column or a value of the wrong type; names row and column.
@@ -100,7 +105,12 @@ class Scorer:
         if not rows:
             return []
         begin = time.perf_counter()
-        frame = self.encoders.transform(self._frame(rows), allow_missing=True)
+        try:
+            frame = self.encoders.transform(self._frame(rows), allow_missing=True)
+        except UnicodeEncodeError:
+            raise
+        except ValueError as error:
+            raise ValueError(_ROW.sub(lambda row: f"row {int(row[1]) + first - 1}", str(error), count=1)) from None
         batch = batch_from_frame(frame, self.schema)
         encoded = time.perf_counter()
         logits_BT = torch.cat(

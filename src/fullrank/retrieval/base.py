@@ -183,6 +183,8 @@ class Retriever(ABC):
         for name in sorted((expected.keys() | state.keys()) - (cls.added_later - state.keys())):
             if not _fits(state.get(name), expected.get(name)):
                 raise ValueError(f"{path} does not fit the schema: tensor {name}")
+            if state[name].dtype != expected[name].dtype:
+                raise ValueError(f"{path}: {name} has {state[name].dtype}, expected {expected[name].dtype}")
             if state[name].is_floating_point() and not bool(torch.isfinite(state[name]).all()):
                 raise ValueError(f"{path}: {name} has a NaN or infinite number")
         retriever = cls(schema, config)

@@ -94,6 +94,18 @@ class ScoreResponse(Strict):
     items: list[Item]
 
 
+class Problem(Strict):
+    """Why a request was not served.
+
+    Attributes:
+        detail: one line.
+        request_id: as in the header `X-Request-Id` of the answer, and in the server's log.
+    """
+
+    detail: str
+    request_id: str
+
+
 class Status(Strict):
     """State of the server."""
 

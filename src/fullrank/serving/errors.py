@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from fullrank.serving.bodies import answer, encoded
-from fullrank.serving.pool import Overloaded
+from fullrank.serving.pool import Overloaded, Stopping, TooLate
 
 # Characters of an error; a request may quote a number of thousands of digits.
 LONGEST_DETAIL = 1000
@@ -19,9 +19,9 @@ class NoCatalogue(Exception):
     """The bundle is a single ranker."""
 
 
-def problem(status: int, detail: str) -> Response:
-    """The answer to what cannot be served."""
-    return answer(encoded({"detail": detail}), status)
+def problem(request: Request, status: int, detail: str) -> Response:
+    """The answer to what cannot be served, a `Problem`."""
+    return answer(encoded({"detail": detail, "request_id": request.state.request_id}), status)
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -32,36 +32,44 @@ def add_handlers(app: FastAPI) -> None:
         kind = request.headers.get("content-type", "")
         if request.method == "POST" and not kind.partition(";")[0].strip().lower().endswith("json"):
             # What `curl -d` sends unless told otherwise; the body was not even parsed.
-            return problem(415, f"the content type is {kind[:80] or 'not given'}, expected application/json")
-        return problem(422, _first(error))
+            return problem(request, 415, f"the content type is {kind[:80] or 'not given'}, expected application/json")
+        return problem(request, 422, _first(error))
 
     @app.exception_handler(UnicodeEncodeError)
-    async def unwritable(_: Request, error: UnicodeEncodeError) -> Response:
-        return problem(422, "a text holds half of a surrogate pair, expected valid Unicode")
+    async def unwritable(request: Request, error: UnicodeEncodeError) -> Response:
+        return problem(request, 422, "a text holds half of a surrogate pair, expected valid Unicode")
 
     @app.exception_handler(ValueError)
-    async def refused(_: Request, error: ValueError) -> Response:
+    async def refused(request: Request, error: ValueError) -> Response:
         line = (str(error).splitlines() or ["wrong value"])[0]
-        return problem(422, line if len(line) <= LONGEST_DETAIL else f"{line[:LONGEST_DETAIL]}...")
+        return problem(request, 422, line if len(line) <= LONGEST_DETAIL else f"{line[:LONGEST_DETAIL]}...")
 
     @app.exception_handler(HTTPException)
-    async def unparsed(_: Request, error: HTTPException) -> Response:
+    async def unparsed(request: Request, error: HTTPException) -> Response:
         # FastAPI's answer to JSON that its parser gives up on.
         vague = error.status_code == 400 and error.detail == "There was an error parsing the body"
         detail = "the body is not JSON, is nested too deeply, or has too long a number" if vague else str(error.detail)
-        response = problem(error.status_code, detail)
+        response = problem(request, error.status_code, detail)
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(NoCatalogue)
-    async def no_catalogue(_: Request, error: NoCatalogue) -> Response:
-        return problem(404, "this bundle has no catalogue of items to recommend; POST /v1/score scores rows")
+    async def no_catalogue(request: Request, error: NoCatalogue) -> Response:
+        return problem(request, 404, "this bundle has no catalogue of items to recommend; POST /v1/score scores rows")
 
     @app.exception_handler(Overloaded)
-    async def overloaded(_: Request, error: Overloaded) -> Response:
-        response = problem(503, "too many requests are waiting; try again")
-        response.headers["Retry-After"] = "1"
+    async def overloaded(request: Request, error: Overloaded) -> Response:
+        response = problem(request, 429, f"too much work is waiting; try again in {error.retry_after} s")
+        response.headers["Retry-After"] = str(error.retry_after)
         return response
+
+    @app.exception_handler(TooLate)
+    async def too_late(request: Request, error: TooLate) -> Response:
+        return problem(request, 503, "the deadline passed before the answer was ready; try again")
+
+    @app.exception_handler(Stopping)
+    async def stopping(request: Request, error: Stopping) -> Response:
+        return problem(request, 503, "the server is starting or stopping; try again")
 
 
 _EXPECTED = {

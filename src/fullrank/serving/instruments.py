@@ -26,8 +26,9 @@ class Instruments:
             buckets=SECONDS,
         )
         self.in_flight = Gauge("fullrank_requests_in_flight", "Requests being served.", registry=self.registry)
+        self.rows = Gauge("fullrank_rows_admitted", "Rows to be scored that were let in.", registry=self.registry)
         self.refused = Counter(
-            "fullrank_requests_refused", "Requests answered with 503 because too many waited.", registry=self.registry
+            "fullrank_requests_refused", "Requests answered with 429 because too much waited.", registry=self.registry
         )
 
     def observe_stage(self, stage: str, seconds: float) -> None:

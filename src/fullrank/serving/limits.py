@@ -1,11 +1,14 @@
-"""Outermost layer of the application: request size, request metrics, and no traceback to a client."""
+"""Outermost layer of the application: what a request may cost before it is understood, and what is noted of it."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import re
+import secrets
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,19 +17,42 @@ from fullrank.serving.instruments import Instruments
 
 log = logging.getLogger(__name__)
 
+REQUEST_ID = "x-request-id"
+# Status of metrics and log for a request whose client left: nobody is answered.
+CLIENT_LEFT = 499
+_WELL_FORMED = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
 
 class Limits:
-    """Reads a request's body up to `max_body` bytes, then calls the application; counts and times every request.
+    """Reads a request's body, then calls the application and stops it if the client leaves.
 
-    The body is read before the application sees the request, so that one that is too large is refused whatever its
-    headers claim.
+    The body is read before the application sees the request, so that one that is too large or too slow is refused
+    whatever its headers claim. Every request has an id, the client's own if that is well formed, which is in the
+    answer's headers, in errors and in the log; is counted and timed; and shows no traceback.
+
+    Args:
+        max_body: bytes of a body.
+        body_seconds: in which it has to be there.
+        routes: paths that metrics tell apart.
+        note: told what the access log says of a request.
     """
 
-    def __init__(self, app: ASGIApp, *, max_body: int, instruments: Instruments, routes: frozenset[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body: int,
+        body_seconds: float,
+        instruments: Instruments,
+        routes: frozenset[str],
+        note: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         self.app = app
         self.max_body = max_body
+        self.body_seconds = body_seconds
         self.instruments = instruments
         self.routes = routes
+        self.note = note
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -35,36 +61,92 @@ class Limits:
         # Unknown paths share one label: a scanner must not fill the metrics.
         route = scope["path"] if scope["path"] in self.routes else "other"
         began = time.perf_counter()
-        status = 500
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message.get("headers", []), (REQUEST_ID.encode(), request_id.encode())]
             await send(message)
+
+        async def refuse(code: int, detail: str) -> None:
+            # What is left of the body is not waited for.
+            await _answer(watched, code, detail, request_id)
 
         self.instruments.in_flight.inc()
         try:
-            body = await self._read(scope, receive)
-            if body is None:
-                await _answer(watched, 413, f"the request body is larger than {self.max_body:,} bytes")
+            try:
+                async with asyncio.timeout(self.body_seconds):
+                    body = await self._read(scope, receive)
+            except TimeoutError:
+                await refuse(408, f"the request body was not there within {self.body_seconds:g} s")
                 return
-            messages: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
-
-            async def replay() -> Message:
-                return messages.pop() if messages else await receive()
-
-            await self.app(scope, replay, watched)
+            if body is None:
+                await refuse(413, f"the request body is larger than {self.max_body:,} bytes")
+                return
+            await self._serve(scope, body, receive, watched)
+        except ConnectionAbortedError:
+            status = status or CLIENT_LEFT
+        except asyncio.CancelledError:
+            if not status:
+                await refuse(503, "the server is stopping; try again")
         except Exception:
-            log.exception("request to %s failed", route)
-            if status == 500:
-                await _answer(watched, 500, "internal error; the server's log has the details")
+            log.exception("request %s to %s failed", request_id, route)
+            if not status:
+                await refuse(500, "internal error; the server's log has the details")
         finally:
+            seconds = time.perf_counter() - began
             self.instruments.in_flight.dec()
             self.instruments.requests.labels(route, str(status)).inc()
-            self.instruments.seconds.labels(route).observe(time.perf_counter() - began)
+            self.instruments.seconds.labels(route).observe(seconds)
+            if self.note is not None:
+                client = scope.get("client")
+                self.note(
+                    {
+                        "request_id": request_id,
+                        "client": None if client is None else client[0],
+                        "method": scope["method"],
+                        "route": route,
+                        "status": status,
+                        "seconds": round(seconds, 6),
+                        **scope["state"].get("said", {}),
+                    }
+                )
+
+    async def _serve(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """Call the application; stop it when the client leaves.
+
+        Raises:
+            ConnectionAbortedError: if the client left.
+        """
+        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        leaving = asyncio.ensure_future(_disconnected(receive))
+        # Who sent a request and left at once is noticed before the body is parsed.
+        await asyncio.sleep(0)
+        serving = asyncio.ensure_future(self.app(scope, replay, send))
+        try:
+            await asyncio.wait({leaving, serving}, return_when=asyncio.FIRST_COMPLETED)
+            if not serving.done():
+                raise ConnectionAbortedError
+            serving.result()
+        finally:
+            for task in (leaving, serving):
+                task.cancel()
+            await asyncio.gather(leaving, serving, return_exceptions=True)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body; None if it is too large.
+
+        Raises:
+            ConnectionAbortedError: if the client left before it was whole.
+        """
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > self.max_body:
                 return None
@@ -73,18 +155,33 @@ class Limits:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                break
+                raise ConnectionAbortedError
             pieces.append(message.get("body", b""))
             size += len(pieces[-1])
             if size > self.max_body:
                 return None
             if not message.get("more_body", False):
-                break
-        return b"".join(pieces)
+                return b"".join(pieces)
 
 
-async def _answer(send: Send, status: int, detail: str) -> None:
-    content = json.dumps({"detail": detail}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == REQUEST_ID.encode() and _WELL_FORMED.fullmatch(value):
+            return str(value.decode())
+    return secrets.token_hex(8)
+
+
+async def _answer(send: Send, status: int, detail: str, request_id: str) -> None:
+    content = json.dumps({"detail": detail, "request_id": request_id}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(content)).encode()),
+        (b"connection", b"close"),
+    ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})

@@ -9,7 +9,7 @@ from typing import Any
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
 
-_STYLE = """
+STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:3rem auto;padding:0 1rem;color:#1c2430;background:#fff}
 h1{font-size:1.5rem;margin:0 0 .5rem}code,pre,input,textarea{font:14px ui-monospace,monospace}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.25rem}dt{color:#5b6675}dd{margin:0}
@@ -90,7 +90,7 @@ def page(content: Funnel | Scorer) -> str:
     rows = "".join(f"<dt>{escape(name)}</dt><dd><code>{escape(value)}</code></dd>" for name, value in facts.items())
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>fullrank</title><style>{_STYLE}</style><h1>fullrank</h1><dl>{rows}</dl><form>{fields}</form>"
+        f"<title>fullrank</title><style>{STYLE}</style><h1>fullrank</h1><dl>{rows}</dl><form>{fields}</form>"
         "<p id=problem role=alert></p><table></table>"
         "<p><a href=docs>API</a> · <a href=metrics>metrics</a></p>"
         f"<script>{script}{_SCRIPT}</script></html>"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import fastapi
 from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -9,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import ScoredItem, Scorer
 from fullrank.serving.bodies import (
+    Problem,
     RecommendRequest,
     RecommendResponse,
     ScoreRequest,
@@ -18,21 +23,49 @@ from fullrank.serving.bodies import (
     encoded,
     item_json,
 )
+from fullrank.serving.description import description_page
 from fullrank.serving.errors import NoCatalogue
 from fullrank.serving.instruments import Instruments
 from fullrank.serving.page import page
 from fullrank.serving.pool import Pool
 
-# Those that metrics tell apart; the last two are FastAPI's.
+# Those that metrics tell apart.
 PATHS = frozenset(["/v1/recommend", "/v1/score", "/healthz", "/readyz", "/metrics", "/", "/docs", "/openapi.json"])
+
+# Rows of a request that are scored in one go; then it is the turn of others.
+ROWS_AT_ONCE = 1024
+
+_REFUSALS = {
+    400: "The body is not JSON that can be parsed.",
+    404: "The bundle has no catalogue of items.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    415: "The body is not `application/json`.",
+    422: "A field is wrong; `detail` names it.",
+    429: "Too much work is waiting; `Retry-After` says for how many seconds.",
+    500: "A fault of the server.",
+    503: "The server is starting or stopping, or the deadline passed.",
+}
+
+
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What `responses` says of these statuses."""
+    described: dict[int | str, dict[str, Any]] = {s: {"model": Problem, "description": _REFUSALS[s]} for s in statuses}
+    if 429 in described:
+        header = {"description": "Seconds to wait.", "schema": {"type": "integer"}, "required": True}
+        described[429]["headers"] = {"Retry-After": header}
+    return described
 
 
 def add_routes(app: FastAPI, content: Funnel | Scorer, pool: Pool, instruments: Instruments) -> None:
     """Answer from a funnel, or from a single ranker, which has no items to recommend."""
     funnel, scorer = (content, content.scorer) if isinstance(content, Funnel) else (None, content)
+    ranking = _refusals(400, 408, 413, 415, 422, 429, 500, 503)
 
-    @app.post("/v1/recommend", response_model=RecommendResponse, tags=["ranking"])
-    async def recommend(body: RecommendRequest) -> Response:
+    @app.post(
+        "/v1/recommend", response_model=RecommendResponse, tags=["ranking"], responses={**ranking, **_refusals(404)}
+    )
+    async def recommend(body: RecommendRequest, asked: fastapi.Request) -> Response:
         """The best items for a user, best first; all there are if `k` is larger than the catalogue."""
         if funnel is None:
             raise NoCatalogue
@@ -42,34 +75,62 @@ def add_routes(app: FastAPI, content: Funnel | Scorer, pool: Pool, instruments: 
             found = funnel.recommend([request], body.k, instruments.observe_stage)[0]
             return encoded({"items": [item_json(item) for item in found.items], "candidates": found.candidates})
 
-        return answer(await pool.run(work))
+        rows = min(len(funnel.items), max(body.k, funnel.sizes.finalists(len(funnel.early))))
+        asked.state.said = {"rows": rows}
+        async with pool.admitted(rows, _client(asked)) as admitted:
+            return answer(await admitted.piece(work, rows))
 
-    @app.post("/v1/score", response_model=ScoreResponse, tags=["ranking"])
-    async def score(body: ScoreRequest) -> Response:
+    @app.post("/v1/score", response_model=ScoreResponse, tags=["ranking"], responses=ranking)
+    async def score(body: ScoreRequest, asked: fastapi.Request) -> Response:
         """Predictions of the final stage for named items, unknown ones scored as new, or for whole rows."""
         item_ids, rows = body.item_ids, body.rows
+        total = len(rows or item_ids or ())
+        asked.state.said = {"rows": total}
 
-        def score() -> list[ScoredItem]:
-            if rows is not None:
-                return scorer.score(rows, instruments.observe_stage)
-            if funnel is None:
-                raise ValueError("item_ids: this bundle has no catalogue of items; give rows")
-            assert item_ids is not None
-            return funnel.score(body.request(), item_ids)
+        def some(begin: int) -> Callable[[], bytes]:
+            end = begin + ROWS_AT_ONCE
 
-        return answer(await pool.run(lambda: encoded({"items": [item_json(item) for item in score()]})))
+            def work() -> bytes:
+                scored: list[ScoredItem]
+                if rows is not None:
+                    scored = scorer.score(rows[begin:end], instruments.observe_stage, first=begin + 1)
+                elif funnel is None:
+                    raise ValueError("item_ids: this bundle has no catalogue of items; give rows")
+                else:
+                    assert item_ids is not None
+                    scored = funnel.score(body.request(), item_ids[begin:end])
+                return encoded([item_json(item) for item in scored])[1:-1]
 
-    @app.get("/healthz", tags=["operation"])
+            return work
+
+        async with pool.admitted(total, _client(asked)) as admitted:
+            parts = [
+                await admitted.piece(some(begin), min(ROWS_AT_ONCE, total - begin))
+                for begin in range(0, total, ROWS_AT_ONCE)
+            ]
+        return answer(b'{"items":[' + b",".join(parts) + b"]}")
+
+    @app.get("/healthz", tags=["operation"], responses=_refusals(500))
     async def healthz() -> Status:
         """The process is alive."""
         return Status(status="ok")
 
-    @app.get("/readyz", response_model=Status, tags=["operation"])
+    @app.get(
+        "/readyz",
+        response_model=Status,
+        tags=["operation"],
+        responses={503: {"model": Status, "description": "Not yet, or not any more."}, **_refusals(500)},
+    )
     async def readyz() -> Response:
         """The bundle is loaded and warm; 503 before and while shutting down."""
         return answer(encoded({"status": "ready" if pool.ready else "starting"}), 200 if pool.ready else 503)
 
-    @app.get("/metrics", response_class=Response, tags=["operation"])
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        tags=["operation"],
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **_refusals(500)},
+    )
     async def metrics() -> Response:
         """Prometheus metrics: requests, latency of each stage, requests in flight."""
         return Response(generate_latest(instruments.registry), media_type=CONTENT_TYPE_LATEST)
@@ -77,3 +138,11 @@ def add_routes(app: FastAPI, content: Funnel | Scorer, pool: Pool, instruments: 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def root() -> HTMLResponse:
         return HTMLResponse(page(content))
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(description_page(app.openapi()))
+
+
+def _client(request: fastapi.Request) -> str:
+    return request.client.host if request.client is not None else ""

@@ -128,7 +128,10 @@ def load_ranker(bundle: Path, stage: Stage, schema: Schema, weights: Path) -> Ra
         with torch.random.fork_rng(devices=[]):
             model = kind.from_config(schema, stage.config)
         state = load_file(weights)
+        types = {name: tensor.dtype for name, tensor in blank.state_dict().items()}
         for name, tensor in state.items():
+            if tensor.dtype != types[name]:
+                raise ValueError(f"{weights}: {name} has {tensor.dtype}, expected {types[name]}")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{weights}: {name} has a NaN or infinite number")
         model.load_state_dict(state)
