@@ -16,6 +16,7 @@ from fullrank.batch import RowGather
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.data.loader import partial_batch
+from fullrank.data.past import whole_seconds
 from fullrank.retrieval.base import NO_ITEM, item_keys
 from fullrank.schema import EventNumber, Schema, Sequence
 
@@ -107,6 +108,11 @@ class Catalogue:
         return torch.from_numpy(self.frame[ACTIVE].to_numpy().copy()).nonzero().squeeze(1)
 
 
+def times_column(history: str) -> str:
+    """Column of a catalogue of users: when the events of a derived history happened, in seconds since 1970."""
+    return f"__time.{history}"
+
+
 def all_rows(dataset: Dataset, role: Literal["item", "user"]) -> pl.DataFrame:
     """The catalogue of a role over all splits: the last seen features of each item or user.
 
@@ -122,7 +128,10 @@ def all_rows(dataset: Dataset, role: Literal["item", "user"]) -> pl.DataFrame:
 
 
 def _with_last_events(users: pl.DataFrame, dataset: Dataset, sequence: Sequence) -> pl.DataFrame:
-    """The history of each user with the events of the whole log, as old as they are at its end."""
+    """The history of each user with the events of the whole log, as old as they are at its end.
+
+    Beside the last `max_length`, what they displace before their label is known.
+    """
     user, time = KEY_COLUMNS["user_id"], KEY_COLUMNS["timestamp"]
     wanted = dict.fromkeys([user, time, *sequence.of, *([sequence.where] if sequence.where is not None else [])])
     log = pl.concat([dataset.scan(split).select(*wanted) for split in dataset.splits])
@@ -135,15 +144,18 @@ def _with_last_events(users: pl.DataFrame, dataset: Dataset, sequence: Sequence)
         for field in sequence.fields
     ]
     names = [sequence.column(field) for field in sequence.fields]
+    names.append(times_column(sequence.name))
+    delay = next((label.delay_seconds for label in dataset.schema.labels if label.name == sequence.where), 0.0)
+    pending = (pl.col(names[-1]) + whole_seconds(delay) > end).sum()
     events = (
         log.filter(happened)
         .sort(time, maintain_order=True)
-        .select(user, *fields)
+        .select(user, *fields, pl.col(time).cast(pl.Int64).alias(names[-1]))
         .group_by(user)
-        .agg(pl.col(names).tail(sequence.max_length))
+        .agg(pl.col(names).tail(sequence.max_length + pending))
     )
-    known = users.drop(names).lazy().join(events, on=user, how="left", maintain_order="left")
-    return known.with_columns(pl.col(names).fill_null([])).select(users.columns).collect()
+    known = users.drop(names[:-1]).lazy().join(events, on=user, how="left", maintain_order="left")
+    return known.with_columns(pl.col(names).fill_null([])).select(*users.columns, names[-1]).collect()
 
 
 def with_market(items: pl.DataFrame, dataset: Dataset, active_days: float | None) -> pl.DataFrame:

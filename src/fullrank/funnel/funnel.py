@@ -116,7 +116,7 @@ class Funnel:
         self.final = final
         self.value = self.scorer.value
         self.sizes = sizes or StageSizes()
-        self.encode = RequestEncoder(encoders, users, context)
+        self.encode = RequestEncoder(encoders, users, context, items)
         self.pairing = Pairing.of(self.schema)
         check_names(self.early)
         self.sizes.keeps(len(self.early))

@@ -18,6 +18,7 @@ from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
 from fullrank.funnel.catalogue import Catalogue
 from fullrank.funnel.raw_values import list_column, scalar_column
+from fullrank.funnel.recent_events import Event, RecentEvents, known_times, rows_with_pending
 from fullrank.schema import Categorical, EventNumber, Numeric
 
 # Distinct raw values whose codes are remembered; context values repeat from request to request. Long ones are not
@@ -35,10 +36,15 @@ class Request:
         features: raw values of user and context features by column name; events of a sequence are lists named
             `<sequence>.<field>`, oldest first. What is given replaces what is known of the user, what is not given
             stays as it was last seen, or is missing for an unknown user.
+        events: what the user did since the bundle was made, oldest first; goes into the histories that are not given.
+        time: of the request, in seconds since 1970: only events strictly before it count, and ages are those at it.
+            Default: just after the last event.
     """
 
     user_id: int | str | None = None
     features: Mapping[str, Any] = field(default_factory=dict)
+    events: Sequence[Event] = ()
+    time: int | None = None
 
 
 class RequestEncoder:
@@ -48,7 +54,7 @@ class RequestEncoder:
     data frame is built for either.
     """
 
-    def __init__(self, encoders: Encoders, users: Catalogue | None, context: pl.DataFrame) -> None:
+    def __init__(self, encoders: Encoders, users: Catalogue | None, context: pl.DataFrame, items: Catalogue) -> None:
         self.schema = schema = encoders.schema
         self.encoders = encoders
         self.users = users
@@ -62,6 +68,7 @@ class RequestEncoder:
             row.numeric_BN[:, number] = self.stranger.numeric_BN[:, number]
             row.ids_BF[:, ids] = self.stranger.ids_BF[:, ids]
             self.known_rows = users.rows
+        self.pending = set() if users is None else rows_with_pending(users, schema)
         given = schema.select({"user", "context"})
         self.scalars: dict[str, Numeric | Categorical] = {f.name: f for f in given.numeric}
         self.scalars.update({f.name: f for f in given.categorical})
@@ -73,6 +80,7 @@ class RequestEncoder:
         }
         key = schema.keys.user_id
         self.user_feature = key if isinstance(self.scalars.get(key or ""), Categorical) else None
+        self.recent = RecentEvents(encoders, items)
         self._scalar = lru_cache(REMEMBERED)(self._encode_scalar)
 
     def __call__(self, requests: Sequence[Request]) -> Batch:
@@ -98,6 +106,10 @@ class RequestEncoder:
                 scalars.setdefault(self.user_feature, request.user_id)
         if scalars:
             row = self._with_scalars(row, scalars)
+        if request.events or request.time is not None or known in self.pending:
+            times = {} if known is None or self.users is None else known_times(self.users, known)
+            time = request.events[-1].time + 1 if request.time is None and request.events else request.time
+            row = self.recent(row, request.events, time, times)
         return self._with_lists(row, others) if others else row
 
     def _with_scalars(self, row: Batch, values: Mapping[str, Any]) -> Batch:

@@ -50,7 +50,7 @@ class Searcher:
 
     @cached_property
     def encode(self) -> RequestEncoder:
-        return RequestEncoder(self.encoders, self.users, self.context)
+        return RequestEncoder(self.encoders, self.users, self.context, self.items)
 
     def search(self, requests: Sequence[Request], k: int) -> list[list[tuple[int | str, float]]]:
         """Ids and scores of the best items of each request, best first; fewer than k if no more are found.
