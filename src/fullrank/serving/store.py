@@ -1,0 +1,210 @@
+"""What users did since the bundle was made, on disk: acknowledged events survive a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
+
+from fullrank.funnel.recent_events import Event
+
+# Events of a user that a request looks at.
+RECENT = 1000
+# Writes that share a transaction, which waits for the disk once.
+TOGETHER = 256
+# Seconds to wait for another process that writes.
+PATIENCE = 30.0
+
+VERSION = 1
+_TABLES = """
+CREATE TABLE IF NOT EXISTS events (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    event_id TEXT UNIQUE,
+    user TEXT NOT NULL,
+    item TEXT NOT NULL,
+    time INTEGER NOT NULL,
+    labels TEXT NOT NULL,
+    features TEXT NOT NULL,
+    impression TEXT
+);
+CREATE INDEX IF NOT EXISTS events_of_user ON events (user, time, number);
+CREATE TABLE IF NOT EXISTS forgotten (digest TEXT PRIMARY KEY);
+"""
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """An event as it was sent.
+
+    Attributes:
+        user_id: as in the log; 7 and "7" are the same.
+        event: what happened.
+        event_id: the sender's name for it: a repeat is not counted again.
+        impression: the answer that showed the item.
+    """
+
+    user_id: int | str
+    event: Event
+    event_id: str | None = None
+    impression: str | None = None
+
+
+class _Write(NamedTuple):
+    feedbacks: Sequence[Feedback]
+    result: Future[list[bool]]
+
+
+class EventStore:
+    """Events in an SQLite file of a directory, which several processes may use.
+
+    Writes of requests at the same time share a transaction and one wait for the disk. Reads are those of what was
+    acknowledged. What is deleted is overwritten.
+
+    Raises:
+        ValueError: if the file is no store.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / "events.sqlite"
+        self._local = threading.local()
+        self._writes: SimpleQueue[_Write | None] = SimpleQueue()
+        try:
+            with closing(self._connection()) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.executescript(_TABLES)
+                (version,) = connection.execute("PRAGMA user_version").fetchone()
+                connection.execute(f"PRAGMA user_version={version or VERSION}")
+        except sqlite3.Error as error:
+            raise ValueError(f"{self.path} cannot be used as a store of events: {error}") from None
+        if version not in (0, VERSION):
+            raise ValueError(f"{self.path}: version is {version}, this release reads {VERSION}")
+        self._thread = threading.Thread(target=self._write, name="events", daemon=True)
+        self._thread.start()
+
+    def append(self, feedbacks: Sequence[Feedback]) -> Future[list[bool]]:
+        """Keep events. The result, which of them are new, is there when the disk has them; else an `OSError`."""
+        result: Future[list[bool]] = Future()
+        self._writes.put(_Write(feedbacks, result))
+        return result
+
+    def recent(self, user: int | str, since: int | None = None, limit: int = RECENT) -> list[Event]:
+        """The last events of a user after a time, oldest first; of equal times in the order in which they came."""
+        if not hasattr(self._local, "reader"):
+            self._local.reader = self._connection()
+        rows = self._local.reader.execute(
+            "SELECT item, time, labels, features FROM events WHERE user = ? AND time > ? "
+            "ORDER BY time DESC, number DESC LIMIT ?",
+            (str(user), -(2**62) if since is None else since, limit),
+        )
+        return [
+            Event(item, time, json.loads(labels), json.loads(features))
+            for item, time, labels, features in reversed(rows.fetchall())
+        ]
+
+    def forget(self, user: int | str) -> int:
+        """Delete a user's events, and remember, by a digest, that the user is to be left out of later trainings.
+
+        Returns:
+            how many events there were.
+        """
+        with closing(self._connection()) as connection:
+            with _transaction(connection):
+                count = connection.execute("DELETE FROM events WHERE user = ?", (str(user),)).rowcount
+                connection.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (digest(user),))
+            # What was written before would else stay in the journal for a while.
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return int(count)
+
+    def forgotten(self) -> set[str]:
+        """Digests of the users that were deleted."""
+        with closing(self._connection()) as connection:
+            return {found for (found,) in connection.execute("SELECT digest FROM forgotten")}
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Every event as a row of a log, in order of time."""
+        with closing(self._connection()) as connection:
+            rows = connection.execute(
+                "SELECT user, item, time, labels, features, event_id, impression FROM events ORDER BY time, number"
+            )
+            for user, item, time, labels, features, event_id, impression in rows:
+                row = {"user_id": user, "item_id": item, "timestamp": time}
+                row |= {**json.loads(features), **json.loads(labels)}
+                yield {**row, "event_id": event_id, "impression_id": impression}
+
+    def close(self) -> None:
+        """Write what was given."""
+        self._writes.put(None)
+        self._thread.join()
+
+    def _connection(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
+        # A commit waits until the disk has it.
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA secure_delete=ON")
+        return connection
+
+    def _write(self) -> None:
+        with closing(self._connection()) as connection:
+            while True:
+                writes = [self._writes.get()]
+                while len(writes) < TOGETHER and writes[-1] is not None:
+                    try:
+                        writes.append(self._writes.get_nowait())
+                    except Empty:
+                        break
+                self._commit(connection, [write for write in writes if write is not None])
+                if writes[-1] is None:
+                    return
+
+    def _commit(self, connection: sqlite3.Connection, writes: Sequence[_Write]) -> None:
+        try:
+            with _transaction(connection):
+                found = [[_insert(connection, feedback) for feedback in write.feedbacks] for write in writes]
+        except sqlite3.Error as error:
+            for write in writes:
+                write.result.set_exception(OSError(f"{self.path} cannot be written: {error}"))
+            return
+        for write, new in zip(writes, found, strict=True):
+            write.result.set_result(new)
+
+
+def digest(user: int | str) -> str:
+    """What stands for a user of whom nothing else may be kept."""
+    return hashlib.sha256(str(user).encode()).hexdigest()
+
+
+def _insert(connection: sqlite3.Connection, feedback: Feedback) -> bool:
+    """Whether the event is new."""
+    event = feedback.event
+    row = (
+        feedback.event_id,
+        str(feedback.user_id),
+        str(event.item_id),
+        event.time,
+        json.dumps(dict(event.labels)),
+        json.dumps(dict(event.features), ensure_ascii=False),
+        feedback.impression,
+    )
+    columns = "event_id, user, item, time, labels, features, impression"
+    sql = f"INSERT OR IGNORE INTO events ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+    return connection.execute(sql, row).rowcount == 1
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
