@@ -32,6 +32,9 @@ def serve(
     rows: Annotated[
         int, typer.Option("--rows", min=1, help="Rows to be scored that may wait; more is answered with 429.")
     ] = 100_000,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="Directory to keep what users do: POST /v1/feedback.")
+    ] = None,
     access_log: Annotated[
         str | None, typer.Option("--access-log", metavar="FILE", help="A JSON line for each request; - is stderr.")
     ] = None,
@@ -65,7 +68,7 @@ def serve(
                 print(f"serving {bundle} on {place} (Ctrl-C stops)", file=sys.stderr, flush=True)
 
     with listening, _noted(access_log) as note:
-        app = create_app(bundle, ServingConfig(workers=workers, rows=rows), note=note)
+        app = create_app(bundle, ServingConfig(workers=workers, rows=rows), store=store, note=note)
         listener = Listener(fileno=listening.detach())
         config = uvicorn.Config(
             app,

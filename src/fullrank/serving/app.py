@@ -17,10 +17,12 @@ from fullrank.funnel.canary import check_answers
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
 from fullrank.serving.errors import add_handlers
+from fullrank.serving.feedback import add_feedback
 from fullrank.serving.instruments import Instruments
 from fullrank.serving.limits import Limits
 from fullrank.serving.pool import Pool
 from fullrank.serving.routes import PATHS, add_routes
+from fullrank.serving.store import EventStore
 
 
 class ServingConfig(BaseModel):
@@ -54,21 +56,24 @@ def create_app(
     bundle: Path | Funnel | Scorer,
     config: ServingConfig | None = None,
     *,
+    store: Path | None = None,
     note: Callable[[dict[str, Any]], None] | None = None,
 ) -> FastAPI:
     """The application that serves a bundle. A single ranker scores rows; a funnel recommends and scores items too.
 
     Args:
+        store: directory of what users do while it is served; without one nothing is kept of them.
         note: told what the access log says of each request.
 
     Raises:
-        ValueError: if the bundle cannot be opened, see `load_bundle`, or does not answer as it should, see
-            `check_answers`.
+        ValueError: if the directory holds no store, or the bundle cannot be opened, see `load_bundle`, or does not
+            answer as it should, see `check_answers`.
     """
     config = config or ServingConfig()
     torch.set_num_threads(config.torch_threads)
     content = load_bundle(bundle) if isinstance(bundle, Path) else bundle
     check_answers(content, bundle if isinstance(bundle, Path) else None)
+    events = None if store is None else EventStore(store)
     instruments = Instruments()
     pool = Pool(config.workers, config.rows, config.share, config.seconds, instruments)
 
@@ -77,6 +82,8 @@ def create_app(
         await pool.start(lambda: check_answers(content))
         yield
         pool.stop()
+        if events is not None:
+            events.close()
 
     app = FastAPI(
         title="fullrank",
@@ -86,7 +93,8 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    add_routes(app, content, pool, instruments)
+    add_routes(app, content, pool, instruments, events)
+    add_feedback(app, content.schema, events)
     add_handlers(app)
     app.add_middleware(
         Limits,

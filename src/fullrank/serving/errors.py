@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from fullrank.serving.bodies import answer, encoded
+from fullrank.serving.bodies import Problem, answer, encoded
 from fullrank.serving.pool import Overloaded, Stopping, TooLate
+
+log = logging.getLogger(__name__)
 
 # Characters of an error; a request may quote a number of thousands of digits.
 LONGEST_DETAIL = 1000
+
+
+_REFUSALS = {
+    400: "The body is not JSON that can be parsed.",
+    404: "The bundle has no catalogue of items, or the server no store of events.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    415: "The body is not `application/json`.",
+    422: "A field is wrong; `detail` names it.",
+    429: "Too much work is waiting; `Retry-After` says for how many seconds.",
+    500: "A fault of the server.",
+    503: "The server is starting or stopping, or the deadline passed.",
+}
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What `responses` says of these statuses."""
+    described: dict[int | str, dict[str, Any]] = {s: {"model": Problem, "description": _REFUSALS[s]} for s in statuses}
+    if 429 in described:
+        header = {"description": "Seconds to wait.", "schema": {"type": "integer"}, "required": True}
+        described[429]["headers"] = {"Retry-After": header}
+    return described
+
+
+class NoStore(Exception):
+    """The server was started without a store of events."""
 
 
 class NoCatalogue(Exception):
@@ -56,6 +85,15 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(NoCatalogue)
     async def no_catalogue(request: Request, error: NoCatalogue) -> Response:
         return problem(request, 404, "this bundle has no catalogue of items to recommend; POST /v1/score scores rows")
+
+    @app.exception_handler(NoStore)
+    async def no_store(request: Request, error: NoStore) -> Response:
+        return problem(request, 404, "this server keeps no events: start it with --store DIR")
+
+    @app.exception_handler(OSError)
+    async def full(request: Request, error: OSError) -> Response:
+        log.error("request %s: %s", request.state.request_id, error)
+        return problem(request, 503, "the store of events cannot be written; try again")
 
     @app.exception_handler(Overloaded)
     async def overloaded(request: Request, error: Overloaded) -> Response:

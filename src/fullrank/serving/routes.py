@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import fastapi
 from fastapi import FastAPI, Response
@@ -11,9 +12,9 @@ from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from fullrank.funnel.funnel import Funnel
+from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import ScoredItem, Scorer
 from fullrank.serving.bodies import (
-    Problem,
     RecommendRequest,
     RecommendResponse,
     ScoreRequest,
@@ -24,54 +25,42 @@ from fullrank.serving.bodies import (
     item_json,
 )
 from fullrank.serving.description import description_page
-from fullrank.serving.errors import NoCatalogue
+from fullrank.serving.errors import NoCatalogue, refusals
 from fullrank.serving.instruments import Instruments
 from fullrank.serving.page import page
 from fullrank.serving.pool import Pool
+from fullrank.serving.store import EventStore
 
 # Those that metrics tell apart.
-PATHS = frozenset(["/v1/recommend", "/v1/score", "/healthz", "/readyz", "/metrics", "/", "/docs", "/openapi.json"])
+PATHS = frozenset(
+    ["/v1/recommend", "/v1/score", "/v1/feedback", "/healthz", "/readyz", "/metrics", "/", "/docs", "/openapi.json"]
+)
 
 # Rows of a request that are scored in one go; then it is the turn of others.
 ROWS_AT_ONCE = 1024
 
-_REFUSALS = {
-    400: "The body is not JSON that can be parsed.",
-    404: "The bundle has no catalogue of items.",
-    408: "The body did not come in time.",
-    413: "The body is too large.",
-    415: "The body is not `application/json`.",
-    422: "A field is wrong; `detail` names it.",
-    429: "Too much work is waiting; `Retry-After` says for how many seconds.",
-    500: "A fault of the server.",
-    503: "The server is starting or stopping, or the deadline passed.",
-}
 
+def add_routes(
+    app: FastAPI, content: Funnel | Scorer, pool: Pool, instruments: Instruments, store: EventStore | None = None
+) -> None:
+    """Answer from a funnel, or from a single ranker, which has no items to recommend.
 
-def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What `responses` says of these statuses."""
-    described: dict[int | str, dict[str, Any]] = {s: {"model": Problem, "description": _REFUSALS[s]} for s in statuses}
-    if 429 in described:
-        header = {"description": "Seconds to wait.", "schema": {"type": "integer"}, "required": True}
-        described[429]["headers"] = {"Retry-After": header}
-    return described
-
-
-def add_routes(app: FastAPI, content: Funnel | Scorer, pool: Pool, instruments: Instruments) -> None:
-    """Answer from a funnel, or from a single ranker, which has no items to recommend."""
+    Args:
+        store: of what users did since the bundle was made.
+    """
     funnel, scorer = (content, content.scorer) if isinstance(content, Funnel) else (None, content)
-    ranking = _refusals(400, 408, 413, 415, 422, 429, 500, 503)
+    ranking = refusals(400, 408, 413, 415, 422, 429, 500, 503)
 
     @app.post(
-        "/v1/recommend", response_model=RecommendResponse, tags=["ranking"], responses={**ranking, **_refusals(404)}
+        "/v1/recommend", response_model=RecommendResponse, tags=["ranking"], responses={**ranking, **refusals(404)}
     )
     async def recommend(body: RecommendRequest, asked: fastapi.Request) -> Response:
         """The best items for a user, best first; all there are if `k` is larger than the catalogue."""
         if funnel is None:
             raise NoCatalogue
-        request = body.request()
 
         def work() -> bytes:
+            request = _with_events(body.request(), store)
             found = funnel.recommend([request], body.k, instruments.observe_stage)[0]
             return encoded({"items": [item_json(item) for item in found.items], "candidates": found.candidates})
 
@@ -98,7 +87,8 @@ def add_routes(app: FastAPI, content: Funnel | Scorer, pool: Pool, instruments: 
                     raise ValueError("item_ids: this bundle has no catalogue of items; give rows")
                 else:
                     assert item_ids is not None
-                    scored = funnel.score(body.request(), item_ids[begin:end])
+                    request = _with_events(body.request(), store)
+                    scored = funnel.score(request, item_ids[begin:end])
                 return encoded([item_json(item) for item in scored])[1:-1]
 
             return work
@@ -110,7 +100,7 @@ def add_routes(app: FastAPI, content: Funnel | Scorer, pool: Pool, instruments: 
             ]
         return answer(b'{"items":[' + b",".join(parts) + b"]}")
 
-    @app.get("/healthz", tags=["operation"], responses=_refusals(500))
+    @app.get("/healthz", tags=["operation"], responses=refusals(500))
     async def healthz() -> Status:
         """The process is alive."""
         return Status(status="ok")
@@ -119,7 +109,7 @@ def add_routes(app: FastAPI, content: Funnel | Scorer, pool: Pool, instruments: 
         "/readyz",
         response_model=Status,
         tags=["operation"],
-        responses={503: {"model": Status, "description": "Not yet, or not any more."}, **_refusals(500)},
+        responses={503: {"model": Status, "description": "Not yet, or not any more."}, **refusals(500)},
     )
     async def readyz() -> Response:
         """The bundle is loaded and warm; 503 before and while shutting down."""
@@ -129,7 +119,7 @@ def add_routes(app: FastAPI, content: Funnel | Scorer, pool: Pool, instruments: 
         "/metrics",
         response_class=Response,
         tags=["operation"],
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **_refusals(500)},
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **refusals(500)},
     )
     async def metrics() -> Response:
         """Prometheus metrics: requests, latency of each stage, requests in flight."""
@@ -142,6 +132,15 @@ def add_routes(app: FastAPI, content: Funnel | Scorer, pool: Pool, instruments: 
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
     async def docs() -> HTMLResponse:
         return HTMLResponse(description_page(app.openapi()))
+
+
+def _with_events(request: Request, store: EventStore | None) -> Request:
+    """The request with what its user did since the bundle was made; at least a second ago, as a log would see it."""
+    if store is None or request.user_id is None:
+        return request
+    events = store.recent(request.user_id)
+    now = max(int(time.time()), events[-1].time + 1) if events else None
+    return replace(request, events=events, time=now)
 
 
 def _client(request: fastapi.Request) -> str:
