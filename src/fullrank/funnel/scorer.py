@@ -69,9 +69,15 @@ class Scorer:
         return torch.where(self._binary_T, torch.sigmoid(logits_XT), logits_XT)
 
     def values(self, logits_XT: Tensor, bid_X: Tensor | None) -> Tensor:
-        """The formula's value, -inf where it gives no finite number."""
+        """The formula's value, -inf where it gives no finite number, as where the bid is NaN.
+
+        Raises:
+            ValueError: if a bid is negative.
+        """
         columns = dict(zip(self.tasks, self.predictions(logits_XT).unbind(-1), strict=True))
         if bid_X is not None:
+            if bool((bid_X < 0).any()):
+                raise ValueError(f"a bid is {float(bid_X[bid_X < 0][0]):g}, expected a number >= 0")
             columns["bid"] = bid_X
         value_X = self.value(columns)
         return torch.where(torch.isfinite(value_X), value_X, -torch.inf)

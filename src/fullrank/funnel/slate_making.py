@@ -94,10 +94,8 @@ class SlateMaker:
         place = [feature.name for feature in schema.categorical].index(by)
         id_I = self.items.rows.batch.ids_BF[:, place]
         # Ids that stand for no value: missing, and in a vocabulary unknown.
-        none = {"vocabulary": FIRST_VOCABULARY_ID, "identity": 0}.get(
-            schema.categorical[place].encoding, MISSING_ID + 1
-        )
-        return id_I.masked_fill(id_I < none, NO_GROUP)
+        first = {"vocabulary": FIRST_VOCABULARY_ID, "identity": 0}
+        return id_I.masked_fill(id_I < first.get(schema.categorical[place].encoding, MISSING_ID + 1), NO_GROUP)
 
     def _rules(self, items_UC: Tensor, shown: Sequence[Sequence[Shown]] | None) -> list[AtMost]:
         rules = []
