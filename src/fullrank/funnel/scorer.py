@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,6 +155,10 @@ class Scorer:
             elif name not in ignored:
                 place = next(place for place, row in enumerate(rows, 1) if name in row)
                 raise ValueError(f'row {place}: unknown column "{name}"; expected {", ".join(self.columns)}')
+        if (bid := self.schema.keys.bid) in names:
+            for place, row in enumerate(rows, 1):
+                if isinstance(number := row.get(bid), float) and math.isnan(number):
+                    raise ValueError(f'row {place}: column "{bid}" is NaN, expected a number >= 0 or null')
         given = set(names)
         for sequence in self.schema.sequences:
             fields = [sequence.column(part) for part in sequence.fields]
