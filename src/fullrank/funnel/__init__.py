@@ -3,9 +3,10 @@
 from fullrank.funnel.bundle import load_bundle, save_bundle
 from fullrank.funnel.compare import compare_funnels
 from fullrank.funnel.evaluation import evaluate_funnel
-from fullrank.funnel.funnel import Funnel, Ranking, Recommendation
-from fullrank.funnel.requests import Request
+from fullrank.funnel.funnel import Funnel, RankedItem, Ranking, Recommendation
+from fullrank.funnel.requests import Request, Shown
 from fullrank.funnel.scorer import ScoredItem, Scorer
+from fullrank.funnel.slate import Slate, SlateConfig, SlotPolicy, fill, propensities
 from fullrank.funnel.stages import StageSizes, TwoSided
 from fullrank.funnel.training import EarlyConfig, FinalConfig, FunnelConfig, train_funnel
 from fullrank.funnel.value import ValueFormula
@@ -15,17 +16,24 @@ __all__ = [
     "FinalConfig",
     "Funnel",
     "FunnelConfig",
+    "RankedItem",
     "Ranking",
     "Recommendation",
     "Request",
     "ScoredItem",
     "Scorer",
+    "Shown",
+    "Slate",
+    "SlateConfig",
+    "SlotPolicy",
     "StageSizes",
     "TwoSided",
     "ValueFormula",
     "compare_funnels",
     "evaluate_funnel",
+    "fill",
     "load_bundle",
+    "propensities",
     "save_bundle",
     "train_funnel",
 ]

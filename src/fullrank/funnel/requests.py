@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 import torch
@@ -27,6 +27,18 @@ REMEMBERED = 65_536
 LONGEST_REMEMBERED = 64
 
 
+class Shown(NamedTuple):
+    """An impression that a user has had.
+
+    Attributes:
+        item_id: as in the log; one that the catalogue does not have is ignored.
+        seconds_ago: how long before the request; negative, by a clock that is behind, is now.
+    """
+
+    item_id: int | str
+    seconds_ago: float = 0.0
+
+
 @dataclass(frozen=True)
 class Request:
     """Who asks, and where.
@@ -39,12 +51,14 @@ class Request:
         events: what the user did since the bundle was made, oldest first; goes into the histories that are not given.
         time: of the request, in seconds since 1970: only events strictly before it count, and ages are those at it.
             Default: just after the last event.
+        shown: impressions of the user, for frequency caps; in any order.
     """
 
     user_id: int | str | None = None
     features: Mapping[str, Any] = field(default_factory=dict)
     events: Sequence[Event] = ()
     time: int | None = None
+    shown: Sequence[Shown] = ()
 
 
 class RequestEncoder:

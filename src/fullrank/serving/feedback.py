@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import fastapi
@@ -113,9 +112,8 @@ def add_feedback(app: FastAPI, schema: Schema, store: EventStore | None) -> None
                 event = Event(sent.item_id, when, sent.labels, sent.features)
                 good.append(Feedback(sent.user_id, event, sent.event_id, sent.impression_id))
         asked.state.said = {"events": len(results)}
-        new: Iterator[bool] = iter(())
-        if good:
-            new = iter(await asyncio.wrap_future(store.append(good)))
+        kept: list[bool] = await asyncio.wrap_future(store.append(good)) if good else []
+        new = iter(kept)
         for result in results:
             if not result["status"]:
                 result["status"] = 201 if next(new) else 200

@@ -23,6 +23,7 @@ from fullrank.serving.bodies import (
     answer,
     encoded,
     item_json,
+    recommended_json,
 )
 from fullrank.serving.description import description_page
 from fullrank.serving.errors import NoCatalogue, refusals
@@ -62,7 +63,7 @@ def add_routes(
         def work() -> bytes:
             request = _with_events(body.request(), store)
             found = funnel.recommend([request], body.k, instruments.observe_stage)[0]
-            return encoded({"items": [item_json(item) for item in found.items], "candidates": found.candidates})
+            return encoded({"items": [recommended_json(item) for item in found.items], "candidates": found.candidates})
 
         rows = min(len(funnel.items), max(body.k, funnel.sizes.finalists(len(funnel.early))))
         asked.state.said = {"rows": rows}
