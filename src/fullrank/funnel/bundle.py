@@ -14,6 +14,7 @@ from fullrank.data import atomic
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
 from fullrank.funnel.catalogue import ACTIVE, BID, Catalogue
+from fullrank.funnel.deadline import check_deadlines
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import Scorer
@@ -60,7 +61,8 @@ def save_bundle(
         for name, ranker in _rankers(content).items():
             write_weights(ranker, partial / f"{name}.safetensors")
         sizes = content.sizes.model_dump(mode="json")
-        write_manifest(partial, stages, value=content.value.text, sizes=sizes, about=about)
+        deadlines = content.deadlines or None
+        write_manifest(partial, stages, value=content.value.text, sizes=sizes, deadlines=deadlines, about=about)
 
 
 def _rankers(funnel: Funnel) -> dict[str, Ranker]:
@@ -151,6 +153,7 @@ def load_bundle(path: Path) -> Funnel | Scorer:
         check_names(early)
         sizes = StageSizes.model_validate(manifest.sizes or {})
         sizes.keeps(len(early))
+        deadlines = check_deadlines(manifest.deadlines or {}, names)
     except ValidationError as error:
         raise ValueError(describe_errors(error, f"{path / MANIFEST}: sizes").splitlines()[0]) from None
     except ValueError as error:
@@ -175,6 +178,7 @@ def load_bundle(path: Path) -> Funnel | Scorer:
         final=rankers[FINAL],
         value=manifest.value,
         sizes=sizes,
+        deadlines=deadlines,
     )
     found = funnel.retriever.search(funnel.encode([Request()]), len(funnel.items))
     found_keys = found.item_keys_BK[found.found_BK]

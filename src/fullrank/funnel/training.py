@@ -44,6 +44,9 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, Mapping | EarlyConfig) else value
 
 
+Milliseconds = Annotated[float | None, Field(gt=0, allow_inf_nan=False)]
+
+
 class EarlyConfig(BaseModel):
     """An early stage: its model, and how it learns.
 
@@ -53,6 +56,7 @@ class EarlyConfig(BaseModel):
         training: how it learns.
         embedding: how its tables learn.
         keep: items that the stage hands on; default what `sizes` says.
+        deadline_ms: milliseconds that the stage may take for a request; default any time.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,6 +66,7 @@ class EarlyConfig(BaseModel):
     training: TrainerConfig = TrainerConfig(batch_size=4096, learning_rate=2e-3, monitor="ne")
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
     keep: int | None = Field(default=None, ge=1)
+    deadline_ms: Milliseconds = None
 
 
 class FinalConfig(BaseModel):
@@ -71,6 +76,7 @@ class FinalConfig(BaseModel):
         model: a ranker.
         training: how it learns.
         embedding: how its tables learn.
+        deadline_ms: milliseconds that the stage may take for a request; default any time.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,6 +84,7 @@ class FinalConfig(BaseModel):
     model: RankerSpec = RankerSpec.of({"name": "din", "hidden": [128, 64], "batch_norm": True})
     training: TrainerConfig = TrainerConfig(batch_size=2048, learning_rate=2e-3, monitor="ne")
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
+    deadline_ms: Milliseconds = None
 
 
 class FunnelConfig(BaseModel):
@@ -88,6 +95,7 @@ class FunnelConfig(BaseModel):
         early: the early stages in order, or one of them alone; none where the list is empty.
         final: the final stage.
         sizes: how many candidates pass; what an early stage says of itself goes before it.
+        retrieval_deadline_ms: milliseconds that retrieval may take for a request; default any time.
         value: value formula; default `bid * <first task>`, or the first task where the log has no bid.
         active_days: items not shown in the last so many days of the log are not retrieved; None retrieves all.
         seed: of initial weights and of the order of the rows.
@@ -101,6 +109,7 @@ class FunnelConfig(BaseModel):
     early: Annotated[tuple[EarlyConfig, ...], BeforeValidator(_listed)] = (EarlyConfig(),)
     final: FinalConfig = FinalConfig()
     sizes: StageSizes = StageSizes()
+    retrieval_deadline_ms: Milliseconds = None
     value: str | None = None
     active_days: float | None = Field(default=None, gt=0)
     seed: int = 0
@@ -110,6 +119,13 @@ class FunnelConfig(BaseModel):
         check_names(stage.name for stage in self.early)
         self.stage_sizes.keeps(len(self.early))
         return self
+
+    @property
+    def deadlines(self) -> dict[str, float]:
+        """Milliseconds of each stage that has a deadline."""
+        said = {RETRIEVAL: self.retrieval_deadline_ms, **{stage.name: stage.deadline_ms for stage in self.early}}
+        said[FINAL] = self.final.deadline_ms
+        return {stage: milliseconds for stage, milliseconds in said.items() if milliseconds is not None}
 
     @property
     def stage_sizes(self) -> StageSizes:
@@ -233,6 +249,7 @@ def train_funnel(
         final=final,
         value=config.value,
         sizes=config.stage_sizes,
+        deadlines=config.deadlines,
     )
     funnel.index_active()
     return funnel, results

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -36,11 +38,17 @@ def add_routes(app: FastAPI, content: Funnel | Scorer, pool: Pool, instruments: 
         """The best items for a user, best first; all there are if `k` is larger than the catalogue."""
         if funnel is None:
             raise NoCatalogue
-        request = body.request()
+        request, arrived = body.request(), time.perf_counter()
 
         def work() -> bytes:
-            found = funnel.recommend([request], body.k, instruments.observe_stage)[0]
-            return encoded({"items": [item_json(item) for item in found.items], "candidates": found.candidates})
+            left = body.deadline_ms
+            if left is not None:
+                left = max(0.0, left - 1000 * (time.perf_counter() - arrived))
+            found = funnel.recommend([request], body.k, instruments.observe_stage, deadline_ms=left)[0]
+            for stage in found.degraded:
+                instruments.degraded.labels(stage).inc()
+            items = [item_json(item) for item in found.items]
+            return encoded({"items": items, "candidates": found.candidates, "degraded": found.degraded})
 
         return answer(await pool.run(work))
 
