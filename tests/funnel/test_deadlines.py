@@ -67,8 +67,7 @@ def slow(funnel: Funnel, dataset: Dataset, clock: Clock, monkeypatch: pytest.Mon
         return later
 
     monkeypatch.setattr(made.retriever, "search", taking(made.retriever.search, 0.005))
-    early, vectors_IV = made._prepared["early"]
-    made._prepared["early"] = early, vectors_IV
+    early = made.prepared["early"][0]
     monkeypatch.setattr(early, "score", taking(early.score, 0.001))
     hooks = [
         ranker.register_forward_hook(lambda *_, cost=cost: setattr(clock, "now", clock.now + cost))  # type: ignore[misc]

@@ -118,6 +118,7 @@ class Funnel:
 
     Attributes:
         clock: what deadlines and times are read from.
+        prepared: early stages that look at items beforehand, each with its vectors of the catalogue.
 
     Raises:
         ValueError: if the names of early stages, or their number and that of `sizes`, do not fit, or a deadline is of
@@ -155,11 +156,11 @@ class Funnel:
         self.sizes.keeps(len(self.early))
         self.deadlines = check_deadlines(deadlines or {}, [RETRIEVAL, *self.early, FINAL])
         self.clock: Clock = time.perf_counter
-        self._prepared: dict[str, tuple[TwoSided, Tensor]] = {}
+        self.prepared: dict[str, tuple[TwoSided, Tensor]] = {}
         for name, ranker in self.early.items():
             trust_ids(ranker.eval())
             if isinstance(ranker, TwoSided):
-                self._prepared[name] = ranker, _item_vectors(ranker, items.rows.batch)
+                self.prepared[name] = ranker, _item_vectors(ranker, items.rows.batch)
         bid_I = items.bid_I
         self._bid_I = None if bid_I is None else bid_I.float()
 
@@ -361,7 +362,7 @@ class Funnel:
         """logits_UCT of a stage, NaN where there is none, and which candidates it came to, shape (U, C)."""
         logits_UCT = torch.full((*items_UC.shape, len(self.scorer.tasks)), torch.nan)
         # What looks at items beforehand is done at once: its user's side would be computed again for each part.
-        at_once = items_UC.shape[1] if stage in self._prepared else AT_ONCE
+        at_once = items_UC.shape[1] if stage in self.prepared else AT_ONCE
         scored_UC = score_in_time(
             stage,
             lambda columns: self._score(stage, users, items_UC[:, columns], whole),
@@ -374,10 +375,10 @@ class Funnel:
 
     def _score(self, stage: str, users: Batch, items_UC: Tensor, whole: bool) -> Tensor:
         """logits_UCT of a stage, anything where there is no item."""
-        if stage not in self._prepared:
+        if stage not in self.prepared:
             ranker = self.final if stage == FINAL else self.early[stage]
             return self._pair_logits(ranker, users, items_UC, whole)
-        prepared, vectors_IV = self._prepared[stage]
+        prepared, vectors_IV = self.prepared[stage]
         rows_UC = items_UC if whole else items_UC.clamp_min(0)
         vectors_PV = vectors_IV.index_select(0, rows_UC.reshape(-1))
         return prepared.score(users, vectors_PV.view(*items_UC.shape, -1))
