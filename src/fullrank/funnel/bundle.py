@@ -65,6 +65,18 @@ def save_bundle(
         write_manifest(partial, stages, value=content.value.text, sizes=sizes, deadlines=deadlines, about=about)
 
 
+def write_sizes(path: Path, sizes: StageSizes) -> None:
+    """Make the bundle of a funnel hand on other numbers of candidates: its manifest is replaced, whole or not at all.
+
+    Raises:
+        ValueError: as `read_manifest`, or if they are not as many as the funnel has stages.
+    """
+    manifest = read_manifest(path)
+    sizes.keeps(len(manifest.stages) - 2)
+    changed = manifest.model_copy(update={"sizes": sizes.model_dump(mode="json")})
+    atomic.write_text(path / MANIFEST, changed.model_dump_json(indent=2) + "\n")
+
+
 def _rankers(funnel: Funnel) -> dict[str, Ranker]:
     return {**funnel.early, FINAL: funnel.final}
 
