@@ -12,6 +12,9 @@ import typer
 
 from fullrank.cli.options import ImportOption
 
+# Lines of the table of sizes.
+SHOWN = 12
+
 app = typer.Typer(help="A funnel as a whole.", no_args_is_help=True)
 
 
@@ -123,15 +126,19 @@ def _table(result: dict[str, Any]) -> Any:
     true = "best_true_value" in result
     for name in ("", *result["stages"], "FLOPs", "ms", "value", "recall", *(["true value"] if true else [])):
         table.add_column(name, justify="right" if name else "left")
-    chosen, current = result["chosen"], result["current"]
-    rows = [
-        ("chosen" if point == chosen else "current" if point == current else "", point) for point in result["front"]
-    ]
-    if all(name != "current" for name, _ in rows):
-        rows.append(("current", current))
-    for name, point in rows:
+    for name, point in _shown(result):
         cells = [f"{size:,}" for size in point["sizes"]]
         cells += [short(point["flops"]), f"{point['milliseconds']:.2f}"]
         cells += ["undefined" if math.isnan(point["share"]) else f"{point['share']:.1%}", f"{point['recall']:.3f}"]
         table.add_row(name, *cells, *([f"{point['true_value']:.3f}"] if true else []))
     return table
+
+
+def _shown(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The chosen point, the current one, and some of the front, about evenly apart; the file has all."""
+    front, chosen, current = result["front"], result["chosen"], result["current"]
+    kept = {round(place * (len(front) - 1) / (SHOWN - 1)) for place in range(SHOWN)} if len(front) > SHOWN else None
+    points = [point for place, point in enumerate(front) if kept is None or place in kept or point in (chosen, current)]
+    names = ["chosen" if point == chosen else "current" if point == current else "" for point in points]
+    others = [] if current in points else [("current", current)]
+    return [*zip(names, points, strict=True), *others]

@@ -210,7 +210,7 @@ def frontier(
             f"<text class=soft x='{x(tick):.1f}' y='{bottom + 18}' text-anchor=middle>{short(tick)}</text>"
         )
     drawn.append(f"<line class=axis x1='{left}' x2='{right}' y1='{bottom}' y2='{bottom}'/>")
-    drawn.append(_axis_title(f"← less {cost}", right, bottom + 36))
+    drawn.append(_axis_title(f"← fewer {cost}", right, bottom + 36))
     if budget > 0:
         side, shift = ("end", -5) if x(budget) > (left + right) / 2 else ("start", 5)
         drawn.append(

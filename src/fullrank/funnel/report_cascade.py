@@ -40,12 +40,12 @@ def _after(stage: str) -> str:
 
 def _points(lost: float) -> str:
     # A stage that drops what was overvalued gains.
-    return f" ({-100 * lost:+.1f})" if math.isfinite(lost) else ""
+    return f" ({round(-100 * lost, 1) + 0.0:+.1f})" if math.isfinite(lost) else ""
 
 
 def _left(found: Mapping[str, Any]) -> str:
     whole = number_of(found["whole"]["value"])
-    shown = [Bar("final stage on the whole catalogue", 1.0 if whole > 0 else math.nan, FINAL)]
+    shown = [Bar("final stage, all items", 1.0 if whole > 0 else math.nan, FINAL)]
     for stage, values in found["stages"].items():
         if stage != FINAL:
             lost = number_of(values["lost"]) / whole if whole > 0 else math.nan
@@ -62,17 +62,15 @@ def _true(found: Mapping[str, Any]) -> str:
     best = number_of(found["best"]["true_value"])
     shown = [Bar("best possible list", best, "best")]
     lost = number_of(found["stages"][FINAL]["true_lost"])
-    name = "final stage on the whole catalogue"
+    name = "final stage, all items"
     shown.append(Bar(name, number_of(found["whole"]["true_value"]), FINAL, note=_points(lost / best)))
-    last = [stage for stage in found["stages"] if stage != FINAL][-1]
     for stage, values in found["stages"].items():
         if stage != FINAL:
-            name = f"{_after(stage)}: the funnel's list" if stage == last else _after(stage)
             note = _points(number_of(values["true_lost"]) / best)
-            shown.append(Bar(name, number_of(values["true_value"]), _colour(stage), note=note))
+            shown.append(Bar(_after(stage), number_of(values["true_value"]), _colour(stage), note=note))
     return charts.bars("True value of the list", shown, start=0.0, unit="more", form=".3f") + (
-        "<p class=soft>In brackets the change in percent of the best possible list. A stage that drops items which the "
-        "final stage overrates makes the list worth more.</p>"
+        "<p class=soft>In brackets the change in percent of the best possible list; the last bar is the funnel's "
+        "list. A stage that drops items which the final stage overrates makes the list worth more.</p>"
     )
 
 
@@ -81,10 +79,10 @@ def _curve(found: Mapping[str, Any]) -> str:
     last = [stage for stage in found["stages"] if stage != FINAL][-1]
     now = Mark("this funnel", number_of(found["total"]["flops"]), number_of(found["stages"][last]["share"]))
     drawn = charts.frontier(
-        "Value by FLOPs of a request, other sizes",
+        "Value for FLOPs, with other sizes",
         points,
         unit="a larger share of value",
-        cost="FLOPs of a request",
+        cost="FLOPs a request",
         marks=[now],
         form=lambda number: f"{number:.0%}",
     )
@@ -96,7 +94,7 @@ def _curve(found: Mapping[str, Any]) -> str:
 
 def _table(stages: Mapping[str, Mapping[str, Any]], total: Mapping[str, Any]) -> str:
     true = any("true_value" in values for values in stages.values())
-    heads = ["scores", "FLOPs", "share", "ms", "99 % below", "recall", "value left"]
+    heads = ["scores", "FLOPs", "of all", "ms, half below", "ms, 99 % below", "recall", "value left"]
     heads += ["true value", "lost"] if true else []
     whole, rows = number_of(total["flops"]), ""
     for stage, values in stages.items():
@@ -127,10 +125,10 @@ def tuned(found: Mapping[str, Any]) -> str:
     if current["sizes"] != chosen["sizes"]:
         marks.append(Mark("now", number_of(current[by]), number_of(current["share"])))
     return charts.frontier(
-        f"Value by {what} of a request",
+        f"Value for {what}",
         [(number_of(point[by]), number_of(point["share"])) for point in found["front"]],
         unit="a larger share of value",
-        cost=f"{what} of a request",
+        cost=f"{what} a request",
         marks=marks,
         budget=number_of(found["budget"]),
         form=lambda number: f"{number:.0%}",
