@@ -126,7 +126,7 @@ def test_the_report_stands_alone(report: dict, funnel: Funnel, dataset: Dataset,
     final = report["stages"]["final"]["click"]
     assert f"{final['ne']:.4f}" in page and f"{final['oracle_ne']:.4f}" in page
     charts = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert page.count("<figure") == 5 and len(charts) == 5 + len(report["slices"])
+    assert page.count("<figure") == 7 and len(charts) == 7 + len(report["slices"])
     for chart in charts:
         xml.dom.minidom.parseString(re.sub(r"=([\w-]+)(?=[ >/])", r"='\1'", chart))
 

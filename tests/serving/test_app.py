@@ -232,10 +232,10 @@ def test_metrics_count_requests_and_stages(client: TestClient) -> None:
 def test_more_work_than_may_wait_is_refused(funnel: Funnel, monkeypatch: pytest.MonkeyPatch) -> None:
     release, recommend = threading.Event(), funnel.recommend
 
-    def slow(*arguments: Any) -> Any:
+    def slow(*arguments: Any, **options: Any) -> Any:
         if len(arguments) > 2:  # not the warm-up
             release.wait(10)
-        return recommend(*arguments)
+        return recommend(*arguments, **options)
 
     monkeypatch.setattr(funnel, "recommend", slow)
     app = create_app(funnel, ServingConfig(workers=1, rows=50, share=1))
@@ -336,7 +336,7 @@ def test_the_description_stands_alone_and_names_every_status(client: TestClient)
 def test_an_error_of_ours_shows_no_traceback(funnel: Funnel, monkeypatch: pytest.MonkeyPatch) -> None:
     with TestClient(create_app(funnel), raise_server_exceptions=False) as client:
 
-        def fail(*_: Any) -> None:
+        def fail(*_: Any, **__: Any) -> None:
             raise RuntimeError("secret detail")
 
         monkeypatch.setattr(funnel, "recommend", fail)

@@ -12,6 +12,8 @@ import typer
 
 from fullrank.cli.options import ImportOption
 
+# What is left after a stage of what the bundle's own final stage would find in the whole catalogue.
+_CASCADE = {"recall": "best items left", "value": "their value left", "true_value": "true value"}
 _NAMES = {"ne": "NE", "auc": "AUC", "calibration_error": "calibration error", "rmse": "RMSE", "mae": "MAE"}
 
 
@@ -35,13 +37,14 @@ def compare(
     from fullrank.data.dataset import Dataset
     from fullrank.funnel.bundle import load_bundle
     from fullrank.funnel.compare import compare_funnels
+    from fullrank.funnel.true_value import world_of
     from fullrank.registry import import_modules
     from fullrank.training.run import defined
 
     import_modules(imports or (), "--import")
     first, second, dataset = load_bundle(a), load_bundle(b), Dataset.open(data)
     with Console(stderr=True, markup=False).status(f"comparing on {split}"):
-        report = compare_funnels(first, second, dataset, split, requests=requests, seed=seed)
+        report = compare_funnels(first, second, dataset, split, requests=requests, seed=seed, world=world_of(dataset))
     if as_json:
         print(json.dumps(defined(report), allow_nan=False))
         return
@@ -51,11 +54,14 @@ def compare(
     caption = f"95 % intervals; {report['resampled']} resampled, the same for both"
     if asked is not None:
         caption += f"; recall over {asked:,} requests"
+    if "cascade" in report:
+        caption += f"; best items, their value and true value over {report['cascade']['requests']:,}"
     table = Table(caption=caption, caption_justify="left")
     for name in ("", "", "A", "B", "B - A", "interval", "verdict"):
         table.add_column(name, justify="left" if name in ("", "verdict") else "right")
     recalls = {place: found for place, found in report.get("recall", {}).items() if place != "requests"}
-    for what, rows in (*report["tasks"].items(), ("recall", recalls)):
+    whole = [(_CASCADE[name], rows) for name, rows in report.get("cascade", {}).items() if name != "requests"]
+    for what, rows in (*report["tasks"].items(), ("recall", recalls), *whole):
         for metric, found in rows.items():
             low, high = found["interval"]
             table.add_row(

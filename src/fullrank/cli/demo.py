@@ -73,7 +73,7 @@ def demo(
         done("train", task)
 
         task = phase("evaluate", "evaluating")
-        report = evaluate_funnel(funnel, dataset, seed=seed)
+        report = evaluate_funnel(funnel, dataset, seed=seed, world=world)
         report["true_value"] = true_value(funnel, dataset, world, seed=seed)
         done("evaluate", task)
 

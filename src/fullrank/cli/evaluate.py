@@ -39,12 +39,11 @@ def evaluate(
     from rich.console import Console
 
     from fullrank.data.dataset import Dataset
-    from fullrank.data.simulate import World
     from fullrank.funnel.bundle import load_bundle
     from fullrank.funnel.evaluation import evaluate_funnel
     from fullrank.funnel.funnel import Funnel
     from fullrank.funnel.report import facts_of, write_report
-    from fullrank.funnel.true_value import true_value
+    from fullrank.funnel.true_value import true_value, world_of
     from fullrank.registry import import_modules
     from fullrank.training.run import defined
 
@@ -54,10 +53,12 @@ def evaluate(
     page = _writable(place or bundle.resolve().parent / f"report-{name}-{split}.html")
     console = Console(stderr=True, markup=False)
     with console.status(f"evaluating {split}"):
-        report = evaluate_funnel(funnel, dataset, split, requests=requests, seed=seed, slice_by=slice_by or ())
-        world = dataset.path / "world.npz"
-        if isinstance(funnel, Funnel) and world.is_file():
-            report["true_value"] = true_value(funnel, dataset, World.load(world), split, seed=seed)
+        world = world_of(dataset) if isinstance(funnel, Funnel) else None
+        report = evaluate_funnel(
+            funnel, dataset, split, requests=requests, seed=seed, slice_by=slice_by or (), world=world
+        )
+        if isinstance(funnel, Funnel) and world is not None:
+            report["true_value"] = true_value(funnel, dataset, world, split, seed=seed)
     for warning in report["warnings"]:
         print(f"warning: {warning['stage']}, {warning['message']}; {warning['advice']}", file=sys.stderr)
     facts = {"bundle": str(bundle), **facts_of(funnel, dataset)}
@@ -71,8 +72,8 @@ def evaluate(
         return
     output = Console(markup=False, width=None if sys.stdout.isatty() else 120)
     output.print(f"{bundle} on {data}, {split}: {report['rows']:,} rows", highlight=False)
-    for table in (_stages(report), _slices(report["slices"]), _lists(report)):
-        if table.rows:
+    for table in (_stages(report), _slices(report["slices"]), _lists(report), _cascade(report.get("cascade"))):
+        if table is not None and table.rows:
             output.print(table)
 
 
@@ -137,6 +138,40 @@ def _lists(report: dict[str, Any]) -> Any:
     for name in ("random", "log", "funnel", "best"):
         if "true_value" in report:
             table.add_row(f"true value per request: {name}", f"{report['true_value'][name]:.3f}", "")
+    return table
+
+
+def _cascade(found: dict[str, Any] | None) -> Any:
+    if found is None:
+        return None
+    from rich.table import Table
+
+    from fullrank.funnel.charts import short
+
+    table = Table(
+        title=f"what is left of the final stage's best {found['k']} of all {found['catalogue']:,} items, and costs",
+        title_justify="left",
+        caption=f"{found['requests']:,} requests; values by the final stage",
+        caption_justify="left",
+    )
+    true = "best" in found
+    for name in (
+        "stage",
+        "scores",
+        "FLOPs",
+        "ms",
+        "99 %",
+        "recall",
+        "value",
+        "lost",
+        *(["truly lost"] if true else []),
+    ):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage, values in found["stages"].items():
+        taken = values["milliseconds"]
+        cells = [f"{values['candidates']:,}", short(values["flops"]), f"{taken['p50']:.2f}", f"{taken['p99']:.2f}"]
+        cells += [_number(values["recall"], None, 3), _number(values["value"]), _number(values["lost"])]
+        table.add_row(stage, *cells, *([_number(values["true_lost"])] if true else []))
     return table
 
 

@@ -18,6 +18,7 @@ from fullrank.cli import (
     demo,
     doctor,
     evaluate,
+    funnel,
     index,
     inspect,
     models,
@@ -54,6 +55,7 @@ app.command("plan-memory")(plan_memory.plan_memory)
 app.command("inspect")(inspect.inspect)
 app.add_typer(codes.app, name="codes")
 app.add_typer(index.app, name="index")
+app.add_typer(funnel.app, name="funnel")
 app.command("models")(models.models)
 app.command("doctor")(doctor.doctor)
 

@@ -15,6 +15,7 @@ from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
 from fullrank.funnel.canary import CANARY, canary_text
 from fullrank.funnel.catalogue import ACTIVE, BID, Catalogue
+from fullrank.funnel.deadline import check_deadlines
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import Scorer
@@ -63,7 +64,21 @@ def save_bundle(
             write_weights(ranker, partial / f"{name}.safetensors")
         atomic.write_text(partial / CANARY, canary_text(content))
         sizes, slate = content.sizes.model_dump(mode="json"), content.slate.model_dump(mode="json")
-        write_manifest(partial, stages, value=content.value.text, sizes=sizes, slate=slate, about=about)
+        deadlines = content.deadlines or None
+        value = content.value.text
+        write_manifest(partial, stages, value=value, sizes=sizes, slate=slate, deadlines=deadlines, about=about)
+
+
+def write_sizes(path: Path, sizes: StageSizes) -> None:
+    """Make the bundle of a funnel hand on other numbers of candidates: its manifest is replaced, whole or not at all.
+
+    Raises:
+        ValueError: as `read_manifest`, or if they are not as many as the funnel has stages.
+    """
+    manifest = read_manifest(path)
+    sizes.keeps(len(manifest.stages) - 2)
+    changed = manifest.model_copy(update={"sizes": sizes.model_dump(mode="json")})
+    atomic.write_text(path / MANIFEST, changed.model_dump_json(indent=2) + "\n")
 
 
 def _rankers(funnel: Funnel) -> dict[str, Ranker]:
@@ -154,6 +169,7 @@ def load_bundle(path: Path) -> Funnel | Scorer:
         check_names(early)
         sizes = StageSizes.model_validate(manifest.sizes or {})
         sizes.keeps(len(early))
+        deadlines = check_deadlines(manifest.deadlines or {}, names)
     except ValidationError as error:
         raise ValueError(describe_errors(error, f"{path / MANIFEST}: sizes").splitlines()[0]) from None
     except ValueError as error:
@@ -183,6 +199,7 @@ def load_bundle(path: Path) -> Funnel | Scorer:
         value=manifest.value,
         sizes=sizes,
         slate=slate,
+        deadlines=deadlines,
     )
     found = funnel.retriever.search(funnel.encode([Request()]), len(funnel.items))
     found_keys = found.item_keys_BK[found.found_BK]

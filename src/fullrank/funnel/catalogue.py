@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fullrank.batch import RowGather
 from fullrank.data.dataset import Dataset
-from fullrank.data.encoders import KEY_COLUMNS
+from fullrank.data.encoders import KEY_COLUMNS, Encoders
 from fullrank.data.loader import partial_batch
 from fullrank.data.past import whole_seconds
 from fullrank.retrieval.base import NO_ITEM, item_keys
@@ -193,6 +193,18 @@ def with_market(items: pl.DataFrame, dataset: Dataset, active_days: float | None
     return items.join(
         last.select(item, *([BID] if has_bid else []), ACTIVE), on=item, how="left", maintain_order="left"
     )
+
+
+def most_shown(items: Catalogue, encoders: Encoders) -> Tensor:
+    """Active rows of a catalogue, those first that training had the most rows of; where ids have no vocabulary those of
+    the highest bid, else in the catalogue's order."""
+    rows_I, name = items.active_I, encoders.schema.keys.item_id
+    for place, feature in enumerate(encoders.schema.categorical):
+        if feature.name == name and feature.encoding == "vocabulary":
+            count_V = torch.from_numpy(encoders.vocabularies[feature.table_name].id_counts)
+            shown_I = count_V[items.rows.batch.ids_BF[rows_I, place]]
+            return rows_I[shown_I.argsort(descending=True, stable=True)]
+    return rows_I if items.bid_I is None else rows_I[items.bid_I[rows_I].argsort(descending=True, stable=True)]
 
 
 def usual_context(dataset: Dataset) -> pl.DataFrame:

@@ -6,6 +6,7 @@ They are drawn 340 units wide, the width of a phone's page, so that their text i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
@@ -152,6 +153,124 @@ def curve(
     return figure(title, "".join(drawn), bottom + 42)
 
 
+class Mark(NamedTuple):
+    """A point of a frontier that has a name."""
+
+    name: str
+    cost: float
+    number: float
+
+
+def frontier(
+    title: str,
+    points: Sequence[tuple[float, float]],
+    *,
+    unit: str,
+    cost: str,
+    marks: Sequence[Mark] = (),
+    budget: float = math.nan,
+    form: Callable[[float], str] = lambda number: f"{number:.4g}",
+) -> str:
+    """The most that can be had for a cost, as steps, the cost on a logarithmic axis.
+
+    Args:
+        points: cost and number, from the cheapest on.
+        unit: of the numbers; more is better.
+        cost: what the cost is.
+        budget: gets a line.
+        form: how a mark of the upward axis is written.
+    """
+    points = [(c, number) for c, number in points if c > 0 and math.isfinite(number)]
+    marks = [mark for mark in marks if mark.cost > 0 and math.isfinite(mark.number)]
+    if not points:
+        return ""
+    left, right, top, bottom = 54.0, WIDTH - 14.0, 24.0, 204.0
+    costs = [c for c, _ in points] + [mark.cost for mark in marks] + ([budget] if budget > 0 else [])
+    numbers = [number for _, number in points] + [mark.number for mark in marks]
+    first, last = math.log10(min(costs)) - 0.08, math.log10(max(costs)) + 0.08
+    low, high = min(numbers), max(numbers)
+    margin = (high - low) * 0.08 or max(abs(high) * 0.01, 1e-6)
+    low, high = low - margin, high + margin
+
+    def x(c: float) -> float:
+        return left + (right - left) * (math.log10(c) - first) / (last - first)
+
+    def y(number: float) -> float:
+        return bottom - (bottom - top) * (number - low) / (high - low)
+
+    drawn = [_axis_title(f"{unit} is better ↑", left - 46, 12, anchor="start")]
+    for tick in ticks(low, high, 3):
+        drawn.append(
+            f"<line class=grid x1='{left}' x2='{right}' y1='{y(tick):.1f}' y2='{y(tick):.1f}'/>"
+            f"<text class=soft x='{left - 6}' y='{y(tick) + 4:.1f}' text-anchor=end>{escape(form(tick))}</text>"
+        )
+    for tick in decades(first, last):
+        drawn.append(
+            f"<line class=axis x1='{x(tick):.1f}' x2='{x(tick):.1f}' y1='{bottom}' y2='{bottom + 4}'/>"
+            f"<text class=soft x='{x(tick):.1f}' y='{bottom + 18}' text-anchor=middle>{short(tick)}</text>"
+        )
+    drawn.append(f"<line class=axis x1='{left}' x2='{right}' y1='{bottom}' y2='{bottom}'/>")
+    drawn.append(_axis_title(f"← fewer {cost}", right, bottom + 36))
+    if budget > 0:
+        side, shift = ("end", -5) if x(budget) > (left + right) / 2 else ("start", 5)
+        drawn.append(
+            f"<line class=kept x1='{x(budget):.1f}' x2='{x(budget):.1f}' y1='{top}' y2='{bottom}'/>"
+            f"<text x='{x(budget) + shift:.1f}' y='{bottom - 6}' text-anchor={side}>budget</text>"
+        )
+    steps, before = [], None
+    for c, number in points:
+        if before is not None:
+            steps.append(f"{x(c):.1f},{y(before):.1f}")
+        steps.append(f"{x(c):.1f},{y(number):.1f}")
+        before = number
+    drawn.append(f"<polyline points='{' '.join(steps)}' fill='none' stroke='var(--final)' stroke-width='2'/>")
+    drawn += [f"<circle cx='{x(c):.1f}' cy='{y(n):.1f}' r='2.5' fill='var(--final)'/>" for c, n in points]
+    for place, mark in enumerate(marks):
+        side, shift = ("end", -9) if x(mark.cost) > (left + right) / 2 else ("start", 9)
+        # Names of two points that are near each other stand above and below.
+        lift = 16 if place % 2 == 0 else -8
+        drawn.append(
+            f"<circle class=ring cx='{x(mark.cost):.1f}' cy='{y(mark.number):.1f}' r='6'/>"
+            f"<text x='{x(mark.cost) + shift:.1f}' y='{y(mark.number) + lift:.1f}' text-anchor={side}>"
+            f"{escape(mark.name)}</text>"
+        )
+    return figure(title, "".join(drawn), bottom + 42)
+
+
+def short(number: float) -> str:
+    """A number with a letter for its thousands: 25k, 1.5M, 3G."""
+    for letter, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def alone(drawn: str, style: str) -> str:
+    """The chart of a figure as a file of its own, with its title above it."""
+    title = drawn[drawn.index("<figcaption>") + 12 : drawn.index("</figcaption>")]
+    begin, end = drawn.index("<svg "), drawn.index("</svg>")
+    width, height = WIDTH + 20, float(drawn[begin:].split("viewBox='")[1].split("'")[0].split()[3]) + 40
+    inner = drawn[drawn.index(">", begin) + 1 : end]
+    # What HTML takes without quotation marks, XML does not.
+    inner = re.sub(r"=([A-Za-z][\w-]*)(?=[ />])", r"='\1'", inner)
+    return (
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='-10 0 {width} {height:.0f}' width='{2 * width}' "
+        f"height='{2 * height:.0f}'><style>{style}</style>"
+        f"<rect x='-10' width='{width}' height='{height:.0f}' fill='var(--back)'/>"
+        f"<text x='8' y='22' font-weight='600'>{title}</text><g transform='translate(0 34)'>{inner}</g></svg>\n"
+    )
+
+
+def decades(low: float, high: float) -> list[float]:
+    """Round numbers between two powers of ten, three of them at least."""
+    for digits in _DECADES:  # the fewest that mark an axis in three places
+        found = [digit * 10.0**power for power in range(-9, 19) for digit in digits]
+        found = [tick for tick in found if low <= math.log10(tick) <= high]
+        if len(found) >= 3:
+            break
+    return found
+
+
 # Marks of a decade of a logarithmic axis.
 _DECADES = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), tuple(n / 10 for n in range(10, 100)))
 
@@ -182,12 +301,7 @@ def calibration(title: str, values: Mapping[str, Sequence[float]]) -> str:
         return top + size - along(rate)
 
     drawn = []
-    for digits in _DECADES:  # the fewest that mark an axis in three places
-        ticks = [digit * 10.0**power for power in range(-9, 1) for digit in digits]
-        ticks = [tick for tick in ticks if low <= math.log10(tick) <= high]
-        if len(ticks) >= 3:
-            break
-    for tick in ticks:
+    for tick in decades(low, high):
         drawn.append(
             f"<line class=grid x1='{x(tick):.1f}' x2='{x(tick):.1f}' y1='{top}' y2='{top + size}'/>"
             f"<line class=grid x1='{left}' x2='{left + size}' y1='{y(tick):.1f}' y2='{y(tick):.1f}'/>"

@@ -6,13 +6,20 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import Encoders
+from fullrank.data.simulate import World
 from fullrank.funnel.funnel import Funnel
+from fullrank.funnel.outcomes import affordable, draw, outcomes, sizes_of
 from fullrank.funnel.predictions import predictions
 from fullrank.funnel.recall import hits
 from fullrank.funnel.scorer import Scorer
-from fullrank.metrics import Bootstrap, bootstrap
+from fullrank.funnel.stages import RETRIEVAL
+from fullrank.metrics import Bootstrap, MeanRows, bootstrap
 from fullrank.models.base import Ranker
 from fullrank.schema import Label
 
@@ -31,6 +38,7 @@ def compare_funnels(
     *,
     requests: int = 2000,
     seed: int = 0,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """The final stages of two bundles on the same rows, and of two funnels the recalls on the same requests.
 
@@ -41,6 +49,7 @@ def compare_funnels(
     Args:
         requests: clicked rows, drawn at random, for the recalls.
         seed: of the choice of requests, and of the resamples.
+        world: of a simulated log, for the true value of two funnels' lists.
 
     Returns:
         `split`, `rows`, and what was `resampled`.
@@ -48,6 +57,9 @@ def compare_funnels(
         calibration from 1, or of a number RMSE and MAE; each with `a`, `b`, `difference`, `interval` and a `verdict`:
         "A is better" or "B is better" if the interval excludes zero, else "no difference shown", or "undefined".
         `recall.<place>`: the same for two funnels, over the requests whose item both may retrieve, and `requests`.
+        `cascade`: for two funnels, over the same requests: `recall` and `value` by stage, the shares of the items and
+            of the value of what its own final stage would find in the whole catalogue that are left after the stage,
+            and in a simulated world the `true_value` of the lists; `requests`.
         `verdict`: that of the first task, by NE or RMSE.
 
     Raises:
@@ -78,6 +90,7 @@ def compare_funnels(
     }
     if isinstance(a, Funnel) and isinstance(b, Funnel):
         result["recall"] = _recalls((a, b), views, split, requests, seed)
+        result["cascade"] = _cascades((a, b), views, split, max(1, requests // 20), seed, world)
     return result
 
 
@@ -95,6 +108,32 @@ def _recalls(
     places = [place for place in of_a.found if place in of_b.found and place != "popularity_at_100"]
     compared = _compared(recalls[0], recalls[1], metrics=places, more_is_better=True)
     return {"requests": int(both_R.sum()), **compared}
+
+
+def _cascades(
+    funnels: Sequence[Funnel], views: Sequence[Dataset], split: str, requests: int, seed: int, world: World | None
+) -> dict[str, Any]:
+    requests = min(affordable(funnel, requests) for funnel in funnels)
+    sides: dict[str, list[dict[str, Tensor]]] = {"recall": [], "value": [], "true_value": []}
+    users: list[Tensor | None] = []
+    for funnel, view in zip(funnels, views, strict=True):
+        sizes = sizes_of(funnel)
+        stages = dict(zip([RETRIEVAL, *funnel.early], [sizes[: n + 1] for n in range(len(sizes))], strict=True))
+        found = outcomes(funnel, draw(view, split, requests, seed, world), list(stages.values()))
+        share_RS = found.value_RS / np.where(found.whole_R > 0, found.whole_R, np.nan)[:, None]
+        for name, values_RS in (("recall", found.recall_RS), ("value", share_RS)):
+            by_stage = dict(zip(stages, torch.from_numpy(values_RS.copy()).unbind(1), strict=True))
+            sides[name].append(by_stage)
+        if found.true_RS is not None:
+            sides["true_value"].append({"list": torch.from_numpy(found.true_RS[:, -1].copy())})
+        users.append(found.user_R)
+    result: dict[str, Any] = {"requests": len(found)}
+    for name, both in sides.items():
+        if both:
+            drawn = [bootstrap(MeanRows(values, users[0]), seed=seed) for values in both]
+            shared = [place for place in both[0] if place in both[1]]
+            result[name] = _compared(*drawn, metrics=shared, more_is_better=True)
+    return result
 
 
 def _compared(

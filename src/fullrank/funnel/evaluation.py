@@ -12,7 +12,9 @@ import torch
 
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
+from fullrank.data.simulate import World
 from fullrank.funnel.baselines import as_report, item_rates, one_class_warning, ranker_warning, retrieval_warning
+from fullrank.funnel.cascade import evaluate_cascade
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.predictions import Predictions, intervals, predictions
 from fullrank.funnel.recall import early_recall, hits
@@ -31,6 +33,7 @@ def evaluate_funnel(
     requests: int = 2000,
     seed: int = 0,
     slice_by: Sequence[str] = (),
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Metrics of every stage on one split; a single ranker counts as a final stage, and there are no recalls.
 
@@ -41,6 +44,7 @@ def evaluate_funnel(
         requests: clicked rows, drawn at random, for the recalls.
         seed: of the choice of requests, and of the resamples.
         slice_by: columns to cut the rows by as well: features with one value a row, or further columns of the dataset.
+        world: of a simulated log, for the true value of what the stages lose.
 
     Returns:
         `stages.<stage>.<task>`, the stage being `final` or an early one: of a binary task what `BinaryMetrics.compute`
@@ -58,6 +62,8 @@ def evaluate_funnel(
         do drop cheap clicks.
         `early_recall`: how well the early stages stand in for the final one, which for this scores everything that was
         retrieved: share of its 10 most valuable items that they keep, and of their value.
+        `cascade`: what each stage loses against the final one on the whole catalogue, and costs; see
+            `evaluate_cascade`.
         `cost`: items that retrieval scored for a request: `mean` and `largest`.
         `warnings`: each a `stage`, a `message` and the `advice` that follows: a stage that does not beat what is
         trivial, a label that has one class or no rows.
@@ -102,6 +108,8 @@ def evaluate_funnel(
     report["baselines"] = as_report(rates or {})
     if isinstance(funnel, Funnel):
         report |= _lists(funnel, dataset, split, requests, seed, warnings)
+        few = max(1, requests // 20)
+        report["cascade"] = evaluate_cascade(funnel, dataset, split, requests=few, seed=seed, world=world)
     report["warnings"] = [warning for warning in warnings if warning is not None]
     return report
 

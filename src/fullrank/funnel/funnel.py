@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import polars as pl
@@ -17,7 +19,17 @@ from torch.nn import functional as F
 from fullrank.batch import Batch, RowGather
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
-from fullrank.funnel.catalogue import NO_ROW, Catalogue
+from fullrank.funnel.catalogue import NO_ROW, Catalogue, most_shown
+from fullrank.funnel.deadline import (
+    AT_ONCE,
+    Clock,
+    Deadline,
+    behind,
+    check_deadlines,
+    check_milliseconds,
+    log,
+    score_in_time,
+)
 from fullrank.funnel.requests import Request, RequestEncoder, Shown
 from fullrank.funnel.rules import EMPTY
 from fullrank.funnel.scorer import Observe, ScoredItem, Scorer, trust_ids
@@ -40,12 +52,14 @@ class Ranking(NamedTuple):
 
     Attributes:
         items_UK: rows of the catalogue.
-        value_UK: by the final stage; -inf where the formula gave no number.
-        probabilities_UKT: of binary tasks; predictions of regression tasks.
+        value_UK: by the final stage; -inf where the formula gave no number, NaN where the stage did not come to the
+            item.
+        probabilities_UKT: of binary tasks; predictions of regression tasks; NaN where the final stage gave none.
         passed: by the name of each stage but the final one, the rows that it handed on, in its order, shape (U, C).
         cost_U: items that retrieval scored.
         propensity_UK: probability that the item of a slot was drawn with, see `Slate`; 1 where nothing was drawn.
         payment_UK: what the items pay, see `fullrank.funnel.auction`; NaN where there is none, None without an auction.
+        degraded: of each stage that did not do all its work for some user, whether it was so for each, shape (U,).
     """
 
     items_UK: Tensor
@@ -54,6 +68,7 @@ class Ranking(NamedTuple):
     passed: dict[str, Tensor]
     cost_U: Tensor
     propensity_UK: Tensor
+    degraded: dict[str, Tensor]
     payment_UK: Tensor | None = None
 
     @property
@@ -74,6 +89,10 @@ class Ranking(NamedTuple):
             handed[stage] = [rows_UC.shape[1]] * len(rows_UC) if all_there else (rows_UC != NO_ROW).sum(1).tolist()
         return [dict(zip(handed, numbers, strict=True)) for numbers in zip(*handed.values(), strict=True)]
 
+    def degradations(self) -> list[list[str]]:
+        """The stages that did not do all their work, for each user."""
+        return [[stage for stage, late_U in self.degraded.items() if late_U[row]] for row in range(len(self.items_UK))]
+
 
 @dataclass(frozen=True)
 class RankedItem(ScoredItem):
@@ -90,10 +109,17 @@ class RankedItem(ScoredItem):
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A ranked list, and how many candidates each stage looked at."""
+    """A ranked list.
+
+    Attributes:
+        items: best first. One that the final stage did not come to has no value and no predictions, and stands behind.
+        candidates: how many each stage was handed.
+        degraded: stages that were late or failed, so that the order of the stage before stands in for theirs.
+    """
 
     items: list[RankedItem]
     candidates: dict[str, int]
+    degraded: tuple[str, ...] = ()
 
 
 class Funnel:
@@ -108,10 +134,16 @@ class Funnel:
             be given without a name, and is called `early`.
         value: formula over tasks and `bid`; see `default_formula`.
         slate: how a list is made of the final stage's values; default the largest first.
+        deadlines: milliseconds by stage that it may take for the users of one pass; one that cannot finish hands on
+            what it was handed, in that order, behind what it has scored.
+
+    Attributes:
+        clock: what deadlines and times are read from.
+        prepared: early stages that look at items beforehand, each with its vectors of the catalogue.
 
     Raises:
-        ValueError: if the names of early stages, or their number and that of `sizes`, do not fit, if a bid of the
-            catalogue is negative or infinite, or if `slate` does not fit the schema or the formula.
+        ValueError: if the names of early stages, or their number and that of `sizes`, do not fit, a deadline is of no
+            stage, a bid of the catalogue is negative or infinite, or `slate` does not fit the schema or the formula.
     """
 
     def __init__(
@@ -127,6 +159,7 @@ class Funnel:
         value: str | None = None,
         sizes: StageSizes | None = None,
         slate: SlateConfig | None = None,
+        deadlines: Mapping[str, float] | None = None,
     ) -> None:
         self.encoders = encoders
         self.schema = encoders.schema
@@ -143,11 +176,13 @@ class Funnel:
         self.pairing = Pairing.of(self.schema)
         check_names(self.early)
         self.sizes.keeps(len(self.early))
-        self._prepared: dict[str, tuple[TwoSided, Tensor]] = {}
+        self.deadlines = check_deadlines(deadlines or {}, [RETRIEVAL, *self.early, FINAL])
+        self.clock: Clock = time.perf_counter
+        self.prepared: dict[str, tuple[TwoSided, Tensor]] = {}
         for name, ranker in self.early.items():
             trust_ids(ranker.eval())
             if isinstance(ranker, TwoSided):
-                self._prepared[name] = ranker, _item_vectors(ranker, items.rows.batch)
+                self.prepared[name] = ranker, _item_vectors(ranker, items.rows.batch)
         bid_I = items.bid_I
         self._bid_I = None if bid_I is None else bid_I.float()
         self.slate = slate or SlateConfig()
@@ -160,7 +195,6 @@ class Funnel:
         active_I = self.items.active_I
         self.retriever.index(Items(self.items.keys_I[active_I], self.items.rows.take(active_I)))
 
-    @torch.inference_mode()
     def rank(
         self,
         users: Batch,
@@ -169,6 +203,7 @@ class Funnel:
         *,
         shown: Sequence[Sequence[Shown]] | None = None,
         generator: torch.Generator | None = None,
+        deadline_ms: float | None = None,
     ) -> Ranking:
         """The best k items of each row of `users`, whose user and context columns are filled.
 
@@ -176,11 +211,29 @@ class Funnel:
             observe: told the name of each stage and the seconds it took.
             shown: what each user has been shown, for frequency caps.
             generator: of the draws of a policy that explores; without one the list is greedy.
+            deadline_ms: milliseconds after which no more work is begun; the answer is then what the stages have come
+                to, and says so. A stage that raises, or gives a user only NaN, is treated alike. Retrieval is one
+                piece: before it the most shown items stand in for what it would find, after it what it found late is
+                used.
 
         Raises:
-            ValueError: if k is below 1.
+            ValueError: if k is below 1, or the deadline is no time.
         """
         check_k(k)
+        if deadline_ms is not None:
+            check_milliseconds("deadline_ms", deadline_ms)
+        return self._rank(users, k, observe, Deadline(self.clock, self.deadlines, deadline_ms), shown, generator)
+
+    @torch.inference_mode()
+    def _rank(
+        self,
+        users: Batch,
+        k: int,
+        observe: Observe | None,
+        deadline: Deadline,
+        shown: Sequence[Sequence[Shown]] | None,
+        generator: torch.Generator | None,
+    ) -> Ranking:
         sizes = self.sizes
         keeps = sizes.keeps(len(self.early))
         at_once = max(1, PAIRS_AT_ONCE // sizes.finalists(len(self.early)))
@@ -189,46 +242,55 @@ class Funnel:
             before = [None if shown is None else shown[part] for part in parts]
             return _below(
                 [
-                    self.rank(users[part], k, observe, shown=seen, generator=generator)
+                    self._rank(users[part], k, observe, deadline, seen, generator)
                     for part, seen in zip(parts, before, strict=True)
                 ]
             )
-        mark = time.perf_counter()
+        mark = self.clock()
 
-        def lap(stage: str) -> None:
+        def lap(stage: str, late_U: Tensor) -> None:
             nonlocal mark
-            now = time.perf_counter()
+            now = self.clock()
             if observe is not None:
                 observe(stage, now - mark)
             mark = now
+            if bool(late_U.any()):
+                degraded[stage] = late_U
 
         # A list longer than a stage's share needs more candidates in the stages before.
         keeps = tuple(max(keep, k) for keep in keeps)
-        found = self.retriever.search(users, max(sizes.retrieve, k, *keeps))
-        items_UC = self.items.places(found.item_keys_BK)
+        degraded: dict[str, Tensor] = {}
+        items_UC, cost_U, late_U = self._retrieved(users, max(sizes.retrieve, k, *keeps), deadline)
         passed, whole = {RETRIEVAL: items_UC}, _is_whole(items_UC)
-        lap(RETRIEVAL)
+        lap(RETRIEVAL, late_U)
         for stage, keep in zip(self.early, keeps, strict=True):
+            late_U = torch.zeros(len(users), dtype=torch.bool)
             if items_UC.shape[1] > keep:
-                _, place_UC = top_k(self._early_values(stage, users, items_UC, whole), keep)
-                items_UC = items_UC.gather(1, place_UC)
+                logits_UCT, scored_UC = self._logits(stage, users, items_UC, whole, deadline)
+                _, place_UC = top_k(behind(self._values(logits_UCT, items_UC, whole), scored_UC), keep)
+                items_UC, late_U = items_UC.gather(1, place_UC), ~scored_UC.all(1)
             passed[stage] = items_UC
-            lap(stage)
-        logits_UCT = self._pair_logits(self.final, users, items_UC, whole)
-        value_UC = self._values(logits_UCT, items_UC, whole)
+            lap(stage, late_U)
+        logits_UCT, scored_UC = self._logits(FINAL, users, items_UC, whole, deadline)
+        value_UC = behind(self._values(logits_UCT, items_UC, whole), scored_UC)
         bid_UC = None if self._bid_I is None else self._bid_I[items_UC]
-        slate = self._make_slate(value_UC, logits_UCT, items_UC, bid_UC, k, shown=shown, generator=generator)
+        late_U = ~scored_UC.all(1)
+        # Where values are not all there, nothing is drawn by them.
+        draws = None if bool(late_U.any()) else generator
+        slate = self._make_slate(value_UC, logits_UCT, items_UC, bid_UC, k, shown=shown, generator=draws)
         empty_UK, place_UK = slate.places_UK == EMPTY, slate.places_UK.clamp_min(0)
+        value_UK = value_UC.gather(1, place_UK).masked_fill(~scored_UC.gather(1, place_UK), torch.nan)
         probabilities_UCT = self.scorer.predictions(logits_UCT)
         probabilities_UKT = probabilities_UCT.gather(1, place_UK[:, :, None].expand(-1, -1, len(self.scorer.tasks)))
-        lap(FINAL)
+        lap(FINAL, late_U)
         return Ranking(
             items_UC.gather(1, place_UK).masked_fill_(empty_UK, NO_ROW),
-            value_UC.gather(1, place_UK).masked_fill_(empty_UK, -torch.inf),
+            value_UK.masked_fill_(empty_UK, -torch.inf),
             probabilities_UKT.masked_fill_(empty_UK[:, :, None], torch.nan),
             passed,
-            found.cost_B,
+            cost_U,
             slate.propensity_UK,
+            degraded,
             slate.payment_UK,
         )
 
@@ -236,10 +298,13 @@ class Funnel:
     def stage_values(self, users: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """What retrieval finds, as rows of the catalogue (U, C), and its value by each stage after, likewise."""
         items_UC = self.items.places(self.retriever.search(users, self.sizes.retrieve).item_keys_BK)
+        return items_UC, {stage: self.values_of(stage, users, items_UC) for stage in (*self.early, FINAL)}
+
+    @torch.inference_mode()
+    def values_of(self, stage: str, users: Batch, items_UC: Tensor) -> Tensor:
+        """The value of rows of the catalogue by a stage after retrieval, -inf where there is no item, shape (U, C)."""
         whole = _is_whole(items_UC)
-        values = {stage: self._early_values(stage, users, items_UC, whole) for stage in self.early}
-        values[FINAL] = self._values(self._pair_logits(self.final, users, items_UC, whole), items_UC, whole)
-        return items_UC, values
+        return self._values(self._score(stage, users, items_UC, whole), items_UC, whole)
 
     def recommend(
         self,
@@ -248,25 +313,29 @@ class Funnel:
         observe: Observe | None = None,
         *,
         generator: torch.Generator | None = None,
+        deadline_ms: float | None = None,
     ) -> list[Recommendation]:
         """The best k items for each request, all there are if k is larger; unknown users are served.
 
         Args:
-            observe: told the name of each stage and the seconds it took.
+            observe, deadline_ms: as of `rank`; reading the requests counts.
             generator: of the draws of a policy that explores; default one that begins anew in each process.
 
         Raises:
-            ValueError: if k is below 1, or a request gives an unknown feature or one of the wrong type.
+            ValueError: if k is below 1, the deadline is no time, or a request gives an unknown feature or one of the
+                wrong type.
         """
         check_k(k)
+        if deadline_ms is not None:
+            check_milliseconds("deadline_ms", deadline_ms)
         if not requests:
             return []
-        mark = time.perf_counter()
+        deadline, mark = Deadline(self.clock, self.deadlines, deadline_ms), self.clock()
         users = self.encode(requests)
         if observe is not None:
-            observe("encode", time.perf_counter() - mark)
-        shown = [request.shown for request in requests]
-        ranking = self.rank(users, k, observe, shown=shown if any(shown) else None, generator=generator or self._draws)
+            observe("encode", self.clock() - mark)
+        shown = [request.shown for request in requests] if any(request.shown for request in requests) else None
+        ranking = self._rank(users, k, observe, deadline, shown, generator or self._draws)
         names = self.items.ids
         payments = ranking.payment_UK
         lists = zip(
@@ -280,14 +349,21 @@ class Funnel:
         return [
             Recommendation(
                 [
-                    RankedItem(names[row], value, dict(zip(self.scorer.tasks, predictions, strict=True)), *drawn)
+                    RankedItem(names[row], None if math.isnan(value) else value, self._named(predictions), *drawn)
                     for row, value, predictions, *drawn in zip(*columns, strict=True)
                     if row != NO_ROW
                 ],
                 counts,
+                tuple(degraded),
             )
-            for columns, counts in zip(lists, ranking.counts(), strict=True)
+            for columns, counts, degraded in zip(lists, ranking.counts(), ranking.degradations(), strict=True)
         ]
+
+    def _named(self, predictions: Sequence[float]) -> dict[str, float]:
+        """By task; none at all of an item that the final stage did not come to."""
+        if all(math.isnan(number) for number in predictions):
+            return {}
+        return dict(zip(self.scorer.tasks, predictions, strict=True))
 
     @torch.inference_mode()
     def score(self, request: Request, item_ids: Sequence[int | str]) -> list[ScoredItem]:
@@ -325,14 +401,58 @@ class Funnel:
                 blank = blank.with_columns(self.encoders.transform(raw, allow_missing=True)[name])
         return partial_batch(blank, self.schema)
 
-    def _early_values(self, stage: str, users: Batch, items_UC: Tensor, whole: bool) -> Tensor:
-        if stage not in self._prepared:
-            return self._values(self._pair_logits(self.early[stage], users, items_UC, whole), items_UC, whole)
-        ranker, vectors_IV = self._prepared[stage]
-        # A place without an item has one's vector all the same; its value is taken away after.
+    def _retrieved(self, users: Batch, count: int, deadline: Deadline) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the catalogue (U, C), items scored for each user, and whether it was late or failed for each."""
+        end, usual_C = deadline.of(RETRIEVAL), self._usual_I[:count]
+        count_U = len(users)
+        if not deadline.is_over():
+            try:
+                found = self.retriever.search(users, count)
+            except Exception:
+                log.warning("retrieval failed; the most shown items stand in", exc_info=True)
+            else:
+                items_UC = self.items.places(found.item_keys_BK)
+                late_U = torch.full((count_U,), self.clock() >= end)
+                if bool(found.scores_BK.isnan().any()):
+                    nothing_U = (found.scores_BK.isnan() | ~found.found_BK).all(1) & found.found_BK.any(1)
+                    width = min(items_UC.shape[1], usual_C.numel())
+                    items_UC[nothing_U] = F.pad(usual_C[:width], (0, items_UC.shape[1] - width), value=NO_ROW)
+                    late_U |= nothing_U
+                return items_UC, found.cost_B, late_U
+        none_U = torch.zeros(count_U, dtype=torch.int64)
+        return usual_C.expand(count_U, -1), none_U, torch.ones(count_U, dtype=torch.bool)
+
+    @cached_property
+    def _usual_I(self) -> Tensor:
+        """What is handed on where retrieval cannot: the active rows of the catalogue, the most shown first."""
+        return most_shown(self.items, self.encoders)
+
+    def _logits(
+        self, stage: str, users: Batch, items_UC: Tensor, whole: bool, deadline: Deadline
+    ) -> tuple[Tensor, Tensor]:
+        """logits_UCT of a stage, NaN where there is none, and which candidates it came to, shape (U, C)."""
+        logits_UCT = torch.full((*items_UC.shape, len(self.scorer.tasks)), torch.nan)
+        # What looks at items beforehand is done at once: its user's side would be computed again for each part.
+        at_once = items_UC.shape[1] if stage in self.prepared else AT_ONCE
+        scored_UC = score_in_time(
+            stage,
+            lambda columns: self._score(stage, users, items_UC[:, columns], whole),
+            logits_UCT,
+            deadline,
+            at_once=at_once,
+        )
+        # No candidates are no failure.
+        return logits_UCT, scored_UC if whole else scored_UC | (items_UC == NO_ROW)
+
+    def _score(self, stage: str, users: Batch, items_UC: Tensor, whole: bool) -> Tensor:
+        """logits_UCT of a stage, anything where there is no item."""
+        if stage not in self.prepared:
+            ranker = self.final if stage == FINAL else self.early[stage]
+            return self._pair_logits(ranker, users, items_UC, whole)
+        prepared, vectors_IV = self.prepared[stage]
         rows_UC = items_UC if whole else items_UC.clamp_min(0)
         vectors_PV = vectors_IV.index_select(0, rows_UC.reshape(-1))
-        return self._values(ranker.score(users, vectors_PV.view(*items_UC.shape, -1)), items_UC, whole)
+        return prepared.score(users, vectors_PV.view(*items_UC.shape, -1))
 
     def _pair_logits(self, ranker: Ranker, users: Batch, items_UC: Tensor, whole: bool) -> Tensor:
         """logits_UCT of a ranker on pairs, NaN where there is no item: those places are no pairs."""
@@ -383,5 +503,11 @@ def _below(parts: Sequence[Ranking]) -> Ranking:
         {stage: joined([part.passed[stage] for part in parts], NO_ROW) for stage in parts[0].passed},
         torch.cat([part.cost_U for part in parts]),
         joined([part.propensity_UK for part in parts], 1.0),
+        {
+            stage: torch.cat(
+                [part.degraded.get(stage, torch.zeros(len(part.cost_U), dtype=torch.bool)) for part in parts]
+            )
+            for stage in dict.fromkeys(stage for part in parts for stage in part.degraded)
+        },
         None if not payments else joined(payments, torch.nan),
     )

@@ -75,4 +75,5 @@ def with_rankers(content: Funnel | Scorer, rankers: Mapping[str, Ranker]) -> Fun
         value=content.value.text,
         sizes=content.sizes,
         slate=content.slate,
+        deadlines=content.deadlines,
     )

@@ -11,7 +11,7 @@ from typing import Any
 import fullrank
 from fullrank.data import atomic
 from fullrank.data.dataset import Dataset
-from fullrank.funnel import charts, report_parts
+from fullrank.funnel import charts, report_cascade, report_parts
 from fullrank.funnel.charts import number_of
 from fullrank.funnel.evaluation import evaluate_funnel
 from fullrank.funnel.funnel import Funnel
@@ -157,7 +157,10 @@ def render(
         beside.append(report_parts.calibration(judge, curve))
     if report.get("recall"):
         beside.append(report_parts.recall(report))
-    parts += [report_parts.pair(*beside), report_parts.slices(report.get("slices") or [])]
+    parts.append(report_parts.pair(*beside))
+    if report.get("cascade"):
+        parts.append(report_cascade.cascade(report["cascade"]))
+    parts.append(report_parts.slices(report.get("slices") or []))
     if report.get("true_value") is not None:
         parts.append(report_parts.true_value(report["true_value"]))
     parts += [_learning(judge, training), _times(training.get("seconds", {}))]

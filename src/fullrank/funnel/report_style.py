@@ -15,11 +15,23 @@ MEANINGS = {
     "warn": "a warning",
 }
 
-STYLE = """
+_COLOURS = """
 :root{color-scheme:light dark;--ink:#1b2430;--soft:#566171;--line:#dde2e9;--card:#f6f8fa;--back:#fff;
 --base:#9aa4b2;--retrieval:#8a4fd0;--early:#e07b1f;--final:#2457c5;--best:#1f8a55;--warn:#b3261e}
 @media(prefers-color-scheme:dark){:root{--ink:#e2e7ee;--soft:#a3afbf;--line:#323b49;--card:#1d232c;--back:#141920;
 --base:#6f7b8c;--retrieval:#b794f6;--early:#f2a65a;--final:#7aa2ff;--best:#5ecb95;--warn:#ff8a80}}
+"""
+
+_CHARTS = """
+svg text{fill:var(--ink)}svg .soft{fill:var(--soft);font-size:13px}svg .number{font-variant-numeric:tabular-nums}
+svg .grid{stroke:var(--line)}svg .axis{stroke:var(--soft);stroke-opacity:.7}
+svg .whisker{stroke:var(--ink);stroke-width:1.5}svg .ring{fill:none;stroke:var(--ink);stroke-width:1.5}
+svg .kept{stroke:var(--ink);stroke-dasharray:2 3}svg .unbiased{stroke:var(--soft);stroke-dasharray:5 4}
+"""
+
+STYLE = (
+    _COLOURS
+    + """
 *{box-sizing:border-box}
 body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);background:var(--back);
 max-width:60rem;margin:2rem auto;padding:0 1.25rem;overflow-wrap:anywhere}
@@ -38,11 +50,6 @@ h3{font-size:1rem;margin:1.25rem 0 0}p{margin:.35rem 0;max-width:46rem}
 .pair{align-items:start}
 figure{margin:.9rem 0;max-width:23.5rem}figcaption{font-weight:600;font-size:.95rem;margin-bottom:.35rem}
 figure svg{display:block;width:100%;height:auto;font:13px system-ui,sans-serif;overflow:visible}
-svg text{fill:var(--ink)}svg .soft{fill:var(--soft);font-size:13px}svg .number{font-variant-numeric:tabular-nums}
-@media(max-width:375px){figure svg,svg .soft{font-size:14.5px}}
-svg .grid{stroke:var(--line)}svg .axis{stroke:var(--soft);stroke-opacity:.7}
-svg .whisker{stroke:var(--ink);stroke-width:1.5}svg .ring{fill:none;stroke:var(--ink);stroke-width:1.5}
-svg .kept{stroke:var(--ink);stroke-dasharray:2 3}svg .unbiased{stroke:var(--soft);stroke-dasharray:5 4}
 .wide{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;margin:.5rem 0;font-size:.94rem}
 th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:middle}
@@ -57,3 +64,11 @@ td .bar{display:inline-block;height:.6rem;border-radius:2px;vertical-align:middl
 .facts td{white-space:normal;text-align:left}.facts td:first-child{color:var(--soft);width:9rem}
 .yes{color:var(--best)}
 """
+    + _CHARTS
+    + """
+@media(max-width:375px){figure svg,svg .soft{font-size:14.5px}}
+"""
+)
+
+# Of a chart that is a file of its own.
+ALONE = _COLOURS + "svg{font:13px system-ui,sans-serif}" + _CHARTS

@@ -13,6 +13,7 @@ from fullrank.funnel.bundle import save_bundle
 from fullrank.funnel.evaluation import evaluate_funnel
 from fullrank.funnel.stages import RETRIEVAL
 from fullrank.funnel.training import FunnelConfig, train_funnel, written_out
+from fullrank.funnel.true_value import world_of
 from fullrank.training.recipe import Recipe, explain
 from fullrank.training.result import learning_curves
 from fullrank.training.run import Progress, Report, defined
@@ -56,7 +57,8 @@ def run_funnel(
     )
     fitted = time.perf_counter() - begin
     splits = [split for split in ("valid", "test") if split in dataset.splits and dataset.rows(split)]
-    metrics: dict[str, Any] = {split: evaluate_funnel(funnel, dataset, split) for split in splits}
+    world = world_of(dataset)
+    metrics: dict[str, Any] = {split: evaluate_funnel(funnel, dataset, split, world=world) for split in splits}
     evaluated = time.perf_counter() - begin - fitted
     bundle = None
     if directory is not None:

@@ -46,6 +46,9 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, Mapping | EarlyConfig) else value
 
 
+Milliseconds = Annotated[float | None, Field(gt=0, allow_inf_nan=False)]
+
+
 class EarlyConfig(BaseModel):
     """An early stage: its model, and how it learns.
 
@@ -55,6 +58,7 @@ class EarlyConfig(BaseModel):
         training: how it learns.
         embedding: how its tables learn.
         keep: items that the stage hands on; default what `sizes` says.
+        deadline_ms: milliseconds that the stage may take for a request; default any time.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,6 +68,7 @@ class EarlyConfig(BaseModel):
     training: TrainerConfig = TrainerConfig(batch_size=4096, learning_rate=2e-3, monitor="ne")
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
     keep: int | None = Field(default=None, ge=1)
+    deadline_ms: Milliseconds = None
 
 
 class FinalConfig(BaseModel):
@@ -73,6 +78,7 @@ class FinalConfig(BaseModel):
         model: a ranker.
         training: how it learns.
         embedding: how its tables learn.
+        deadline_ms: milliseconds that the stage may take for a request; default any time.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -80,6 +86,7 @@ class FinalConfig(BaseModel):
     model: RankerSpec = RankerSpec.of({"name": "din", "hidden": [128, 64], "batch_norm": True})
     training: TrainerConfig = TrainerConfig(batch_size=2048, learning_rate=2e-3, monitor="ne")
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
+    deadline_ms: Milliseconds = None
 
 
 class FunnelConfig(BaseModel):
@@ -90,6 +97,7 @@ class FunnelConfig(BaseModel):
         early: the early stages in order, or one of them alone; none where the list is empty.
         final: the final stage.
         sizes: how many candidates pass; what an early stage says of itself goes before it.
+        retrieval_deadline_ms: milliseconds that retrieval may take for a request; default any time.
         value: value formula; default `bid * <first task>`, or the first task where the log has no bid.
         slate: how a list is made of the values: exploration, diversity, frequency caps, an auction.
         active_days: items not shown in the last so many days of the log are not retrieved; None retrieves all.
@@ -104,6 +112,7 @@ class FunnelConfig(BaseModel):
     early: Annotated[tuple[EarlyConfig, ...], BeforeValidator(_listed)] = (EarlyConfig(),)
     final: FinalConfig = FinalConfig()
     sizes: StageSizes = StageSizes()
+    retrieval_deadline_ms: Milliseconds = None
     value: str | None = None
     slate: SlateConfig = SlateConfig()
     active_days: float | None = Field(default=None, gt=0)
@@ -114,6 +123,13 @@ class FunnelConfig(BaseModel):
         check_names(stage.name for stage in self.early)
         self.stage_sizes.keeps(len(self.early))
         return self
+
+    @property
+    def deadlines(self) -> dict[str, float]:
+        """Milliseconds of each stage that has a deadline."""
+        said = {RETRIEVAL: self.retrieval_deadline_ms, **{stage.name: stage.deadline_ms for stage in self.early}}
+        said[FINAL] = self.final.deadline_ms
+        return {stage: milliseconds for stage, milliseconds in said.items() if milliseconds is not None}
 
     @property
     def stage_sizes(self) -> StageSizes:
@@ -238,6 +254,7 @@ def train_funnel(
         value=config.value,
         sizes=config.stage_sizes,
         slate=config.slate,
+        deadlines=config.deadlines,
     )
     funnel.index_active()
     return funnel, results

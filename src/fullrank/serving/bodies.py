@@ -51,13 +51,20 @@ class Impression(Strict):
 
 
 class RecommendRequest(Asker):
-    """Ask for the best `k` items; `shown` is what frequency caps count."""
+    """Ask for the best `k` items.
+
+    Attributes:
+        shown: what frequency caps count.
+        deadline_ms: milliseconds after which no more work is begun, waiting for a worker counted; the answer then has
+            what the stages have come to.
+    """
 
     model_config = ConfigDict(
         extra="forbid", strict=True, json_schema_extra={"examples": [{"user_id": 7, "k": 5}, {"k": 5}]}
     )
 
     k: int = Field(default=10, ge=1, le=2**31 - 1)
+    deadline_ms: Number | None = Field(default=None, gt=0)
     shown: list[Impression] = Field(default_factory=list, max_length=10_000)
 
     def request(self) -> funnel_requests.Request:
@@ -108,10 +115,14 @@ class RecommendedItem(Item):
 
 
 class RecommendResponse(Strict):
-    """A ranked list, and the number of candidates that each stage scored."""
+    """A ranked list, the number of candidates that each stage was handed, and the stages that were late or failed.
+
+    An item that a late final stage did not come to has a null value and no predictions, and stands behind the others.
+    """
 
     items: list[RecommendedItem]
     candidates: dict[str, int]
+    degraded: list[str]
 
 
 class ScoreResponse(Strict):

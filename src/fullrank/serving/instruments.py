@@ -25,6 +25,12 @@ class Instruments:
             registry=self.registry,
             buckets=SECONDS,
         )
+        self.degraded = Counter(
+            "fullrank_stage_degraded",
+            "Lists for which a stage was late or failed, and another order stood in.",
+            ("stage",),
+            registry=self.registry,
+        )
         self.in_flight = Gauge("fullrank_requests_in_flight", "Requests being served.", registry=self.registry)
         self.rows = Gauge("fullrank_rows_admitted", "Rows to be scored that were let in.", registry=self.registry)
         self.refused = Counter(

@@ -59,11 +59,18 @@ def add_routes(
         """The best items for a user, best first; all there are if `k` is larger than the catalogue."""
         if funnel is None:
             raise NoCatalogue
+        arrived = time.perf_counter()
 
         def work() -> bytes:
+            left = body.deadline_ms
+            if left is not None:
+                left = max(0.0, left - 1000 * (time.perf_counter() - arrived))
             request = _with_events(body.request(), store)
-            found = funnel.recommend([request], body.k, instruments.observe_stage)[0]
-            return encoded({"items": [recommended_json(item) for item in found.items], "candidates": found.candidates})
+            found = funnel.recommend([request], body.k, instruments.observe_stage, deadline_ms=left)[0]
+            for stage in found.degraded:
+                instruments.degraded.labels(stage).inc()
+            items = [recommended_json(item) for item in found.items]
+            return encoded({"items": items, "candidates": found.candidates, "degraded": found.degraded})
 
         rows = min(len(funnel.items), max(body.k, funnel.sizes.finalists(len(funnel.early))))
         asked.state.said = {"rows": rows}

@@ -58,6 +58,7 @@ class Manifest(BaseModel):
         value: the value formula.
         sizes: how many candidates pass the stages of a funnel.
         slate: how a funnel makes a list of values; None, as before there was a choice, the largest first.
+        deadlines: milliseconds by stage of a funnel that it may take.
         about: where the bundle comes from, for people.
     """
 
@@ -70,6 +71,7 @@ class Manifest(BaseModel):
     value: str | None = None
     sizes: dict[str, Any] | None = None
     slate: dict[str, Any] | None = None
+    deadlines: dict[str, float] | None = None
     about: dict[str, Any] = {}
     files: dict[str, File]
 
@@ -81,6 +83,7 @@ def write_manifest(
     value: str | None = None,
     sizes: dict[str, Any] | None = None,
     slate: dict[str, Any] | None = None,
+    deadlines: dict[str, float] | None = None,
     about: dict[str, Any] | None = None,
 ) -> None:
     """Write the manifest of all files below `directory`."""
@@ -92,6 +95,7 @@ def write_manifest(
         value=value,
         sizes=sizes,
         slate=slate,
+        deadlines=deadlines,
         about=about or {},
         files={name: describe_file(directory / name) for name in _listing(directory)},
     )

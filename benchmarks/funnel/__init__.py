@@ -1,0 +1,1 @@
+"""Stages of a funnel: what they find, are worth and cost."""
