@@ -15,10 +15,12 @@ import polars as pl
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from fullrank.batch import Batch, RowGather
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
+from fullrank.funnel.attributes import Attributes
 from fullrank.funnel.catalogue import NO_ROW, Catalogue, most_shown
 from fullrank.funnel.deadline import (
     AT_ONCE,
@@ -37,7 +39,7 @@ from fullrank.funnel.slate import SlateConfig
 from fullrank.funnel.slate_making import SlateMaker
 from fullrank.funnel.stages import FINAL, RETRIEVAL, StageSizes, TwoSided, check_names
 from fullrank.models.base import Ranker
-from fullrank.retrieval.base import Items, Retriever, check_k
+from fullrank.retrieval.base import NO_ITEM, Items, Retriever, SearchResult, check_k
 from fullrank.retrieval.exact import top_k
 from fullrank.retrieval.pairing import Pairing
 
@@ -92,6 +94,43 @@ class Ranking(NamedTuple):
     def degradations(self) -> list[list[str]]:
         """The stages that did not do all their work, for each user."""
         return [[stage for stage, late_U in self.degraded.items() if late_U[row]] for row in range(len(self.items_UK))]
+
+
+class Terms(NamedTuple):
+    """Which items may be recommended. They hold in retrieval: no list is shorter while there are others to recommend.
+
+    Attributes:
+        shown: what each user has been shown, for frequency caps.
+        excluded_UE: rows of the catalogue that are not recommended to each user, `NO_ROW` behind the last.
+        allowed_I: whether each row of the catalogue may be recommended, to all users.
+    """
+
+    shown: Sequence[Sequence[Shown]] | None = None
+    excluded_UE: Tensor | None = None
+    allowed_I: Tensor | None = None
+
+    def of(self, users: slice) -> Terms:
+        """Those of some users."""
+        shown = None if self.shown is None else self.shown[users]
+        return Terms(shown, None if self.excluded_UE is None else self.excluded_UE[users], self.allowed_I)
+
+    def out(self, rows_UC: Tensor) -> Tensor:
+        """Which rows of the catalogue are excluded, or none, bool of shape (U, C)."""
+        out_UC = rows_UC == NO_ROW
+        if self.excluded_UE is not None:
+            excluded = [torch.isin(*each) for each in zip(rows_UC, self.excluded_UE, strict=True)]
+            out_UC = out_UC | torch.stack(excluded)
+        return out_UC
+
+    def left(self, rows_UC: Tensor, count: int) -> Tensor:
+        """The first rows of the catalogue that are not excluded, `NO_ROW` behind the last."""
+        more = 0 if self.excluded_UE is None else self.excluded_UE.shape[1]
+        rows_UC = rows_UC[:, : count + more]
+        if not more:
+            return rows_UC
+        out_UC = self.out(rows_UC)
+        order_UC = out_UC.to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+        return rows_UC.gather(1, order_UC).masked_fill(out_UC.gather(1, order_UC), NO_ROW)
 
 
 @dataclass(frozen=True)
@@ -201,7 +240,7 @@ class Funnel:
         k: int,
         observe: Observe | None = None,
         *,
-        shown: Sequence[Sequence[Shown]] | None = None,
+        terms: Terms | None = None,
         generator: torch.Generator | None = None,
         deadline_ms: float | None = None,
     ) -> Ranking:
@@ -209,7 +248,7 @@ class Funnel:
 
         Args:
             observe: told the name of each stage and the seconds it took.
-            shown: what each user has been shown, for frequency caps.
+            terms: which items may be recommended to whom; default all.
             generator: of the draws of a policy that explores; without one the list is greedy.
             deadline_ms: milliseconds after which no more work is begun; the answer is then what the stages have come
                 to, and says so. A stage that raises, or gives a user only NaN, is treated alike. Retrieval is one
@@ -222,7 +261,9 @@ class Funnel:
         check_k(k)
         if deadline_ms is not None:
             check_milliseconds("deadline_ms", deadline_ms)
-        return self._rank(users, k, observe, Deadline(self.clock, self.deadlines, deadline_ms), shown, generator)
+        return self._rank(
+            users, k, observe, Deadline(self.clock, self.deadlines, deadline_ms), terms or Terms(), generator
+        )
 
     @torch.inference_mode()
     def _rank(
@@ -231,7 +272,7 @@ class Funnel:
         k: int,
         observe: Observe | None,
         deadline: Deadline,
-        shown: Sequence[Sequence[Shown]] | None,
+        terms: Terms,
         generator: torch.Generator | None,
     ) -> Ranking:
         sizes = self.sizes
@@ -239,13 +280,7 @@ class Funnel:
         at_once = max(1, PAIRS_AT_ONCE // sizes.finalists(len(self.early)))
         if len(users) > at_once:
             parts = [slice(i, i + at_once) for i in range(0, len(users), at_once)]
-            before = [None if shown is None else shown[part] for part in parts]
-            return _below(
-                [
-                    self._rank(users[part], k, observe, deadline, seen, generator)
-                    for part, seen in zip(parts, before, strict=True)
-                ]
-            )
+            return _below([self._rank(users[p], k, observe, deadline, terms.of(p), generator) for p in parts])
         mark = self.clock()
 
         def lap(stage: str, late_U: Tensor) -> None:
@@ -260,7 +295,7 @@ class Funnel:
         # A list longer than a stage's share needs more candidates in the stages before.
         keeps = tuple(max(keep, k) for keep in keeps)
         degraded: dict[str, Tensor] = {}
-        items_UC, cost_U, late_U = self._retrieved(users, max(sizes.retrieve, k, *keeps), deadline)
+        items_UC, cost_U, late_U = self._retrieved(users, max(sizes.retrieve, k, *keeps), deadline, terms)
         passed, whole = {RETRIEVAL: items_UC}, _is_whole(items_UC)
         lap(RETRIEVAL, late_U)
         for stage, keep in zip(self.early, keeps, strict=True):
@@ -277,7 +312,7 @@ class Funnel:
         late_U = ~scored_UC.all(1)
         # Where values are not all there, nothing is drawn by them.
         draws = None if bool(late_U.any()) else generator
-        slate = self._make_slate(value_UC, logits_UCT, items_UC, bid_UC, k, shown=shown, generator=draws)
+        slate = self._make_slate(value_UC, logits_UCT, items_UC, bid_UC, k, shown=terms.shown, generator=draws)
         empty_UK, place_UK = slate.places_UK == EMPTY, slate.places_UK.clamp_min(0)
         value_UK = value_UC.gather(1, place_UK).masked_fill(~scored_UC.gather(1, place_UK), torch.nan)
         probabilities_UCT = self.scorer.predictions(logits_UCT)
@@ -301,10 +336,16 @@ class Funnel:
         return items_UC, {stage: self.values_of(stage, users, items_UC) for stage in (*self.early, FINAL)}
 
     @torch.inference_mode()
+    def predictions_of(self, stage: str, users: Batch, items_UC: Tensor) -> tuple[Tensor, Tensor]:
+        """Values, as of `values_of`, and predictions_UCT of a stage after retrieval."""
+        whole = _is_whole(items_UC)
+        logits_UCT = self._score(stage, users, items_UC, whole)
+        return self._values(logits_UCT, items_UC, whole), self.scorer.predictions(logits_UCT)
+
+    @torch.inference_mode()
     def values_of(self, stage: str, users: Batch, items_UC: Tensor) -> Tensor:
         """The value of rows of the catalogue by a stage after retrieval, -inf where there is no item, shape (U, C)."""
-        whole = _is_whole(items_UC)
-        return self._values(self._score(stage, users, items_UC, whole), items_UC, whole)
+        return self.predictions_of(stage, users, items_UC)[0]
 
     def recommend(
         self,
@@ -330,12 +371,17 @@ class Funnel:
             check_milliseconds("deadline_ms", deadline_ms)
         if not requests:
             return []
+        if len(requests) > 1 and any(request.filter is not None for request in requests):
+            return [
+                found
+                for request in requests
+                for found in self.recommend([request], k, observe, generator=generator, deadline_ms=deadline_ms)
+            ]
         deadline, mark = Deadline(self.clock, self.deadlines, deadline_ms), self.clock()
         users = self.encode(requests)
         if observe is not None:
             observe("encode", self.clock() - mark)
-        shown = [request.shown for request in requests] if any(request.shown for request in requests) else None
-        ranking = self._rank(users, k, observe, deadline, shown, generator or self._draws)
+        ranking = self._rank(users, k, observe, deadline, self.terms(requests), generator or self._draws)
         names = self.items.ids
         payments = ranking.payment_UK
         lists = zip(
@@ -358,6 +404,29 @@ class Funnel:
             )
             for columns, counts, degraded in zip(lists, ranking.counts(), ranking.degradations(), strict=True)
         ]
+
+    def terms(self, requests: Sequence[Request]) -> Terms:
+        """What requests without filters, or a single one, say of the items.
+
+        Raises:
+            ValueError: if the filter speaks of an unknown column.
+        """
+        excluded_UE = None
+        if any(request.exclude for request in requests):
+            places = (map(self.items.row_of.get, map(str, request.exclude)) for request in requests)
+            rows = [torch.tensor(list({place for place in each if place is not None})) for each in places]
+            excluded_UE = pad_sequence(rows, batch_first=True, padding_value=NO_ROW).long()
+        wanted = requests[0].filter
+        return Terms(
+            [request.shown for request in requests] if any(request.shown for request in requests) else None,
+            excluded_UE,
+            None if wanted is None else self.attributes.chosen(wanted),
+        )
+
+    @cached_property
+    def attributes(self) -> Attributes:
+        """What filters may speak of."""
+        return Attributes(self.items, self.encoders)
 
     def _named(self, predictions: Sequence[float]) -> dict[str, float]:
         """By task; none at all of an item that the final stage did not come to."""
@@ -401,26 +470,63 @@ class Funnel:
                 blank = blank.with_columns(self.encoders.transform(raw, allow_missing=True)[name])
         return partial_batch(blank, self.schema)
 
-    def _retrieved(self, users: Batch, count: int, deadline: Deadline) -> tuple[Tensor, Tensor, Tensor]:
+    def _retrieved(self, users: Batch, count: int, deadline: Deadline, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of the catalogue (U, C), items scored for each user, and whether it was late or failed for each."""
-        end, usual_C = deadline.of(RETRIEVAL), self._usual_I[:count]
-        count_U = len(users)
+        end, usual_C = deadline.of(RETRIEVAL), self._usual_I
+        if terms.allowed_I is not None:
+            usual_C = usual_C[terms.allowed_I[usual_C]]
+        usual_UC = terms.left(usual_C.expand(len(users), -1), count)
         if not deadline.is_over():
             try:
-                found = self.retriever.search(users, count)
+                found = self.searched(users, count, terms)
             except Exception:
                 log.warning("retrieval failed; the most shown items stand in", exc_info=True)
             else:
                 items_UC = self.items.places(found.item_keys_BK)
-                late_U = torch.full((count_U,), self.clock() >= end)
+                late_U = torch.full((len(users),), self.clock() >= end)
                 if bool(found.scores_BK.isnan().any()):
                     nothing_U = (found.scores_BK.isnan() | ~found.found_BK).all(1) & found.found_BK.any(1)
-                    width = min(items_UC.shape[1], usual_C.numel())
-                    items_UC[nothing_U] = F.pad(usual_C[:width], (0, items_UC.shape[1] - width), value=NO_ROW)
+                    width = min(items_UC.shape[1], usual_UC.shape[1])
+                    stand_in_UC = F.pad(usual_UC[:, :width], (0, items_UC.shape[1] - width), value=NO_ROW)
+                    items_UC = torch.where(nothing_U[:, None], stand_in_UC, items_UC)
                     late_U |= nothing_U
                 return items_UC, found.cost_B, late_U
-        none_U = torch.zeros(count_U, dtype=torch.int64)
-        return usual_C.expand(count_U, -1), none_U, torch.ones(count_U, dtype=torch.bool)
+        none_U = torch.zeros(len(users), dtype=torch.int64)
+        return usual_UC, none_U, torch.ones(len(users), dtype=torch.bool)
+
+    @torch.inference_mode()
+    def searched(self, users: Batch, count: int, terms: Terms) -> SearchResult:
+        """What retrieval finds for users, of what may be recommended to them."""
+        more = 0 if terms.excluded_UE is None else terms.excluded_UE.shape[1]
+        found = self._searched(users, count + more, terms.allowed_I)
+        if terms.excluded_UE is None:
+            return found
+        rows_UC = self.items.places(found.item_keys_BK)
+        out_UC = terms.out(rows_UC)
+        order_UC = out_UC.to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+        out_UC = out_UC.gather(1, order_UC)
+        return SearchResult(
+            found.item_keys_BK.gather(1, order_UC).masked_fill(out_UC, NO_ITEM),
+            found.scores_BK.gather(1, order_UC).masked_fill(out_UC, -torch.inf),
+            found.cost_B,
+        )
+
+    def _searched(self, users: Batch, count: int, allowed_I: Tensor | None) -> SearchResult:
+        if allowed_I is None:
+            return self.retriever.search(users, count)
+        if self.retriever.filters:
+            return self.retriever.search(users, count, allowed=self.items.keys_I[allowed_I])
+        # One that cannot filter ranks all that it has.
+        found = self.retriever.search(users, len(self.items))
+        rows_BK = self.items.places(found.item_keys_BK)
+        kept_BK = (rows_BK != NO_ROW) & allowed_I[rows_BK]
+        order_BK = (~kept_BK).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+        there_BK = kept_BK.gather(1, order_BK)
+        return SearchResult(
+            found.item_keys_BK.gather(1, order_BK).masked_fill_(~there_BK, NO_ITEM),
+            found.scores_BK.gather(1, order_BK).masked_fill_(~there_BK, -torch.inf),
+            found.cost_B,
+        )
 
     @cached_property
     def _usual_I(self) -> Tensor:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from fullrank.data.loader import partial_batch
 from fullrank.funnel.catalogue import Catalogue
 from fullrank.funnel.raw_values import list_column, scalar_column
 from fullrank.funnel.recent_events import Event, RecentEvents, known_times, rows_with_pending
+from fullrank.retrieval.filters import ItemFilter
 from fullrank.schema import Categorical, EventNumber, Numeric
 
 # Distinct raw values whose codes are remembered; context values repeat from request to request. Long ones are not
@@ -52,6 +53,8 @@ class Request:
         time: of the request, in seconds since 1970: only events strictly before it count, and ages are those at it.
             Default: just after the last event.
         shown: impressions of the user, for frequency caps; in any order.
+        exclude: items that are not recommended, whatever they are worth.
+        filter: what recommended items have to be.
     """
 
     user_id: int | str | None = None
@@ -59,6 +62,8 @@ class Request:
     events: Sequence[Event] = ()
     time: int | None = None
     shown: Sequence[Shown] = ()
+    exclude: Collection[int | str] = ()
+    filter: ItemFilter | None = None
 
 
 class RequestEncoder:

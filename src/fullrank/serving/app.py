@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from fullrank.serving.limits import Limits
 from fullrank.serving.pool import Pool
 from fullrank.serving.routes import PATHS, add_routes
 from fullrank.serving.store import EventStore
+from fullrank.training.manifest import MANIFEST
 
 
 class ServingConfig(BaseModel):
@@ -93,7 +95,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    add_routes(app, content, pool, instruments, events)
+    add_routes(app, content, _version(bundle), pool, instruments, events)
     add_feedback(app, content.schema, events)
     add_handlers(app)
     app.add_middleware(
@@ -105,3 +107,10 @@ def create_app(
         note=note,
     )
     return app
+
+
+def _version(bundle: Path | Funnel | Scorer) -> str:
+    """What tells bundles apart: a digest of the manifest, which has those of all files."""
+    if not isinstance(bundle, Path):
+        return "unsaved"
+    return hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()[:12]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from typing import Annotated, Any, Self
 
 from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fullrank.funnel import requests as funnel_requests
+from fullrank.funnel.explaining import Explained
 from fullrank.funnel.funnel import RankedItem
 from fullrank.funnel.scorer import ScoredItem
 
@@ -50,26 +50,69 @@ class Impression(Strict):
     seconds_ago: Number = 0.0
 
 
+class SessionEvent(Strict):
+    """Something that happened in a session, not long ago."""
+
+    item_id: Id
+    labels: dict[str, Number] = Field(default_factory=dict, max_length=100)
+    seconds_ago: int = Field(default=1, ge=1, le=2**40)
+
+
+class Seen(Strict):
+    """Leave out items that the user has events with.
+
+    Attributes:
+        types: labels that are 1 in the event, or `impression` for any event; default any.
+        seconds: how far back; default as far as is known.
+        max: items, the latest first.
+    """
+
+    types: list[str] | None = Field(default=None, min_length=1, max_length=100)
+    seconds: int | None = Field(default=None, gt=0)
+    max: int = Field(default=1000, ge=1, le=1000)
+
+
+# From the first to the second, both included; null is no bound.
+Bounds = Annotated[list[Number | None], Field(min_length=2, max_length=2)]
+
+
+class Filter(Strict):
+    """Conditions on the items' columns, all of which have to hold; see `ItemFilter`."""
+
+    any: dict[str, list[Scalar]] = Field(default_factory=dict, max_length=100)
+    all: dict[str, list[Scalar]] = Field(default_factory=dict, max_length=100)
+    none: dict[str, list[Scalar]] = Field(default_factory=dict, max_length=100)
+    range: dict[str, Bounds] = Field(default_factory=dict, max_length=100)
+
+
 class RecommendRequest(Asker):
     """Ask for the best `k` items.
 
     Attributes:
-        shown: what frequency caps count.
+        exclude_ids: items that are not recommended: one's own, or what is on the screen already.
+        exclude_seen: likewise, items that the user has events with.
+        filter: what recommended items have to be.
+        session: what somebody did who is not known, or did only now, oldest first; it comes after what is known.
+        shown: impressions that frequency caps count, beside those that the server knows.
         deadline_ms: milliseconds after which no more work is begun, waiting for a worker counted; the answer then has
             what the stages have come to.
+        explain: tell what each stage thought of each candidate.
     """
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, json_schema_extra={"examples": [{"user_id": 7, "k": 5}, {"k": 5}]}
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"examples": [{"user_id": 7, "k": 5}, {"k": 5, "filter": {"any": {"category": [3]}}}]},
     )
 
     k: int = Field(default=10, ge=1, le=2**31 - 1)
-    deadline_ms: Number | None = Field(default=None, gt=0)
+    exclude_ids: list[Id] = Field(default_factory=list, max_length=10_000)
+    exclude_seen: Seen | None = None
+    filter: Filter | None = None
+    session: list[SessionEvent] = Field(default_factory=list, max_length=1000)
     shown: list[Impression] = Field(default_factory=list, max_length=10_000)
-
-    def request(self) -> funnel_requests.Request:
-        shown = [funnel_requests.Shown(item.item_id, item.seconds_ago) for item in self.shown]
-        return replace(super().request(), shown=shown)
+    deadline_ms: Number | None = Field(default=None, gt=0)
+    explain: bool = False
 
 
 class ScoreRequest(Asker):
@@ -114,15 +157,48 @@ class RecommendedItem(Item):
     payment: float | None
 
 
-class RecommendResponse(Strict):
-    """A ranked list, the number of candidates that each stage was handed, and the stages that were late or failed.
+class ExplainedItem(Strict):
+    """A candidate on its way through the stages.
 
-    An item that a late final stage did not come to has a null value and no predictions, and stands behind the others.
+    Attributes:
+        values: by stage: the score of retrieval, then values. Every stage is asked about every candidate.
+        ranks: by stage, among what it was handed.
+        predictions: by stage after retrieval, by task.
+        fell_out: the stage that dropped it; null for what the stages would put into the list.
+        reason: why, in words.
+    """
+
+    item_id: Id
+    values: dict[str, float | None]
+    ranks: dict[str, int]
+    predictions: dict[str, dict[str, float | None]]
+    fell_out: str | None
+    reason: str | None
+
+
+class RecommendResponse(Strict):
+    """A ranked list.
+
+    Attributes:
+        items: best first. One that a late final stage did not come to has a null value and no predictions, and stands
+            behind the others.
+        candidates: how many each stage was handed.
+        degraded: stages that were late or failed.
+        request_id: as in the header; feedback on the list names it as `impression_id`.
+        model_version: of the bundle.
+        index_version: number of changes to its items since it was opened.
+        timings: milliseconds of each stage.
+        explained: where it was asked for.
     """
 
     items: list[RecommendedItem]
     candidates: dict[str, int]
     degraded: list[str]
+    request_id: str
+    model_version: str
+    index_version: int
+    timings: dict[str, float]
+    explained: list[ExplainedItem] | None = None
 
 
 class ScoreResponse(Strict):
@@ -159,6 +235,20 @@ def item_json(item: ScoredItem) -> dict[str, Any]:
 def recommended_json(item: RankedItem) -> dict[str, Any]:
     """A `RecommendedItem`, as JSON has it."""
     return {**item_json(item), "propensity": item.propensity, "payment": item.payment}
+
+
+def explained_json(item: Explained) -> dict[str, Any]:
+    """An `ExplainedItem`, as JSON has it."""
+
+    def finite(number: float | None) -> float | None:
+        return number if number is not None and math.isfinite(number) else None
+
+    return {
+        **vars(item),
+        "predictions": {
+            stage: {task: finite(number) for task, number in tasks.items()} for stage, tasks in item.predictions.items()
+        },
+    }
 
 
 def encoded(value: Any) -> bytes:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import fastapi
 from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from fullrank.funnel.explaining import explain
 from fullrank.funnel.funnel import Funnel
-from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import ScoredItem, Scorer
 from fullrank.serving.bodies import (
     RecommendRequest,
@@ -22,9 +21,11 @@ from fullrank.serving.bodies import (
     Status,
     answer,
     encoded,
+    explained_json,
     item_json,
     recommended_json,
 )
+from fullrank.serving.completing import completed, with_events
 from fullrank.serving.description import description_page
 from fullrank.serving.errors import NoCatalogue, refusals
 from fullrank.serving.instruments import Instruments
@@ -37,16 +38,25 @@ PATHS = frozenset(
     ["/v1/recommend", "/v1/score", "/v1/feedback", "/healthz", "/readyz", "/metrics", "/", "/docs", "/openapi.json"]
 )
 
+# Seconds that an answer may take after its deadline, when no more work is begun.
+SLACK = 0.5
+
 # Rows of a request that are scored in one go; then it is the turn of others.
 ROWS_AT_ONCE = 1024
 
 
 def add_routes(
-    app: FastAPI, content: Funnel | Scorer, pool: Pool, instruments: Instruments, store: EventStore | None = None
+    app: FastAPI,
+    content: Funnel | Scorer,
+    version: str,
+    pool: Pool,
+    instruments: Instruments,
+    store: EventStore | None = None,
 ) -> None:
     """Answer from a funnel, or from a single ranker, which has no items to recommend.
 
     Args:
+        version: of the bundle.
         store: of what users did since the bundle was made.
     """
     funnel, scorer = (content, content.scorer) if isinstance(content, Funnel) else (None, content)
@@ -62,19 +72,38 @@ def add_routes(
         arrived = time.perf_counter()
 
         def work() -> bytes:
+            seconds: dict[str, float] = {}
+
+            def observe(stage: str, spent: float) -> None:
+                seconds[stage] = seconds.get(stage, 0.0) + spent
+                instruments.observe_stage(stage, spent)
+
             left = body.deadline_ms
             if left is not None:
                 left = max(0.0, left - 1000 * (time.perf_counter() - arrived))
-            request = _with_events(body.request(), store)
-            found = funnel.recommend([request], body.k, instruments.observe_stage, deadline_ms=left)[0]
+            request = completed(body, store)
+            found = funnel.recommend([request], body.k, observe, deadline_ms=left)[0]
             for stage in found.degraded:
                 instruments.degraded.labels(stage).inc()
-            items = [recommended_json(item) for item in found.items]
-            return encoded({"items": items, "candidates": found.candidates, "degraded": found.degraded})
+            said = {
+                "items": [recommended_json(item) for item in found.items],
+                "candidates": found.candidates,
+                "degraded": found.degraded,
+                "request_id": asked.state.request_id,
+                "model_version": version,
+                "index_version": 0,
+                "timings": {stage: round(1000 * spent, 3) for stage, spent in seconds.items()},
+            }
+            if body.explain:
+                said["explained"] = [explained_json(item) for item in explain(funnel, request, body.k)]
+            return encoded(said)
 
         rows = min(len(funnel.items), max(body.k, funnel.sizes.finalists(len(funnel.early))))
+        if body.explain:
+            rows += len(funnel.early) * funnel.sizes.retrieve + funnel.sizes.retrieve
         asked.state.said = {"rows": rows}
-        async with pool.admitted(rows, _client(asked)) as admitted:
+        seconds = None if body.deadline_ms is None else body.deadline_ms / 1000 + SLACK
+        async with pool.admitted(rows, _client(asked), seconds) as admitted:
             return answer(await admitted.piece(work, rows))
 
     @app.post("/v1/score", response_model=ScoreResponse, tags=["ranking"], responses=ranking)
@@ -95,7 +124,7 @@ def add_routes(
                     raise ValueError("item_ids: this bundle has no catalogue of items; give rows")
                 else:
                     assert item_ids is not None
-                    request = _with_events(body.request(), store)
+                    request = with_events(body.request(), store)
                     scored = funnel.score(request, item_ids[begin:end])
                 return encoded([item_json(item) for item in scored])[1:-1]
 
@@ -140,15 +169,6 @@ def add_routes(
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
     async def docs() -> HTMLResponse:
         return HTMLResponse(description_page(app.openapi()))
-
-
-def _with_events(request: Request, store: EventStore | None) -> Request:
-    """The request with what its user did since the bundle was made; at least a second ago, as a log would see it."""
-    if store is None or request.user_id is None:
-        return request
-    events = store.recent(request.user_id)
-    now = max(int(time.time()), events[-1].time + 1) if events else None
-    return replace(request, events=events, time=now)
 
 
 def _client(request: fastapi.Request) -> str:
