@@ -69,10 +69,13 @@ def training(seed: int, **more: Any) -> Training:
     )
 
 
-def trained(data: TrainingData, seed: int, mode: str, *, alone: bool = False) -> tuple[HSNN, HierarchicalTrainer]:
+def trained(
+    data: TrainingData, seed: int, mode: str, *, ensemble: bool = False, alone: bool = False
+) -> tuple[HSNN, HierarchicalTrainer]:
     """After the steps in which items learn.
 
     Args:
+        ensemble: items are scored by all levels.
         alone: nodes are scored by their own network only.
     """
     once = mode == "separate_once"
@@ -81,7 +84,7 @@ def trained(data: TrainingData, seed: int, mode: str, *, alone: bool = False) ->
         nodes=(NODE_NETWORK,),
         tree=LearningToIndex.Config(num_nodes=(NODES,)),
         exact_below=0,
-        linear_ensemble=False,
+        linear_ensemble=ensemble,
         training=training(seed, mode="separate" if once else mode, node_objective="bce"),
     )
     retriever = HSNN(schema(), config)

@@ -25,9 +25,14 @@ TRAINING: dict[str, Any] = {"batch_size": 64, "epochs": 6, "negatives": 16, "lea
 
 
 def config(
-    *num_nodes: int, beam: tuple[int, ...] = (), training: dict[str, Any] | None = None, **more: Any
+    *num_nodes: int,
+    beam: tuple[int, ...] = (),
+    training: dict[str, Any] | None = None,
+    linear_ensemble: bool = True,
+    **more: Any,
 ) -> HSNN.Config:
     return HSNN.Config(
+        linear_ensemble=linear_ensemble,
         items=SMALL,
         nodes=(SMALL,),
         tree={"num_nodes": num_nodes},
@@ -186,7 +191,7 @@ def test_nodes_learn_nothing_before_there_is_an_index(dataset: Dataset) -> None:
 
 
 def test_a_node_is_an_item_of_no_interactions_and_what_its_network_adds(fitted: HSNN, users: Batch) -> None:
-    """Codewords learn from a node's score through both networks' vectors; the items' network does not learn from it."""
+    """The items' network does not learn from it."""
     network = fitted.network
     encoded, nodes = network.encode_users(users), network.index.codebooks[0].detach()  # type: ignore[union-attr]
     nobody = torch.full((len(nodes), network.counts.num_values), -1)

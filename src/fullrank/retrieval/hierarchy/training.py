@@ -53,7 +53,7 @@ class Training(BaseModel):
         index_warmup: share of the index's steps in which the weight of its losses rises to 1.
         refresh_every: steps between two looks at the catalogue: k-means of `em` and `separate`, codewords that are
             moved, members of nodes.
-        tail_steps: further steps of `both`, in which only nodes' networks and the ensemble learn.
+        tail_steps: further steps of `both`, in which only nodes' networks and a linear ensemble learn.
         tail_nodes: nodes of a step that `tail` looks at.
         tail_members: members drawn of each.
         tail_top: best of them that a node is held against.
@@ -69,7 +69,7 @@ class Training(BaseModel):
     impressions: float = Field(default=0.0, ge=0)
     distillation: float = Field(default=0.0, ge=0)
     teacher_decay: float = Field(default=0.99, ge=0, lt=1)
-    negatives: int = Field(default=256, ge=0)
+    negatives: int = Field(default=64, ge=0)
     node_objective: Literal["bce", "tail", "both"] = "both"
     mode: Mode = "joint"
     index_start: float = Field(default=0.15, ge=0, lt=1)
@@ -79,8 +79,8 @@ class Training(BaseModel):
     tail_nodes: int = Field(default=16, ge=1)
     tail_members: int = Field(default=48, ge=1)
     tail_top: int = Field(default=4, ge=1)
-    batch_size: int = Field(default=256, ge=2)
-    epochs: int = Field(default=5, ge=1)
+    batch_size: int = Field(default=128, ge=2)
+    epochs: int = Field(default=3, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
     seed: int = 0
 
@@ -253,7 +253,7 @@ class HierarchicalTrainer:
         return losses
 
     def _weighted(self, by_level: list[Tensor], ramp: float) -> list[tuple[str, Tensor, float]]:
-        """Logits of items, and those of nodes where they learn the same, with what their losses are called and weigh."""
+        """Logits of items, and of nodes where they learn the same, with the name and the weight of their losses."""
         nodes = [] if self.tail else by_level[:-1]
         return [("", by_level[-1], 1.0), *((NODES, logits, ramp) for logits in nodes)]
 
