@@ -77,7 +77,7 @@ def test_it_learns_who_clicks_what_jointly(fitted: HSNN, dataset: Dataset) -> No
 def test_it_learns_from_impressions_and_from_a_teacher(dataset: Dataset, items: Items) -> None:
     """Without any softmax: clicks against impressions that were not clicked, and a slow copy for what was not shown."""
     training = {"softmax": 0.0, "impressions": 1.0, "distillation": 0.3, "batch_size": 128}
-    retriever = HSNN(dataset.schema, config(4, training=training)).fit(dataset)
+    retriever = HSNN(dataset.schema, config(4, linear_ensemble=False, training=training)).fit(dataset)
     retriever.index(items)
     assert other_parity(retriever, dataset) < 0.1
     with pytest.raises(ValueError, match="one of softmax and impressions"):
