@@ -11,6 +11,10 @@ every 50 steps, so that `separate` is as fresh as an index made apart can be. `s
 the index begins, as an index that is built offline. Items are scored by their own network alone (`linear_ensemble:
 false`): with the ensemble the reference leans on the scores of nodes itself, and recall is higher for that.
 
+Every entry is measured twice: after those steps, in which nodes learn the losses of items (`bce`), and after 300 more,
+in which they learn their best members (`both`). Of `em` also without its parts, one at a time: `own network`, nodes
+scored by their network alone and not by the items' too; `unweighted`, all nodes alike in those 300 steps.
+
 The frontier is of one network's item scores (`em`, `both`): its own index (`hsnn`); k-means of its item vectors
 probed by its item network (`ivf`); a balanced binary tree whose node vectors learn to tell the positives under them
 from other nodes of their level (`tdm`); and two towers of the same rows, searched by an IVF of their vectors, whose
@@ -20,9 +24,13 @@ first M are scored (`two_tower`). FLOPs are those of all scores, of nodes too.
 from __future__ import annotations
 
 import argparse
+import copy
+import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -32,8 +40,10 @@ from benchmarks.machine import table, write
 from benchmarks.retrieval.teacher import KINDS, WIDTH, World, schema
 from fullrank.retrieval import Items
 from fullrank.retrieval.hierarchy import DotProduct, HierarchicalIndex, IVFIndex, Scorer
+from fullrank.retrieval.hierarchy import training as hierarchical_training
 from fullrank.retrieval.hierarchy.hsnn import HSNN, MoNNRetriever
 from fullrank.retrieval.hierarchy.learning_to_index import LearningToIndex
+from fullrank.retrieval.hierarchy.losses import tail_loss
 from fullrank.retrieval.hierarchy.monn import MoNN
 from fullrank.retrieval.hierarchy.network import Users
 from fullrank.retrieval.hierarchy.training import HierarchicalTrainer, Training, TrainingData
@@ -59,9 +69,14 @@ def training(seed: int, **more: Any) -> Training:
     )
 
 
-def trained(data: TrainingData, seed: int, mode: str, objective: str, *, ensemble: bool = False) -> HSNN:
-    """Args:
-    ensemble: score items by all levels.
+def trained(
+    data: TrainingData, seed: int, mode: str, *, ensemble: bool = False, alone: bool = False
+) -> tuple[HSNN, HierarchicalTrainer]:
+    """After the steps in which items learn.
+
+    Args:
+        ensemble: items are scored by all levels.
+        alone: nodes are scored by their own network only.
     """
     once = mode == "separate_once"
     config = HSNN.Config(
@@ -70,14 +85,18 @@ def trained(data: TrainingData, seed: int, mode: str, objective: str, *, ensembl
         tree=LearningToIndex.Config(num_nodes=(NODES,)),
         exact_below=0,
         linear_ensemble=ensemble,
-        training=training(
-            seed,
-            mode="separate" if once else mode,
-            node_objective=objective,
-        ),
+        training=training(seed, mode="separate" if once else mode, node_objective="bce"),
     )
     retriever = HSNN(schema(), config)
-    trainer = HierarchicalTrainer(retriever.network, data, schema(), config.training)
+    network = retriever.network
+    if alone:
+
+        def node_logits(level: int, users: Users, nodes: Tensor) -> Tensor:
+            return network.networks()[level].score_grid(users.vectors[level], nodes)
+
+        network.node_logits = node_logits  # type: ignore[method-assign]
+        network._flops[0] = network.networks()[0].flops_per_pair()
+    trainer = HierarchicalTrainer(network, data, schema(), config.training)
     if once:
         found = retriever.nodes.fit
 
@@ -88,7 +107,14 @@ def trained(data: TrainingData, seed: int, mode: str, objective: str, *, ensembl
         retriever.nodes.fit = first_alone  # type: ignore[method-assign]
     trainer.fit()
     retriever.trained()
-    return retriever
+    return retriever, trainer
+
+
+def with_tails(retriever: HSNN, trainer: HierarchicalTrainer, loss: Callable[..., Tensor] = tail_loss) -> None:
+    """The further steps, in which nodes learn their best members."""
+    with patch.object(hierarchical_training, "tail_loss", loss):
+        trainer.learn_tails()
+    retriever.trained()
 
 
 def recall(found_BK: Tensor, wanted_BK: Tensor) -> float:
@@ -125,6 +151,16 @@ def searched(retriever: HSNN, world: World, tastes: Tensor) -> list[dict[str, An
     occupancy = retriever.nodes.occupancy(codes_IN)[0]
     rows = at_budgets(retriever.hierarchy, retriever.scorer, users, wanted_BK, (NODES,))
     return [{**row, "teacher": teacher, "effective_nodes": occupancy["effective"]} for row in rows]
+
+
+def measured(
+    mode: str, objective: str, seed: int, retriever: HSNN, world: World, tastes: Tensor
+) -> list[dict[str, Any]]:
+    """Rows of one entry and seed, one for each budget."""
+    named = {"mode": mode, "objective": objective, "seed": seed}
+    rows = [{**named, **row} for row in searched(retriever, world, tastes)]
+    print(rows[1], flush=True)
+    return rows
 
 
 class TreeScorer(Scorer):
@@ -193,9 +229,8 @@ def two_towers(data: TrainingData, seed: int) -> MoNNRetriever:
     return retriever
 
 
-def frontier(data: TrainingData, world: World, tastes: Tensor, seed: int) -> list[dict[str, Any]]:
+def frontier(retriever: HSNN, data: TrainingData, world: World, tastes: Tensor, seed: int) -> list[dict[str, Any]]:
     """Recall against FLOPs of four ways to the same item scores."""
-    retriever = trained(data, seed, "em", "both")
     keys, features, user_rows = torch.arange(ITEMS), world.features(), world.user_features(tastes)
     tree, network = tdm(retriever, data, world, seed)
     towers = two_towers(data, seed)
@@ -287,28 +322,44 @@ def mean(rows: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any
     return found
 
 
+def of_seed(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], float]:
+    """Rows of all entries, rows of the frontier, and CPU seconds."""
+    torch.set_num_threads(1)
+    begun = time.process_time()
+    world = World.of(ITEMS, seed)
+    data = world.log(BATCH * STEPS // 3)
+    tastes = world.users(USERS)
+    quality: list[dict[str, Any]] = []
+    ways: list[dict[str, Any]] = []
+    for mode in ("em", "joint", "separate", "separate_once"):
+        retriever, trainer = trained(data, seed, mode)
+        quality += measured(mode, "bce", seed, retriever, world, tastes)
+        if mode == "em":
+            before = copy.deepcopy(retriever.network.state_dict())
+            with_tails(retriever, trainer, F.smooth_l1_loss)
+            quality += measured("em, unweighted", "both", seed, retriever, world, tastes)
+            retriever.network.load_state_dict(before)
+        with_tails(retriever, trainer)
+        quality += measured(mode, "both", seed, retriever, world, tastes)
+        if mode == "em":
+            ways = [{"seed": seed, **row} for row in frontier(retriever, data, world, tastes, seed)]
+            print(*ways[1::4], sep="\n", flush=True)
+    retriever, trainer = trained(data, seed, "em", alone=True)
+    quality += measured("em, own network", "bce", seed, retriever, world, tastes)
+    with_tails(retriever, trainer)
+    quality += measured("em, own network", "both", seed, retriever, world, tastes)
+    return quality, ways, time.process_time() - begun
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at once, a process each")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    begun = time.process_time()
-    quality: list[dict[str, Any]] = []
-    ways: list[dict[str, Any]] = []
-    for seed in args.seeds:
-        world = World.of(ITEMS, seed)
-        data = world.log(BATCH * STEPS // 3)
-        tastes = world.users(USERS)
-        for objective in ("bce", "both"):
-            for mode in ("joint", "em", "separate", "separate_once"):
-                if mode == "separate_once" and objective == "both":
-                    continue
-                retriever = trained(data, seed, mode, objective)
-                for row in searched(retriever, world, tastes):
-                    quality.append({"mode": mode, "objective": objective, "seed": seed, **row})
-                print(quality[-3], round(time.process_time() - begun), flush=True)
-        ways += [{"seed": seed, **row} for row in frontier(data, world, tastes, seed)]
-        print(*ways[-15::4], sep="\n", flush=True)
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(of_seed, args.seeds))
+    quality = [row for rows, _, _ in found for row in rows]
+    ways = [row for _, rows, _ in found for row in rows]
     results, curve = mean(quality, ("mode", "objective", "budget")), mean(ways, ("way", "budget"))
     table(results, [name for name in results[0] if name != "by_seed"])
     table(curve, [name for name in curve[0] if name != "by_seed"])
@@ -320,7 +371,7 @@ def main() -> None:
             "nodes": NODES,
             "steps": STEPS,
             "k": K,
-            "cpu_seconds": time.process_time() - begun,
+            "cpu_seconds": sum(seconds for _, _, seconds in found),
             "brute_force_mflops": ITEMS * MoNN(1, 1, config=ITEM_NETWORK).flops_per_pair() / 1e6,
             "quality": results,
             "frontier": curve,

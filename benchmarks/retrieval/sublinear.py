@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import table, write
-from benchmarks.retrieval.index_quality import BATCH, STEPS, recall, trained
+from benchmarks.retrieval.index_quality import BATCH, STEPS, recall, trained, with_tails
 from benchmarks.retrieval.teacher import World
 from fullrank.retrieval.hierarchy import HierarchicalIndex
 from fullrank.retrieval.hierarchy.hsnn import NetworkScorer
@@ -47,7 +47,8 @@ class OneNodeNetwork(NetworkScorer):
 
 def scorer_of(seed: int) -> OneNodeNetwork:
     world = World.of(TRAINED_ON, seed)
-    retriever = trained(world.log(BATCH * STEPS // 3), seed, "em", "both")
+    retriever, trainer = trained(world.log(BATCH * STEPS // 3), seed, "em")
+    with_tails(retriever, trainer)
     scorer = OneNodeNetwork(retriever.network, retriever.scorer.weights_T, None)
     scorer.ensembles = False
     return scorer

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.machine import table, write
-from benchmarks.retrieval.index_quality import BATCH, ITEMS, NODES, STEPS, trained
+from benchmarks.retrieval.index_quality import BATCH, ITEMS, NODES, STEPS, trained, with_tails
 from benchmarks.retrieval.teacher import KINDS, SHARPNESS, SHOWN, WIDTH, World
 from fullrank.retrieval import Items
 from fullrank.retrieval.hierarchy.hsnn import HSNN
@@ -110,7 +110,8 @@ def raw_items(retriever: HSNN, stored_IS: Tensor, users: Any, before: Tensor, pa
 
 def entries(seed: int) -> list[dict[str, Any]]:
     world = World.of(ITEMS, seed)
-    retriever = trained(world.log(BATCH * STEPS // 3), seed, "joint", "both", ensemble=True)
+    retriever, trainer = trained(world.log(BATCH * STEPS // 3), seed, "joint", ensemble=True)
+    with_tails(retriever, trainer)
     retriever.index(Items(torch.arange(ITEMS), world.features()))
     stored_IS = retriever.network.stored(world.features())
     tastes = world.users(USERS)

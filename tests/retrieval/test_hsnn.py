@@ -18,16 +18,21 @@ from fullrank.data.loader import partial_batch
 from fullrank.retrieval import RETRIEVERS, Items, RetrieverSpec
 from fullrank.retrieval.hierarchy import StaleIndexError
 from fullrank.retrieval.hierarchy.hsnn import HSNN, MoNNRetriever, representatives, training_data
-from fullrank.retrieval.hierarchy.training import HierarchicalTrainer, Members
+from fullrank.retrieval.hierarchy.training import NODE_USERS, HierarchicalTrainer, Members
 
 SMALL: dict[str, Any] = {"user_vectors": 2, "vector_dim": 8, "hidden": (16,), "over_arch_hidden": (8,)}
 TRAINING: dict[str, Any] = {"batch_size": 64, "epochs": 6, "negatives": 16, "learning_rate": 0.02, "refresh_every": 20}
 
 
 def config(
-    *num_nodes: int, beam: tuple[int, ...] = (), training: dict[str, Any] | None = None, **more: Any
+    *num_nodes: int,
+    beam: tuple[int, ...] = (),
+    training: dict[str, Any] | None = None,
+    linear_ensemble: bool = True,
+    **more: Any,
 ) -> HSNN.Config:
     return HSNN.Config(
+        linear_ensemble=linear_ensemble,
         items=SMALL,
         nodes=(SMALL,),
         tree={"num_nodes": num_nodes},
@@ -72,7 +77,7 @@ def test_it_learns_who_clicks_what_jointly(fitted: HSNN, dataset: Dataset) -> No
 def test_it_learns_from_impressions_and_from_a_teacher(dataset: Dataset, items: Items) -> None:
     """Without any softmax: clicks against impressions that were not clicked, and a slow copy for what was not shown."""
     training = {"softmax": 0.0, "impressions": 1.0, "distillation": 0.3, "batch_size": 128}
-    retriever = HSNN(dataset.schema, config(4, training=training)).fit(dataset)
+    retriever = HSNN(dataset.schema, config(4, linear_ensemble=False, training=training)).fit(dataset)
     retriever.index(items)
     assert other_parity(retriever, dataset) < 0.1
     with pytest.raises(ValueError, match="one of softmax and impressions"):
@@ -111,7 +116,8 @@ def test_a_wider_beam_finds_no_less_and_scores_more(fitted: HSNN, users: Batch) 
         # What a search says it cost: nodes of either level and items, each times its network.
         stats = found.stats
         pairs = [*stats.nodes_BN.sum(0).tolist(), int(stats.items_B.sum())]
-        each = [network.flops_per_pair() for network in fitted.network.networks()]
+        *of_nodes, of_items = [network.flops_per_pair() for network in fitted.network.networks()]
+        each = [*(flops + of_items for flops in of_nodes), of_items]  # the items' network scores nodes too
         assert stats.flops == sum(n * flops for n, flops in zip(pairs, each, strict=True))
     assert recall == sorted(recall) and recall[0] < 1 and recall[-1] == 1
     assert cost == sorted(cost) and cost[-1] == 30
@@ -182,6 +188,39 @@ def test_nodes_learn_nothing_before_there_is_an_index(dataset: Dataset) -> None:
     assert all(p.grad is None for p in retriever.network.node_networks.parameters())
     trainer.refresh(first=True)
     assert {"index balance", "index quantization"} <= set(trainer.losses(torch.arange(64)))
+
+
+def test_a_node_is_an_item_of_no_interactions_and_what_its_network_adds(fitted: HSNN, users: Batch) -> None:
+    """The items' network does not learn from it."""
+    network = fitted.network
+    encoded, nodes = network.encode_users(users), network.index.codebooks[0].detach()  # type: ignore[union-attr]
+    nobody = torch.full((len(nodes), network.counts.num_values), -1)
+    with torch.no_grad():
+        as_items = network.item_logits(encoded, nodes, nobody)
+        added = network.node_networks[0].score_grid(encoded.vectors[0], nodes)  # type: ignore[operator]
+    logits = network.node_logits(0, encoded, nodes)
+    assert torch.allclose(logits, as_items + added, atol=1e-5)
+    assert float(as_items.std()) > 0.1
+    gradients = torch.autograd.grad(logits.sum(), [*network.item_network.parameters()], allow_unused=True)
+    assert all(gradient is None for gradient in gradients)
+
+
+def test_what_progress_tells_of_is_the_loss_of_items(dataset: Dataset) -> None:
+    retriever = HSNN(dataset.schema, config(4, linear_ensemble=False, training={"batch_size": 128}))
+    data, settings = training_data(dataset, every_row=False), retriever.config.training
+    trainer = HierarchicalTrainer(retriever.network, data, dataset.schema, settings)
+    rows, state = torch.arange(128), trainer.generator.get_state()
+    before = trainer.losses(rows)["softmax"]
+    trainer.refresh(first=True)
+    trainer.generator.set_state(state)
+    losses = trainer.losses(rows)
+    assert torch.equal(losses["softmax"], before)
+    # Nodes learn from the first users of the step, among all its items.
+    trainer.generator.set_state(state)
+    others = torch.cat([rows[:NODE_USERS], rows[NODE_USERS:].flip(0)])
+    assert torch.allclose(trainer.losses(others)["node softmax"], losses["node softmax"])
+    trainer.generator.set_state(state)
+    assert not torch.allclose(trainer.losses(rows.flip(0))["node softmax"], losses["node softmax"])
 
 
 def test_an_item_that_is_drawn_beside_its_positive_or_has_two_rows_comes_once(dataset: Dataset) -> None:

@@ -13,7 +13,7 @@ from fullrank.batch import Batch
 from fullrank.data.dataset import Dataset
 from fullrank.data.loader import batch_from_frame
 from fullrank.retrieval.hierarchy.interactions import InteractionCounts
-from fullrank.retrieval.hierarchy.losses import distillation, log_inclusion, sampled_softmax, tail_target
+from fullrank.retrieval.hierarchy.losses import distillation, log_inclusion, sampled_softmax, tail_loss, tail_target
 from fullrank.retrieval.hierarchy.monn import MoNN
 
 
@@ -145,3 +145,22 @@ def test_the_target_of_a_node_is_the_mean_of_its_best_members() -> None:
     logits = torch.tensor([[1.0, 5.0, 3.0, -9.0], [0.0, 0.0, 2.0, 4.0]])
     assert tail_target(logits, 2).tolist() == [4.0, 3.0]
     assert tail_target(logits, 9).tolist() == [0.0, 1.5]
+
+
+def test_the_nodes_that_a_user_goes_to_weigh_most() -> None:
+    """Where all are wanted alike it is the plain distance; where one is, the others hardly count."""
+    found = torch.tensor([[0.0, 3.0, -1.0]])
+    alike = torch.full_like(found, 0.5)
+    assert torch.allclose(tail_loss(found, alike), F.smooth_l1_loss(found, alike))
+    wanted = torch.tensor([[10.0, 0.0, 0.0]])
+    best_only, others_only = torch.tensor([[8.0, 0.0, 0.0]]), torch.tensor([[10.0, 2.0, 2.0]])
+    assert float(tail_loss(best_only, wanted)) == pytest.approx(1.5, abs=1e-3)
+    assert float(tail_loss(others_only, wanted)) < 1e-3
+
+
+@pytest.mark.parametrize("over_arch", ["mlp", "wukong"])
+def test_one_pairs_interactions_may_stand_for_all(over_arch: str) -> None:
+    monn = network(over_arch)
+    users, items = monn.encode_users(torch.randn(3, 10)), monn.encode_items(torch.randn(4, 7))
+    nothing, each = (monn.encode_interactions(torch.zeros(*shape, 4)) for shape in ((1, 1), (3, 4)))
+    assert torch.allclose(monn.score_grid(users, items, nothing), monn.score_grid(users, items, each), atol=1e-5)

@@ -180,8 +180,8 @@ class MoNNRetriever(Retriever):
 class HSNN(MoNNRetriever):
     """A network for each level of a learnt index, and one for items, searched by a beam.
 
-    A node stands for the items whose codes begin with its own. The large networks score nodes, the small one the items
-    of the leaves that the beam keeps, which are all scored by the whole ensemble: nothing but the beam is approximate.
+    A node stands for the items whose codes begin with its own. The large networks score nodes, the small one all items
+    of the leaves that the beam keeps (with `linear_ensemble` all do): nothing but the beam is approximate.
     A new item belongs to its nearest nodes and is found by the next search.
 
     Source: Hierarchical Structured Neural Network (arXiv 2408.06653); Efficient Retrieval Scaling with Hierarchical
@@ -198,7 +198,8 @@ class HSNN(MoNNRetriever):
             beam: nodes that a search keeps at each level.
             node_vectors: what stands for a node in a search: its `codebook` vector, the `mean` of its items, or the
                 vector of the item nearest to it when items were indexed (`representative`), as in the source.
-            linear_ensemble: score by all levels down to a node or item, not by its own network alone.
+            linear_ensemble: score by all levels down to a node or item, as in the source, not by its own network alone.
+                A step then scores every pair by all networks, which takes several times as long.
             exact_below: catalogues of at most so many items are scored whole.
         """
 
@@ -206,7 +207,7 @@ class HSNN(MoNNRetriever):
         tree: LearningToIndex.Config = LearningToIndex.Config(num_nodes=(128,))
         beam: tuple[PositiveInt, ...] = (16,)
         node_vectors: Literal["codebook", "mean", "representative"] = "codebook"
-        linear_ensemble: bool = True
+        linear_ensemble: bool = False
         exact_below: int = Field(default=2048, ge=0)
 
         @model_validator(mode="after")

@@ -56,3 +56,12 @@ def tail_target(member_logits: Tensor, top: int) -> Tensor:
     Cross-entropy teaches a node the mean over its members; a search needs to know where the best are.
     """
     return member_logits.topk(min(top, member_logits.shape[-1]), dim=-1).values.mean(-1)
+
+
+def tail_loss(logits_BS: Tensor, wanted_BS: Tensor) -> Tensor:
+    """Smooth L1 distance of nodes to `tail_target`, weighted by each user's softmax of the latter.
+
+    A search turns on the few best nodes of a user; weighted alike, the many that it never enters decide.
+    """
+    distance_BS = F.smooth_l1_loss(logits_BS, wanted_BS, reduction="none")
+    return (torch.softmax(wanted_BS, 1) * distance_BS).sum(1).mean()

@@ -118,7 +118,7 @@ class MoNN(nn.Module):
 
         Args:
             items: each user's own, (B, M, E), or the same for all, (M, E), which is cheaper.
-            interactions: what `encode_interactions` gives of these pairs.
+            interactions: what `encode_interactions` gives of these pairs, or of one pair (1, 1, X D), for all alike.
         """
         tokens = items.view(*items.shape[:-1], self.config.item_vectors, self.config.vector_dim)
         logits: Tensor = self.over_arch(users_BUD, tokens, interactions)
@@ -195,7 +195,7 @@ class TokenOverArch(nn.Module):
         pairs = items_BMND.shape[1]
         parts = [users_BUD[:, None].expand(-1, pairs, -1, -1), items_BMND]
         if interactions is not None:
-            parts.append(interactions.view(rows, pairs, -1, width))
+            parts.append(interactions.expand(rows, pairs, -1).reshape(rows, pairs, -1, width))
         tokens = torch.cat(parts, 2).flatten(0, 1)
         logits: Tensor = self.mlp(self.layers(tokens).flatten(1))
         return logits.view(rows, pairs, -1)

@@ -41,8 +41,12 @@ class Users(NamedTuple):
 class HierarchicalNetwork(nn.Module):
     """A MoNN for items, one for the nodes of each level, an index that says which nodes an item is under.
 
-    A node comes to its network as the sum of its codewords, in place of an item's vector. The logits of level n are
-    linear in those of the networks down to it, z_1 .. z_n, each on the node's ancestor; of items, in all of them.
+    A node comes to networks as the sum of its codewords, in place of an item's vector. The items' network scores it as
+    if it were an item that has nothing in common with the user, and its level's network adds what that misses: z_n. The
+    logits of level n are linear in z_1 .. z_n, each of the node's ancestor; of items, in all of them and their own.
+
+    The items' network does not learn from nodes. Deviation: in the source a level's network scores nodes by itself; it
+    then has to find out again all that the other knows, and a search finds less (`benchmarks.retrieval.index_quality`).
 
     An index holds of an item its vector and the values that `InteractionCounts` asks for, side by side: `stored`.
 
@@ -118,8 +122,11 @@ class HierarchicalNetwork(nn.Module):
         return self.item_network.config.item_dim + self.counts.num_values
 
     def node_logits(self, level: int, users: Users, nodes: Tensor) -> Tensor:
-        """z_BMT of a level's network on its nodes, each user's own (B, M, E) or the same for all (M, E)."""
-        return self.networks()[level].score_grid(users.vectors[level], nodes)
+        """z_BMT of nodes of a level, each user's own (B, M, E) or the same for all (M, E)."""
+        with torch.no_grad():
+            nothing = self.item_network.encode_interactions(nodes.new_zeros(1, 1, self.counts.width))
+            as_items = self.item_network.score_grid(users.vectors[-1], nodes, nothing)
+        return as_items + self.networks()[level].score_grid(users.vectors[level], nodes)
 
     def item_logits(self, users: Users, items: Tensor, values: Tensor) -> Tensor:
         """z_BMT of the items' network, likewise, with values (B, M, A) or (M, A)."""
@@ -132,7 +139,8 @@ class HierarchicalNetwork(nn.Module):
         """Of a user and a node of a level, or an item for None; counted once."""
         place = self.num_levels if level is None else level
         if place not in self._flops:
-            self._flops[place] = self.networks()[place].flops_per_pair()
+            own = self.networks()[place].flops_per_pair()
+            self._flops[place] = own if level is None else own + self.flops_per_pair(None)
         return self._flops[place]
 
     def stored_logits(self, users: Users, stored: Tensor) -> Tensor:

@@ -13,20 +13,24 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from fullrank.batch import Batch, RowGather
 from fullrank.models.base import task_loss
 from fullrank.retrieval.base import Progress
 from fullrank.retrieval.hierarchy.learning_to_index import Mode
-from fullrank.retrieval.hierarchy.losses import distillation, log_inclusion, sampled_softmax, tail_target
+from fullrank.retrieval.hierarchy.losses import distillation, log_inclusion, sampled_softmax, tail_loss, tail_target
 from fullrank.retrieval.hierarchy.network import HierarchicalNetwork, Users
 from fullrank.schema import Schema
 
 # Items that codewords are found from, and that nodes' members are drawn from.
 SAMPLED_ITEMS = 1 << 16
-# Users of a step that nodes are held against their members for.
-TAIL_USERS = 128
+# Users of a step that nodes are held against their members for, and that nodes learn a softmax of items from: there are
+# far fewer nodes than items, so that they need fewer.
+TAIL_USERS, NODE_USERS = 128, 64
+
+# Beginning of the names of losses of nodes; those of items are named by what they are.
+NODES = "node "
+OF_ITEMS = ("softmax", "impressions", "distillation")
 
 # Told a loss's name, the loss and its weight.
 Add = Callable[[str, Tensor, float], None]
@@ -49,7 +53,7 @@ class Training(BaseModel):
         index_warmup: share of the index's steps in which the weight of its losses rises to 1.
         refresh_every: steps between two looks at the catalogue: k-means of `em` and `separate`, codewords that are
             moved, members of nodes.
-        tail_steps: further steps of `both`, in which only nodes' networks and the ensemble learn.
+        tail_steps: further steps of `both`, in which only nodes' networks and a linear ensemble learn.
         tail_nodes: nodes of a step that `tail` looks at.
         tail_members: members drawn of each.
         tail_top: best of them that a node is held against.
@@ -65,7 +69,7 @@ class Training(BaseModel):
     impressions: float = Field(default=0.0, ge=0)
     distillation: float = Field(default=0.0, ge=0)
     teacher_decay: float = Field(default=0.99, ge=0, lt=1)
-    negatives: int = Field(default=256, ge=0)
+    negatives: int = Field(default=64, ge=0)
     node_objective: Literal["bce", "tail", "both"] = "both"
     mode: Mode = "joint"
     index_start: float = Field(default=0.15, ge=0, lt=1)
@@ -75,8 +79,8 @@ class Training(BaseModel):
     tail_nodes: int = Field(default=16, ge=1)
     tail_members: int = Field(default=48, ge=1)
     tail_top: int = Field(default=4, ge=1)
-    batch_size: int = Field(default=256, ge=2)
-    epochs: int = Field(default=5, ge=1)
+    batch_size: int = Field(default=128, ge=2)
+    epochs: int = Field(default=3, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
     seed: int = 0
 
@@ -124,7 +128,7 @@ class HierarchicalTrainer:
         self.tail = config.node_objective == "tail"
 
     def fit(self, progress: Progress | None = None) -> None:
-        """All steps; progress is told every twentieth."""
+        """All steps; progress is told every twentieth, and the loss of items, to which an index adds nothing."""
         config, network = self.config, self.network
         steps = config.epochs * max(1, len(self.data.item_P) // config.batch_size)
         start = round(config.index_start * steps)
@@ -138,21 +142,21 @@ class HierarchicalTrainer:
                 if (step - start) % config.refresh_every == 0:
                     self.refresh(first=not self.indexing)
             ramp = min(1.0, (step - start + 1) / max(1.0, config.index_warmup * (steps - start)))
-            loss = torch.stack(list(self.losses(rows, ramp).values())).sum()
+            losses = self.losses(rows, ramp)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             self._teach()
             if progress is not None and (step + 1) % 20 == 0:
-                progress(step + 1, steps, loss.item())
+                progress(step + 1, steps, sum(losses[name].item() for name in OF_ITEMS if name in losses))
         network.eval()
         if network.index is not None:
-            if config.mode != "joint" or config.node_objective == "both":
+            if config.mode != "joint" or not self.indexing:
                 self.refresh(first=not self.indexing)
             network.index.set_progress(1.0)
             if config.node_objective == "both":
-                self._learn_tails()
+                self.learn_tails()
 
     def _rows(self) -> Tensor:
         """The rows of the next step; every row comes once in a pass."""
@@ -162,8 +166,8 @@ class HierarchicalTrainer:
         rows, self._order = self._order[:size], self._order[size:]
         return rows
 
-    def _learn_tails(self) -> None:
-        """Nodes' networks learn the best members of their nodes; the ensemble goes along.
+    def learn_tails(self) -> None:
+        """Nodes' networks learn the best members of their nodes; the ensemble goes along. The last steps of `both`.
 
         From the first step on it does not do: most pairs of user and node are far from the best, and a network that
         has learnt nothing else gets those right and the few that a search turns on wrong.
@@ -176,8 +180,13 @@ class HierarchicalTrainer:
         optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.tail_steps)
         self.tail = True
+        self._find_members(self._sampled())
         for _ in range(config.tail_steps):
-            loss = torch.stack(list(self.losses(self._rows()).values())).sum()
+            rows = self._rows()
+            if network.ensemble.linear:  # then items' scores hang on those of nodes
+                loss = torch.stack(list(self.losses(rows).values())).sum()
+            else:
+                loss = self._tail(network.encode_users(self.data.rows.take(rows[:TAIL_USERS])))
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
@@ -191,10 +200,9 @@ class HierarchicalTrainer:
         Args:
             first: begin the index: codewords by k-means of items, whatever the mode.
         """
-        network, index, config = self.network, self.network.index, self.config
+        index, config = self.network.index, self.config
         assert index is not None
-        kept = torch.randperm(len(self.data.items), generator=self.generator)[:SAMPLED_ITEMS].sort().values
-        stored_IS = network.stored(self.data.items.take(kept))
+        stored_IS = self._sampled()
         vectors_IE = stored_IS[:, : index.dim]
         if first:
             index.fit(vectors_IE, seed=config.seed)
@@ -203,9 +211,19 @@ class HierarchicalTrainer:
             index.reseed(vectors_IE, self.generator)
         else:
             index.fit(vectors_IE, iterations=3)
-        if config.node_objective != "bce":
-            codes_IN = index.assign(vectors_IE)
-            self.members = [Members.of(stored_IS, codes_IN, level) for level in range(index.num_levels)]
+        if self.tail:
+            self._find_members(stored_IS)
+
+    def _sampled(self) -> Tensor:
+        """stored_IS of the catalogue, or of items drawn from it."""
+        kept = torch.randperm(len(self.data.items), generator=self.generator)[:SAMPLED_ITEMS].sort().values
+        return self.network.stored(self.data.items.take(kept))
+
+    def _find_members(self, stored_IS: Tensor) -> None:
+        index = self.network.index
+        assert index is not None
+        codes_IN = index.assign(stored_IS[:, : index.dim])
+        self.members = [Members.of(stored_IS, codes_IN, level) for level in range(index.num_levels)]
 
     def losses(self, rows: Tensor, ramp: float = 1.0) -> dict[str, Tensor]:
         """Weighted losses of some rows by name.
@@ -223,9 +241,9 @@ class HierarchicalTrainer:
 
         if config.impressions:
             by_level, extra = self._logits(users, own_B, pairs=True)
-            for logits_B1T, weight in self._weighted(by_level, ramp):
+            for whose, logits_B1T, weight in self._weighted(by_level, ramp):
                 loss = task_loss(logits_B1T[:, 0], batch.labels_BT, self.schema, batch.weights_B)
-                add("impressions", loss, weight * config.impressions)
+                add(f"{whose}impressions", loss, weight * config.impressions)
             for name, loss in extra.items():
                 add(name, loss, ramp)
         if config.softmax or config.distillation:
@@ -234,10 +252,10 @@ class HierarchicalTrainer:
             add("tail", self._tail(users.take(torch.arange(len(rows))[:TAIL_USERS])), ramp)
         return losses
 
-    def _weighted(self, by_level: list[Tensor], ramp: float) -> list[tuple[Tensor, float]]:
-        """Logits of items, and those of nodes where they learn the same."""
+    def _weighted(self, by_level: list[Tensor], ramp: float) -> list[tuple[str, Tensor, float]]:
+        """Logits of items, and of nodes where they learn the same, with the name and the weight of their losses."""
         nodes = [] if self.tail else by_level[:-1]
-        return [(by_level[-1], 1.0), *((logits, ramp) for logits in nodes)]
+        return [("", by_level[-1], 1.0), *((NODES, logits, ramp) for logits in nodes)]
 
     def _unlabelled(self, users: Users, own_B: Tensor, batch: Batch, ramp: float, add: Add) -> None:
         """Losses on items that were drawn: softmax among them, and distillation."""
@@ -249,9 +267,12 @@ class HierarchicalTrainer:
         by_level, extra = self._logits(users, items_I)
         if config.softmax and len(clicked):
             log_q_I = log_inclusion(self.frequency_C[items_I], len(clicked), config.negatives, catalogue)
-            for logits_BIT, weight in self._weighted(by_level, ramp):
-                score_BI = logits_BIT[..., self.positive][clicked]
-                add("softmax", sampled_softmax(score_BI, place[: len(clicked)], log_q_I), weight * config.softmax)
+            for whose, logits_BIT, weight in self._weighted(by_level, ramp):
+                rows = clicked[clicked < len(logits_BIT)]
+                if len(rows):
+                    score_BI = logits_BIT[..., self.positive][rows]
+                    loss = sampled_softmax(score_BI, place[: len(rows)], log_q_I)
+                    add(f"{whose}softmax", loss, weight * config.softmax)
         if self.teacher is not None:
             with torch.no_grad():
                 taught = self._logits(self.teacher.encode_users(batch), items_I, network=self.teacher)[0][-1]
@@ -264,6 +285,8 @@ class HierarchicalTrainer:
         self, users: Users, items_I: Tensor, *, pairs: bool = False, network: HierarchicalNetwork | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Logits of each level and, last, of items, and losses of the index itself.
+
+        Nodes come with the first `NODE_USERS` only where nothing but their own loss hangs on them.
 
         Args:
             items_I: rows of the catalogue, for all users (logits_BIT), or with `pairs` one for each (logits_B1T).
@@ -278,7 +301,10 @@ class HierarchicalTrainer:
         losses: dict[str, Tensor] = {}
         if self.indexing and network.index is not None:
             out = network.index(vectors_IE)
-            parts = [network.node_logits(level, users, each(node)) for level, node in enumerate(out.nodes)]
+            few = users
+            if not (pairs or network.ensemble.linear):
+                few = users.take(torch.arange(len(users.lists_BCL))[:NODE_USERS])
+            parts = [network.node_logits(level, few, each(node)) for level, node in enumerate(out.nodes)]
             losses = {f"index {name}": loss for name, loss in out.losses.items()}
         parts.append(network.item_logits(users, each(vectors_IE), each(values_IA)))
         if not losses and len(parts) == 1:
@@ -298,7 +324,7 @@ class HierarchicalTrainer:
             nodes = [network.index.node_vectors(codes_SN[:, : above + 1]) for above in range(level + 1)]
             parts = [network.node_logits(above, users, node) for above, node in enumerate(nodes)]
             found_BS = network.ensemble(level, parts)[..., self.positive]
-            total.append(F.smooth_l1_loss(found_BS, wanted_BS))
+            total.append(tail_loss(found_BS, wanted_BS))
         return torch.stack(total).sum()
 
     @torch.no_grad()
