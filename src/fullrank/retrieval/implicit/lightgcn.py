@@ -25,7 +25,7 @@ class LightGCN(ImplicitRetriever):
 
     Deviation: the paper trains with the pairwise loss `bpr`. The two others are of the cosine and the whole catalogue:
     `softmax` is cross-entropy of the cosine over a temperature, `cosine_contrastive` the loss of SimpleX. A step costs
-    one propagation, as with `bpr`, and learns from all pairs of its users, so that it is done in minutes on a processor.
+    one propagation, as with `bpr`, and learns from all pairs of its users, so that minutes on a processor are enough.
 
     Source: He et al., LightGCN: Simplifying and Powering Graph Convolution Network for Recommendation, SIGIR 2020.
     """
