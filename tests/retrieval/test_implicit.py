@@ -24,7 +24,7 @@ KINDS: list[dict[str, Any]] = [
     {"name": "mf_bpr", **PAIRWISE},
     {"name": "lightgcn", "loss": "bpr", **PAIRWISE},
     {"name": "lightgcn", **SMALL},
-    {"name": "lightgcn", "loss": "cosine_contrastive", "margin": 0.2, "negative_weight": 10.0, **SMALL},
+    {"name": "lightgcn", "loss": "cosine_contrastive", "margin": 0.5, "negative_weight": 30.0, **SMALL},
     {"name": "simplex", "margin": 0.2, "negative_weight": 10.0, **SMALL},
     {"name": "graph_filter"},
     {"name": "graph_blend", "vectors": {"layers": 1, **SMALL}},
