@@ -15,6 +15,7 @@ from fullrank.retrieval.implicit.base import ImplicitRetriever
 from fullrank.retrieval.implicit.graph_filter import GraphFilter
 from fullrank.retrieval.implicit.interactions import Interactions
 from fullrank.retrieval.implicit.lightgcn import LightGCN
+from fullrank.retrieval.implicit.simplex import SimpleX
 from fullrank.schema import FIRST_VOCABULARY_ID
 
 SMALL = {"dim": 8, "batch_size": 4, "epochs": 30, "learning_rate": 0.05}
@@ -23,6 +24,7 @@ KINDS: list[dict[str, Any]] = [
     {"name": "mf_bpr", **PAIRWISE},
     {"name": "lightgcn", "loss": "bpr", **PAIRWISE},
     {"name": "lightgcn", **SMALL},
+    {"name": "lightgcn", "loss": "cosine_contrastive", "margin": 0.5, "negative_weight": 30.0, **SMALL},
     {"name": "simplex", "margin": 0.2, "negative_weight": 10.0, **SMALL},
     {"name": "graph_filter"},
     {"name": "graph_blend", "vectors": {"layers": 1, **SMALL}},
@@ -94,6 +96,22 @@ def test_lightgcn_smooths_with_the_normalised_adjacency_matrix(
     expected_ND = sum(torch.matrix_power(graph_NN, layer) @ start_ND for layer in range(layers + 1)) / (layers + 1)
     found_ND = torch.cat([retriever.user_UD[pairs.user_ids_U], retriever.item_ID[pairs.item_ids_I]])
     assert torch.allclose(found_ND.double(), expected_ND, atol=1e-6)
+
+
+def test_a_user_of_simplex_begins_as_the_direction_of_the_mean_of_what_was_taken(
+    dataset: Dataset, pairs: Interactions
+) -> None:
+    """With a learning rate of almost 0; no dropout is left in what is searched."""
+    config = SimpleX.Config(dim=4, dropout=0.5, epochs=1, learning_rate=1e-9, seed=3)
+    retriever = SimpleX(dataset.schema, config).fit(dataset)
+    torch.manual_seed(3)
+    item_ID = retriever.start(pairs)[1].detach().double()
+    mean_UD = dense(pairs) @ item_ID / dense(pairs).sum(1, keepdim=True)
+    for found_ND, expected_ND in (
+        (retriever.user_UD[pairs.user_ids_U], mean_UD),
+        (retriever.item_ID[pairs.item_ids_I], item_ID),
+    ):
+        assert torch.allclose(found_ND.double(), torch.nn.functional.normalize(expected_ND, dim=1), atol=1e-5)
 
 
 def test_graph_filter_is_its_formula(dataset: Dataset, pairs: Interactions, users: Batch) -> None:
