@@ -6,6 +6,7 @@ from fullrank.funnel.evaluation import evaluate_funnel
 from fullrank.funnel.funnel import Funnel, Ranking, Recommendation
 from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import ScoredItem, Scorer
+from fullrank.funnel.slate import Slate, SlateConfig, SlotPolicy, fill, propensities
 from fullrank.funnel.stages import StageSizes, TwoSided
 from fullrank.funnel.training import EarlyConfig, FinalConfig, FunnelConfig, train_funnel
 from fullrank.funnel.value import ValueFormula
@@ -20,12 +21,17 @@ __all__ = [
     "Request",
     "ScoredItem",
     "Scorer",
+    "Slate",
+    "SlateConfig",
+    "SlotPolicy",
     "StageSizes",
     "TwoSided",
     "ValueFormula",
     "compare_funnels",
     "evaluate_funnel",
+    "fill",
     "load_bundle",
+    "propensities",
     "save_bundle",
     "train_funnel",
 ]
