@@ -342,9 +342,8 @@ def _keys(source: _Source, chunk: Chunk, schema: Schema, absent: set[str]) -> No
             chunk.keys[key] = _timestamps(source, name, schema.time_unit, schema.time_format)
         elif key in ("weight", "bid"):
             numbers = _numbers(source, name)
-            if key == "weight":
-                source.reject(np.isnan(numbers), name, "no weight", partial(source.series, name))
-                source.reject(numbers < 0, name, "negative weight", partial(source.series, name))
+            source.reject(np.isnan(numbers), name, f"no {key}", partial(source.series, name))
+            source.reject(numbers < 0, name, f"negative {key}", partial(source.series, name))
             chunk.keys[key] = pl.Series(numbers).cast(pl.Float32)
         else:
             codes, values = source.coded(name)

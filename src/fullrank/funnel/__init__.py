@@ -3,8 +3,8 @@
 from fullrank.funnel.bundle import load_bundle, save_bundle
 from fullrank.funnel.compare import compare_funnels
 from fullrank.funnel.evaluation import evaluate_funnel
-from fullrank.funnel.funnel import Funnel, Ranking, Recommendation
-from fullrank.funnel.requests import Request
+from fullrank.funnel.funnel import Funnel, RankedItem, Ranking, Recommendation
+from fullrank.funnel.requests import Request, Shown
 from fullrank.funnel.scorer import ScoredItem, Scorer
 from fullrank.funnel.slate import Slate, SlateConfig, SlotPolicy, fill, propensities
 from fullrank.funnel.stages import StageSizes, TwoSided
@@ -16,11 +16,13 @@ __all__ = [
     "FinalConfig",
     "Funnel",
     "FunnelConfig",
+    "RankedItem",
     "Ranking",
     "Recommendation",
     "Request",
     "ScoredItem",
     "Scorer",
+    "Shown",
     "Slate",
     "SlateConfig",
     "SlotPolicy",

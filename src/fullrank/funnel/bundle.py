@@ -18,6 +18,7 @@ from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import Scorer
 from fullrank.funnel.searcher import Searcher
+from fullrank.funnel.slate import SlateConfig
 from fullrank.funnel.stages import FINAL, RETRIEVAL, StageSizes, check_names
 from fullrank.models import Ranker
 from fullrank.retrieval import RETRIEVERS, Retriever
@@ -59,8 +60,8 @@ def save_bundle(
         _write_retrieval(content, partial)
         for name, ranker in _rankers(content).items():
             write_weights(ranker, partial / f"{name}.safetensors")
-        sizes = content.sizes.model_dump(mode="json")
-        write_manifest(partial, stages, value=content.value.text, sizes=sizes, about=about)
+        sizes, slate = content.sizes.model_dump(mode="json"), content.slate.model_dump(mode="json")
+        write_manifest(partial, stages, value=content.value.text, sizes=sizes, slate=slate, about=about)
 
 
 def _rankers(funnel: Funnel) -> dict[str, Ranker]:
@@ -155,6 +156,10 @@ def load_bundle(path: Path) -> Funnel | Scorer:
         raise ValueError(describe_errors(error, f"{path / MANIFEST}: sizes").splitlines()[0]) from None
     except ValueError as error:
         raise ValueError(f"{path / MANIFEST}: {error}") from None
+    try:
+        slate = SlateConfig.model_validate(manifest.slate or {})
+    except ValidationError as error:
+        raise ValueError(describe_errors(error, f"{path / MANIFEST}: slate").splitlines()[0]) from None
     weights = {name: f"{name}.safetensors" for name in names[1:]}
     require_files(path, manifest, ["schema.json", "items.parquet", "context.parquet", *weights.values()])
     for name in manifest.files:
@@ -175,6 +180,7 @@ def load_bundle(path: Path) -> Funnel | Scorer:
         final=rankers[FINAL],
         value=manifest.value,
         sizes=sizes,
+        slate=slate,
     )
     found = funnel.retriever.search(funnel.encode([Request()]), len(funnel.items))
     found_keys = found.item_keys_BK[found.found_BK]

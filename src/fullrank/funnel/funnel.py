@@ -18,8 +18,11 @@ from fullrank.batch import Batch, RowGather
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
 from fullrank.funnel.catalogue import NO_ROW, Catalogue
-from fullrank.funnel.requests import Request, RequestEncoder
+from fullrank.funnel.requests import Request, RequestEncoder, Shown
+from fullrank.funnel.rules import EMPTY
 from fullrank.funnel.scorer import Observe, ScoredItem, Scorer, trust_ids
+from fullrank.funnel.slate import SlateConfig
+from fullrank.funnel.slate_making import SlateMaker
 from fullrank.funnel.stages import FINAL, RETRIEVAL, StageSizes, TwoSided, check_names
 from fullrank.models.base import Ranker
 from fullrank.retrieval.base import Items, Retriever, check_k
@@ -41,6 +44,8 @@ class Ranking(NamedTuple):
         probabilities_UKT: of binary tasks; predictions of regression tasks.
         passed: by the name of each stage but the final one, the rows that it handed on, in its order, shape (U, C).
         cost_U: items that retrieval scored.
+        propensity_UK: probability that the item of a slot was drawn with, see `Slate`; 1 where nothing was drawn.
+        payment_UK: what the items pay, see `fullrank.funnel.auction`; NaN where there is none, None without an auction.
     """
 
     items_UK: Tensor
@@ -48,6 +53,8 @@ class Ranking(NamedTuple):
     probabilities_UKT: Tensor
     passed: dict[str, Tensor]
     cost_U: Tensor
+    propensity_UK: Tensor
+    payment_UK: Tensor | None = None
 
     @property
     def retrieved_UC(self) -> Tensor:
@@ -69,10 +76,23 @@ class Ranking(NamedTuple):
 
 
 @dataclass(frozen=True)
+class RankedItem(ScoredItem):
+    """An item of a list.
+
+    Attributes:
+        propensity: probability that it was drawn with, given the items above; what off-policy estimates need.
+        payment: for one unit of what the bid is for, such as a click; None without an auction.
+    """
+
+    propensity: float
+    payment: float | None = None
+
+
+@dataclass(frozen=True)
 class Recommendation:
     """A ranked list, and how many candidates each stage looked at."""
 
-    items: list[ScoredItem]
+    items: list[RankedItem]
     candidates: dict[str, int]
 
 
@@ -87,9 +107,11 @@ class Funnel:
         early: rankers by the names of their stages, in order; each sees what the one before handed on. A single one may
             be given without a name, and is called `early`.
         value: formula over tasks and `bid`; see `default_formula`.
+        slate: how a list is made of the final stage's values; default the largest first.
 
     Raises:
-        ValueError: if the names of early stages, or their number and that of `sizes`, do not fit.
+        ValueError: if the names of early stages, or their number and that of `sizes`, do not fit, if a bid of the
+            catalogue is negative or infinite, or if `slate` does not fit the schema or the formula.
     """
 
     def __init__(
@@ -104,6 +126,7 @@ class Funnel:
         final: Ranker,
         value: str | None = None,
         sizes: StageSizes | None = None,
+        slate: SlateConfig | None = None,
     ) -> None:
         self.encoders = encoders
         self.schema = encoders.schema
@@ -127,6 +150,10 @@ class Funnel:
                 self._prepared[name] = ranker, _item_vectors(ranker, items.rows.batch)
         bid_I = items.bid_I
         self._bid_I = None if bid_I is None else bid_I.float()
+        self.slate = slate or SlateConfig()
+        self._make_slate = SlateMaker(self.slate, items, self.scorer)
+        self._draws = torch.Generator()
+        self._draws.seed()
 
     def index_active(self) -> None:
         """Make the active items of the catalogue, and no other, retrievable."""
@@ -134,11 +161,21 @@ class Funnel:
         self.retriever.index(Items(self.items.keys_I[active_I], self.items.rows.take(active_I)))
 
     @torch.inference_mode()
-    def rank(self, users: Batch, k: int, observe: Observe | None = None) -> Ranking:
+    def rank(
+        self,
+        users: Batch,
+        k: int,
+        observe: Observe | None = None,
+        *,
+        shown: Sequence[Sequence[Shown]] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Ranking:
         """The best k items of each row of `users`, whose user and context columns are filled.
 
         Args:
             observe: told the name of each stage and the seconds it took.
+            shown: what each user has been shown, for frequency caps.
+            generator: of the draws of a policy that explores; without one the list is greedy.
 
         Raises:
             ValueError: if k is below 1.
@@ -148,7 +185,14 @@ class Funnel:
         keeps = sizes.keeps(len(self.early))
         at_once = max(1, PAIRS_AT_ONCE // sizes.finalists(len(self.early)))
         if len(users) > at_once:
-            return _below([self.rank(users[i : i + at_once], k, observe) for i in range(0, len(users), at_once)])
+            parts = [slice(i, i + at_once) for i in range(0, len(users), at_once)]
+            before = [None if shown is None else shown[part] for part in parts]
+            return _below(
+                [
+                    self.rank(users[part], k, observe, shown=seen, generator=generator)
+                    for part, seen in zip(parts, before, strict=True)
+                ]
+            )
         mark = time.perf_counter()
 
         def lap(stage: str) -> None:
@@ -171,11 +215,22 @@ class Funnel:
             passed[stage] = items_UC
             lap(stage)
         logits_UCT = self._pair_logits(self.final, users, items_UC, whole)
-        value_UK, place_UK = top_k(self._values(logits_UCT, items_UC, whole), k)
+        value_UC = self._values(logits_UCT, items_UC, whole)
+        bid_UC = None if self._bid_I is None else self._bid_I[items_UC]
+        slate = self._make_slate(value_UC, logits_UCT, items_UC, bid_UC, k, shown=shown, generator=generator)
+        empty_UK, place_UK = slate.places_UK == EMPTY, slate.places_UK.clamp_min(0)
         probabilities_UCT = self.scorer.predictions(logits_UCT)
         probabilities_UKT = probabilities_UCT.gather(1, place_UK[:, :, None].expand(-1, -1, len(self.scorer.tasks)))
         lap(FINAL)
-        return Ranking(items_UC.gather(1, place_UK), value_UK, probabilities_UKT, passed, found.cost_B)
+        return Ranking(
+            items_UC.gather(1, place_UK).masked_fill_(empty_UK, NO_ROW),
+            value_UC.gather(1, place_UK).masked_fill_(empty_UK, -torch.inf),
+            probabilities_UKT.masked_fill_(empty_UK[:, :, None], torch.nan),
+            passed,
+            found.cost_B,
+            slate.propensity_UK,
+            slate.payment_UK,
+        )
 
     @torch.inference_mode()
     def stage_values(self, users: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -187,9 +242,18 @@ class Funnel:
         return items_UC, values
 
     def recommend(
-        self, requests: Sequence[Request], k: int = 10, observe: Observe | None = None
+        self,
+        requests: Sequence[Request],
+        k: int = 10,
+        observe: Observe | None = None,
+        *,
+        generator: torch.Generator | None = None,
     ) -> list[Recommendation]:
         """The best k items for each request, all there are if k is larger; unknown users are served.
+
+        Args:
+            observe: told the name of each stage and the seconds it took.
+            generator: of the draws of a policy that explores; default one that begins anew in each process.
 
         Raises:
             ValueError: if k is below 1, or a request gives an unknown feature or one of the wrong type.
@@ -201,25 +265,28 @@ class Funnel:
         users = self.encode(requests)
         if observe is not None:
             observe("encode", time.perf_counter() - mark)
-        ranking = self.rank(users, k, observe)
+        shown = [request.shown for request in requests]
+        ranking = self.rank(users, k, observe, shown=shown if any(shown) else None, generator=generator or self._draws)
         names = self.items.ids
+        payments = ranking.payment_UK
         lists = zip(
             ranking.items_UK.tolist(),
             ranking.value_UK.tolist(),
             ranking.probabilities_UKT.tolist(),
-            ranking.counts(),
+            ranking.propensity_UK.tolist(),
+            [[None] * ranking.items_UK.shape[1]] * len(requests) if payments is None else payments.tolist(),
             strict=True,
         )
         return [
             Recommendation(
                 [
-                    ScoredItem(names[row], value, dict(zip(self.scorer.tasks, predictions, strict=True)))
-                    for row, value, predictions in zip(rows, values, numbers, strict=True)
-                    if value > -torch.inf
+                    RankedItem(names[row], value, dict(zip(self.scorer.tasks, predictions, strict=True)), *drawn)
+                    for row, value, predictions, *drawn in zip(*columns, strict=True)
+                    if row != NO_ROW
                 ],
                 counts,
             )
-            for rows, values, numbers, counts in lists
+            for columns, counts in zip(lists, ranking.counts(), strict=True)
         ]
 
     @torch.inference_mode()
@@ -308,10 +375,13 @@ def _below(parts: Sequence[Ranking]) -> Ranking:
         width = max(tensor.shape[1] for tensor in tensors)
         return torch.cat([F.pad(t, (*(0, 0) * (t.ndim - 2), 0, width - t.shape[1]), value=filler) for t in tensors])
 
+    payments = [part.payment_UK for part in parts if part.payment_UK is not None]
     return Ranking(
         joined([part.items_UK for part in parts], NO_ROW),
         joined([part.value_UK for part in parts], -torch.inf),
         joined([part.probabilities_UKT for part in parts], torch.nan),
         {stage: joined([part.passed[stage] for part in parts], NO_ROW) for stage in parts[0].passed},
         torch.cat([part.cost_U for part in parts]),
+        joined([part.propensity_UK for part in parts], 1.0),
+        None if not payments else joined(payments, torch.nan),
     )

@@ -74,4 +74,5 @@ def with_rankers(content: Funnel | Scorer, rankers: Mapping[str, Ranker]) -> Fun
         final=final,
         value=content.value.text,
         sizes=content.sizes,
+        slate=content.slate,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 import torch
@@ -26,6 +26,18 @@ REMEMBERED = 65_536
 LONGEST_REMEMBERED = 64
 
 
+class Shown(NamedTuple):
+    """An impression that a user has had.
+
+    Attributes:
+        item_id: as in the log; one that the catalogue does not have is ignored.
+        seconds_ago: how long before the request; negative, by a clock that is behind, is now.
+    """
+
+    item_id: int | str
+    seconds_ago: float = 0.0
+
+
 @dataclass(frozen=True)
 class Request:
     """Who asks, and where.
@@ -35,10 +47,12 @@ class Request:
         features: raw values of user and context features by column name; events of a sequence are lists named
             `<sequence>.<field>`, oldest first. What is given replaces what is known of the user, what is not given
             stays as it was last seen, or is missing for an unknown user.
+        shown: impressions of the user, for frequency caps; in any order.
     """
 
     user_id: int | str | None = None
     features: Mapping[str, Any] = field(default_factory=dict)
+    shown: Sequence[Shown] = ()
 
 
 class RequestEncoder:

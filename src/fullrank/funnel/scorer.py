@@ -76,6 +76,26 @@ class Scorer:
         value_X = self.value(columns)
         return torch.where(torch.isfinite(value_X), value_X, -torch.inf)
 
+    def spreads(self, logits_XT: Tensor, bid_X: Tensor | None, pseudo_counts: float) -> Tensor:
+        """Standard deviations of the values, if each probability p were the mean of `pseudo_counts` impressions.
+
+        To first order (delta method), tasks independent: var V = sum_t (dV / dp_t)^2 p_t (1 - p_t) / (n + 1), the
+        variance of Beta(n p, n (1 - p)). Predictions of numbers are taken as certain.
+        """
+        # Autograd needs tensors that were not made in inference mode.
+        with torch.inference_mode(False), torch.enable_grad():
+            prediction_XT = self.predictions(logits_XT.double().clone()).detach().requires_grad_()
+            columns = dict(zip(self.tasks, prediction_XT.unbind(-1), strict=True))
+            if bid_X is not None:
+                columns["bid"] = bid_X.double().clone()
+            value_X = self.value(columns)
+            if not value_X.requires_grad:
+                return torch.zeros(value_X.shape, dtype=torch.float64)
+            (slope_XT,) = torch.autograd.grad(value_X.sum(), prediction_XT)
+        p_XT = prediction_XT.detach()
+        variance_XT = torch.where(self._binary_T, p_XT * (1 - p_XT) / (pseudo_counts + 1), 0.0)
+        return (slope_XT.square() * variance_XT).sum(-1).sqrt().nan_to_num(0.0, posinf=0.0)
+
     def scored(self, item_ids: Sequence[int | str | None], logits_BT: Tensor, bid_B: Tensor | None) -> list[ScoredItem]:
         """One entry for each row of logits."""
         values, predictions = self.values(logits_BT, bid_B).tolist(), self.predictions(logits_BT).tolist()

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from fullrank.funnel.auction import AuctionConfig
 from fullrank.funnel.policies import Greedy, PolicySpec, SlotPolicy
 from fullrank.funnel.rules import EMPTY, AtMost, Rule, open_values
 from fullrank.retrieval.base import check_k
@@ -18,6 +19,7 @@ from fullrank.retrieval.exact import top_k
 
 __all__ = [
     "AtMost",
+    "AuctionConfig",
     "Diversity",
     "Frequency",
     "PolicySpec",
@@ -80,6 +82,7 @@ class SlateConfig(BaseModel):
         policy: who gets a slot: `greedy`, `epsilon`, `softmax` or `thompson`, with its parameters.
         diversity: at most so many of a kind; one or several.
         frequency: at most so many impressions to a user; one or several.
+        auction: prices what is shown; null has no prices.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -87,6 +90,16 @@ class SlateConfig(BaseModel):
     policy: PolicySpec = PolicySpec.of("greedy")
     diversity: Annotated[tuple[Diversity, ...], BeforeValidator(_listed)] = ()
     frequency: Annotated[tuple[Frequency, ...], BeforeValidator(_listed)] = ()
+    auction: AuctionConfig | None = None
+
+    @model_validator(mode="after")
+    def _vcg_sorts(self) -> Self:
+        by_group = self.diversity or any(cap.by is not None for cap in self.frequency)
+        if self.auction is not None and self.auction.pricing == "vcg" and by_group:
+            raise ValueError(
+                "vcg prices a list in the order of values: leave out what counts by a feature, or take second_price"
+            )
+        return self
 
 
 class Slate(NamedTuple):

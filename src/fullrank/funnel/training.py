@@ -15,6 +15,8 @@ from fullrank.data.dataset import Dataset
 from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.funnel.catalogue import Catalogue, all_rows, usual_context, with_market
 from fullrank.funnel.funnel import Funnel
+from fullrank.funnel.slate import SlateConfig
+from fullrank.funnel.slate_making import check_slate
 from fullrank.funnel.stages import FINAL, RETRIEVAL, StageSizes, check_names
 from fullrank.funnel.value import ValueFormula, default_formula, formula_names
 from fullrank.models import Ranker, RankerSpec
@@ -89,6 +91,7 @@ class FunnelConfig(BaseModel):
         final: the final stage.
         sizes: how many candidates pass; what an early stage says of itself goes before it.
         value: value formula; default `bid * <first task>`, or the first task where the log has no bid.
+        slate: how a list is made of the values: exploration, diversity, frequency caps, an auction.
         active_days: items not shown in the last so many days of the log are not retrieved; None retrieves all.
         seed: of initial weights and of the order of the rows.
     """
@@ -102,6 +105,7 @@ class FunnelConfig(BaseModel):
     final: FinalConfig = FinalConfig()
     sizes: StageSizes = StageSizes()
     value: str | None = None
+    slate: SlateConfig = SlateConfig()
     active_days: float | None = Field(default=None, gt=0)
     seed: int = 0
 
@@ -178,9 +182,9 @@ def train_funnel(
     """
     config = config or FunnelConfig()
     schema = dataset.schema
-    ValueFormula(
-        config.value or default_formula(schema), formula_names(schema)
-    )  # a wrong formula fails before training
+    # A wrong formula, or a slate that does not fit it, fails before training.
+    value = ValueFormula(config.value or default_formula(schema), formula_names(schema))
+    check_slate(config.slate, schema, value)
     for counter in schema.pair_counters:
         raise ValueError(
             f'{dataset.path}: the feature "{counter.name}" counts a user and an item together '
@@ -233,6 +237,7 @@ def train_funnel(
         final=final,
         value=config.value,
         sizes=config.stage_sizes,
+        slate=config.slate,
     )
     funnel.index_active()
     return funnel, results

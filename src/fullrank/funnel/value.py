@@ -70,6 +70,31 @@ class ValueFormula:
         """
         return self._evaluate(self._root, columns)
 
+    def is_affine(self, name: str) -> bool:
+        """Whether it is written as a + b * name, with a and b that do not depend on the name."""
+        return self._degree(self._root, name) <= 1
+
+    def _degree(self, node: ast.expr, name: str) -> int:
+        """0 where a part does not depend on a name, 1 where it is affine in it, 2 otherwise."""
+        match node:
+            case ast.Name(id=own):
+                return int(own == name)
+            case ast.UnaryOp(operand=operand):
+                return self._degree(operand, name)
+            case ast.BinOp(left=left, op=operator, right=right):
+                degrees = self._degree(left, name), self._degree(right, name)
+                match operator:
+                    case ast.Add() | ast.Sub():
+                        return max(degrees)
+                    case ast.Mult():
+                        return min(2, sum(degrees))
+                    case ast.Div():
+                        return 2 if degrees[1] else degrees[0]
+                return 2 if any(degrees) else 0
+            case ast.Call(args=arguments):
+                return 2 if any(self._degree(argument, name) for argument in arguments) else 0
+        return 0
+
     def _refuse(self, node: ast.AST, what: str) -> ValueError:
         place = getattr(node, "col_offset", 0) + 1
         return ValueError(

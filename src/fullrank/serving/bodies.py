@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Annotated, Any, Self
 
 from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fullrank.funnel import requests as funnel_requests
+from fullrank.funnel.funnel import RankedItem
 from fullrank.funnel.scorer import ScoredItem
 
 Id = int | str
@@ -41,14 +43,26 @@ class Asker(Strict):
         return funnel_requests.Request(self.user_id, {**self.features, **self.context})
 
 
+class Impression(Strict):
+    """An item that was shown to the user, and how long ago."""
+
+    item_id: Id
+    seconds_ago: Number = 0.0
+
+
 class RecommendRequest(Asker):
-    """Ask for the best `k` items."""
+    """Ask for the best `k` items; `shown` is what frequency caps count."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, json_schema_extra={"examples": [{"user_id": 7, "k": 5}, {"k": 5}]}
     )
 
     k: int = Field(default=10, ge=1, le=2**31 - 1)
+    shown: list[Impression] = Field(default_factory=list, max_length=10_000)
+
+    def request(self) -> funnel_requests.Request:
+        shown = [funnel_requests.Shown(item.item_id, item.seconds_ago) for item in self.shown]
+        return replace(super().request(), shown=shown)
 
 
 class ScoreRequest(Asker):
@@ -81,10 +95,22 @@ class Item(Strict):
     predictions: dict[str, float | None]
 
 
+class RecommendedItem(Item):
+    """An item of a list.
+
+    Attributes:
+        propensity: probability that it was drawn with, given the items above.
+        payment: for one unit of what the bid is for; null without an auction.
+    """
+
+    propensity: float
+    payment: float | None
+
+
 class RecommendResponse(Strict):
     """A ranked list, and the number of candidates that each stage scored."""
 
-    items: list[Item]
+    items: list[RecommendedItem]
     candidates: dict[str, int]
 
 
@@ -105,6 +131,11 @@ def item_json(item: ScoredItem) -> dict[str, Any]:
     # JSON has no infinite numbers; a regression may overflow to one.
     predictions = {task: number if math.isfinite(number) else None for task, number in item.predictions.items()}
     return {"item_id": item.item_id, "value": item.value, "predictions": predictions}
+
+
+def recommended_json(item: RankedItem) -> dict[str, Any]:
+    """A `RecommendedItem`, as JSON has it."""
+    return {**item_json(item), "propensity": item.propensity, "payment": item.payment}
 
 
 def encoded(value: Any) -> bytes:

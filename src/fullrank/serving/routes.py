@@ -17,6 +17,7 @@ from fullrank.serving.bodies import (
     answer,
     encoded,
     item_json,
+    recommended_json,
 )
 from fullrank.serving.errors import NoCatalogue
 from fullrank.serving.instruments import Instruments
@@ -40,7 +41,7 @@ def add_routes(app: FastAPI, content: Funnel | Scorer, pool: Pool, instruments: 
 
         def work() -> bytes:
             found = funnel.recommend([request], body.k, instruments.observe_stage)[0]
-            return encoded({"items": [item_json(item) for item in found.items], "candidates": found.candidates})
+            return encoded({"items": [recommended_json(item) for item in found.items], "candidates": found.candidates})
 
         return answer(await pool.run(work))
 

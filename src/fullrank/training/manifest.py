@@ -57,6 +57,7 @@ class Manifest(BaseModel):
         stages: of a single ranker one, named `final`.
         value: the value formula.
         sizes: how many candidates pass the stages of a funnel.
+        slate: how a funnel makes a list of values; None, as before there was a choice, the largest first.
         about: where the bundle comes from, for people.
     """
 
@@ -68,6 +69,7 @@ class Manifest(BaseModel):
     stages: tuple[Stage, ...]
     value: str | None = None
     sizes: dict[str, Any] | None = None
+    slate: dict[str, Any] | None = None
     about: dict[str, Any] = {}
     files: dict[str, File]
 
@@ -78,6 +80,7 @@ def write_manifest(
     *,
     value: str | None = None,
     sizes: dict[str, Any] | None = None,
+    slate: dict[str, Any] | None = None,
     about: dict[str, Any] | None = None,
 ) -> None:
     """Write the manifest of all files below `directory`."""
@@ -88,6 +91,7 @@ def write_manifest(
         stages=tuple(stages),
         value=value,
         sizes=sizes,
+        slate=slate,
         about=about or {},
         files={name: describe_file(directory / name) for name in _listing(directory)},
     )
