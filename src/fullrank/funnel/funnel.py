@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import polars as pl
 import torch
@@ -154,6 +155,16 @@ class Funnel:
         self._make_slate = SlateMaker(self.slate, items, self.scorer)
         self._draws = torch.Generator()
         self._draws.seed()
+
+    def with_slate(self, slate: SlateConfig) -> Self:
+        """A funnel of the same stages that makes its lists in another way.
+
+        Raises:
+            ValueError: if `slate` does not fit the schema or the formula.
+        """
+        other = copy.copy(self)
+        other.slate, other._make_slate = slate, SlateMaker(slate, self.items, self.scorer)
+        return other
 
     def index_active(self) -> None:
         """Make the active items of the catalogue, and no other, retrievable."""

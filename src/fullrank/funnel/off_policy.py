@@ -16,9 +16,10 @@ from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.data.loader import batch_from_frame
 from fullrank.funnel.catalogue import NO_ROW
 from fullrank.funnel.funnel import Funnel
-from fullrank.funnel.rules import EMPTY, open_values
+from fullrank.funnel.rules import EMPTY
 from fullrank.funnel.scorer import Scorer
 from fullrank.funnel.slate import PolicySpec, SlateConfig
+from fullrank.funnel.slate_making import SlateMaker
 from fullrank.funnel.value import ValueFormula, formula_names
 from fullrank.metrics import LoggedSlates, off_policy
 from fullrank.metrics.off_policy import Weighing, is_propensity
@@ -27,6 +28,7 @@ from fullrank.retrieval import item_keys
 SLATES_AT_ONCE = 512
 # How far from 1 a whole distribution may sum.
 SUM_ROUNDING = 1e-4
+MOST_SLOTS = 1000
 
 
 class LogColumns(NamedTuple):
@@ -83,12 +85,13 @@ def evaluate_off_policy(
         )
     dataset = dataset.as_known_to(funnel.encoders)
     log = _read(funnel, dataset, split, reward or funnel.value.text, columns)
-    policy = policy or SlateConfig().policy
-    found = off_policy(weighed(funnel, log, policy), weighing=weighing, clip=clip, seed=seed)
+    if policy is not None:
+        funnel = funnel.with_slate(funnel.slate.model_copy(update={"policy": policy}))
+    found = off_policy(weighed(funnel, log), weighing=weighing, clip=clip, seed=seed)
     return {
         "split": split,
         "reward": log.reward.text,
-        "policy": policy.model_dump(mode="json"),
+        "policy": funnel.slate.policy.model_dump(mode="json"),
         "weighing": weighing,
         **found.report(),
     }
@@ -110,12 +113,13 @@ class Log(NamedTuple):
     reward: ValueFormula
 
 
-def weighed(funnel: Funnel, log: Log, policy: PolicySpec) -> LoggedSlates:
+def weighed(funnel: Funnel, log: Log) -> LoggedSlates:
     """The log's lists beside what the funnel thinks of them."""
+    plain, make = funnel.with_slate(SlateConfig()), SlateMaker(funnel.slate, funnel.items, funnel.scorer)
     new, predicted, expected = [], [], []
     for begin in range(0, len(log.users), SLATES_AT_ONCE):
         part = slice(begin, begin + SLATES_AT_ONCE)
-        of_new, of_model, of_both = _asked(funnel, log.users[part], log.items_NK[part], log.reward, policy)
+        of_new, of_model, of_both = _asked(plain, make, log.users[part], log.items_NK[part], log.reward)
         new.append(of_new)
         predicted.append(of_model)
         expected.append(of_both)
@@ -132,22 +136,24 @@ def weighed(funnel: Funnel, log: Log, policy: PolicySpec) -> LoggedSlates:
 
 @torch.inference_mode()
 def _asked(
-    funnel: Funnel, users: Batch, items_UK: Tensor, reward: ValueFormula, policy: PolicySpec
+    plain: Funnel, make: SlateMaker, users: Batch, items_UK: Tensor, reward: ValueFormula
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each logged item its probability and its predicted reward, and of each slot the expected one; (U, K)."""
-    ranking = funnel.rank(users, funnel.sizes.finalists(len(funnel.early)))
-    columns = dict(zip(funnel.scorer.tasks, ranking.probabilities_UKT.double().unbind(-1), strict=True))
-    if funnel.items.bid_I is not None:
-        columns["bid"] = funnel.items.bid_I.double()[ranking.items_UK]
-    predicted_UC = reward(columns)
-    # A place without an item is never drawn; neither is one whose value is no number.
+    ranking = plain.rank(users, plain.sizes.finalists(len(plain.early)))
+    p_UCT = ranking.probabilities_UKT.double()
+    binary_T = torch.tensor([label.kind == "binary" for label in plain.schema.labels])
+    logits_UCT = torch.where(binary_T, torch.logit(p_UCT), p_UCT)
+    bid_I = plain.items.bid_I
+    bid_UC = None if bid_I is None else bid_I.double()[ranking.items_UK]
+    columns = dict(zip(plain.scorer.tasks, p_UCT.unbind(-1), strict=True))
+    predicted_UC = reward(columns if bid_UC is None else {**columns, "bid": bid_UC})
+    # Where there is no item, or its value is no number, nothing is drawn.
     predicted_UC = torch.where(ranking.value_UK > -torch.inf, predicted_UC, 0.0)
     is_item_UKC = (items_UK[:, :, None] == ranking.items_UK[:, None]) & (items_UK != NO_ROW)[:, :, None]
     places_UK = is_item_UKC.int().argmax(2).masked_fill(~is_item_UKC.any(2), EMPTY)
-    slots = policy.build()
     new, expected = [], []
-    for slot in range(items_UK.shape[1]):
-        drawn_UC = slots.probabilities(open_values(ranking.value_UK, places_UK[:, :slot]), None, slot)
+    drawn = make.distributions(ranking.value_UK, logits_UCT, ranking.items_UK, bid_UC, places_UK)
+    for slot, drawn_UC in enumerate(drawn):
         new.append(_at(drawn_UC, places_UK[:, slot, None]))
         expected.append((drawn_UC * predicted_UC).sum(1, keepdim=True))
     return torch.cat(new, 1), _at(predicted_UC, places_UK), torch.cat(expected, 1)
@@ -159,68 +165,84 @@ def _at(values_UC: Tensor, places_UK: Tensor) -> Tensor:
 
 def _read(funnel: Funnel, dataset: Dataset, split: str, reward: str, columns: LogColumns) -> Log:
     formula = ValueFormula(reward, formula_names(dataset.schema))
-    names = dataset.scan(split).collect_schema().names()
-    said = {
-        columns.propensity: "the probability that each item was drawn with",
-        columns.slate: "which rows were one list",
-        columns.slot: "the place of each item in its list, from 0",
-        **({} if columns.distribution is None else {columns.distribution: "what each candidate was drawn with"}),
-    }
-    for name, meaning in said.items():
-        if name not in names:
-            raise ValueError(
-                f'{dataset.path}: no column "{name}", which has to say {meaning}: log it and import it with '
-                f"--keep {name}, or name another column"
-            )
-    frame = dataset.scan(split).sort(columns.slate, columns.slot, maintain_order=True).collect()
-    if not frame.height:
-        raise ValueError(f'{dataset.path}: split "{split}" is empty')
-    slot, slate = frame[columns.slot], frame[columns.slate]
-    place = frame.select(pl.int_range(pl.len()).over(columns.slate)).to_series()
-
-    def require(fine: pl.Series, column: str, expected: str) -> None:
-        row = fine.fill_null(False).not_().arg_max()
-        assert row is not None
-        if not fine.fill_null(False).all():
-            raise ValueError(
-                f'{dataset.path}: slate {slate[row]} slot {slot[row]}: column "{column}" is {frame[column][row]}, '
-                f"expected {expected}"
-            )
-
-    require(slot.is_not_null() & (slot == place), columns.slot, "0, 1, 2, ..., each once in every slate")
-    propensity_n = _numbers(frame[columns.propensity])
-    require(pl.Series(is_propensity(propensity_n).numpy()), columns.propensity, "a propensity above 0 and at most 1")
-    if columns.distribution is not None:
-        whole = frame[columns.distribution]
-        sums_to_one = (whole.list.sum() - 1).abs() <= SUM_ROUNDING
-        require(sums_to_one & (whole.list.min() >= 0), columns.distribution, "a list that sums to 1, none negative")
-    labels = {label.name: _numbers(frame[label.name]) for label in dataset.schema.labels}
+    rows = _Rows(dataset, split, columns)
+    values = {}
     for name in formula.names:
-        if name in labels:
-            require(frame[name].is_not_null() & frame[name].is_not_nan(), name, "a label, which the reward is made of")
-    if funnel.items.bid_I is not None:
-        labels["bid"] = _numbers(frame[KEY_COLUMNS["bid"]])
-    reward_n = formula(labels)
-    require(pl.Series(reward_n.isfinite().numpy()), formula.names[0], f"a number of which {reward} is finite")
-    first_n = place == 0
-    row_n = torch.from_numpy(first_n.cast(pl.Int64).cum_sum().to_numpy().copy()) - 1
-    slot_n = torch.from_numpy(place.to_numpy().copy())
-    shape = (int(row_n[-1]) + 1, int(slot_n.max()) + 1)
-
-    def table(values_n: Tensor, filler: float) -> Tensor:
-        result = torch.full(shape, filler, dtype=values_n.dtype)
-        result[row_n, slot_n] = values_n
-        return result
-
-    items_n = funnel.items.places(item_keys(frame[KEY_COLUMNS["item_id"]]))
+        column = KEY_COLUMNS["bid"] if name == "bid" else name
+        values[name] = _numbers(rows.frame[column])
+        rows.require(pl.Series(values[name].isfinite().numpy()), column, "a number for the reward")
+    reward_n = formula(values)
+    rows.require(pl.Series(reward_n.isfinite().numpy()), column, f"numbers that give {reward} a finite value")
+    items_n = funnel.items.places(item_keys(rows.frame[KEY_COLUMNS["item_id"]]))
     return Log(
-        batch_from_frame(frame.filter(first_n), dataset.schema),
-        table(items_n, NO_ROW),
-        table(torch.ones_like(slot_n, dtype=torch.bool), False),
-        table(reward_n, 0.0),
-        table(propensity_n, 1.0),
+        batch_from_frame(rows.frame.filter(rows.place == 0), dataset.schema),
+        rows.table(items_n, NO_ROW),
+        rows.table(torch.ones(len(items_n), dtype=torch.bool), False),
+        rows.table(reward_n, 0.0),
+        rows.table(rows.propensity_n, 1.0),
         formula,
     )
+
+
+class _Rows:
+    """The rows of a split by slate and slot, checked."""
+
+    def __init__(self, dataset: Dataset, split: str, columns: LogColumns) -> None:
+        self.path, self.columns = dataset.path, columns
+        known = dataset.scan(split).collect_schema()
+        number, numbers = "a number", "a list of numbers"
+        said = {
+            columns.propensity: (number, "the probability that each item was drawn with"),
+            columns.slate: (number, "which rows were one list"),
+            columns.slot: (number, "the place of each item in its list, from 0"),
+        }
+        if columns.distribution is not None:
+            said[columns.distribution] = (numbers, "what each candidate was drawn with")
+        for name, (kind, meaning) in said.items():
+            if name not in known:
+                raise ValueError(
+                    f'{self.path}: no column "{name}", which has to say {meaning}: log it and import it with '
+                    f"--keep {name}, or name another column"
+                )
+            dtype = known[name]
+            inner = dtype.inner if isinstance(dtype, pl.List) else pl.String()
+            if not (dtype if kind == number else inner).is_numeric():
+                raise ValueError(f'{self.path}: column "{name}" is {dtype}, expected {kind} in each row')
+        self.frame = frame = dataset.scan(split).sort(columns.slate, columns.slot, maintain_order=True).collect()
+        if not frame.height:
+            raise ValueError(f'{self.path}: split "{split}" is empty')
+        self.place = frame.select(pl.int_range(pl.len()).over(columns.slate)).to_series()
+        self.require(frame[columns.slate].is_not_null(), columns.slate, "a number")
+        self.require(frame[columns.slot] == self.place, columns.slot, "0, 1, 2, ..., each once in every slate")
+        self.require(self.place < MOST_SLOTS, columns.slot, f"at most {MOST_SLOTS} slots of a slate")
+        self.require(frame[KEY_COLUMNS["item_id"]].is_not_null(), KEY_COLUMNS["item_id"], "an item")
+        self.propensity_n = _numbers(frame[columns.propensity])
+        fine = pl.Series(is_propensity(self.propensity_n).numpy())
+        self.require(fine, columns.propensity, "a propensity above 0 and at most 1")
+        if columns.distribution is not None:
+            whole = frame[columns.distribution]
+            fine = ((whole.list.sum() - 1).abs() <= SUM_ROUNDING) & (whole.list.min() >= 0)
+            self.require(fine, columns.distribution, "probabilities that sum to 1")
+
+    def require(self, fine: pl.Series, column: str, expected: str) -> None:
+        """Raises:
+        ValueError: if a row is not fine, or it is not known whether it is; names its slate and slot.
+        """
+        fine = fine.fill_null(False)
+        if not fine.all():
+            row = self.frame.row((~fine).arg_max() or 0, named=True)
+            raise ValueError(
+                f"{self.path}: slate {row[self.columns.slate]} slot {row[self.columns.slot]}: "
+                f'column "{column}" is {row[column]}, expected {expected}'
+            )
+
+    def table(self, values_n: Tensor, filler: float) -> Tensor:
+        """The values of rows by slate and slot, shape (N, K)."""
+        slate_n = torch.from_numpy((self.place == 0).cast(pl.Int64).cum_sum().to_numpy().copy()) - 1
+        slot_n = torch.from_numpy(self.place.to_numpy().copy())
+        result = torch.full((int(slate_n[-1]) + 1, int(slot_n.max()) + 1), filler, dtype=values_n.dtype)
+        result[slate_n, slot_n] = values_n
+        return result
 
 
 def _numbers(column: pl.Series) -> Tensor:

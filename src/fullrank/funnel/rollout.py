@@ -16,7 +16,7 @@ from fullrank.data.loader import partial_batch
 from fullrank.data.simulate import DAY, START, Histories, Requests, Shown, SimulationConfig, World, simulate
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.off_policy import LogColumns
-from fullrank.funnel.slate import PolicySpec, SlateConfig, fill
+from fullrank.funnel.slate import PolicySpec
 
 # The time of the test part of a simulated log, which no part of a funnel has learnt from.
 BEGIN = 0.9
@@ -35,8 +35,10 @@ class FunnelPolicy:
     """
 
     def __init__(self, funnel: Funnel, world: World, slots: int, policy: PolicySpec | None = None) -> None:
-        self.funnel, self.world, self.slots = funnel, world, slots
-        self.policy = (policy or SlateConfig().policy).build()
+        self.world, self.slots = world, slots
+        self.funnel = funnel
+        if policy is not None:
+            self.funnel = funnel.with_slate(funnel.slate.model_copy(update={"policy": policy}))
         known = [name.isdecimal() and int(name) < world.config.num_items for name in map(str, funnel.items.ids)]
         if not all(known):
             raise ValueError(f"the funnel's item \"{funnel.items.ids[known.index(False)]}\" is none of the world's")
@@ -45,11 +47,9 @@ class FunnelPolicy:
     def __call__(self, requests: Requests, rng: np.random.Generator) -> Shown:
         frame = self.funnel.encoders.transform(requests.frame(self.world), allow_missing=True)
         users = partial_batch(frame, self.funnel.schema)
-        ranking = self.funnel.rank(users, self.funnel.sizes.finalists(len(self.funnel.early)))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        slate = fill(ranking.value_UK, self.slots, policy=self.policy, generator=generator)
-        rows_RS = ranking.items_UK.gather(1, slate.places_UK.clamp_min(0)).masked_fill(slate.places_UK < 0, -1)
-        return Shown(self._item_I[rows_RS.numpy()], slate.propensity_UK.double().numpy())
+        ranking = self.funnel.rank(users, self.slots, generator=generator)
+        return Shown(self._item_I[ranking.items_UK.numpy()], ranking.propensity_UK.double().numpy())
 
 
 def rollout(
