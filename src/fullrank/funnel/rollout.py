@@ -80,15 +80,25 @@ def rollout(
     # Users and items may follow from the number of impressions, and are the world's.
     sizes = {"users": world.config.num_users, "items": world.config.num_items}
     config = SimulationConfig.model_validate(settings | sizes)
-    begin = BEGIN * config.days
-    histories = Histories(config.num_users)
-    if before is not None:
-        keys = [KEY_COLUMNS[name] for name in ("user_id", "item_id", "timestamp")]
-        log = pl.concat([before.scan(split).select(*keys, "click") for split in before.splits])
-        clicks = log.filter((pl.col("click") == 1) & (pl.col(keys[2]) < START + int(begin * DAY))).sort(keys[2])
-        histories.add(*(clicks.select(keys).collect()[name].to_numpy().astype(np.int64) for name in keys))
+    histories = None if before is None else histories_before(before, world)
     drawn = FunnelPolicy(funnel, world, config.slots, policy)
-    return pl.concat(list(simulate(config, world, policy=drawn, histories=histories, begin=begin)))
+    return pl.concat(list(simulate(config, world, policy=drawn, histories=histories, begin=begin_of(world))))
+
+
+def begin_of(world: World) -> float:
+    """Day on which a rollout begins: that of the test part of the world's log."""
+    return BEGIN * world.config.days
+
+
+def histories_before(log: Dataset, world: World) -> Histories:
+    """The last clicks of a simulated log before a rollout begins."""
+    keys = [KEY_COLUMNS[name] for name in ("user_id", "item_id", "timestamp")]
+    rows = pl.concat([log.scan(split).select(*keys, "click") for split in log.splits])
+    before = (pl.col("click") == 1) & (pl.col(keys[2]) < START + int(begin_of(world) * DAY))
+    clicks = rows.filter(before).sort(keys[2], maintain_order=True).select(keys).collect()
+    histories = Histories(world.config.num_users)
+    histories.add(*(clicks[name].to_numpy().astype(np.int64) for name in keys))
+    return histories
 
 
 def rollout_dataset(

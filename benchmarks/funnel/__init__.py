@@ -1,0 +1,1 @@
+"""The funnel: its stages, its lists and what they are worth."""
