@@ -84,7 +84,7 @@ def evaluate_off_policy(
             "could have"
         )
     dataset = dataset.as_known_to(funnel.encoders)
-    log = _read(funnel, dataset, split, reward or funnel.value.text, columns)
+    log = read_log(funnel, dataset, split, reward, columns)
     if policy is not None:
         funnel = funnel.with_slate(funnel.slate.model_copy(update={"policy": policy}))
     found = off_policy(weighed(funnel, log), weighing=weighing, clip=clip, seed=seed)
@@ -163,7 +163,15 @@ def _at(values_UC: Tensor, places_UK: Tensor) -> Tensor:
     return values_UC.gather(1, places_UK.clamp_min(0)).masked_fill(places_UK == EMPTY, 0.0)
 
 
-def _read(funnel: Funnel, dataset: Dataset, split: str, reward: str, columns: LogColumns) -> Log:
+def read_log(
+    funnel: Funnel, dataset: Dataset, split: str, reward: str | None = None, columns: LogColumns = LogColumns()
+) -> Log:
+    """The lists of a split, best read once for several funnels of the same catalogue.
+
+    Raises:
+        ValueError: see `evaluate_off_policy`.
+    """
+    reward = reward or funnel.value.text
     formula = ValueFormula(reward, formula_names(dataset.schema))
     rows = _Rows(dataset, split, columns)
     values = {}
@@ -205,7 +213,7 @@ class _Rows:
                     f"--keep {name}, or name another column"
                 )
             dtype = known[name]
-            inner = dtype.inner if isinstance(dtype, pl.List) else pl.String()
+            inner = dtype.inner if isinstance(dtype, pl.List | pl.Array) else pl.String()
             if not (dtype if kind == number else inner).is_numeric():
                 raise ValueError(f'{self.path}: column "{name}" is {dtype}, expected {kind} in each row')
         self.frame = frame = dataset.scan(split).sort(columns.slate, columns.slot, maintain_order=True).collect()
@@ -220,7 +228,7 @@ class _Rows:
         fine = pl.Series(is_propensity(self.propensity_n).numpy())
         self.require(fine, columns.propensity, "a propensity above 0 and at most 1")
         if columns.distribution is not None:
-            whole = frame[columns.distribution]
+            whole = frame[columns.distribution].cast(pl.List(pl.Float64))
             fine = ((whole.list.sum() - 1).abs() <= SUM_ROUNDING) & (whole.list.min() >= 0)
             self.require(fine, columns.distribution, "probabilities that sum to 1")
 
