@@ -54,7 +54,6 @@ class SlateMaker:
         value_UC: Tensor,
         logits_UCT: Tensor,
         items_UC: Tensor,
-        bid_UC: Tensor | None,
         k: int,
         *,
         shown: Sequence[Sequence[Shown]] | None = None,
@@ -68,23 +67,25 @@ class SlateMaker:
             generator: of the draws; None shows the largest values whatever the policy is.
         """
         policy = self._greedy if generator is None else self.policy
-        auction = self.config.auction
-        if auction is not None:
-            assert bid_UC is not None
-            value_UC = bidders(auction, value_UC, bid_UC)
+        auction, bid_I = self.config.auction, self.items.bid_I
+        rules = self._rules(items_UC, shown)
         spread_UC = None
         if policy.pseudo_counts is not None:
+            bid_UC = None if bid_I is None else bid_I[items_UC]
             spread_UC = self.scorer.spreads(logits_UCT, bid_UC, policy.pseudo_counts)
-        rules = self._rules(items_UC, shown)
-        slate = fill(value_UC, k, policy=policy, rules=rules, spread_UC=spread_UC, generator=generator)
         if auction is None:
+            slate = fill(value_UC, k, policy=policy, rules=rules, spread_UC=spread_UC, generator=generator)
             return PricedSlate(*slate, None)
-        assert bid_UC is not None
-        none_UC, logits_UCT = torch.zeros(bid_UC.shape, dtype=torch.float64), logits_UCT.double()
-        intercept_UC = self.scorer.values(logits_UCT, none_UC)
-        slope_UC = self.scorer.values(logits_UCT, none_UC + 1) - intercept_UC
-        bids = Bids(bid_UC.double(), intercept_UC, slope_UC)
+        assert bid_I is not None
+        bids = self._bids(logits_UCT, bid_I[items_UC].double())
+        value_UC = bidders(auction, value_UC, bids.bid_UC)
+        slate = fill(value_UC, k, policy=policy, rules=rules, spread_UC=spread_UC, generator=generator)
         return PricedSlate(*slate, prices(auction, value_UC, bids, slate.places_UK, rules))
+
+    def _bids(self, logits_UCT: Tensor, bid_UC: Tensor) -> Bids:
+        none_UC, logits_UCT = torch.zeros_like(bid_UC), logits_UCT.double()
+        intercept_UC = self.scorer.values(logits_UCT, none_UC)
+        return Bids(bid_UC, intercept_UC, self.scorer.values(logits_UCT, none_UC + 1) - intercept_UC)
 
     def _groups(self, by: str | None) -> Tensor:
         """The group of each item; each by itself where it is the item that is counted."""
