@@ -239,14 +239,16 @@ def test_a_second_row_with_the_same_request_id_is_rejected(tmp_path: Path, monke
         assert kept["__request_id"].to_list() == [*range(9), 10, 11]
 
 
-def test_a_row_without_a_weight_is_rejected(tmp_path: Path) -> None:
-    schema = Schema(features=(Categorical(name="c"),), labels=(Label(name="y"),), keys=Keys(weight="w"))
-    (tmp_path / "log.csv").write_text("c,y,w\na,1,2\nb,0,\nb,0,nan\nb,1,-1\nb,0,0.5\n")
+@pytest.mark.parametrize("key", ["weight", "bid"])
+def test_a_row_without_a_weight_or_a_bid_is_rejected(tmp_path: Path, key: str) -> None:
+    schema = Schema(features=(Categorical(name="c"),), labels=(Label(name="y"),), keys=Keys(**{key: "w"}))
+    (tmp_path / "log.csv").write_text("c,y,w\na,1,2\nb,0,\nb,0,nan\nb,1,-1\nb,0,0.5\nb,0,inf\nb,1,-inf\nb,1,0\n")
     dataset = bring(tmp_path / "log.csv", tmp_path / "out", schema=schema)
-    assert [(line, reason) for line, _, reason, _ in rejected(dataset)] == [
-        (3, "no weight"), (4, "no weight"), (5, "negative weight"),
+    assert [(line, column, reason) for line, column, reason, _ in rejected(dataset)] == [
+        (3, "w", f"no {key}"), (4, "w", f"no {key}"), (5, "w", f"negative {key}"),
+        (7, "w", "not a finite number"), (8, "w", "not a finite number"),
     ]  # fmt: skip
-    assert dataset.scan("train").collect()["__weight"].to_list() == [2.0, 0.5]
+    assert dataset.scan("train").collect()[f"__{key}"].to_list() == [2.0, 0.5, 0.0]
 
 
 def test_ids_out_of_range_and_events_of_unequal_length(tmp_path: Path) -> None:

@@ -117,6 +117,12 @@ def test_a_link_out_of_the_bundle_is_refused(bundle: Path, name: str) -> None:
         (lambda m: m["stages"][2]["config"].update(hidden=[32]), "does not fit the din of the manifest"),
         (lambda m: m["stages"][2]["config"].update(hiden=[32]), "hiden: unknown key"),
         (lambda m: m.update(value="__import__('os').system('true')"), "Call is not allowed"),
+        (
+            lambda m: m["slate"]["policy"].update(name="os.system"),
+            'slate: policy.name: slot policy "os.system" is unknown',
+        ),
+        (lambda m: m["slate"].update(diversity={"by": "category", "at_most": 0}), "slate: diversity.0.at_most"),
+        (lambda m: m["slate"].update(diversity={"by": "x", "at_most": 1}), 'slate.diversity.by: "x" is no'),
         (lambda m: m["files"].pop("users.parquet"), "users.parquet is not listed"),
     ],
 )

@@ -137,6 +137,13 @@ CASES: dict[str, tuple[Edit, str]] = {
     "items: no key": (table("items.parquet", column("__item_id", None, pl.Int64)), "an integer or text in each row"),
     "items: half a key": (table("items.parquet", column("__item_id", 0.5, pl.Float64)), "an integer or text"),
     "items: bid as text": (table("items.parquet", column("__bid", "1", pl.String)), '"__bid" is String, expected num'),
+    "items: a negative bid": (table("items.parquet", column("__bid", -1.0, pl.Float32)), r"__bid. of item .* is -1.0"),
+    "items: a bid that is NaN": (table("items.parquet", column("__bid", float("nan"), pl.Float32)), "is nan, expected"),
+    "items: an infinite bid": (table("items.parquet", column("__bid", float("inf"), pl.Float64)), "is inf, expected"),
+    "items: a missing bid": (
+        table("items.parquet", column("__bid", None, pl.Float32)),
+        "is None, expected a number >= 0",
+    ),
     "items: no bid": (table("items.parquet", lambda frame: frame.drop("__bid")), '"__bid" is missing, expected num'),
     "items: active as text": (table("items.parquet", column("__active", "1", pl.String)), '"__active" is String'),
     "items: fewer than indexed": (

@@ -179,7 +179,8 @@ def test_from_the_command_line(bundle: Path, dataset: Dataset, tmp_path: Path) -
     assert found["reward"] == "click" and found["clip"] == 1.1 and found["clipped"] > 0 and found["slates"] == 400
     assert found["dr"]["interval"][0] < found["dr"]["value"] < found["dr"]["interval"][1]
     assert (
-        "What the funnel would have earned on this log" in page.read_text() and "were clipped at 1.1" in page.read_text()
+        "What the funnel would have earned on this log" in page.read_text()
+        and "were clipped at 1.1" in page.read_text()
     )
     shown = run(*arguments, "--policy", "{name: softmax, temperature: 0.2}", "--weighing", "slot")
     assert "had the policy been: softmax, 0.2" in shown and "doubly robust" in shown

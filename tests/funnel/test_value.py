@@ -75,6 +75,20 @@ def test_powers_and_log1p() -> None:
         ("bid + " * 200 + "bid", "at most 1000 are allowed"),
         ("bid; click", "cannot be read"),
         ("(x := bid)", "NamedExpr is not allowed"),
+        ("lambda: bid", "Lambda is not allowed"),
+        ("[bid for bid in click]", "ListComp is not allowed"),
+        ("min(bid for _ in click)", "min takes 2 arguments, got 1"),
+        ("bid.__class__.__bases__", "Attribute is not allowed"),
+        ("min.__globals__(bid, click)", "Call is not allowed"),
+        ("f'{bid}'", "JoinedStr is not allowed"),
+        ("await bid", "Await is not allowed"),
+        ("bid * \u0441lick", 'unknown name "\u0441lick"'),  # a Cyrillic letter
+        ("b\u200bid", "cannot be read"),
+        ("bid\x00", "cannot be read"),
+        ("bid * 9" + "0" * 900, "a number is too large"),
+        ("bid * 1j", "1j is not a number"),
+        ("-" * 300 + "bid", "more than 200 operations"),
+        ("**".join(["2"] * 220) + "**bid", "more than 200 operations"),
     ],
 )
 def test_all_but_arithmetic_is_refused(text: str, reason: str) -> None:
@@ -82,3 +96,40 @@ def test_all_but_arithmetic_is_refused(text: str, reason: str) -> None:
         ValueFormula(text, KNOWN)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_no_number_holds_is_infinite_at_once() -> None:
+    """Powers of powers are floats, not whole numbers of millions of digits."""
+    columns = {"bid": torch.tensor([0.0, 2.0]), "click": torch.tensor([0.0, 0.5]), "hide": torch.zeros(2)}
+    for text in (
+        "bid + 9 ** 9 ** 9 ** 9",
+        "click + (9 ** 9) ** (9 ** 9)",
+        "bid / hide",
+        "(bid - 5) / 0",
+        "bid * 0 / 0",
+    ):
+        assert not torch.isfinite(ValueFormula(text, KNOWN)(columns)).any()
+
+
+@pytest.mark.parametrize(
+    ("text", "affine"),
+    [
+        ("bid * click - 3.0 * hide", True),
+        ("-(bid / 2 - hide) * -log1p(click)", True),
+        ("click ** 2 * bid + min(click, hide)", True),
+        ("hide", True),
+        ("bid * bid", False),
+        ("click / bid", False),
+        ("max(bid, 1) * click", False),
+        ("bid ** 1", False),
+        ("2 ** bid", False),
+        ("log1p(bid)", False),
+    ],
+)
+def test_what_is_affine_in_the_bid_is_so_in_numbers(text: str, affine: bool) -> None:
+    formula = ValueFormula(text, KNOWN)
+    assert formula.is_affine("bid") == affine
+    columns = {"click": torch.tensor(0.3).double(), "hide": torch.tensor(0.2).double()}
+    at = [float(formula({**columns, "bid": torch.tensor(bid).double()})) for bid in (1.0, 3.0, 5.0)]
+    if affine:
+        assert at[2] - at[1] == pytest.approx(at[1] - at[0])

@@ -47,7 +47,13 @@ def test_the_answer_is_the_funnels(client: TestClient, funnel: Funnel) -> None:
     expected = funnel.recommend([Request(3, {"gender": 1, "device": 2})], 7)[0]
     assert answer.json()["candidates"] == expected.candidates
     for found, item in zip(answer.json()["items"], expected.items, strict=True):
-        assert found == {"item_id": item.item_id, "value": item.value, "predictions": item.predictions}
+        assert found == {
+            "item_id": item.item_id,
+            "value": item.value,
+            "predictions": item.predictions,
+            "propensity": 1.0,
+            "payment": None,
+        }
 
 
 def test_scores_come_in_the_order_of_the_request(client: TestClient, funnel: Funnel) -> None:

@@ -117,7 +117,7 @@ def check(
         first_label = schema.labels[0].name
         unobserved = np.logical_and.reduce([np.isnan(values) for values in chunk.labels.values()])
         source.reject(unobserved, first_label, "no label", lambda: source.series(first_label))
-    _keys(source, chunk, schema, absent)
+    _keys(source, chunk, schema, absent, allow_missing=allow_missing)
     if split_column is not None:
         _check_there(split_column, "split column", raw)
         codes, values = source.coded(split_column)
@@ -334,7 +334,7 @@ def _sequence(source: _Source, chunk: Chunk, sequence: Sequence, names: Mapping[
         source.reject(differ, name, f"as many events as {first} expected", partial(pl.Series, values=each))
 
 
-def _keys(source: _Source, chunk: Chunk, schema: Schema, absent: set[str]) -> None:
+def _keys(source: _Source, chunk: Chunk, schema: Schema, absent: set[str], *, allow_missing: bool) -> None:
     for key, name in schema.keys.model_dump().items():
         if name is None or name in absent:
             continue
@@ -342,7 +342,8 @@ def _keys(source: _Source, chunk: Chunk, schema: Schema, absent: set[str]) -> No
             chunk.keys[key] = _timestamps(source, name, schema.time_unit, schema.time_format)
         elif key in ("weight", "bid"):
             numbers = _numbers(source, name)
-            source.reject(np.isnan(numbers), name, f"no {key}", partial(source.series, name))
+            if not allow_missing:
+                source.reject(np.isnan(numbers), name, f"no {key}", partial(source.series, name))
             source.reject(numbers < 0, name, f"negative {key}", partial(source.series, name))
             chunk.keys[key] = pl.Series(numbers).cast(pl.Float32)
         else:

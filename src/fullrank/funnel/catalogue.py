@@ -43,7 +43,8 @@ class Catalogue:
     @classmethod
     def of(cls, frame: pl.DataFrame, schema: Schema) -> Catalogue:
         """Raises:
-        ValueError: if there is no row, or an id is missing, is neither integer nor text, or occurs twice.
+        ValueError: if there is no row, an id is missing, is neither integer nor text, or occurs twice, or a bid is
+            missing, negative or infinite.
         """
         if not frame.height:
             raise ValueError(f'a catalogue needs at least one row: no "{frame.columns[0]}" was given')
@@ -55,6 +56,8 @@ class Catalogue:
         frame, keys_I = frame[order.numpy()], keys_I[order]
         if bool((keys_I[1:] == keys_I[:-1]).any()):
             raise ValueError(f'a catalogue has an id twice in column "{frame.columns[0]}"')
+        if BID in frame.columns:
+            check_bids(frame)
         return cls(frame, keys_I, RowGather(partial_batch(frame, schema)))
 
     def __len__(self) -> int:
@@ -105,6 +108,17 @@ class Catalogue:
         if ACTIVE not in self.frame.columns:
             return torch.arange(len(self))
         return torch.from_numpy(self.frame[ACTIVE].to_numpy().copy()).nonzero().squeeze(1)
+
+
+def check_bids(items: pl.DataFrame) -> None:
+    """Raises:
+    ValueError: if a bid is no number from 0 on; names the item in the first column.
+    """
+    bid = items[BID].cast(pl.Float64)
+    wrong = ~(bid.is_finite() & (bid >= 0)).fill_null(False)
+    if wrong.any():
+        row = int(wrong.arg_true()[0])
+        raise ValueError(f'column "{BID}" of item {items[row, 0]!r} is {bid[row]}, expected a number >= 0')
 
 
 def all_rows(dataset: Dataset, role: Literal["item", "user"]) -> pl.DataFrame:

@@ -227,8 +227,7 @@ class Funnel:
             lap(stage)
         logits_UCT = self._pair_logits(self.final, users, items_UC, whole)
         value_UC = self._values(logits_UCT, items_UC, whole)
-        bid_UC = None if self._bid_I is None else self._bid_I[items_UC]
-        slate = self._make_slate(value_UC, logits_UCT, items_UC, bid_UC, k, shown=shown, generator=generator)
+        slate = self._make_slate(value_UC, logits_UCT, items_UC, k, shown=shown, generator=generator)
         empty_UK, place_UK = slate.places_UK == EMPTY, slate.places_UK.clamp_min(0)
         probabilities_UCT = self.scorer.predictions(logits_UCT)
         probabilities_UKT = probabilities_UCT.gather(1, place_UK[:, :, None].expand(-1, -1, len(self.scorer.tasks)))

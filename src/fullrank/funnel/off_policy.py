@@ -152,7 +152,7 @@ def _asked(
     is_item_UKC = (items_UK[:, :, None] == ranking.items_UK[:, None]) & (items_UK != NO_ROW)[:, :, None]
     places_UK = is_item_UKC.int().argmax(2).masked_fill(~is_item_UKC.any(2), EMPTY)
     new, expected = [], []
-    drawn = make.distributions(ranking.value_UK, logits_UCT, ranking.items_UK, bid_UC, places_UK)
+    drawn = make.distributions(ranking.value_UK, logits_UCT, ranking.items_UK, places_UK)
     for slot, drawn_UC in enumerate(drawn):
         new.append(_at(drawn_UC, places_UK[:, slot, None]))
         expected.append((drawn_UC * predicted_UC).sum(1, keepdim=True))

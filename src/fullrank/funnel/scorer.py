@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,9 +70,15 @@ class Scorer:
         return torch.where(self._binary_T, torch.sigmoid(logits_XT), logits_XT)
 
     def values(self, logits_XT: Tensor, bid_X: Tensor | None) -> Tensor:
-        """The formula's value, -inf where it gives no finite number."""
+        """The formula's value, -inf where it gives no finite number, as where the bid is NaN.
+
+        Raises:
+            ValueError: if a bid is negative.
+        """
         columns = dict(zip(self.tasks, self.predictions(logits_XT).unbind(-1), strict=True))
         if bid_X is not None:
+            if bool((bid_X < 0).any()):
+                raise ValueError(f"a bid is {float(bid_X[bid_X < 0][0]):g}, expected a number >= 0")
             columns["bid"] = bid_X
         value_X = self.value(columns)
         return torch.where(torch.isfinite(value_X), value_X, -torch.inf)
@@ -148,6 +155,10 @@ class Scorer:
             elif name not in ignored:
                 place = next(place for place, row in enumerate(rows, 1) if name in row)
                 raise ValueError(f'row {place}: unknown column "{name}"; expected {", ".join(self.columns)}')
+        if (bid := self.schema.keys.bid) in names:
+            for place, row in enumerate(rows, 1):
+                if isinstance(number := row.get(bid), float) and math.isnan(number):
+                    raise ValueError(f'row {place}: column "{bid}" is NaN, expected a number >= 0 or null')
         given = set(names)
         for sequence in self.schema.sequences:
             fields = [sequence.column(part) for part in sequence.fields]

@@ -54,7 +54,6 @@ class SlateMaker:
         value_UC: Tensor,
         logits_UCT: Tensor,
         items_UC: Tensor,
-        bid_UC: Tensor | None,
         k: int,
         *,
         shown: Sequence[Sequence[Shown]] | None = None,
@@ -69,43 +68,47 @@ class SlateMaker:
         """
         policy = self._greedy if generator is None else self.policy
         auction = self.config.auction
-        value_UC, spread_UC = self._offered(policy, value_UC, logits_UCT, bid_UC)
         rules = self._rules(items_UC, shown)
-        slate = fill(value_UC, k, policy=policy, rules=rules, spread_UC=spread_UC, generator=generator)
+        open_UC, spread_UC = self._offered(policy, value_UC, logits_UCT, items_UC)
+        slate = fill(open_UC, k, policy=policy, rules=rules, spread_UC=spread_UC, generator=generator)
         if auction is None:
             return PricedSlate(*slate, None)
-        assert bid_UC is not None
-        none_UC, logits_UCT = torch.zeros(bid_UC.shape, dtype=torch.float64), logits_UCT.double()
-        intercept_UC = self.scorer.values(logits_UCT, none_UC)
-        slope_UC = self.scorer.values(logits_UCT, none_UC + 1) - intercept_UC
-        bids = Bids(bid_UC.double(), intercept_UC, slope_UC)
-        return PricedSlate(*slate, prices(auction, value_UC, bids, slate.places_UK, rules))
+        return PricedSlate(*slate, prices(auction, open_UC, self._bids(logits_UCT, items_UC), slate.places_UK, rules))
 
     def distributions(
-        self, value_UC: Tensor, logits_UCT: Tensor, items_UC: Tensor, bid_UC: Tensor | None, places_UK: Tensor
+        self, value_UC: Tensor, logits_UCT: Tensor, items_UC: Tensor, places_UK: Tensor
     ) -> Iterator[Tensor]:
         """What the item of each slot of given lists is drawn from, given those above it; shape (U, C) for each slot.
 
         Args:
+            items_UC: rows of the catalogue.
             places_UK: columns of the candidates, -1 for an item that is none of them, and for none.
         """
-        value_UC, spread_UC = self._offered(self.policy, value_UC, logits_UCT, bid_UC)
+        open_UC, spread_UC = self._offered(self.policy, value_UC, logits_UCT, items_UC)
         rules = self._rules(items_UC, None)
         for slot in range(places_UK.shape[1]):
-            open_UC = open_values(value_UC, places_UK[:, :slot], rules)
-            yield self.policy.probabilities(open_UC, spread_UC, slot)
+            yield self.policy.probabilities(open_values(open_UC, places_UK[:, :slot], rules), spread_UC, slot)
 
     def _offered(
-        self, policy: SlotPolicy, value_UC: Tensor, logits_UCT: Tensor, bid_UC: Tensor | None
+        self, policy: SlotPolicy, value_UC: Tensor, logits_UCT: Tensor, items_UC: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The values of those that may be shown at all, and their spread where the policy asks for it."""
-        auction = self.config.auction
-        if auction is not None:
-            assert bid_UC is not None
-            value_UC = bidders(auction, value_UC, bid_UC)
-        if policy.pseudo_counts is None:
-            return value_UC, None
-        return value_UC, self.scorer.spreads(logits_UCT, bid_UC, policy.pseudo_counts)
+        bid_I, spread_UC = self.items.bid_I, None
+        if policy.pseudo_counts is not None:
+            spread_UC = self.scorer.spreads(
+                logits_UCT, None if bid_I is None else bid_I[items_UC], policy.pseudo_counts
+            )
+        if self.config.auction is not None:
+            assert bid_I is not None
+            value_UC = bidders(self.config.auction, value_UC, bid_I[items_UC].double())
+        return value_UC, spread_UC
+
+    def _bids(self, logits_UCT: Tensor, items_UC: Tensor) -> Bids:
+        assert self.items.bid_I is not None
+        bid_UC = self.items.bid_I[items_UC].double()
+        none_UC, logits_UCT = torch.zeros_like(bid_UC), logits_UCT.double()
+        intercept_UC = self.scorer.values(logits_UCT, none_UC)
+        return Bids(bid_UC, intercept_UC, self.scorer.values(logits_UCT, none_UC + 1) - intercept_UC)
 
     def _groups(self, by: str | None) -> Tensor:
         """The group of each item; each by itself where it is the item that is counted."""
@@ -115,10 +118,8 @@ class SlateMaker:
         place = [feature.name for feature in schema.categorical].index(by)
         id_I = self.items.rows.batch.ids_BF[:, place]
         # Ids that stand for no value: missing, and in a vocabulary unknown.
-        none = {"vocabulary": FIRST_VOCABULARY_ID, "identity": 0}.get(
-            schema.categorical[place].encoding, MISSING_ID + 1
-        )
-        return id_I.masked_fill(id_I < none, NO_GROUP)
+        first = {"vocabulary": FIRST_VOCABULARY_ID, "identity": 0}
+        return id_I.masked_fill(id_I < first.get(schema.categorical[place].encoding, MISSING_ID + 1), NO_GROUP)
 
     def _rules(self, items_UC: Tensor, shown: Sequence[Sequence[Shown]] | None) -> list[AtMost]:
         rules = []
