@@ -11,12 +11,8 @@ that this distribution does not depend on the policy.
 `covers` counts, of the runs, those whose 95 % interval holds the truth; `bias` is the mean error and `rmse` the root
 mean squared one, both over the truth; `width` is the mean width of an interval over the truth. `effective` is the mean
 effective sample size of a log, and `warned` the share of logs of which a warning was given. `logging` policies are
-those that the logs were drawn by. The last policy goes by clicks without bids: it shows other candidates than the log
-has, and is there to be warned of.
-
-The second table asks whether the propensities are those that items are drawn with: one request is filled 100,000
-times, and the frequencies of the pairs in the two uppermost slots are held against products of propensities by
-Pearson's chi-square; cells of fewer than five expected pairs are one cell.
+those that the logs were drawn by. Two policies are there to be warned of, because the early stage goes by their value
+formula too: the last keeps candidates that the log does not have, the second one some.
 """
 
 from __future__ import annotations
@@ -32,11 +28,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from scipy import stats
 
 from benchmarks.machine import table, write
 from fullrank.data.dataset import Dataset
-from fullrank.data.simulate import DAY, START, Histories, Requests, World, simulate, simulate_dataset
+from fullrank.data.simulate import Histories, World, simulate, simulate_dataset
 from fullrank.funnel import Funnel, FunnelConfig, StageSizes, save_bundle, train_funnel
 from fullrank.funnel.off_policy import LogColumns, evaluate_off_policy
 from fullrank.funnel.rollout import FunnelPolicy, begin_of, histories_before
@@ -114,35 +109,11 @@ def rolled_out(funnel: Funnel, world: World, histories: Histories, requests: int
     return pl.concat(list(simulate(config, world, policy=policy, histories=histories, begin=begin_of(world))))
 
 
-def chi_square(funnel: Funnel, world: World, histories: Histories, draws: int) -> dict[str, Any]:
-    """Of the pairs in the two uppermost slots of one request."""
-    policy, random = FunnelPolicy(funnel, world, 2), np.random.default_rng(0)
-    at_once, seen, expected = 10_000, defaultdict(int), {}
-    user = np.full(at_once, int(np.argmax(histories.counts)))
-    when = np.full(at_once, START + int(begin_of(world) * DAY), np.int64)
-    request = Requests(user, when, np.zeros(at_once, np.int64), *histories.read(user))
-    for _ in range(draws // at_once):
-        shown = policy(request, random)
-        assert shown.propensity is not None
-        for pair, p in zip(map(tuple, shown.items.tolist()), shown.propensity.prod(1).tolist(), strict=True):
-            seen[pair] += 1
-            expected[pair] = p * draws
-    likely = [pair for pair, count in expected.items() if count >= 5]
-    observed = np.array([seen[pair] for pair in likely] + [draws - sum(seen[pair] for pair in likely)])
-    wanted = np.array([expected[pair] for pair in likely] + [draws - sum(expected[pair] for pair in likely)])
-    there = wanted > 1e-6
-    statistic = float((((observed - wanted) ** 2)[there] / wanted[there]).sum())
-    freedom = int(there.sum()) - 1
-    return {"pairs": len(likely), "draws": draws, "chi_square": statistic, "degrees": freedom,
-            "p_value": float(stats.chi2.sf(statistic, freedom))}  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--requests", type=int, default=2_000, help="of each log")
     parser.add_argument("--truth", type=int, default=40_000, help="requests that the truth is a mean over")
-    parser.add_argument("--draws", type=int, default=100_000)
     args = parser.parse_args()
     torch.set_num_threads(1)
     begun = time.process_time()
@@ -198,17 +169,12 @@ def main() -> None:
                         "warned": statistics.mean(results["warned"]),
                     }
                 )
-        explorers = {**logging(funnel), "thompson": variant(funnel, {"name": "thompson", "pseudo_counts": 100})}
-        drawn = [
-            {"policy": name, **chi_square(policy, world, histories, args.draws)} for name, policy in explorers.items()
-        ]
     columns = ["logging", "target", "estimator", "truth", "logged", "covers", "bias", "rmse", "width", "effective"]
     table(rows, [*columns, "warned"])
-    table(drawn, ["policy", "pairs", "draws", "chi_square", "degrees", "p_value"])
     settings = {**vars(args), "impressions": IMPRESSIONS, "users": USERS, "items": ITEMS, "slots": world.config.slots,
                 "candidates": 20, "value": VALUE, "reward": REWARD, "threads": 1}  # fmt: skip
     seconds = time.process_time() - begun
-    write("off_policy", {"settings": settings, "cpu_seconds": seconds, "coverage": rows, "propensities": drawn})
+    write("off_policy", {"settings": settings, "cpu_seconds": seconds, "coverage": rows})
 
 
 if __name__ == "__main__":
