@@ -1,8 +1,8 @@
 """Tables of configuration, made from the pydantic classes when the site is built; what mkdocs.yml calls a hook.
 
 A page of `fields/` asks by a line of its own: `{{ fields fullrank.training.recipe:Recipe }}`, or, for everything in a
-registry, `{{ rankers }}`, `{{ retrievers }}`, `{{ indexes }}`, `{{ tables }}`. `{{ names }}` are those of
-`import fullrank`.
+registry, `{{ rankers }}`, `{{ retrievers }}`, `{{ indexes }}`, `{{ tables }}`, `{{ policies }}`. `{{ names }}` are
+those of `import fullrank`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pydantic import BaseModel
 import fullrank
 from fullrank.embeddings import TABLE_KINDS, EmbeddingOptimizer, TableConfig
 from fullrank.fields import field_rows, type_text
+from fullrank.funnel.policies import POLICIES, SlotPolicy
 from fullrank.models import RANKERS, Ranker
 from fullrank.registry import Registry, Spec
 from fullrank.retrieval import RETRIEVERS, Retriever
@@ -32,6 +33,7 @@ LISTS: dict[str, tuple[Mapping[str, Any], type[BaseModel]]] = {
     "retrievers": (RETRIEVERS, Retriever.Config),
     "indexes": (VECTOR_INDEXES, VectorIndex.Config),
     "tables": (TABLE_KINDS, TableConfig),
+    "policies": (POLICIES, SlotPolicy.Config),
 }
 
 # Class -> heading and anchor of its table, in the order in which a page shows them.

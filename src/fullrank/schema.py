@@ -293,7 +293,7 @@ class Keys(Part):
         item_id: of the item; what retrieval finds.
         timestamp: int64 seconds since 1970, UTC.
         weight: non-negative importance of the row in loss and metrics.
-        bid: value of one action of the first label, used by the value formula.
+        bid: non-negative value of one action of the first label, used by the value formula.
     """
 
     request_id: str | None = None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fullrank.cli.options import ImportOption
+from fullrank.cli.rollout import rollout
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -29,6 +30,8 @@ app = typer.Typer(
     epilog="Example: fullrank data inspect log.csv",
     no_args_is_help=True,
 )
+
+app.command()(rollout)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 SeparatorOption = Annotated[

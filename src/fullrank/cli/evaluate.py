@@ -11,6 +11,19 @@ from typing import Annotated, Any
 
 import typer
 
+from fullrank.cli.off_policy import (
+    ClipOption,
+    DistributionOption,
+    OffPolicyOption,
+    PolicyOption,
+    PropensityOption,
+    RewardOption,
+    SlateOption,
+    SlotOption,
+    WeighingOption,
+    estimates,
+    policy_of,
+)
 from fullrank.cli.options import ImportOption
 
 
@@ -27,12 +40,22 @@ def evaluate(
         Path | None,
         typer.Option("--report", metavar="FILE", help="The page; default report-DATA-SPLIT.html by the bundle."),
     ] = None,
+    off_policy: OffPolicyOption = False,
+    reward: RewardOption = None,
+    policy: PolicyOption = None,
+    propensity: PropensityOption = "propensity",
+    slate: SlateOption = "slate",
+    slot: SlotOption = "slot",
+    distribution: DistributionOption = None,
+    weighing: WeighingOption = "prefix",
+    clip: ClipOption = None,
     imports: ImportOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Metrics of every stage with 95 % intervals, by slices, beside baselines; on simulated data also the oracle's.
 
-    A page with all of it is written too.
+    A page with all of it is written too. With --off-policy also the value per request that a funnel would have earned
+    on a log whose lists were drawn with logged propensities: IPS, self-normalised, doubly robust.
 
     Example: fullrank evaluate runs/demo/bundle runs/demo/data --slice device
     """
@@ -42,23 +65,51 @@ def evaluate(
     from fullrank.funnel.bundle import load_bundle
     from fullrank.funnel.evaluation import evaluate_funnel
     from fullrank.funnel.funnel import Funnel
+    from fullrank.funnel.off_policy import LogColumns, evaluate_off_policy
     from fullrank.funnel.report import facts_of, write_report
     from fullrank.funnel.true_value import true_value, world_of
     from fullrank.registry import import_modules
     from fullrank.training.run import defined
 
     import_modules(imports or (), "--import")
+    asked = {"--reward": reward, "--policy": policy, "--distribution": distribution, "--clip": clip}
+    for option, value in asked.items():
+        if value is not None and not off_policy:
+            raise ValueError(f"{option} belongs to --off-policy, which is not asked for")
+    if weighing not in ("prefix", "slot"):
+        raise ValueError(f'--weighing is "{weighing}", expected prefix or slot')
+    slots = policy_of(policy)
     funnel, dataset = load_bundle(bundle), Dataset.open(data)
     name = dataset.path.resolve().name
     page = _writable(place or bundle.resolve().parent / f"report-{name}-{split}.html")
     console = Console(stderr=True, markup=False)
     with console.status(f"evaluating {split}"):
+        # First, because it refuses more.
+        estimated = (
+            evaluate_off_policy(
+                funnel,
+                dataset,
+                split,
+                reward=reward,
+                policy=slots,
+                columns=LogColumns(propensity, slate, slot, distribution),
+                weighing=weighing,
+                clip=clip,
+                seed=seed,
+            )
+            if off_policy
+            else None
+        )
         world = world_of(dataset) if isinstance(funnel, Funnel) else None
         report = evaluate_funnel(
             funnel, dataset, split, requests=requests, seed=seed, slice_by=slice_by or (), world=world
         )
         if isinstance(funnel, Funnel) and world is not None:
             report["true_value"] = true_value(funnel, dataset, world, split, seed=seed)
+    if estimated is not None:
+        report["off_policy"] = estimated
+        for text in estimated["warnings"]:
+            print(f"warning: {text}", file=sys.stderr)
     for warning in report["warnings"]:
         print(f"warning: {warning['stage']}, {warning['message']}; {warning['advice']}", file=sys.stderr)
     facts = {"bundle": str(bundle), **facts_of(funnel, dataset)}
@@ -75,6 +126,8 @@ def evaluate(
     for table in (_stages(report), _slices(report["slices"]), _lists(report), _cascade(report.get("cascade"))):
         if table is not None and table.rows:
             output.print(table)
+    if estimated is not None:
+        output.print(estimates(estimated))
 
 
 def _number(value: float, interval: list[float] | None = None, digits: int = 4) -> str:

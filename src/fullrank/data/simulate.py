@@ -17,189 +17,41 @@ Generative equations (docs/simulator.md explains them). Interests and contents l
 A user's history holds the clicks of earlier blocks of time: a click reaches it within `block_seconds`.
 """
 
-# Shapes: U users, I items, R requests of a block, C candidates, S slots, H history, K dimensions.
+# Shapes: R requests of a block, C candidates, S slots, H history.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from pydantic import BaseModel, ConfigDict, Field
 
-from fullrank.data import atomic
 from fullrank.data.arrow import as_array
 from fullrank.data.dataset import Dataset, write_dataset
+from fullrank.data.world import DAY, START, Ints, SimulationConfig, World
 from fullrank.schema import Categorical, EventId, EventNumber, Keys, Label, Numeric, Schema, Sequence
 
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
+__all__ = [
+    "DAY",
+    "START",
+    "Histories",
+    "LogPolicy",
+    "Policy",
+    "Requests",
+    "Shown",
+    "SimulationConfig",
+    "World",
+    "simulate",
+    "simulate_dataset",
+    "simulation_schema",
+]
 
-DAY = 86_400
-START = 1_750_000_000 // DAY * DAY
 HISTORY = 20
-DIMENSIONS = 16
 FRAME_ROWS = 131_072
-
-
-class SimulationConfig(BaseModel):
-    """Size of a world.
-
-    Attributes:
-        impressions: rows of the log.
-        seed: of the world and of what happens in it.
-        users, items: default to numbers in proportion to the impressions.
-        days: length of the log; campaigns are born and retired within it.
-        slots: ads shown to a request.
-        candidates: ads that the log's policy chooses them from.
-        drift: length of the change of an interest in a day.
-        rate: logit of a click on an average ad in the first slot.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    impressions: int = Field(default=1_000_000, ge=100)
-    seed: int = Field(default=0, ge=0)
-    users: int | None = Field(default=None, ge=2)
-    items: int | None = Field(default=None, ge=50)
-    days: int = Field(default=10, ge=1)
-    slots: int = Field(default=4, ge=1)
-    candidates: int = Field(default=16, ge=1)
-    drift: float = Field(default=0.03, ge=0)
-    rate: float = -3.2
-
-    @property
-    def num_users(self) -> int:
-        return self.users or min(20_000, max(50, self.impressions // 50))
-
-    @property
-    def num_items(self) -> int:
-        return self.items or min(5_000, max(100, self.impressions // 200))
-
-
-@dataclass
-class World:
-    """Everything that is true of the users and the ads; saved beside the dataset so that a funnel can be judged by
-    what it would have earned."""
-
-    config: SimulationConfig
-    arrays: dict[str, npt.NDArray[Any]]
-
-    @classmethod
-    def make(cls, config: SimulationConfig) -> Self:
-        rng = np.random.default_rng((config.seed, 1))
-        users, items, k = config.num_users, config.num_items, DIMENSIONS
-
-        def normal(*shape: int) -> Floats:
-            return (rng.standard_normal(shape) / math.sqrt(k)).astype(np.float32)
-
-        categories, brands, campaigns = 20, 200, max(20, items // 10)
-        age, gender = rng.integers(0, 6, users), rng.integers(0, 2, users)
-        category, campaign = rng.integers(0, categories, items), rng.integers(0, campaigns, items)
-        birth = rng.uniform(-0.7 * config.days, 0.9 * config.days, campaigns)
-        life = rng.exponential(0.8 * config.days, campaigns) + 1
-        birth[: campaigns // 4], life[: campaigns // 4] = -1.0, 10.0 * config.days  # some last the whole log
-        order = rng.permutation(items)
-        popularity = (1.0 / (1 + np.arange(items)) ** 0.8)[np.argsort(order)]
-        return cls(
-            config,
-            {
-                "user_age": age,
-                "user_gender": gender,
-                "user_country": rng.integers(0, 8, users),
-                "user_interest": normal(12, k)[age * 2 + gender] * 1.6 + 0.5 * normal(users, k),
-                "user_drift": normal(users, k),
-                "user_activity": rng.gamma(1.2, 1.0, users) + 0.05,
-                "item_category": category,
-                "item_brand": rng.integers(0, brands, items),
-                "item_campaign": campaign,
-                "item_content": normal(categories, k)[category] * 1.6 + 0.4 * normal(items, k),
-                "item_quality": rng.standard_normal(items).astype(np.float32),
-                "item_price": np.exp(rng.standard_normal(items) * 0.7).astype(np.float32),
-                "item_bid": np.exp(rng.standard_normal(campaigns) * 0.5)[campaign].astype(np.float32),
-                "item_popularity": popularity,
-                "item_birth": birth[campaign],
-                "item_death": (birth + life)[campaign],
-                "hour_effect": (0.35 * np.sin((np.arange(24) - 14) * math.pi / 12)).astype(np.float32),
-                "device_category": (rng.standard_normal((3, categories)) * 0.35).astype(np.float32),
-            },
-        )
-
-    def interest(self, users: Ints, timestamp: Ints) -> Floats:
-        days = ((timestamp - START) / DAY).astype(np.float32)[..., None]
-        result: Floats = self.arrays["user_interest"][users] + (
-            self.config.drift * days * self.arrays["user_drift"][users]
-        ).astype(np.float32)
-        return result
-
-    def alive(self, timestamp: float) -> npt.NDArray[np.bool_]:
-        """Which ads may be shown at a time, shape (I,)."""
-        day = (timestamp - START) / DAY
-        return (self.arrays["item_birth"] <= day) & (day < self.arrays["item_death"])
-
-    def click_probability(
-        self, users: Ints, items: Ints, timestamp: Ints, device: Ints, slot: Ints, history: Ints
-    ) -> npt.NDArray[np.float64]:
-        """True probability of a click.
-
-        Args:
-            users, timestamp, device: shape (R,).
-            items, slot: shape (R, S).
-            history: shape (R, H), items of the user's last clicks, -1 where there is none.
-        """
-        a = self.arrays
-        category = a["item_category"][items]
-        past = np.where(history >= 0, a["item_category"][np.maximum(history, 0)], -1)
-        matches = (past[:, None, :] == category[:, :, None]).sum(2)
-        affinity = np.einsum("rk,rsk->rs", self.interest(users, timestamp), a["item_content"][items])
-        logit = (
-            self.config.rate
-            + 1.6 * affinity
-            + 0.5 * a["item_quality"][items]
-            + 0.9 * np.log1p(matches)
-            - 0.35 * slot
-            + a["hour_effect"][timestamp % DAY // 3600][:, None]
-            + a["device_category"][device[:, None], category]
-        )
-        probability: npt.NDArray[np.float64] = 1 / (1 + np.exp(-logit.astype(np.float64)))
-        return probability
-
-    def conversion_probability(self, items: Ints) -> npt.NDArray[np.float64]:
-        """Of a click, by item."""
-        logit = -1.6 + 0.8 * self.arrays["item_quality"][items] - 0.3 * self.arrays["item_price"][items]
-        return 1 / (1 + np.exp(-logit.astype(np.float64)))
-
-    def hide_probability(self, items: Ints) -> npt.NDArray[np.float64]:
-        """Of an impression, by item."""
-        return 1 / (1 + np.exp(4 + 0.8 * self.arrays["item_quality"][items].astype(np.float64)))
-
-    def save(self, path: Path) -> None:
-        import io
-
-        content = io.BytesIO()
-        config = np.frombuffer(self.config.model_dump_json().encode(), dtype=np.uint8)
-        np.savez_compressed(content, allow_pickle=False, config=config, **self.arrays)
-        atomic.write_bytes(path, content.getvalue())
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a saved world; holds numbers only.
-
-        Raises:
-            ValueError: if the file is not one.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            config = SimulationConfig.model_validate_json(arrays.pop("config").tobytes())
-        except (ValueError, KeyError, OSError) as error:
-            raise ValueError(f"{path} is not a simulated world: {error}") from None
-        return cls(config, arrays)
 
 
 def simulation_schema() -> Schema:
@@ -229,7 +81,7 @@ def simulation_schema() -> Schema:
     )
 
 
-class _Histories:
+class Histories:
     """The last clicks of every user in ring buffers."""
 
     def __init__(self, users: int) -> None:
@@ -256,29 +108,76 @@ class _Histories:
         np.add.at(self.counts, users, 1)
 
 
-def simulate(config: SimulationConfig, world: World | None = None) -> Iterator[pl.DataFrame]:
-    """The log in time order: raw columns of `simulation_schema`, `__true_click`, `__true_conversion`, `__true_hide`,
-    and `conversion_delay` in seconds (null without a conversion). Deterministic by seed."""
-    world = world or World.make(config)
-    a = world.arrays
-    rng = np.random.default_rng((config.seed, 2))
-    requests = -(-config.impressions // config.slots)
-    per_block = max(50, min(2_000, requests // 100))
-    activity = np.cumsum(a["user_activity"] / a["user_activity"].sum())
-    histories = _Histories(config.num_users)
-    pending: list[pl.DataFrame] = []
-    rows = 0
-    for first in range(0, requests, per_block):
-        size = min(per_block, requests - first)
-        numbers = np.arange(first, first + size)
-        timestamp = START + (numbers * (config.days * DAY) // requests).astype(np.int64)
-        users = np.minimum(np.searchsorted(activity, rng.random(size)), config.num_users - 1)
-        device = rng.choice(3, size, p=[0.6, 0.3, 0.1])
-        # The log's policy: candidates by popularity among living campaigns, shown by noisy affinity.
-        weight = np.cumsum(a["item_popularity"] * world.alive(float(timestamp[0])))
-        drawn = np.searchsorted(weight, rng.random((size, config.candidates)) * weight[-1], side="right")
+@dataclass(frozen=True)
+class Requests:
+    """A block of requests, before anything is shown.
+
+    Attributes:
+        users, timestamp, device: shape (R,).
+        past_items, past_times: shape (R, H), the user's last clicks, oldest first, -1 in front where there are fewer.
+    """
+
+    users: Ints
+    timestamp: Ints
+    device: Ints
+    past_items: Ints
+    past_times: Ints
+
+    def frame(self, world: World) -> pl.DataFrame:
+        """What is known of each: raw user and context columns of `simulation_schema`, the position that of slot 0."""
+        a = world.arrays
+        real = (self.past_items >= 0).reshape(-1)
+        items, age = self.past_items.reshape(-1)[real], np.maximum(self.timestamp[:, None] - self.past_times, 0)
+        past = {
+            "history.item": items,
+            "history.category": a["item_category"][items],
+            "history.age": age.reshape(-1)[real].astype(np.float64),
+        }
+        lengths = (self.past_items >= 0).sum(1)
+        return pl.DataFrame(
+            {
+                "user_id": self.users,
+                "age_group": a["user_age"][self.users],
+                "gender": a["user_gender"][self.users],
+                "country": a["user_country"][self.users],
+                "hour": self.timestamp % DAY // 3600,
+                "weekday": self.timestamp // DAY % 7,
+                "device": self.device,
+                "position": np.zeros(len(self.users), np.int64),
+                "timestamp": self.timestamp,
+                **{name: _lists(name, values, lengths) for name, values in past.items()},
+            }
+        )
+
+
+class Shown(NamedTuple):
+    """What a policy shows to a block of requests.
+
+    Attributes:
+        items: shape (R, S), -1 for nothing, behind all others.
+        propensity: shape (R, S), the probability that each was drawn with, given the slots above; None if not known.
+    """
+
+    items: Ints
+    propensity: npt.NDArray[np.float64] | None = None
+
+
+Policy = Callable[[Requests, np.random.Generator], Shown]
+
+
+class LogPolicy:
+    """The log's own: candidates by popularity among living campaigns, shown by noisy affinity."""
+
+    def __init__(self, config: SimulationConfig, world: World) -> None:
+        self.config, self.world = config, world
+
+    def __call__(self, requests: Requests, rng: np.random.Generator) -> Shown:
+        config, world, a = self.config, self.world, self.world.arrays
+        weight = np.cumsum(a["item_popularity"] * world.alive(float(requests.timestamp[0])))
+        drawn = np.searchsorted(weight, rng.random((len(requests.users), config.candidates)) * weight[-1], side="right")
         drawn = np.minimum(drawn, config.num_items - 1)
-        affinity = np.einsum("rk,rck->rc", world.interest(users, timestamp), a["item_content"][drawn])
+        interest = world.interest(requests.users, requests.timestamp)
+        affinity = np.einsum("rk,rck->rc", interest, a["item_content"][drawn])
         score = 0.8 * affinity + rng.gumbel(size=drawn.shape) * 0.5
         ordered = np.sort(drawn, axis=1)  # an ad is shown at most once in a request
         again = np.zeros(drawn.shape, bool)
@@ -288,61 +187,92 @@ def simulate(config: SimulationConfig, world: World | None = None) -> Iterator[p
         np.put_along_axis(repeated, by_id, again, axis=1)
         score[repeated] = -np.inf
         shown = np.argsort(-score, axis=1, kind="stable")[:, : config.slots]
-        valid = ~np.take_along_axis(repeated, shown, axis=1)
-        items = np.take_along_axis(drawn, shown, axis=1)
+        items = np.take_along_axis(np.where(repeated, -1, drawn), shown, axis=1)
+        return Shown(items)
+
+
+def simulate(
+    config: SimulationConfig,
+    world: World | None = None,
+    *,
+    policy: Policy | None = None,
+    histories: Histories | None = None,
+    begin: float = 0.0,
+) -> Iterator[pl.DataFrame]:
+    """The log in time order: raw columns of `simulation_schema`, `__true_click`, `__true_conversion`, `__true_hide`,
+    and `conversion_delay` in seconds (null without a conversion). Deterministic by seed.
+
+    Args:
+        policy: what is shown; default the log's own. If it knows its propensities there are three further columns:
+            `propensity`, `slate` (the number of the request) and `slot`. What it shows that is not alive is not
+            clicked.
+        histories: clicks from before, which the log's are added to.
+        begin: day on which the log begins; it ends with the day `config.days`.
+    """
+    world = world or World.make(config)
+    a = world.arrays
+    rng = np.random.default_rng((config.seed, 2))
+    requests = -(-config.impressions // config.slots)
+    per_block = max(50, min(2_000, requests // 100))
+    activity = np.cumsum(a["user_activity"] / a["user_activity"].sum())
+    policy = policy or LogPolicy(config, world)
+    histories = histories or Histories(config.num_users)
+    first_second, seconds = START + int(begin * DAY), config.days * DAY - int(begin * DAY)
+    pending: list[pl.DataFrame] = []
+    rows = 0
+    for first in range(0, requests, per_block):
+        size = min(per_block, requests - first)
+        numbers = np.arange(first, first + size)
+        timestamp = first_second + (numbers * seconds // requests).astype(np.int64)
+        users = np.minimum(np.searchsorted(activity, rng.random(size)), config.num_users - 1)
+        device = rng.choice(3, size, p=[0.6, 0.3, 0.1])
+        block = Requests(users, timestamp, device, *histories.read(users))
+        items, propensity = policy(block, rng)
         slot = np.broadcast_to(np.arange(items.shape[1]), items.shape)
-        past_items, past_times = histories.read(users)
-        p_click = world.click_probability(users, items, timestamp, device, slot, past_items)
+        p_click = world.click_probability(users, items, timestamp, device, slot, block.past_items)
+        p_click = p_click * world.alive(float(timestamp[0]))[items]
         p_convert, p_hide = world.conversion_probability(items), world.hide_probability(items)
         click = rng.random(items.shape) < p_click
         convert = click & (rng.random(items.shape) < p_convert)
         hide = rng.random(items.shape) < p_hide
         delay = rng.exponential(6 * 3600, items.shape)
-        kept = np.flatnonzero(valid.reshape(-1))
+        kept = np.flatnonzero(items.reshape(-1) >= 0)
         row = kept // items.shape[1]
 
         def flat(values: npt.NDArray[Any], kept: Ints = kept) -> npt.NDArray[Any]:
             return values.reshape(-1)[kept]
 
-        item, user, when = flat(items), users[row], timestamp[row]
-        lengths = (past_items >= 0).sum(1)
-        real = (past_items >= 0).reshape(-1)
-        age = np.maximum(timestamp[:, None] - past_times, 0)
+        item, converted = flat(items), flat(convert)
+        asked = block.frame(world)[row]
         frame = pl.DataFrame(
             {
                 "request_id": numbers[row] * 64 + flat(slot),
-                "user_id": user,
-                "age_group": a["user_age"][user],
-                "gender": a["user_gender"][user],
-                "country": a["user_country"][user],
+                **{name: asked[name] for name in ("user_id", "age_group", "gender", "country")},
                 "item_id": item,
                 "category": a["item_category"][item],
                 "brand": a["item_brand"][item],
                 "campaign": a["item_campaign"][item],
                 "price": a["item_price"][item],
-                "hour": when % DAY // 3600,
-                "weekday": when // DAY % 7,
-                "device": device[row],
+                **{name: asked[name] for name in ("hour", "weekday", "device")},
                 "position": flat(slot),
-                "timestamp": when,
+                "timestamp": asked["timestamp"],
                 "bid": a["item_bid"][item],
                 "click": flat(click).astype(np.int8),
-                "conversion": flat(convert).astype(np.int8),
+                "conversion": converted.astype(np.int8),
                 "hide": flat(hide).astype(np.int8),
-                "conversion_delay": pl.Series(flat(delay), dtype=pl.Float64).set(pl.Series(~flat(convert)), None),
+                "conversion_delay": pl.Series(flat(delay), dtype=pl.Float64).set(pl.Series(~converted), None),
                 "__true_click": flat(p_click).astype(np.float32),
                 "__true_conversion": flat(p_click * p_convert).astype(np.float32),
                 "__true_hide": flat(p_hide).astype(np.float32),
+                **{name: asked[name] for name in asked.columns if name.startswith("history.")},
             }
         )
-        past = {
-            "history.item": past_items.reshape(-1)[real],
-            "history.category": a["item_category"][past_items.reshape(-1)[real]],
-            "history.age": age.reshape(-1)[real].astype(np.float64),
-        }
-        frame = frame.with_columns(_lists(name, values, lengths, row) for name, values in past.items())
+        if propensity is not None:
+            frame = frame.with_columns(
+                propensity=flat(propensity), slate=pl.Series(numbers[row]), slot=pl.Series(flat(slot))
+            )
         clicked = flat(click)
-        histories.add(user[clicked], item[clicked], when[clicked])
+        histories.add(users[row][clicked], item[clicked], timestamp[row][clicked])
         pending.append(frame)
         rows += frame.height
         if rows >= FRAME_ROWS:
@@ -352,12 +282,11 @@ def simulate(config: SimulationConfig, world: World | None = None) -> Iterator[p
         yield pl.concat(pending)
 
 
-def _lists(name: str, values: npt.NDArray[Any], lengths: Ints, row: Ints) -> pl.Series:
+def _lists(name: str, values: npt.NDArray[Any], lengths: Ints) -> pl.Series:
     import pyarrow as pa
 
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    lists = pl.Series(name, pl.from_arrow(pa.LargeListArray.from_arrays(as_array(offsets), as_array(values))))
-    return lists.gather(row)
+    return pl.Series(name, pl.from_arrow(pa.LargeListArray.from_arrays(as_array(offsets), as_array(values))))
 
 
 def simulate_dataset(

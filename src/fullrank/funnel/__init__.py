@@ -4,7 +4,9 @@ from fullrank.funnel.bundle import load_bundle, save_bundle
 from fullrank.funnel.compare import compare_funnels
 from fullrank.funnel.evaluation import evaluate_funnel
 from fullrank.funnel.funnel import Funnel, RankedItem, Ranking, Recommendation
+from fullrank.funnel.off_policy import LogColumns, evaluate_off_policy
 from fullrank.funnel.requests import Request, Shown
+from fullrank.funnel.rollout import rollout, rollout_dataset
 from fullrank.funnel.scorer import ScoredItem, Scorer
 from fullrank.funnel.slate import Slate, SlateConfig, SlotPolicy, fill, propensities
 from fullrank.funnel.stages import StageSizes, TwoSided
@@ -16,6 +18,7 @@ __all__ = [
     "FinalConfig",
     "Funnel",
     "FunnelConfig",
+    "LogColumns",
     "RankedItem",
     "Ranking",
     "Recommendation",
@@ -31,9 +34,12 @@ __all__ = [
     "ValueFormula",
     "compare_funnels",
     "evaluate_funnel",
+    "evaluate_off_policy",
     "fill",
     "load_bundle",
     "propensities",
+    "rollout",
+    "rollout_dataset",
     "save_bundle",
     "train_funnel",
 ]

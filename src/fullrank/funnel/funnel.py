@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import polars as pl
 import torch
@@ -229,6 +230,16 @@ class Funnel:
         self._draws = torch.Generator()
         self._draws.seed()
 
+    def with_slate(self, slate: SlateConfig) -> Self:
+        """A funnel of the same stages that makes its lists in another way.
+
+        Raises:
+            ValueError: if `slate` does not fit the schema or the formula.
+        """
+        other = copy.copy(self)
+        other.slate, other._make_slate = slate, SlateMaker(slate, self.items, self.scorer)
+        return other
+
     def index_active(self) -> None:
         """Make the active items of the catalogue, and no other, retrievable."""
         active_I = self.items.active_I
@@ -308,11 +319,10 @@ class Funnel:
             lap(stage, late_U)
         logits_UCT, scored_UC = self._logits(FINAL, users, items_UC, whole, deadline)
         value_UC = behind(self._values(logits_UCT, items_UC, whole), scored_UC)
-        bid_UC = None if self._bid_I is None else self._bid_I[items_UC]
         late_U = ~scored_UC.all(1)
         # Where values are not all there, nothing is drawn by them.
         draws = None if bool(late_U.any()) else generator
-        slate = self._make_slate(value_UC, logits_UCT, items_UC, bid_UC, k, shown=terms.shown, generator=draws)
+        slate = self._make_slate(value_UC, logits_UCT, items_UC, k, shown=terms.shown, generator=draws)
         empty_UK, place_UK = slate.places_UK == EMPTY, slate.places_UK.clamp_min(0)
         value_UK = value_UC.gather(1, place_UK).masked_fill(~scored_UC.gather(1, place_UK), torch.nan)
         probabilities_UCT = self.scorer.predictions(logits_UCT)

@@ -136,8 +136,8 @@ def render(
     """The page as text.
 
     Args:
-        report: of `evaluate_funnel`; with the key `true_value` the result of that function. Empty if nothing was
-            measured.
+        report: of `evaluate_funnel`; with the keys `true_value` and `off_policy` the results of that function and of
+            `evaluate_off_policy`. Empty if nothing was measured.
         facts: what was run, for the table at the end.
         training: of a run: `curves`, `monitor`, `best_step` and `seconds`, as `metrics.json` has them.
     """
@@ -163,6 +163,8 @@ def render(
     parts.append(report_parts.slices(report.get("slices") or []))
     if report.get("true_value") is not None:
         parts.append(report_parts.true_value(report["true_value"]))
+    if report.get("off_policy") is not None:
+        parts.append(report_parts.off_policy(report["off_policy"]))
     parts += [_learning(judge, training), _times(training.get("seconds", {}))]
     rows = "".join(f"<tr><td>{escape(name)}<td>{escape(text)}" for name, text in facts.items())
     parts.append(f"<h2>What was run</h2><table class=facts>{rows}</table>")

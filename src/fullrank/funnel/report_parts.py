@@ -43,6 +43,9 @@ def warnings(judge: str, found: Sequence[Mapping[str, Any]]) -> str:
     return f"<div class=warnings style='border-color:var(--warn)'><h2>{title}</h2><ul>{''.join(items)}</ul></div>"
 
 
+ESTIMATORS = {"ips": "IPS", "snips": "self-normalised IPS", "dr": "doubly robust"}
+
+
 def cards(judge: str, final: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     recall, value = report.get("recall") or {}, report.get("true_value")
     made: list[tuple[str, str, str]] = []
@@ -280,6 +283,32 @@ def true_value(value: dict[str, Any]) -> str:
             f"<th>predicted click<th>true click<th>in the best list{rows}</table></div>"
         )
     return "\n".join(parts)
+
+
+def off_policy(found: Mapping[str, Any]) -> str:
+    """What the funnel would have earned on a log that was drawn with propensities."""
+    names = {"logged": "what was logged", **ESTIMATORS}
+    bars = [
+        Bar(
+            text,
+            number_of(found[name]["value"]),
+            "base" if name == "logged" else FINAL,
+            interval_of(found[name]["interval"]),
+        )
+        for name, text in names.items()
+        if name in found
+    ]
+    policy = ", ".join(str(value) for value in found["policy"].values())
+    alarms = "".join(f"<li>{escape(text)}" for text in found["warnings"])
+    return (
+        "<h2>What the funnel would have earned on this log</h2>"
+        f"<p>Value of a request by <em>{escape(found['reward'])}</em> under the slot policy {escape(policy)}, from "
+        f"{found['slates']:,} lists of {found['users']:,} users that were drawn with logged propensities. Effective "
+        f"sample size {found['effective_sample_size']:,.0f}, largest weight {found['largest_weight']:,.1f}, mean "
+        f"weight {found['mean_weight']:.3f}.</p>"
+        + charts.bars("Value of a request", bars, start=0.0, unit="more", form=".4f")
+        + (f"<ul>{alarms}</ul>" if alarms else "")
+    )
 
 
 def _probability(p: float, colour: str) -> str:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fullrank.funnel.auction import Bids, bidders, prices
 from fullrank.funnel.catalogue import NO_ROW, Catalogue
-from fullrank.funnel.policies import Greedy
+from fullrank.funnel.policies import Greedy, SlotPolicy
 from fullrank.funnel.requests import Shown
-from fullrank.funnel.rules import AtMost
+from fullrank.funnel.rules import AtMost, open_values
 from fullrank.funnel.scorer import Scorer
 from fullrank.funnel.slate import SlateConfig, fill
 from fullrank.funnel.value import ValueFormula
@@ -54,7 +54,6 @@ class SlateMaker:
         value_UC: Tensor,
         logits_UCT: Tensor,
         items_UC: Tensor,
-        bid_UC: Tensor | None,
         k: int,
         *,
         shown: Sequence[Sequence[Shown]] | None = None,
@@ -69,22 +68,47 @@ class SlateMaker:
         """
         policy = self._greedy if generator is None else self.policy
         auction = self.config.auction
-        if auction is not None:
-            assert bid_UC is not None
-            value_UC = bidders(auction, value_UC, bid_UC)
-        spread_UC = None
-        if policy.pseudo_counts is not None:
-            spread_UC = self.scorer.spreads(logits_UCT, bid_UC, policy.pseudo_counts)
         rules = self._rules(items_UC, shown)
-        slate = fill(value_UC, k, policy=policy, rules=rules, spread_UC=spread_UC, generator=generator)
+        open_UC, spread_UC = self._offered(policy, value_UC, logits_UCT, items_UC)
+        slate = fill(open_UC, k, policy=policy, rules=rules, spread_UC=spread_UC, generator=generator)
         if auction is None:
             return PricedSlate(*slate, None)
-        assert bid_UC is not None
-        none_UC, logits_UCT = torch.zeros(bid_UC.shape, dtype=torch.float64), logits_UCT.double()
+        return PricedSlate(*slate, prices(auction, open_UC, self._bids(logits_UCT, items_UC), slate.places_UK, rules))
+
+    def distributions(
+        self, value_UC: Tensor, logits_UCT: Tensor, items_UC: Tensor, places_UK: Tensor
+    ) -> Iterator[Tensor]:
+        """What the item of each slot of given lists is drawn from, given those above it; shape (U, C) for each slot.
+
+        Args:
+            items_UC: rows of the catalogue.
+            places_UK: columns of the candidates, -1 for an item that is none of them, and for none.
+        """
+        open_UC, spread_UC = self._offered(self.policy, value_UC, logits_UCT, items_UC)
+        rules = self._rules(items_UC, None)
+        for slot in range(places_UK.shape[1]):
+            yield self.policy.probabilities(open_values(open_UC, places_UK[:, :slot], rules), spread_UC, slot)
+
+    def _offered(
+        self, policy: SlotPolicy, value_UC: Tensor, logits_UCT: Tensor, items_UC: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The values of those that may be shown at all, and their spread where the policy asks for it."""
+        bid_I, spread_UC = self.items.bid_I, None
+        if policy.pseudo_counts is not None:
+            spread_UC = self.scorer.spreads(
+                logits_UCT, None if bid_I is None else bid_I[items_UC], policy.pseudo_counts
+            )
+        if self.config.auction is not None:
+            assert bid_I is not None
+            value_UC = bidders(self.config.auction, value_UC, bid_I[items_UC].double())
+        return value_UC, spread_UC
+
+    def _bids(self, logits_UCT: Tensor, items_UC: Tensor) -> Bids:
+        assert self.items.bid_I is not None
+        bid_UC = self.items.bid_I[items_UC].double()
+        none_UC, logits_UCT = torch.zeros_like(bid_UC), logits_UCT.double()
         intercept_UC = self.scorer.values(logits_UCT, none_UC)
-        slope_UC = self.scorer.values(logits_UCT, none_UC + 1) - intercept_UC
-        bids = Bids(bid_UC.double(), intercept_UC, slope_UC)
-        return PricedSlate(*slate, prices(auction, value_UC, bids, slate.places_UK, rules))
+        return Bids(bid_UC, intercept_UC, self.scorer.values(logits_UCT, none_UC + 1) - intercept_UC)
 
     def _groups(self, by: str | None) -> Tensor:
         """The group of each item; each by itself where it is the item that is counted."""

@@ -13,6 +13,7 @@ from fullrank.metrics.binary import (
     reliability,
 )
 from fullrank.metrics.binned import BinnedMetrics
+from fullrank.metrics.off_policy import LoggedSlates, OffPolicy, check_distributions, off_policy
 from fullrank.metrics.ranking import ndcg_at_k, ranked_ndcg_at_k, recall_at_k
 from fullrank.metrics.resampling import BinaryRows, Bootstrap, MeanRows, NumberRows, bootstrap
 from fullrank.metrics.streaming import BinaryMetrics
@@ -23,13 +24,16 @@ __all__ = [
     "BinnedMetrics",
     "Bootstrap",
     "GroupedAUC",
+    "LoggedSlates",
     "MeanRows",
     "NumberRows",
+    "OffPolicy",
     "Reliability",
     "ads_recall",
     "auc",
     "bootstrap",
     "calibration",
+    "check_distributions",
     "expected_calibration_error",
     "gauc",
     "kendall_tau",
@@ -37,6 +41,7 @@ __all__ = [
     "ndcg_at_k",
     "normalized_entropy",
     "normalized_entropy_gain",
+    "off_policy",
     "pair_consistency",
     "ranked_ndcg_at_k",
     "recall_at_k",
