@@ -78,6 +78,8 @@ def test_what_is_lost_stage_by_stage_is_what_is_missing_from_the_best_list(
     assert 0 < stages["early"]["share"] <= stages["retrieval"]["share"] <= 1
     low, high = stages["early"]["intervals"]["value"]
     assert low < stages["early"]["value"] < high
+    low, high = stages["early"]["intervals"]["share"]
+    assert low < stages["early"]["share"] < high <= 1
 
 
 def test_a_funnel_that_keeps_everything_loses_nothing(funnel: Funnel, dataset: Dataset) -> None:

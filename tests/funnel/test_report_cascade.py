@@ -15,7 +15,7 @@ from fullrank.funnel.report_cascade import cascade, tuned
 
 def stage(share: float, lost: float, *, flops: float, **more: Any) -> dict[str, Any]:
     taken = {"p50": 1.25, "p99": 2.5}
-    interval = {"value": [10 * share - 0.2, 10 * share + 0.1]}
+    interval = {"share": [share - 0.02, share + 0.01]}
     values = {"recall": share - 0.1, "share": share, "value": 10 * share, "lost": lost, "intervals": interval}
     return {**values, "candidates": 300, "flops": flops, "milliseconds": taken, **more}
 
