@@ -199,36 +199,35 @@ class Funnel:
             return _below([self._rank(part, k, observe, deadline) for part in parts])
         mark = self.clock()
 
-        def lap(stage: str, late_U: Tensor) -> None:
+        def lap(stage: str, scored_UC: Tensor | None) -> None:
             nonlocal mark
             now = self.clock()
             if observe is not None:
                 observe(stage, now - mark)
             mark = now
-            if bool(late_U.any()):
-                degraded[stage] = late_U
+            if scored_UC is not None and not bool(scored_UC.all()):
+                degraded[stage] = ~scored_UC.all(1)
 
         # A list longer than a stage's share needs more candidates in the stages before.
         keeps = tuple(max(keep, k) for keep in keeps)
         degraded: dict[str, Tensor] = {}
-        items_UC, cost_U, late_U = self._retrieved(users, max(sizes.retrieve, k, *keeps), deadline)
+        items_UC, cost_U, found_U1 = self._retrieved(users, max(sizes.retrieve, k, *keeps), deadline)
         passed, whole = {RETRIEVAL: items_UC}, _is_whole(items_UC)
-        lap(RETRIEVAL, late_U)
+        lap(RETRIEVAL, found_U1)
         for stage, keep in zip(self.early, keeps, strict=True):
-            late_U = torch.zeros(len(users), dtype=torch.bool)
+            scored_UC = None
             if items_UC.shape[1] > keep:
-                logits_UCT, scored_UC = self._logits(stage, users, items_UC, whole, deadline)
-                _, place_UC = top_k(behind(self._values(logits_UCT, items_UC, whole), scored_UC), keep)
-                items_UC, late_U = items_UC.gather(1, place_UC), ~scored_UC.all(1)
+                _, value_UC, scored_UC = self._valued(stage, users, items_UC, whole, deadline)
+                items_UC = items_UC.gather(1, top_k(value_UC, keep)[1])
             passed[stage] = items_UC
-            lap(stage, late_U)
-        logits_UCT, scored_UC = self._logits(FINAL, users, items_UC, whole, deadline)
-        value_UC = behind(self._values(logits_UCT, items_UC, whole), scored_UC)
+            lap(stage, scored_UC)
+        logits_UCT, value_UC, scored_UC = self._valued(FINAL, users, items_UC, whole, deadline)
         value_UK, place_UK = top_k(value_UC, k)
-        value_UK = value_UK.masked_fill(~scored_UC.gather(1, place_UK), torch.nan)
+        if scored_UC is not None:
+            value_UK = value_UK.masked_fill(~scored_UC.gather(1, place_UK), torch.nan)
         probabilities_UCT = self.scorer.predictions(logits_UCT)
         probabilities_UKT = probabilities_UCT.gather(1, place_UK[:, :, None].expand(-1, -1, len(self.scorer.tasks)))
-        lap(FINAL, ~scored_UC.all(1))
+        lap(FINAL, scored_UC)
         return Ranking(items_UC.gather(1, place_UK), value_UK, probabilities_UKT, passed, cost_U, degraded)
 
     @torch.inference_mode()
@@ -330,48 +329,50 @@ class Funnel:
                 blank = blank.with_columns(self.encoders.transform(raw, allow_missing=True)[name])
         return partial_batch(blank, self.schema)
 
-    def _retrieved(self, users: Batch, count: int, deadline: Deadline) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of the catalogue (U, C), items scored for each user, and whether it was late or failed for each."""
-        end, usual_C = deadline.of(RETRIEVAL), self._usual_I[:count]
-        count_U = len(users)
+    def _retrieved(self, users: Batch, count: int, deadline: Deadline) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows of the catalogue (U, C), items scored for each user, and whether they were found in time, shape (U, 1),
+        None for all."""
+        end, count_U = deadline.of(RETRIEVAL), len(users)
         if not deadline.is_over():
             try:
                 found = self.retriever.search(users, count)
             except Exception:
                 log.warning("retrieval failed; the most shown items stand in", exc_info=True)
             else:
-                items_UC = self.items.places(found.item_keys_BK)
-                late_U = torch.full((count_U,), self.clock() >= end)
-                if bool(found.scores_BK.isnan().any()):
-                    nothing_U = (found.scores_BK.isnan() | ~found.found_BK).all(1) & found.found_BK.any(1)
-                    width = min(items_UC.shape[1], usual_C.numel())
-                    items_UC[nothing_U] = F.pad(usual_C[:width], (0, items_UC.shape[1] - width), value=NO_ROW)
-                    late_U |= nothing_U
-                return items_UC, found.cost_B, late_U
-        none_U = torch.zeros(count_U, dtype=torch.int64)
-        return usual_C.expand(count_U, -1), none_U, torch.ones(count_U, dtype=torch.bool)
+                items_UC, in_time = self.items.places(found.item_keys_BK), self.clock() <= end
+                if in_time and not bool(found.scores_BK.isnan().any()):
+                    return items_UC, found.cost_B, None
+                spoilt_U = (found.scores_BK.isnan() | ~found.found_BK).all(1) & found.found_BK.any(1)
+                usual_C = self._usual_I[: items_UC.shape[1]]
+                items_UC[spoilt_U] = F.pad(usual_C, (0, items_UC.shape[1] - usual_C.numel()), value=NO_ROW)
+                return items_UC, found.cost_B, ~spoilt_U[:, None] & in_time
+        nothing_U = torch.zeros(count_U, dtype=torch.int64)
+        return self._usual_I[:count].expand(count_U, -1), nothing_U, torch.zeros(count_U, 1, dtype=torch.bool)
 
     @cached_property
     def _usual_I(self) -> Tensor:
         """What is handed on where retrieval cannot: the active rows of the catalogue, the most shown first."""
         return most_shown(self.items, self.encoders)
 
-    def _logits(
+    def _valued(
         self, stage: str, users: Batch, items_UC: Tensor, whole: bool, deadline: Deadline
-    ) -> tuple[Tensor, Tensor]:
-        """logits_UCT of a stage, NaN where there is none, and which candidates it came to, shape (U, C)."""
-        logits_UCT = torch.full((*items_UC.shape, len(self.scorer.tasks)), torch.nan)
-        # What looks at items beforehand is done at once: its user's side would be computed again for each part.
-        at_once = items_UC.shape[1] if stage in self.prepared else AT_ONCE
-        scored_UC = score_in_time(
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """logits_UCT of a stage, the values by which it orders its candidates, and which of them it came to, None for
+        all, both of shape (U, C)."""
+        logits_UCT, scored_UC = score_in_time(
             stage,
             lambda columns: self._score(stage, users, items_UC[:, columns], whole),
-            logits_UCT,
+            (*items_UC.shape, len(self.scorer.tasks)),
             deadline,
-            at_once=at_once,
+            # What looks at items beforehand is done at once: its user's side would be computed again for each part.
+            at_once=items_UC.shape[1] if stage in self.prepared else AT_ONCE,
         )
-        # No candidates are no failure.
-        return logits_UCT, scored_UC if whole else scored_UC | (items_UC == NO_ROW)
+        value_UC = self._values(logits_UCT, items_UC, whole)
+        if scored_UC is not None:
+            # No candidates are no failure.
+            scored_UC = scored_UC if whole else scored_UC | (items_UC == NO_ROW)
+            value_UC = behind(value_UC, scored_UC)
+        return logits_UCT, value_UC, scored_UC
 
     def _score(self, stage: str, users: Batch, items_UC: Tensor, whole: bool) -> Tensor:
         """logits_UCT of a stage, anything where there is no item."""
@@ -381,7 +382,7 @@ class Funnel:
         prepared, vectors_IV = self.prepared[stage]
         rows_UC = items_UC if whole else items_UC.clamp_min(0)
         vectors_PV = vectors_IV.index_select(0, rows_UC.reshape(-1))
-        return prepared.score(users, vectors_PV.view(*items_UC.shape, -1))
+        return prepared.score(users, vectors_PV.view(*items_UC.shape, vectors_IV.shape[1]))
 
     def _pair_logits(self, ranker: Ranker, users: Batch, items_UC: Tensor, whole: bool) -> Tensor:
         """logits_UCT of a ranker on pairs, NaN where there is no item: those places are no pairs."""
