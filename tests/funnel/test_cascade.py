@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fullrank.data.dataset import Dataset
 from fullrank.data.simulate import World
-from fullrank.funnel import Funnel, StageSizes
+from fullrank.funnel import Funnel, StageSizes, compare_funnels
 from fullrank.funnel.cascade import evaluate_cascade
 from fullrank.funnel.cost import Linear, fitted, flops_of, handed
 from fullrank.funnel.outcomes import as_sizes, draw, front, outcomes, settings_within, sizes_of
@@ -78,6 +78,8 @@ def test_what_is_lost_stage_by_stage_is_what_is_missing_from_the_best_list(
     assert 0 < stages["early"]["share"] <= stages["retrieval"]["share"] <= 1
     low, high = stages["early"]["intervals"]["value"]
     assert low < stages["early"]["value"] < high
+    low, high = stages["early"]["intervals"]["share"]
+    assert low < stages["early"]["share"] < high <= 1
 
 
 def test_a_funnel_that_keeps_everything_loses_nothing(funnel: Funnel, dataset: Dataset) -> None:
@@ -161,3 +163,17 @@ def test_requests_are_drawn_from_all_rows(dataset: Dataset) -> None:
     assert len(asked.users) == dataset.rows("test")
     assert torch.equal(draw(dataset, "test", 20, 3).users.ids_BF, draw(dataset, "test", 20, 3).users.ids_BF)
     assert not np.array_equal(draw(dataset, "test", 20, 3).users.ids_BF, draw(dataset, "test", 20, 4).users.ids_BF)
+
+
+def test_two_funnels_are_compared_by_what_their_stages_leave(funnel: Funnel, dataset: Dataset, world: World) -> None:
+    narrow = sized(funnel, StageSizes(retrieve=60, keep=6))
+    report = compare_funnels(narrow, funnel, dataset, requests=500, world=world)["cascade"]
+    assert report["requests"] == 25
+    same, cut = report["recall"]["retrieval"], report["recall"]["early"]
+    assert same["difference"] == 0 and same["interval"] == [0, 0]
+    assert cut["verdict"] == "B is better" and cut["a"] <= 0.6
+    whole = evaluate_cascade(funnel, dataset, requests=25, world=world)["stages"]["early"]
+    assert cut["b"] == pytest.approx(whole["recall"])
+    assert report["value"]["early"]["interval"][0] > 0
+    assert report["true_value"]["list"]["b"] == pytest.approx(whole["true_value"])
+    assert "true_value" not in compare_funnels(narrow, funnel, dataset, requests=40)["cascade"]

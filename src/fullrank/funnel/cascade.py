@@ -71,13 +71,12 @@ def evaluate_cascade(
         now = drawn.estimate
         stages[stage] = {
             **now,
-            "share": found.share(setting),
-            "lost": value - now["value"],
+            "lost": _lost(value, now["value"]),
             "intervals": {metric: list(drawn.interval(metric)) for metric in now},
         }
         value = now["value"]
         if true is not None:
-            stages[stage]["true_lost"], true = true - now["true_value"], now["true_value"]
+            stages[stage]["true_lost"], true = _lost(true, now["true_value"]), now["true_value"]
     last = stages[next(reversed(stages))]
     stages[FINAL] = {key: last[key] for key in ("recall", "value", "share", "true_value") if key in last} | {
         "lost": 0.0
@@ -117,6 +116,11 @@ def total(costs: dict[str, Linear], setting: Setting, catalogue: int) -> float:
     return retrieval(min(setting[0], catalogue)) + sum(
         cost(count) for cost, count in zip(others, scored, strict=True) if count
     )
+
+
+def _lost(before: float, after: float) -> float:
+    """The difference; lists of the same items may differ in their last digits."""
+    return 0.0 if abs(before - after) <= 1e-6 * abs(before) else before - after
 
 
 def _mean(values: Doubles | None) -> float | None:

@@ -63,37 +63,43 @@ class Deadline:
 
 
 def score_in_time(
-    stage: str, score: Callable[[slice], Tensor], logits_UCT: Tensor, deadline: Deadline, *, at_once: int
-) -> Tensor:
+    stage: str, score: Callable[[slice], Tensor], shape: tuple[int, int, int], deadline: Deadline, *, at_once: int
+) -> tuple[Tensor, Tensor | None]:
     """Score candidates from the first on, as many as there is time for.
 
     No part is begun after the deadline, nor one that would end after it if it took as long as the longest before.
 
     Args:
         score: logits of some columns of candidates; an error ends the scoring, and is logged.
-        logits_UCT: is filled.
+        shape: U, C and T.
         at_once: columns of a part, where the time is limited.
 
     Returns:
-        Whether each candidate was scored, shape (U, C); of a user of whom all logits are NaN none is.
+        logits_UCT, NaN where there is none, and whether each candidate was scored, shape (U, C); of a user of whom all
+        logits are NaN none is. None where all were.
     """
-    count_U, count_C, _ = logits_UCT.shape
+    count_U, count_C, tasks = shape
     end, done, longest = deadline.of(stage), 0, 0.0
     part = count_C if math.isinf(end) else at_once
+    pieces: list[Tensor] = []
     try:
         while done < count_C:
             begin = deadline.clock()
             if begin + longest >= end:
                 break
-            columns = slice(done, done + part)
-            logits_UCT[:, columns] = score(columns)
+            pieces.append(score(slice(done, done + part)))
             done = min(done + part, count_C)
             longest = max(longest, deadline.clock() - begin)
     except Exception:
         log.warning("stage %s failed; the order of the stage before it stands in", stage, exc_info=True)
+    if done < count_C or not pieces:
+        pieces.append(torch.full((count_U, count_C - done, tasks), torch.nan))
+    logits_UCT = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    if done == count_C and not bool(logits_UCT.isnan().any()):
+        return logits_UCT, None
     scored_UC = (torch.arange(count_C) < done).expand(count_U, count_C)
     nothing_U1 = logits_UCT.isnan().all(2).all(1, keepdim=True)
-    return scored_UC & ~nothing_U1
+    return logits_UCT, scored_UC & ~nothing_U1
 
 
 def behind(value_UC: Tensor, scored_UC: Tensor) -> Tensor:
@@ -101,8 +107,6 @@ def behind(value_UC: Tensor, scored_UC: Tensor) -> Tensor:
 
     They mean nothing else. What was scored and has -inf keeps it.
     """
-    if bool(scored_UC.all()):
-        return value_UC
     nothing_UC = scored_UC & (value_UC == -torch.inf)
     lowest_U1 = value_UC.masked_fill(~scored_UC | nothing_UC, torch.inf).amin(1, keepdim=True)
     lowest_U1 = torch.where(lowest_U1.isinf(), 0.0, lowest_U1)

@@ -294,40 +294,40 @@ class Funnel:
             return _below([self._rank(users[p], k, observe, deadline, terms.of(p), generator) for p in parts])
         mark = self.clock()
 
-        def lap(stage: str, late_U: Tensor) -> None:
+        def lap(stage: str, scored_UC: Tensor | None) -> None:
             nonlocal mark
             now = self.clock()
             if observe is not None:
                 observe(stage, now - mark)
             mark = now
-            if bool(late_U.any()):
-                degraded[stage] = late_U
+            if scored_UC is not None and not bool(scored_UC.all()):
+                degraded[stage] = ~scored_UC.all(1)
 
         # A list longer than a stage's share needs more candidates in the stages before.
         keeps = tuple(max(keep, k) for keep in keeps)
         degraded: dict[str, Tensor] = {}
-        items_UC, cost_U, late_U = self._retrieved(users, max(sizes.retrieve, k, *keeps), deadline, terms)
+        items_UC, cost_U, found_U1 = self._retrieved(users, max(sizes.retrieve, k, *keeps), deadline, terms)
         passed, whole = {RETRIEVAL: items_UC}, _is_whole(items_UC)
-        lap(RETRIEVAL, late_U)
+        lap(RETRIEVAL, found_U1)
         for stage, keep in zip(self.early, keeps, strict=True):
-            late_U = torch.zeros(len(users), dtype=torch.bool)
+            scored_UC = None
             if items_UC.shape[1] > keep:
-                logits_UCT, scored_UC = self._logits(stage, users, items_UC, whole, deadline)
-                _, place_UC = top_k(behind(self._values(logits_UCT, items_UC, whole), scored_UC), keep)
-                items_UC, late_U = items_UC.gather(1, place_UC), ~scored_UC.all(1)
+                _, value_UC, scored_UC = self._valued(stage, users, items_UC, whole, deadline)
+                items_UC = items_UC.gather(1, top_k(value_UC, keep)[1])
             passed[stage] = items_UC
-            lap(stage, late_U)
-        logits_UCT, scored_UC = self._logits(FINAL, users, items_UC, whole, deadline)
-        value_UC = behind(self._values(logits_UCT, items_UC, whole), scored_UC)
-        late_U = ~scored_UC.all(1)
+            lap(stage, scored_UC)
+        logits_UCT, value_UC, scored_UC = self._valued(FINAL, users, items_UC, whole, deadline)
+        all_there = scored_UC is None or bool(scored_UC.all())
         # Where values are not all there, nothing is drawn by them.
-        draws = None if bool(late_U.any()) else generator
+        draws = generator if all_there else None
         slate = self._make_slate(value_UC, logits_UCT, items_UC, k, shown=terms.shown, generator=draws)
         empty_UK, place_UK = slate.places_UK == EMPTY, slate.places_UK.clamp_min(0)
-        value_UK = value_UC.gather(1, place_UK).masked_fill(~scored_UC.gather(1, place_UK), torch.nan)
+        value_UK = value_UC.gather(1, place_UK)
+        if scored_UC is not None:
+            value_UK = value_UK.masked_fill(~scored_UC.gather(1, place_UK), torch.nan)
         probabilities_UCT = self.scorer.predictions(logits_UCT)
         probabilities_UKT = probabilities_UCT.gather(1, place_UK[:, :, None].expand(-1, -1, len(self.scorer.tasks)))
-        lap(FINAL, late_U)
+        lap(FINAL, scored_UC)
         return Ranking(
             items_UC.gather(1, place_UK).masked_fill_(empty_UK, NO_ROW),
             value_UK.masked_fill_(empty_UK, -torch.inf),
@@ -480,29 +480,33 @@ class Funnel:
                 blank = blank.with_columns(self.encoders.transform(raw, allow_missing=True)[name])
         return partial_batch(blank, self.schema)
 
-    def _retrieved(self, users: Batch, count: int, deadline: Deadline, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of the catalogue (U, C), items scored for each user, and whether it was late or failed for each."""
-        end, usual_C = deadline.of(RETRIEVAL), self._usual_I
-        if terms.allowed_I is not None:
-            usual_C = usual_C[terms.allowed_I[usual_C]]
-        usual_UC = terms.left(usual_C.expand(len(users), -1), count)
+    def _retrieved(
+        self, users: Batch, count: int, deadline: Deadline, terms: Terms
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows of the catalogue (U, C), items scored for each user, and whether they were found in time, shape (U, 1),
+        None for all."""
+        end, count_U = deadline.of(RETRIEVAL), len(users)
         if not deadline.is_over():
             try:
                 found = self.searched(users, count, terms)
             except Exception:
                 log.warning("retrieval failed; the most shown items stand in", exc_info=True)
             else:
-                items_UC = self.items.places(found.item_keys_BK)
-                late_U = torch.full((len(users),), self.clock() >= end)
-                if bool(found.scores_BK.isnan().any()):
-                    nothing_U = (found.scores_BK.isnan() | ~found.found_BK).all(1) & found.found_BK.any(1)
-                    width = min(items_UC.shape[1], usual_UC.shape[1])
-                    stand_in_UC = F.pad(usual_UC[:, :width], (0, items_UC.shape[1] - width), value=NO_ROW)
-                    items_UC = torch.where(nothing_U[:, None], stand_in_UC, items_UC)
-                    late_U |= nothing_U
-                return items_UC, found.cost_B, late_U
-        none_U = torch.zeros(len(users), dtype=torch.int64)
-        return usual_UC, none_U, torch.ones(len(users), dtype=torch.bool)
+                items_UC, in_time = self.items.places(found.item_keys_BK), self.clock() <= end
+                if in_time and not bool(found.scores_BK.isnan().any()):
+                    return items_UC, found.cost_B, None
+                spoilt_U = (found.scores_BK.isnan() | ~found.found_BK).all(1) & found.found_BK.any(1)
+                usual_UC = self._usual(count_U, items_UC.shape[1], terms)
+                items_UC = torch.where(spoilt_U[:, None], usual_UC, items_UC)
+                return items_UC, found.cost_B, ~spoilt_U[:, None] & in_time
+        usual_UC, nothing_U = self._usual(count_U, count, terms), torch.zeros(count_U, dtype=torch.int64)
+        return usual_UC[:, (usual_UC != NO_ROW).any(0)], nothing_U, torch.zeros(count_U, 1, dtype=torch.bool)
+
+    def _usual(self, users: int, count: int, terms: Terms) -> Tensor:
+        """What is handed on where retrieval cannot, shape (users, count), `NO_ROW` behind the last."""
+        usual_C = self._usual_I if terms.allowed_I is None else self._usual_I[terms.allowed_I[self._usual_I]]
+        usual_UC = terms.left(usual_C.expand(users, -1), count)
+        return F.pad(usual_UC, (0, count - usual_UC.shape[1]), value=NO_ROW)
 
     @torch.inference_mode()
     def searched(self, users: Batch, count: int, terms: Terms) -> SearchResult:
@@ -543,22 +547,25 @@ class Funnel:
         """What is handed on where retrieval cannot: the active rows of the catalogue, the most shown first."""
         return most_shown(self.items, self.encoders)
 
-    def _logits(
+    def _valued(
         self, stage: str, users: Batch, items_UC: Tensor, whole: bool, deadline: Deadline
-    ) -> tuple[Tensor, Tensor]:
-        """logits_UCT of a stage, NaN where there is none, and which candidates it came to, shape (U, C)."""
-        logits_UCT = torch.full((*items_UC.shape, len(self.scorer.tasks)), torch.nan)
-        # What looks at items beforehand is done at once: its user's side would be computed again for each part.
-        at_once = items_UC.shape[1] if stage in self.prepared else AT_ONCE
-        scored_UC = score_in_time(
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """logits_UCT of a stage, the values by which it orders its candidates, and which of them it came to, None for
+        all, both of shape (U, C)."""
+        logits_UCT, scored_UC = score_in_time(
             stage,
             lambda columns: self._score(stage, users, items_UC[:, columns], whole),
-            logits_UCT,
+            (*items_UC.shape, len(self.scorer.tasks)),
             deadline,
-            at_once=at_once,
+            # What looks at items beforehand is done at once: its user's side would be computed again for each part.
+            at_once=items_UC.shape[1] if stage in self.prepared else AT_ONCE,
         )
-        # No candidates are no failure.
-        return logits_UCT, scored_UC if whole else scored_UC | (items_UC == NO_ROW)
+        value_UC = self._values(logits_UCT, items_UC, whole)
+        if scored_UC is not None:
+            # No candidates are no failure.
+            scored_UC = scored_UC if whole else scored_UC | (items_UC == NO_ROW)
+            value_UC = behind(value_UC, scored_UC)
+        return logits_UCT, value_UC, scored_UC
 
     def _score(self, stage: str, users: Batch, items_UC: Tensor, whole: bool) -> Tensor:
         """logits_UCT of a stage, anything where there is no item."""
@@ -568,7 +575,7 @@ class Funnel:
         prepared, vectors_IV = self.prepared[stage]
         rows_UC = items_UC if whole else items_UC.clamp_min(0)
         vectors_PV = vectors_IV.index_select(0, rows_UC.reshape(-1))
-        return prepared.score(users, vectors_PV.view(*items_UC.shape, -1))
+        return prepared.score(users, vectors_PV.view(*items_UC.shape, vectors_IV.shape[1]))
 
     def _pair_logits(self, ranker: Ranker, users: Batch, items_UC: Tensor, whole: bool) -> Tensor:
         """logits_UCT of a ranker on pairs, NaN where there is no item: those places are no pairs."""

@@ -67,14 +67,18 @@ class Outcomes:
         return float(self.value_RS[:, self.settings.index(setting)].sum()) / whole if whole > 0 else math.nan
 
     def drawn(self, setting: Setting, seed: int) -> Bootstrap:
-        """Means of recall, value, and true value where it is known, users resampled."""
+        """Means of recall, value, and true value where it is known, and the share of the value, users resampled."""
         place = self.settings.index(setting)
-        values = {"recall": self.recall_RS[:, place], "value": self.value_RS[:, place]}
+        values = {"recall": self.recall_RS[:, place], "value": self.value_RS[:, place], "whole": self.whole_R}
         if self.true_RS is not None:
             values["true_value"] = self.true_RS[:, place]
-        return bootstrap(
-            MeanRows({name: torch.from_numpy(v.copy()) for name, v in values.items()}, self.user_R), seed=seed
-        )
+        rows = MeanRows({name: torch.from_numpy(value.copy()) for name, value in values.items()}, self.user_R)
+        means = bootstrap(rows, seed=seed)
+        whole = means.resampled.pop("whole")
+        del means.estimate["whole"]
+        means.estimate["share"] = self.share(setting)
+        means.resampled["share"] = means.resampled["value"] / np.where(whole > 0, whole, np.nan)
+        return means
 
 
 @dataclass(frozen=True)

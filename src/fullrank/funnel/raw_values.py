@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -10,7 +10,10 @@ import polars as pl
 from fullrank.data.arrow import as_series
 from fullrank.data.spelling import as_text
 from fullrank.data.values import lists_of
+from fullrank.schema import MultiCategorical
+from fullrank.schema import Sequence as Events
 
+LONGEST_BAG = 10_000
 _LARGEST_INTEGER = 2**63 - 1
 
 
@@ -32,8 +35,11 @@ def scalar_column(name: str, values: Sequence[Any], *, numeric: bool) -> pl.Seri
     return pl.Series(name, [change(value) for value in values], dtype=dtype)
 
 
-def list_column(name: str, values: Sequence[Any], separator: str, *, numeric: bool) -> pl.Series:
-    """A column of one list per row; null is the empty list, and text is cut at `separator` as in the log.
+def list_column(name: str, values: Sequence[Any], feature: MultiCategorical | Events, *, numeric: bool) -> pl.Series:
+    """A column of one list per row; null is the empty list, and text is split at the separator as in the log.
+
+    Of a longer history only the newest events are looked at, of a longer bag its beginning, so that a list costs no
+    more than one of the length that the model reads.
 
     Raises:
         ValueError: if a value is no such list.
@@ -43,13 +49,40 @@ def list_column(name: str, values: Sequence[Any], separator: str, *, numeric: bo
         place = f"row {row + 1}: " if len(values) > 1 else ""
         if value is not None and not isinstance(value, list | str):
             raise ValueError(f'{place}feature "{name}" is {shown(value)}, expected a list')
-        elements = value if isinstance(value, list) else _elements(value or "", separator)
+        elements = value if isinstance(value, list) else _elements(value or "", feature.separator)
+        # Of a bag missing values are left out first, so that more than its length are needed.
+        newest = isinstance(feature, Events)
+        elements = elements[-feature.max_length :] if newest else elements[: max(LONGEST_BAG, feature.max_length)]
         for element in elements:
             if not isinstance(element, str | int | float | None):
                 raise ValueError(f'{place}feature "{name}" has {shown(element)} in its list, expected text or numbers')
         lists.append(elements)
     dtype, change = _type_of([element for elements in lists for element in elements], numeric=numeric)
     return pl.Series(name, [[change(element) for element in elements] for elements in lists], dtype=pl.List(dtype))
+
+
+def check_alike(sequence: Events, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse the fields of a sequence where their whole lists differ in length: once they are cut, nobody sees it.
+
+    Args:
+        columns: the lists of each field, row by row.
+
+    Raises:
+        ValueError: names the field and, of several rows, the row.
+    """
+    (first, expected), *others = columns.items()
+    for name, values in others:
+        for row, (one, other) in enumerate(zip(expected, values, strict=True)):
+            lengths = [_length(value, sequence.separator) for value in (one, other)]
+            if lengths[0] != lengths[1] and min(lengths) > sequence.max_length:
+                place = f"row {row + 1}: " if len(values) > 1 else ""
+                raise ValueError(f'{place}"{name}" has {lengths[1]:,} events, "{first}" has {lengths[0]:,}')
+
+
+def _length(value: Any, separator: str) -> int:
+    if isinstance(value, str):
+        value = _elements(value, separator)
+    return len(value) if isinstance(value, list) else 0
 
 
 def _elements(text: str, separator: str) -> list[Any]:

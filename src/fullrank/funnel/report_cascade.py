@@ -49,10 +49,8 @@ def _left(found: Mapping[str, Any]) -> str:
     for stage, values in found["stages"].items():
         if stage != FINAL:
             lost = number_of(values["lost"]) / whole if whole > 0 else math.nan
-            low, high = interval_of(values["intervals"].get("value")) or (math.nan, math.nan)
-            interval = (low / whole, high / whole) if whole > 0 and math.isfinite(low) else None
-            share = number_of(values["share"])
-            shown.append(Bar(_after(stage), share, _colour(stage), interval, _points(lost)))
+            interval = interval_of(values["intervals"].get("share"))
+            shown.append(Bar(_after(stage), number_of(values["share"]), _colour(stage), interval, _points(lost)))
     return charts.bars("Value by the final stage", shown, start=0.0, end=1.0, unit="a larger share", form=".1%")
 
 
@@ -94,7 +92,7 @@ def _curve(found: Mapping[str, Any]) -> str:
 
 def _table(stages: Mapping[str, Mapping[str, Any]], total: Mapping[str, Any]) -> str:
     true = any("true_value" in values for values in stages.values())
-    heads = ["scores", "FLOPs", "of all", "ms, half below", "ms, 99 % below", "recall", "value left"]
+    heads = ["scores", "FLOPs", "of all", "ms, median", "ms, 99 %", "recall", "value left"]
     heads += ["true value", "lost"] if true else []
     whole, rows = number_of(total["flops"]), ""
     for stage, values in stages.items():

@@ -54,7 +54,7 @@ figure svg{display:block;width:100%;height:auto;font:13px system-ui,sans-serif;o
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;margin:.5rem 0;font-size:.94rem}
 th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:middle}
 th{font-weight:600;color:var(--soft);font-size:.88rem}
-th.text,td.text{text-align:left}td.text{white-space:normal;min-width:5.5rem;overflow-wrap:normal}
+th.text,td.text{text-align:left}td.text{white-space:normal;min-width:6.75rem;overflow-wrap:normal}
 td small{display:block;color:var(--soft);font-size:.82rem;line-height:1.2}
 tr.group td{font-weight:600;text-align:left;padding-top:.8rem}
 td .cell{display:block}

@@ -17,7 +17,7 @@ from fullrank.batch import Batch, RowGather
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
 from fullrank.funnel.catalogue import Catalogue
-from fullrank.funnel.raw_values import list_column, scalar_column
+from fullrank.funnel.raw_values import check_alike, list_column, scalar_column
 from fullrank.funnel.recent_events import Event, RecentEvents, known_times, rows_with_pending
 from fullrank.retrieval.filters import ItemFilter
 from fullrank.schema import Categorical, EventNumber, Numeric
@@ -91,9 +91,9 @@ class RequestEncoder:
         given = schema.select({"user", "context"})
         self.scalars: dict[str, Numeric | Categorical] = {f.name: f for f in given.numeric}
         self.scalars.update({f.name: f for f in given.categorical})
-        self.lists = {bag.name: (bag.separator, False) for bag in given.bags}
+        self.lists = {bag.name: bag for bag in given.bags}
         self.events = {
-            sequence.column(part): (sequence, sequence.separator, isinstance(part, EventNumber))
+            sequence.column(part): (sequence, isinstance(part, EventNumber))
             for sequence in given.sequences
             for part in sequence.fields
         }
@@ -156,8 +156,8 @@ class RequestEncoder:
         for name, value in values.items():
             if name not in self.lists and name not in self.events:
                 raise ValueError(self._unknown(name))
-            separator, numeric = self.lists.get(name) or self.events[name][1:]
-            columns.append(list_column(name, [value], separator, numeric=numeric))
+            feature, numeric = self.events[name] if name in self.events else (self.lists[name], False)
+            columns.append(list_column(name, [value], feature, numeric=numeric))
         for name in values:
             if name in self.events:
                 sequence = self.events[name][0]
@@ -165,6 +165,8 @@ class RequestEncoder:
                 absent = [column for column in fields if column not in values]
                 if absent:
                     raise ValueError(f'"{name}" is given without "{absent[0]}": give all fields of {sequence.name}')
+                if name == fields[0]:
+                    check_alike(sequence, {column: [values[column]] for column in fields})
         encoded = partial_batch(self._encoded(columns), self.schema)
 
         def merged(old: Tensor, old_KB: Tensor, new: Tensor, new_KB: Tensor, keys: Sequence[str]) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
 from fullrank.data.loader import batch_from_frame
 from fullrank.embeddings import EmbeddingCollection
-from fullrank.funnel.raw_values import list_column, scalar_column
+from fullrank.funnel.raw_values import check_alike, list_column, scalar_column
 from fullrank.funnel.value import ValueFormula, default_formula, formula_names
 from fullrank.models.base import Ranker
 from fullrank.schema import EventNumber, MultiCategorical, Numeric, Schema
@@ -176,6 +176,8 @@ class Scorer:
             if absent and len(absent) < len(fields):
                 there = next(name for name in fields if name in given)
                 raise ValueError(f'"{there}" is given without "{absent[0]}": give all fields of {sequence.name}')
+            if len(fields) > 1 and not absent:
+                check_alike(sequence, {name: [row.get(name) for row in rows] for name in fields})
         return pl.DataFrame(columns)
 
 
@@ -192,20 +194,20 @@ def _columns(schema: Schema) -> dict[str, Callable[[Sequence[Any]], pl.Series]]:
     def scalar(name: str, *, numeric: bool) -> Callable[[Sequence[Any]], pl.Series]:
         return lambda values: scalar_column(name, values, numeric=numeric)
 
-    def listed(name: str, separator: str, *, numeric: bool) -> Callable[[Sequence[Any]], pl.Series]:
-        return lambda values: list_column(name, values, separator, numeric=numeric)
+    def listed(name: str, feature: MultiCategorical | Events, *, numeric: bool) -> Callable[[Sequence[Any]], pl.Series]:
+        return lambda values: list_column(name, values, feature, numeric=numeric)
 
     columns: dict[str, Callable[[Sequence[Any]], pl.Series]] = {}
     for feature in schema.features:
         if isinstance(feature, Events):
             for part in feature.fields:
                 name = feature.column(part)
-                columns[name] = listed(name, feature.separator, numeric=isinstance(part, EventNumber))
+                columns[name] = listed(name, feature, numeric=isinstance(part, EventNumber))
             if len(feature.fields) == 1:
                 # As in a log, a sequence of one field may go by the sequence's own name.
-                columns[feature.name] = listed(feature.name, feature.separator, numeric=not feature.id_fields)
+                columns[feature.name] = listed(feature.name, feature, numeric=not feature.id_fields)
         elif isinstance(feature, MultiCategorical):
-            columns[feature.name] = listed(feature.name, feature.separator, numeric=False)
+            columns[feature.name] = listed(feature.name, feature, numeric=False)
         else:
             columns[feature.name] = scalar(feature.name, numeric=isinstance(feature, Numeric))
     bid = schema.keys.bid
