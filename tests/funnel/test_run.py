@@ -43,6 +43,9 @@ def test_a_run_that_was_cut_off_between_stages_is_continued(
     resumed = runs.run(recipe, tmp_path / "run", resume=True)
     asked = [Request(3), Request("stranger")]
     assert resumed.content.recommend(asked, 10) == whole.content.recommend(asked, 10)
+    for split in (*resumed.metrics.values(), *whole.metrics.values()):
+        for part in (*split["cascade"]["stages"].values(), split["cascade"]["total"]):
+            del part["milliseconds"]
     assert resumed.metrics == whole.metrics
     again = runs.run(recipe, tmp_path / "run", overwrite=True)
     assert again.content.recommend(asked, 10) == whole.content.recommend(asked, 10)

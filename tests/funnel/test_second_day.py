@@ -56,6 +56,8 @@ def test_a_funnel_is_evaluated_on_a_log_with_new_items_and_is_no_start_of_a_trai
     for extend in (True, False):
         later = Dataset.from_frame(log(30), like=bundle, extend=extend, path=tmp_path / str(extend))
         reports.append(evaluate_funnel(funnel, later, "test", requests=50))
+        for part in (*reports[-1]["cascade"]["stages"].values(), reports[-1]["cascade"]["total"]):
+            del part["milliseconds"]
     assert later.schema == funnel.schema and Dataset.open(tmp_path / "True").new_ids == {"item": 10}
     assert json.dumps(defined(reports[0])) == json.dumps(defined(reports[1]))
     assert 0 < reports[0]["recall"]["retrievable"] < 1
