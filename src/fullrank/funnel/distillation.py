@@ -43,6 +43,7 @@ class DistillConfig(BaseModel):
         requests: rows of the training part, drawn at random, that lists are made for.
         candidates: of each list, drawn from all that retrieval hands on.
         random: share of them drawn from all items that may be retrieved instead.
+        lists_per_batch: default as many as make the candidates of a batch as many as its impressions.
         hard, soft: weights of the losses of the tasks.
         rank: loss of the values: `listwise`, the divergence of the two stages' softmax over the list; `pairwise`, a
             logistic loss of pairs by what swapping them changes in NDCG; or none.
@@ -55,6 +56,7 @@ class DistillConfig(BaseModel):
     requests: int = Field(default=4000, ge=1)
     candidates: int = Field(default=64, ge=2)
     random: float = Field(default=0.0, ge=0, le=1)
+    lists_per_batch: int | None = Field(default=None, ge=1)
     hard: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     soft: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     rank: Literal["listwise", "pairwise"] | None = "listwise"
@@ -164,10 +166,10 @@ class MixedBatches:
     batch alone.
     """
 
-    def __init__(self, impressions: Loader, lists: CandidateLists) -> None:
+    def __init__(self, impressions: Loader, lists: CandidateLists, lists_per_batch: int | None = None) -> None:
         self.impressions = impressions
         self.lists = lists
-        self.lists_at_once = min(len(lists), max(1, impressions.batch_size // lists.items_RC.shape[1]))
+        self.lists_per_batch = lists_per_batch or max(1, impressions.batch_size // lists.items_RC.shape[1])
 
     @property
     def fingerprint(self) -> str:
@@ -190,12 +192,12 @@ class MixedBatches:
 
     def _chosen(self, number: int) -> Tensor:
         """Lists of a batch: a piece of an endless row of permutations."""
-        size, first = len(self.lists), number * self.lists_at_once
+        size, first = len(self.lists), number * self.lists_per_batch
         chosen: list[Tensor] = []
-        for turn in range(first // size, (first + self.lists_at_once - 1) // size + 1):
+        for turn in range(first // size, (first + self.lists_per_batch - 1) // size + 1):
             generator = torch.Generator().manual_seed(self.impressions.seed * 1_000_003 + turn)
             order = torch.randperm(size, generator=generator)
-            chosen.append(order[max(0, first - turn * size) : first + self.lists_at_once - turn * size])
+            chosen.append(order[max(0, first - turn * size) : first + self.lists_per_batch - turn * size])
         return torch.cat(chosen)
 
 

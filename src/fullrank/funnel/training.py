@@ -214,7 +214,8 @@ def train_funnel(
         if lists is not None and isinstance(settings, EarlyConfig) and settings.distill is not None:
             torch.manual_seed(config.seed)
             learner = Distilled(schema, Distilled.Config(student=spec, distill=settings.distill, value=config.value))
-            model, batches = learner.student, partial(MixedBatches, lists=lists)
+            model = learner.student
+            batches = partial(MixedBatches, lists=lists, lists_per_batch=settings.distill.lists_per_batch)
         place = None if run_directory is None else run_directory / STAGES / stage
         results[stage] = fit_ranker(
             learner,
@@ -226,6 +227,8 @@ def train_funnel(
             directory=place,
             resume=resume,
             batches=batches,
+            # The validation part has impressions only: what ranks all candidates best is not best by them.
+            validate=batches is None,
             progress=report(stage),
         )
         return model

@@ -330,6 +330,7 @@ def fit_ranker(
     callbacks: Sequence[Callback] = (),
     engine: Engine | None = None,
     batches: Callable[[Loader], Iterable[Batch]] | None = None,
+    validate: bool = True,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> TrainingResult:
     """Fit a ranker to the training part of a dataset, and validate it on the validation part if there is one.
@@ -340,6 +341,7 @@ def fit_ranker(
         directory: where checkpoints go.
         warm_start: go on from what the model has learnt; see `Trainer.fit`.
         batches: makes what is trained on of the loader of the training part; default that itself.
+        validate: stop, and choose the weights, by the validation part; else the last weights of all epochs stay.
 
     Raises:
         ValueError: as `Trainer.fit`.
@@ -359,7 +361,9 @@ def fit_ranker(
         drop_last=lonely,
         extra=extra,
     )
-    valid = Loader(dataset, "valid", 2 * training.batch_size, extra=extra) if _has(dataset, "valid") else None
+    valid = None
+    if validate and _has(dataset, "valid"):
+        valid = Loader(dataset, "valid", 2 * training.batch_size, extra=extra)
     trainer = Trainer(training, embedding, callbacks, engine)
     return trainer.fit(
         model,
