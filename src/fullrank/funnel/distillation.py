@@ -37,13 +37,13 @@ class DistillConfig(BaseModel):
 
     The loss is `hard` times that of the impressions, plus `soft` times that of the final stage's predictions on lists
     of candidates, plus `rank_weight` times a loss of the values within each list. Each batch has the impressions that
-    the stage's training says, and about as many candidates.
+    the stage's training says, and some lists below; the weights are those of the last epoch.
 
     Attributes:
         requests: rows of the training part, drawn at random, that lists are made for.
         candidates: of each list, drawn from all that retrieval hands on.
         random: share of them drawn from all items that may be retrieved instead.
-        lists_per_batch: default as many as make the candidates of a batch as many as its impressions.
+        lists_per_batch: lists whose candidates each batch of impressions has below it.
         hard, soft: weights of the losses of the tasks.
         rank: loss of the values: `listwise`, the divergence of the two stages' softmax over the list; `pairwise`, a
             logistic loss of pairs by what swapping them changes in NDCG; or none.
@@ -56,7 +56,7 @@ class DistillConfig(BaseModel):
     requests: int = Field(default=4000, ge=1)
     candidates: int = Field(default=64, ge=2)
     random: float = Field(default=0.0, ge=0, le=1)
-    lists_per_batch: int | None = Field(default=None, ge=1)
+    lists_per_batch: int = Field(default=16, ge=1)
     hard: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     soft: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     rank: Literal["listwise", "pairwise"] | None = "listwise"
@@ -160,16 +160,16 @@ def _distinct(items_UC: Tensor) -> Tensor:
 
 
 class MixedBatches:
-    """Each batch of a loader of impressions, with the candidates of some lists below; resumable as the loader is.
+    """Each batch of a loader of impressions with the candidates of some lists below; resumable as the loader is.
 
     Lists come in random order, each as often as any other, and which they are depends on the seed and the number of the
     batch alone.
     """
 
-    def __init__(self, impressions: Loader, lists: CandidateLists, lists_per_batch: int | None = None) -> None:
+    def __init__(self, impressions: Loader, lists: CandidateLists, lists_per_batch: int) -> None:
         self.impressions = impressions
         self.lists = lists
-        self.lists_per_batch = lists_per_batch or max(1, impressions.batch_size // lists.items_RC.shape[1])
+        self.lists_per_batch = lists_per_batch
 
     @property
     def fingerprint(self) -> str:

@@ -44,8 +44,8 @@ def pairwise(final_LC: Tensor, early_LC: Tensor, temperature: float | None = Non
     final_LC, early_LC, there_LC = _scaled(final_LC, early_LC, temperature)
     gain_LC = torch.where(there_LC, final_LC - final_LC.masked_fill(~there_LC, torch.inf).amin(1, True), 0.0)
     order_LC = early_LC.detach().masked_fill(~there_LC, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    discounts_C = 1 / torch.log2(torch.arange(2, order_LC.shape[1] + 2, device=order_LC.device))
-    discount_LC = torch.zeros_like(gain_LC).scatter_(1, order_LC, discounts_C.expand_as(gain_LC))
+    ranks_C = torch.arange(2, order_LC.shape[1] + 2, device=order_LC.device, dtype=gain_LC.dtype)
+    discount_LC = torch.zeros_like(gain_LC).scatter_(1, order_LC, (1 / ranks_C.log2()).expand_as(gain_LC))
     more_LCC = gain_LC[:, :, None] - gain_LC[:, None]
     both_LCC = there_LC[:, :, None] & there_LC[:, None]
     change_LCC = more_LCC.clamp_min(0) * (discount_LC[:, :, None] - discount_LC[:, None]).abs() * both_LCC

@@ -75,8 +75,8 @@ class ValueFormula:
     def _refuse(self, node: ast.AST, what: str) -> ValueError:
         place = getattr(node, "col_offset", 0) + 1
         return ValueError(
-            f'value formula "{_shown(self.text)}" character {place}: {what}; allowed are {", ".join(self.known)}, numbers, '
-            "+ - * / **, min(a, b), max(a, b), log1p(x)"
+            f'value formula "{_shown(self.text)}" character {place}: {what}; allowed are {", ".join(self.known)}, '
+            "numbers, + - * / **, min(a, b), max(a, b), log1p(x)"
         )
 
     def _check(self, node: ast.expr, names: list[str], depth: int) -> None:
