@@ -1,0 +1,1 @@
+"""Stages of a funnel: what they keep, lose and cost."""
