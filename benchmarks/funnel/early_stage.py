@@ -208,9 +208,9 @@ def planted(seed: int, scratch: Path) -> dict[str, Any]:
         scratch=scratch,
         single="bid * click",
         all_tasks="bid * click - 3 * hide",
-        early={"interaction": "product", "output_dim": 16, "hidden": []},
+        early={"interaction": "product", "output_dim": 16, "hidden": [], "embedding_dim": 18, "embedding_init": 0.1},
         training=TrainerConfig(
-            batch_size=512, epochs=20, learning_rate=1e-2, schedule="linear", patience=0, monitor="ne", seed=seed
+            batch_size=512, epochs=20, learning_rate=5e-3, schedule="linear", patience=0, monitor="ne", seed=seed
         ),
         distill=DistillConfig(requests=2000, candidates=200, lists_per_batch=32, hard=0.1),
         seed=seed,

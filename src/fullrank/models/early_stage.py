@@ -85,6 +85,9 @@ class EarlyStageRanker(Ranker):
             self.head = Float32Linear(hidden, self.num_tasks)
         else:
             self.head = Float32Linear(width, self.num_tasks)
+            tasks_TT = torch.eye(self.num_tasks)
+            columns_VT = torch.cat([tasks_TT.repeat_interleave(config.output_dim, 0), tasks_TT])
+            self.register_buffer("_columns_VT", columns_VT, persistent=False)
         self.item_head = Float32Linear(width, self.num_tasks, bias=False)
         for layer in self.children():
             if isinstance(layer, nn.Linear):
@@ -116,7 +119,14 @@ class EarlyStageRanker(Ranker):
 
     def score(self, users: Batch, items_UPV: Tensor) -> Tensor:
         """logits_UPT of P candidates of each user, given as rows of `item_vectors`: equal to `forward` on the pairs."""
-        return self._meet(self.towers.users(users), items_UPV)
+        user_UW = self.towers.users(users)
+        if self.config.interaction == "mlp":
+            return self._meet(user_UW, items_UPV)
+        # One matrix product: u_t in the rows of a_t and 1 in that of b_t, in the column of task t.
+        side_UV = torch.cat([user_UW, user_UW.new_ones(len(user_UW), self.num_tasks)], 1)
+        logits_UPT: Tensor = items_UPV @ (side_UV[:, :, None] * self.get_buffer("_columns_VT"))
+        own_UT: Tensor = self.head(user_UW)
+        return logits_UPT + own_UT[:, None]
 
     def _prepared(self, item_IW: Tensor) -> Tensor:
         """a, W_a a for `mlp`, and b(a) or W_l a, side by side: shape (I, V)."""
