@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, PositiveInt, TypeAdapter, ValidationError
 
 from fullrank.embeddings import TABLE_KINDS, EmbeddingOptimizer
 from fullrank.fields import FieldRow, attributes, field_rows, type_text
+from fullrank.funnel import DistillConfig
 from fullrank.funnel.funnel import StageSizes
 from fullrank.funnel.training import EarlyConfig, FinalConfig, FunnelConfig
 from fullrank.models import RANKERS
@@ -122,7 +123,7 @@ def test_no_field_of_a_recipe_or_a_schema_is_without_a_meaning() -> None:
     configs: list[type[BaseModel]] = [kind.Config for kind in RANKERS.values()]
     configs += [kind.Config for kind in TABLE_KINDS.values()]
     configs += [Recipe, DataSpec, ImportSpec, TrainerConfig, EmbeddingOptimizer, TwoTower.Config]
-    configs += [FunnelConfig, EarlyConfig, FinalConfig, StageSizes]
+    configs += [FunnelConfig, EarlyConfig, DistillConfig, FinalConfig, StageSizes]
     configs += [Schema, Numeric, Categorical, MultiCategorical, Sequence, EventId, EventNumber, Label, Keys]
     for config in configs:
         # A field with one possible value, such as `kind: numeric`, is what tells the pieces apart.

@@ -76,6 +76,21 @@ def test_the_early_stage_loses_nothing_where_it_keeps_all(funnel: Funnel, datase
         funnel.sizes = sizes
 
 
+def test_an_early_stage_is_held_against_the_final_one_on_all_candidates(funnel: Funnel, dataset: Dataset) -> None:
+    found = evaluate_funnel(funnel, dataset, requests=100)["early_recall"]
+    # Alone or not, the first early stage sees all that was retrieved.
+    assert found["stages"]["early"]["top_10"] == pytest.approx(found["top_10"])
+    assert 0 < found["stages"]["early"]["kendall"] < 1 and 0.5 < found["stages"]["early"]["consistency"] < 1
+    early = funnel.early
+    try:
+        funnel.early = {"early": funnel.final}
+        prepared, funnel._prepared = funnel._prepared, {}
+        twin = evaluate_funnel(funnel, dataset, requests=100)["early_recall"]["stages"]["early"]
+        assert twin == {"top_10": 1.0, "kendall": pytest.approx(1.0), "consistency": 1.0}
+    finally:
+        funnel.early, funnel._prepared = early, prepared
+
+
 def test_a_dataset_with_other_vocabularies_is_refused(funnel: Funnel, dataset: Dataset, tmp_path: Path) -> None:
     other = simulate_dataset(tmp_path / "other", 6000, 4, items=100, users=80)
     with pytest.raises(ValueError, match="has another schema|other vocabularies"):

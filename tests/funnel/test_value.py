@@ -89,6 +89,24 @@ def test_powers_and_log1p() -> None:
         ("bid * 1j", "1j is not a number"),
         ("-" * 300 + "bid", "more than 200 operations"),
         ("**".join(["2"] * 220) + "**bid", "more than 200 operations"),
+        ("bid\n+ click", "cannot be read"),
+        ("bid * \ud800", "cannot be read"),
+        ("bid * \0", "cannot be read"),
+        ("-" * 900 + "bid", "more than 200 operations"),
+        ("max(" * 201 + "bid" + ", click)" * 201, "at most 1000"),
+        ("bid * " + "9" * 900, "a number is too large"),
+        ("bid * ...", "Ellipsis is not a number"),
+        ("bid * b'x'", "b'x' is not a number"),
+        ("bid * None", "None is not a number"),
+        ("bid.__class__.__mro__", "Attribute is not allowed"),
+        ("max.__globals__", "Attribute is not allowed"),
+        ("getattr(bid, 'data')", 'function "getattr" is not allowed'),
+        ("max(bid, click, hide)", "max takes 2 arguments, got 3"),
+        ("max(bid, click, **hide)", "Call is not allowed"),
+        ("bid < click", "Compare is not allowed"),
+        ("bid and click", "BoolOp is not allowed"),
+        ("yield bid", "cannot be read"),
+        ("import os", "cannot be read"),
     ],
 )
 def test_all_but_arithmetic_is_refused(text: str, reason: str) -> None:
@@ -96,6 +114,7 @@ def test_all_but_arithmetic_is_refused(text: str, reason: str) -> None:
         ValueFormula(text, KNOWN)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).encode()  # it can be printed
 
 
 def test_what_no_number_holds_is_infinite_at_once() -> None:
@@ -133,3 +152,11 @@ def test_what_is_affine_in_the_bid_is_so_in_numbers(text: str, affine: bool) -> 
     at = [float(formula({**columns, "bid": torch.tensor(bid).double()})) for bid in (1.0, 3.0, 5.0)]
     if affine:
         assert at[2] - at[1] == pytest.approx(at[1] - at[0])
+
+
+def test_what_overflows_gives_no_number_and_ends() -> None:
+    columns = {"bid": torch.tensor([2.0]), "click": torch.tensor([0.5]), "hide": torch.zeros(1)}
+    assert torch.isinf(ValueFormula("bid ** 9 ** 9 ** 9", KNOWN)(columns)).all()
+    assert torch.isinf(ValueFormula("click / hide", KNOWN)(columns)).all()
+    assert torch.isnan(ValueFormula("hide / hide", KNOWN)(columns)).all()
+    assert torch.isnan(ValueFormula("log1p(-bid)", KNOWN)(columns)).all()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import pytest
 import torch
 
 from fullrank.batch import Batch, RowGather
+from fullrank.funnel import TwoSided
 from fullrank.models.base import example_batch
 from fullrank.models.early_stage import EarlyStageRanker
 from fullrank.retrieval.pairing import Pairing
@@ -36,8 +41,22 @@ def random_batch(rows: int, seed: int) -> Batch:
     return batch
 
 
-def test_scoring_precomputed_items_equals_the_forward_pass_on_pairs() -> None:
-    model = EarlyStageRanker.from_config(SCHEMA, {"embedding_init": 0.5}).eval()
+KINDS = [
+    {"bottom": bottom, "interaction": interaction}
+    for bottom in ("shared_bottom", "mmoe", "ple")
+    for interaction in ("mlp", "product")
+]
+every_kind = pytest.mark.parametrize("config", KINDS, ids=lambda kind: "-".join(kind.values()))
+
+
+def made(config: dict[str, Any]) -> EarlyStageRanker:
+    torch.manual_seed(0)
+    return EarlyStageRanker.from_config(SCHEMA, {"embedding_init": 0.5, **config}).eval()
+
+
+@every_kind
+def test_scoring_precomputed_items_equals_the_forward_pass_on_pairs(config: dict[str, Any]) -> None:
+    model = made(config)
     users, items = random_batch(3, 0), random_batch(7, 1)
     calls = 0
 
@@ -45,6 +64,7 @@ def test_scoring_precomputed_items_equals_the_forward_pass_on_pairs() -> None:
         nonlocal calls
         calls += 1
 
+    assert isinstance(model, TwoSided)
     vectors_IV = model.item_vectors(items)
     handle = model.towers.user_mlp.register_forward_hook(count)
     logits_UPT = model.score(users, vectors_IV.expand(3, -1, -1))
@@ -52,20 +72,84 @@ def test_scoring_precomputed_items_equals_the_forward_pass_on_pairs() -> None:
     assert calls == 1
     user, item = torch.arange(3).repeat_interleave(7), torch.arange(7).repeat(3)
     expected = model(Pairing.of(SCHEMA)(RowGather(users), user, RowGather(items), item)).logits_BT.view(3, 7, 2)
-    assert torch.allclose(logits_UPT, expected, atol=1e-5)
+    assert torch.allclose(logits_UPT, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_an_item_vector_does_not_depend_on_the_user() -> None:
-    model = EarlyStageRanker.from_config(SCHEMA, {"embedding_init": 0.5}).eval()
+@every_kind
+def test_an_item_vector_does_not_depend_on_the_user(config: dict[str, Any]) -> None:
+    model = made(config)
     items, others = random_batch(7, 1), random_batch(7, 2)
     rows = torch.arange(7)
     mixed = Pairing.of(SCHEMA)(RowGather(others), rows, RowGather(items), rows)
     assert torch.equal(model.item_vectors(items), model.item_vectors(mixed))
 
 
-def test_user_and_item_interact_through_their_product() -> None:
+@every_kind
+def test_user_and_item_interact_through_their_product(config: dict[str, Any]) -> None:
     """The mixed difference of the logit over two users and two items is not zero: the model is more than a sum."""
-    model = EarlyStageRanker.from_config(SCHEMA, {"embedding_init": 0.5}).eval()
+    model = made(config)
     logits_UPT = model.score(random_batch(2, 0), model.item_vectors(random_batch(2, 1)).expand(2, -1, -1))
     mixed = logits_UPT[0, 0] - logits_UPT[0, 1] - logits_UPT[1, 0] + logits_UPT[1, 1]
     assert bool((mixed.abs() > 1e-4).all())
+
+
+def test_the_product_is_a_bilinear_form_of_the_vectors_of_each_task() -> None:
+    model = made({"interaction": "product", "output_dim": 4})
+    batch = random_batch(9, 3)
+    user_BTD, item_BTD = (vectors_BW.view(9, 2, 4) for vectors_BW in model.towers(batch))
+    expected = (user_BTD * item_BTD).sum(2) + model.item_head(item_BTD.flatten(1)) + model.head(user_BTD.flatten(1))
+    assert torch.allclose(model(batch).logits_BT, expected, atol=1e-6)
+
+
+def test_ple_without_experts_of_a_task_is_mmoe() -> None:
+    ple, mmoe = (made({"bottom": bottom, "num_task_experts": 0}) for bottom in ("ple", "mmoe"))
+    assert ple.state_dict().keys() == mmoe.state_dict().keys()
+    mmoe.load_state_dict(ple.state_dict())
+    batch = random_batch(9, 3)
+    assert torch.equal(ple(batch).logits_BT, mmoe(batch).logits_BT)
+
+
+def test_mmoe_with_one_expert_is_a_shared_bottom() -> None:
+    mmoe = made({"bottom": "mmoe", "num_experts": 1, "interaction": "product", "hidden": [8]})
+    shared = made({"interaction": "product", "hidden": [8]})
+    state = {name: value for name, value in mmoe.state_dict().items() if name in shared.state_dict()}
+    for side in ("user_mlp", "item_mlp"):
+        expert, projections = getattr(mmoe.towers, side).levels[0].shared[0], getattr(mmoe.towers, side).projections
+        state |= {f"towers.{side}.layers.0.{name}": value for name, value in expert.layers[0].state_dict().items()}
+        for name in ("weight", "bias"):
+            state[f"towers.{side}.layers.2.{name}"] = torch.cat([getattr(each, name) for each in projections])
+    shared.load_state_dict(state)
+    batch = random_batch(9, 3)
+    assert torch.allclose(mmoe(batch).logits_BT, shared(batch).logits_BT, atol=1e-6)
+
+
+def test_the_weights_of_a_gate_sum_to_one_and_differ_by_task() -> None:
+    model = made({"bottom": "ple", "num_levels": 2})
+    inputs = torch.randn(5, model.towers.side_widths["user"])
+    level = model.towers.user_mlp.levels[0]
+    weights = [gate.weights(inputs) for gate in (*level.gates, level.shared_gate)]
+    assert all(torch.allclose(each.sum(1), torch.ones(5)) for each in weights)
+    assert not torch.allclose(weights[0], weights[1])
+
+
+@every_kind
+def test_a_task_without_an_observed_label_costs_nothing_and_moves_nothing_of_its_own(config: dict[str, Any]) -> None:
+    """NaN is what masks a label."""
+    model = made(config).train()
+    batch = random_batch(9, 3)
+    labels_BT = torch.randint(2, (9, 2)).float()
+    labels_BT[:, 1] = torch.nan
+    masked = replace(batch, labels_BT=labels_BT)
+    output = model(masked)
+    loss = model.loss(output, masked)
+    alone = torch.nn.functional.binary_cross_entropy_with_logits(output.logits_BT[:, 0], labels_BT[:, 0])
+    assert torch.allclose(loss, alone)
+    loss.backward()
+    for head in (model.head, model.item_head):
+        assert head.weight.grad is not None
+        assert bool((head.weight.grad[1] == 0).all()) and bool((head.weight.grad[0] != 0).any())
+
+
+def test_experts_without_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="bottom mmoe needs hidden"):
+        EarlyStageRanker.Config(bottom="mmoe", hidden=())

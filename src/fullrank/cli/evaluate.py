@@ -184,10 +184,13 @@ def _lists(report: dict[str, Any]) -> Any:
         text = f"{recall:,.0f}" if name == "requests" else _number(recall, None, 3)
         low, high = intervals.get(name, (math.nan, math.nan))
         table.add_row(name.replace("_", " "), text, "" if math.isnan(low) else f"{low:.3f}–{high:.3f}")
-    for name, recall in report.get("early_recall", {}).items():
-        if name != "requests":
+    early = report.get("early_recall", {})
+    for name, recall in early.items():
+        if name not in ("requests", "stages"):
             text = f"kept by the early stages of the final stage's {name.replace('_', ' ')}"
             table.add_row(text, _number(recall, None, 3), "")
+    for stage, found in early.get("stages", {}).items():
+        table.add_row(f"Kendall's tau of the {stage} and the final stage", _number(found["kendall"], None, 3), "")
     for name in ("random", "log", "funnel", "best"):
         if "true_value" in report:
             table.add_row(f"true value per request: {name}", f"{report['true_value'][name]:.3f}", "")

@@ -2,6 +2,7 @@
 
 from fullrank.funnel.bundle import load_bundle, save_bundle
 from fullrank.funnel.compare import compare_funnels
+from fullrank.funnel.distillation import DistillConfig, Distilled
 from fullrank.funnel.evaluation import evaluate_funnel
 from fullrank.funnel.funnel import Funnel, RankedItem, Ranking, Recommendation
 from fullrank.funnel.off_policy import LogColumns, evaluate_off_policy
@@ -14,6 +15,8 @@ from fullrank.funnel.training import EarlyConfig, FinalConfig, FunnelConfig, tra
 from fullrank.funnel.value import ValueFormula
 
 __all__ = [
+    "DistillConfig",
+    "Distilled",
     "EarlyConfig",
     "FinalConfig",
     "Funnel",

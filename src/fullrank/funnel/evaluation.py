@@ -61,7 +61,8 @@ def evaluate_funnel(
         keeps, and in the final list; `recall_intervals` of these. The later stages sort by value, not by click, so they
         do drop cheap clicks.
         `early_recall`: how well the early stages stand in for the final one, which for this scores everything that was
-        retrieved: share of its 10 most valuable items that they keep, and of their value.
+        retrieved: share of its 10 most valuable items that they keep, and of their value; and of each of the `stages`
+        by itself that share, Kendall's tau-b and the share of pairs ordered as by the final one.
         `cascade`: what each stage loses against the final one on the whole catalogue, and costs; see
             `evaluate_cascade`.
         `cost`: items that retrieval scored for a request: `mean` and `largest`.

@@ -357,6 +357,16 @@ class Funnel:
         """The value of rows of the catalogue by a stage after retrieval, -inf where there is no item, shape (U, C)."""
         return self.predictions_of(stage, users, items_UC)[0]
 
+    @torch.inference_mode()
+    def judge(self, users: Batch, items_UC: Tensor) -> tuple[Tensor, Tensor]:
+        """What the final stage predicts of given rows of the catalogue, (U, C, T), and their value, (U, C).
+
+        Where a row is `NO_ROW`, predictions are NaN and the value is -inf.
+        """
+        whole = _is_whole(items_UC)
+        logits_UCT = self._pair_logits(self.final, users, items_UC, whole)
+        return self.scorer.predictions(logits_UCT), self._values(logits_UCT, items_UC, whole)
+
     def recommend(
         self,
         requests: Sequence[Request],

@@ -5,7 +5,10 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 import torch
@@ -18,7 +21,7 @@ from fullrank.data.loader import batch_from_frame
 from fullrank.funnel.catalogue import NO_ROW
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.stages import FINAL
-from fullrank.metrics import Bootstrap, MeanRows, bootstrap
+from fullrank.metrics import Bootstrap, MeanRows, ads_recall, bootstrap, kendall_tau, pair_consistency
 from fullrank.retrieval import Popularity, item_keys
 from fullrank.retrieval.base import Items
 from fullrank.retrieval.exact import top_k
@@ -110,7 +113,7 @@ def hits(funnel: Funnel, dataset: Dataset, split: str, requests: int, seed: int)
     )
 
 
-def early_recall(funnel: Funnel, dataset: Dataset, split: str, requests: int, seed: int) -> dict[str, float]:
+def early_recall(funnel: Funnel, dataset: Dataset, split: str, requests: int, seed: int) -> dict[str, Any]:
     """How well the early stages stand in for the final one; see `evaluate_funnel`."""
     drawn = clicked_requests(dataset, split, requests, seed) if funnel.early else None
     if drawn is None:
@@ -118,6 +121,7 @@ def early_recall(funnel: Funnel, dataset: Dataset, split: str, requests: int, se
     users = drawn[0]
     shares: list[float] = []
     best, reached, lowest = 0.0, 0.0, math.inf
+    alone: dict[str, dict[str, list[float]]] = {stage: {} for stage in funnel.early}
     for row in range(len(users)):
         items_1C, values = funnel.stage_values(users[row : row + 1])
         there_C = items_1C[0] != NO_ROW
@@ -125,14 +129,38 @@ def early_recall(funnel: Funnel, dataset: Dataset, split: str, requests: int, se
             continue
         final_C = values.pop(FINAL)[0, there_C].double()
         kept_C = torch.arange(final_C.numel())
-        for value_1C, keep in zip(values.values(), funnel.sizes.keeps(len(values)), strict=True):
+        for (stage, value_1C), keep in zip(values.items(), funnel.sizes.keeps(len(values)), strict=True):
+            for name, number in _agreement(final_C[None], value_1C[:, there_C], keep).items():
+                alone[stage].setdefault(name, []).append(number)
             kept_C = kept_C[top_k(value_1C[:, there_C][:, kept_C], keep)[1][0]]
         best_C = top_k(final_C[None], 10)[1][0]
         shares.append(float(torch.isin(best_C, kept_C).double().mean()))
         lowest = min(lowest, float(final_C.min()))
         best += float(final_C[best_C].sum())
         reached += float(top_k(final_C[kept_C][None], 10)[0].sum())
-    result = {"requests": float(len(users)), "top_10": sum(shares) / len(shares) if shares else math.nan}
+    result: dict[str, Any] = {
+        "requests": float(len(users)),
+        "top_10": sum(shares) / len(shares) if shares else math.nan,
+    }
+    result["stages"] = {
+        stage: {name: _mean(numbers) for name, numbers in found.items()} for stage, found in alone.items()
+    }
     if lowest >= 0 and best > 0:
         result["value_of_top_10"] = reached / best
     return result
+
+
+def _agreement(final_1C: Tensor, early_1C: Tensor, keep: int) -> dict[str, float]:
+    """Of one early stage by itself, on all that was retrieved for a request."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one candidate, or of ties: such a request has no say
+        return {
+            "top_10": ads_recall(final_1C, early_1C, min(10, final_1C.shape[1]), keep),
+            "kendall": kendall_tau(final_1C, early_1C),
+            "consistency": pair_consistency(final_1C, early_1C),
+        }
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    known = [number for number in numbers if not math.isnan(number)]
+    return sum(known) / len(known) if known else math.nan

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from fullrank.data.dataset import Dataset
 from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.funnel.catalogue import Catalogue, all_rows, usual_context, with_market
+from fullrank.funnel.distillation import CandidateLists, DistillConfig, Distilled, MixedBatches, candidate_lists
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.slate import SlateConfig
 from fullrank.funnel.slate_making import check_slate
@@ -59,6 +60,7 @@ class EarlyConfig(BaseModel):
         embedding: how its tables learn.
         keep: items that the stage hands on; default what `sizes` says.
         deadline_ms: milliseconds that the stage may take for a request; default any time.
+        distill: how it learns from the final stage beside the log; null for the log alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,6 +71,7 @@ class EarlyConfig(BaseModel):
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
     keep: int | None = Field(default=None, ge=1)
     deadline_ms: Milliseconds = None
+    distill: DistillConfig | None = None
 
 
 class FinalConfig(BaseModel):
@@ -181,7 +184,7 @@ def train_funnel(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Funnel, dict[str, TrainingResult]]:
-    """Train retrieval, early stages and final stage on the training part of a log.
+    """Train retrieval, the final stage and then the early stages on the training part of a log.
 
     Args:
         workers: threads that put training batches together.
@@ -223,12 +226,19 @@ def train_funnel(
     retriever.fit(dataset, progress=report(RETRIEVAL))
     results: dict[str, TrainingResult] = {}
 
-    def fitted(stage: str, settings: EarlyConfig | FinalConfig) -> Ranker:
+    def fitted(stage: str, settings: EarlyConfig | FinalConfig, lists: CandidateLists | None = None) -> Ranker:
         torch.manual_seed(config.seed)
-        model = settings.model.fitted(dataset.encoders).build(schema)
+        spec = settings.model.fitted(dataset.encoders)
+        model = learner = spec.build(schema)
+        batches = None
+        if lists is not None and isinstance(settings, EarlyConfig) and settings.distill is not None:
+            torch.manual_seed(config.seed)
+            learner = Distilled(schema, Distilled.Config(student=spec, distill=settings.distill, value=config.value))
+            model = learner.student
+            batches = partial(MixedBatches, lists=lists, lists_per_batch=settings.distill.lists_per_batch)
         place = None if run_directory is None else run_directory / STAGES / stage
         results[stage] = fit_ranker(
-            model,
+            learner,
             dataset,
             settings.training,
             settings.embedding,
@@ -236,25 +246,34 @@ def train_funnel(
             extra=extra,
             directory=place,
             resume=resume,
+            batches=batches,
+            # The validation part has impressions only: what ranks all candidates best is not best by them.
+            validate=batches is None,
             progress=report(stage),
         )
         return model
 
     with torch.random.fork_rng(devices=[]):
-        early = {stage.name: fitted(stage.name, stage) for stage in config.early}
         final = fitted(FINAL, config.final)
-    funnel = Funnel(
-        encoders=dataset.encoders,
-        items=items,
-        users=users,
-        context=usual_context(dataset),
-        retriever=retriever,
-        early=early,
-        final=final,
-        value=config.value,
-        sizes=config.stage_sizes,
-        slate=config.slate,
-        deadlines=config.deadlines,
-    )
-    funnel.index_active()
-    return funnel, results
+        stages = partial(
+            Funnel,
+            encoders=dataset.encoders,
+            items=items,
+            users=users,
+            context=usual_context(dataset),
+            retriever=retriever,
+            final=final,
+            value=config.value,
+            slate=config.slate,
+        )
+        teacher = stages(early={}, sizes=StageSizes(retrieve=config.sizes.retrieve))
+        teacher.index_active()
+        early: dict[str, Ranker] = {}
+        for stage in reversed(config.early):
+            lists = None
+            if stage.distill is not None:
+                lists = candidate_lists(teacher, dataset, stage.distill, seed=config.seed)
+            early[stage.name] = fitted(stage.name, stage, lists)
+    names = [stage.name for stage in config.early]
+    funnel = stages(early={name: early[name] for name in names}, sizes=config.stage_sizes, deadlines=config.deadlines)
+    return funnel, {name: results[name] for name in [*names, FINAL]}

@@ -55,11 +55,13 @@ class ValueFormula:
             self._root = ast.Name(text) if text in self.known else ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             reason = error.msg if isinstance(error, SyntaxError) else str(error)
-            raise ValueError(f'value formula "{text}" cannot be read: {reason}') from None
+            raise ValueError(f'value formula "{_shown(text)}" cannot be read: {reason}') from None
         names: list[str] = []
         self._check(self._root, names, 0)
         if not names:
-            raise ValueError(f'value formula "{text}" is a constant; use at least one of {", ".join(self.known)}')
+            raise ValueError(
+                f'value formula "{_shown(text)}" is a constant; use at least one of {", ".join(self.known)}'
+            )
         self.names = tuple(dict.fromkeys(names))
 
     def __call__(self, columns: Mapping[str, Tensor]) -> Tensor:
@@ -98,8 +100,8 @@ class ValueFormula:
     def _refuse(self, node: ast.AST, what: str) -> ValueError:
         place = getattr(node, "col_offset", 0) + 1
         return ValueError(
-            f'value formula "{self.text}" character {place}: {what}; allowed are {", ".join(self.known)}, numbers, '
-            "+ - * / **, min(a, b), max(a, b), log1p(x)"
+            f'value formula "{_shown(self.text)}" character {place}: {what}; allowed are {", ".join(self.known)}, '
+            "numbers, + - * / **, min(a, b), max(a, b), log1p(x)"
         )
 
     def _check(self, node: ast.expr, names: list[str], depth: int) -> None:
@@ -149,6 +151,11 @@ class ValueFormula:
                 return _FUNCTIONS[name][1](*(self._evaluate(argument, columns) for argument in arguments))
             case _:
                 raise AssertionError("checked at construction")
+
+
+def _shown(text: str) -> str:
+    """In one line that can be printed, whatever is in the text."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def formula_names(schema: Schema) -> list[str]:

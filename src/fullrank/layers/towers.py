@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
 from fullrank.embeddings import EmbeddingCollection, Tables
-from fullrank.layers.mlp import MLP
 from fullrank.layers.numbers import NumberCodes
 from fullrank.schema import Role, Schema
 
@@ -61,15 +60,18 @@ class SideInputs(nn.Module):
 
 
 class Towers(SideInputs):
-    """Two MLPs, one on the features of the user and of the context, one on those of the item.
+    """Two networks, one on the features of the user and of the context, one on those of the item.
 
     Neither sees the other's columns, so the vectors of all items can be computed before any request comes.
+
+    Args:
+        network: makes either of them from the width of its input.
     """
 
-    def __init__(self, schema: Schema, tables: Tables, *, hidden: Sequence[int], output_dim: int) -> None:
+    def __init__(self, schema: Schema, tables: Tables, network: Callable[[int], nn.Module]) -> None:
         super().__init__(schema, tables)
-        self.user_mlp = MLP(self.side_widths["user"], hidden, output_dim)
-        self.item_mlp = MLP(self.side_widths["item"], hidden, output_dim)
+        self.user_mlp = network(self.side_widths["user"])
+        self.item_mlp = network(self.side_widths["item"])
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Vectors of each row's user and item, user_BD and item_BD."""

@@ -1,28 +1,40 @@
-"""Early-stage ranker: a small network on a user vector and precomputed item vectors."""
+"""Early-stage ranker: vectors of the user and of precomputed items for all tasks, and how they meet."""
 
-# Shapes: B rows, U users, P candidates of each user, D width of the vectors, H hidden width, T tasks.
+# Shapes: B rows, U users, P candidates of each user, I items, D width of a vector, W width of all vectors of a side,
+# H hidden width, T tasks.
 
 from __future__ import annotations
 
+from typing import Literal, Self
+
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
-from fullrank.layers.mlp import Float32Linear
+from fullrank.layers.experts import ExpertTower
+from fullrank.layers.mlp import MLP, Float32Linear
 from fullrank.layers.towers import Towers
 from fullrank.models.base import Hidden, InitStd, Ranker, RankerOutput
 from fullrank.schema import Schema
 
 
 class EarlyStageRanker(Ranker):
-    """logits = W₂ relu(W_u u + W_a a + W_x (u⊙a) + b) + W_l a, with u of the user and context, a of the item.
+    """One model of all that the final value is made of, cheap enough for thousands of candidates.
 
-    Only W_x touches a pair, at D·H multiplications; W_u u is computed once per request, W_a a and W_l a once per item
-    and model. That is what lets it score thousands of candidates while the final stage affords hundreds.
+    A tower of the user with the context and one of the item end in vectors u_t, a_t of each task t. Tasks share what is
+    below: an MLP (`shared_bottom`), experts that each task mixes by a gate of its own (`mmoe`), or these beside experts
+    of each task (`ple`). The two sides meet as
+
+        product   z_t = ⟨u_t, a_t⟩ + b_t(a) + c_t(u)
+        mlp       z = W₂ relu(W_u u + W_a a + W_x (u⊙a) + b) + W_l a
+
+    with u, a all vectors of a side; above a shared bottom `mlp` has one of each for all tasks. Only ⟨u_t, a_t⟩, or W_x
+    and W₂, touch a pair, at T·D or about W·H multiplications. What else is the user's is computed once per request,
+    what is the item's once per model.
 
     The paper's abstract names one multi-task model for all components of the final score; its body was not available,
-    so towers and interaction are this library's reading.
+    so towers and interactions are this library's reading.
     """
 
     name = "early_stage"
@@ -32,58 +44,103 @@ class EarlyStageRanker(Ranker):
         """Hyper-parameters.
 
         Attributes:
-            hidden: widths of either tower's MLP.
+            bottom: what the tasks share in either tower.
+            interaction: how user and item meet.
+            hidden: widths of either tower's MLP, or of each expert's.
             output_dim: D of the vectors of users and items.
-            interaction_hidden: H, width of the layer in which the two meet.
+            interaction_hidden: H, width of the layer in which the two meet, of `mlp`.
+            num_experts: shared experts of `mmoe`, and of each level of `ple`.
+            num_task_experts: further ones of each task and level, of `ple`.
+            num_levels: levels of experts, of `ple`.
         """
 
         embedding_init: InitStd = 0.01
+        bottom: Literal["shared_bottom", "mmoe", "ple"] = "shared_bottom"
+        interaction: Literal["mlp", "product"] = "mlp"
         hidden: Hidden = (64,)
         output_dim: int = Field(default=32, ge=1)
         interaction_hidden: int = Field(default=32, ge=1)
+        num_experts: int = Field(default=3, ge=1)
+        num_task_experts: int = Field(default=1, ge=0)
+        num_levels: int = Field(default=1, ge=1)
+
+        @model_validator(mode="after")
+        def _experts_have_layers(self) -> Self:
+            if self.bottom != "shared_bottom" and not self.hidden:
+                raise ValueError(f"bottom {self.bottom} needs hidden: the widths of an expert's layers")
+            return self
 
     config: Config
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
-        self.towers = Towers(
-            schema,
-            config.embeddings,
-            hidden=config.hidden,
-            output_dim=config.output_dim,
-        )
-        width, hidden = config.output_dim, config.interaction_hidden
-        self.from_user = Float32Linear(width, hidden)
-        self.from_item = Float32Linear(width, hidden, bias=False)
-        self.from_pair = Float32Linear(width, hidden, bias=False)
-        self.head = Float32Linear(hidden, self.num_tasks)
+        one_for_all = config.bottom == "shared_bottom" and config.interaction == "mlp"
+        width, hidden = config.output_dim * (1 if one_for_all else self.num_tasks), config.interaction_hidden
+        self.width = width
+        self.towers = Towers(schema, config.embeddings, self._bottom)
+        if config.interaction == "mlp":
+            self.from_user = Float32Linear(width, hidden)
+            self.from_item = Float32Linear(width, hidden, bias=False)
+            self.from_pair = Float32Linear(width, hidden, bias=False)
+            self.head = Float32Linear(hidden, self.num_tasks)
+        else:
+            self.head = Float32Linear(width, self.num_tasks)
+            tasks_TT = torch.eye(self.num_tasks)
+            columns_VT = torch.cat([tasks_TT.repeat_interleave(config.output_dim, 0), tasks_TT])
+            self.register_buffer("_columns_VT", columns_VT, persistent=False)
         self.item_head = Float32Linear(width, self.num_tasks, bias=False)
-        for layer in (self.from_user, self.from_item, self.from_pair, self.head, self.item_head):
-            nn.init.xavier_normal_(layer.weight)
-        for layer in (self.from_user, self.head):
-            nn.init.zeros_(layer.bias)
+        for layer in self.children():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_normal_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def _bottom(self, inputs: int) -> nn.Module:
+        """What makes the vectors of one side, shape (B, W)."""
+        config = self.config
+        if config.bottom == "shared_bottom":
+            return MLP(inputs, config.hidden, self.width)
+        experts = {"num_shared": config.num_experts}
+        if config.bottom == "ple":
+            experts |= {"num_own": config.num_task_experts, "num_levels": config.num_levels}
+        return ExpertTower(inputs, config.hidden, config.output_dim, self.num_tasks, **experts)
 
     def output_biases(self) -> list[Tensor]:
         return [self.head.bias]
 
     def forward(self, batch: Batch) -> RankerOutput:
-        user_BD, item_BD = self.towers(batch)
-        hidden_BH = self.from_user(user_BD) + self.from_item(item_BD) + self.from_pair(user_BD * item_BD)
-        return RankerOutput(self.head(torch.relu(hidden_BH)) + self.item_head(item_BD))
+        user_BW, item_BW = self.towers(batch)
+        items_B1V = self._prepared(item_BW)[:, None]
+        return RankerOutput(self._meet(user_BW, items_B1V)[:, 0])
 
     def item_vectors(self, items: Batch) -> Tensor:
-        """What `score` needs of each item: a, W_a a and W_l a side by side, shape (I, D + H + T)."""
-        item_ID = self.towers.items(items)
-        return torch.cat([item_ID, self.from_item(item_ID), self.item_head(item_ID)], 1)
+        """What `score` needs of each item: its vectors, and all that follows from them alone."""
+        return self._prepared(self.towers.items(items))
 
     def score(self, users: Batch, items_UPV: Tensor) -> Tensor:
         """logits_UPT of P candidates of each user, given as rows of `item_vectors`: equal to `forward` on the pairs."""
-        config = self.config
-        user_UD = self.towers.users(users)
-        item_UPD = items_UPV[..., : config.output_dim]
-        from_item_UPH = items_UPV[..., config.output_dim : -self.num_tasks]
-        from_item_UPT = items_UPV[..., -self.num_tasks :]
-        hidden_UPH = from_item_UPH + self.from_user(user_UD)[:, None, :]
-        hidden_UPH = hidden_UPH + self.from_pair(item_UPD * user_UD[:, None, :])
-        logits_UPT: Tensor = self.head(torch.relu(hidden_UPH)) + from_item_UPT
+        user_UW = self.towers.users(users)
+        if self.config.interaction == "mlp":
+            return self._meet(user_UW, items_UPV)
+        # One matrix product: u_t in the rows of a_t and 1 in that of b_t, in the column of task t.
+        side_UV = torch.cat([user_UW, user_UW.new_ones(len(user_UW), self.num_tasks)], 1)
+        logits_UPT: Tensor = items_UPV @ (side_UV[:, :, None] * self.get_buffer("_columns_VT"))
+        own_UT: Tensor = self.head(user_UW)
+        return logits_UPT + own_UT[:, None]
+
+    def _prepared(self, item_IW: Tensor) -> Tensor:
+        """a, W_a a for `mlp`, and b(a) or W_l a, side by side: shape (I, V)."""
+        hidden = [self.from_item(item_IW)] if self.config.interaction == "mlp" else []
+        return torch.cat([item_IW, *hidden, self.item_head(item_IW)], 1)
+
+    def _meet(self, user_UW: Tensor, items_UPV: Tensor) -> Tensor:
+        """logits_UPT."""
+        item_UPW, own_UPT = items_UPV[..., : self.width], items_UPV[..., -self.num_tasks :]
+        pair_UPW = item_UPW * user_UW[:, None]
+        if self.config.interaction == "product":
+            logits_UPT: Tensor = pair_UPW.view(*own_UPT.shape, -1).sum(-1) + own_UPT + self.head(user_UW)[:, None]
+            return logits_UPT
+        hidden_UPH = items_UPV[..., self.width : -self.num_tasks] + self.from_user(user_UW)[:, None]
+        hidden_UPH = hidden_UPH + self.from_pair(pair_UPW)
+        logits_UPT = self.head(torch.relu(hidden_UPH)) + own_UPT
         return logits_UPT

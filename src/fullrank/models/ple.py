@@ -1,6 +1,6 @@
 """PLE: levels of experts, some shared and some of one task; each task's gate sees its own and the shared ones."""
 
-# Shapes: B rows, I width of the flat input, E experts, H width of an expert's output.
+# Shapes: B rows, H width of an expert's output.
 
 from __future__ import annotations
 
@@ -12,50 +12,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fullrank.batch import Batch
-from fullrank.layers.experts import ExpertMixture
+from fullrank.layers.experts import ExtractionLevel
 from fullrank.layers.mlp import MLP
 from fullrank.layers.tokens import FlatFeatures
 from fullrank.models.base import BatchNorm, Dropout, Hidden, NonEmptyHidden, Ranker, RankerOutput
 from fullrank.schema import Schema
-
-
-class _Level(nn.Module):
-    """Customised gate control: one input and one output per task, and one of each for the shared experts.
-
-    The last level has no shared output.
-    """
-
-    def __init__(self, width: int, config: PLE.Config, num_tasks: int, *, last: bool) -> None:
-        super().__init__()
-
-        def experts(count: int) -> nn.ModuleList:
-            return nn.ModuleList(
-                MLP(width, config.expert_hidden, batch_norm=config.batch_norm, dropout=config.dropout)
-                for _ in range(count)
-            )
-
-        self.shared = experts(config.num_shared_experts)
-        self.own = nn.ModuleList(experts(config.num_task_experts) for _ in range(num_tasks))
-        each = config.num_task_experts + config.num_shared_experts
-        self.gates = nn.ModuleList(ExpertMixture(width, each) for _ in range(num_tasks))
-        everything = config.num_shared_experts + num_tasks * config.num_task_experts
-        self.shared_gate = None if last else ExpertMixture(width, everything)
-
-    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Inputs and outputs: one (B, I) per task, the shared one last."""
-        shared = [expert(inputs[-1]).float() for expert in self.shared]
-        own = [
-            [expert(x_BI).float() for expert in experts]
-            for experts, x_BI in zip(cast(Iterable[nn.ModuleList], self.own), inputs[:-1], strict=True)
-        ]
-        outputs = [
-            gate(x_BI, torch.stack([*mine, *shared], 1))
-            for gate, x_BI, mine in zip(self.gates, inputs[:-1], own, strict=True)
-        ]
-        if self.shared_gate is not None:
-            everything = [output for mine in own for output in mine] + shared
-            outputs.append(self.shared_gate(inputs[-1], torch.stack(everything, 1)))
-        return outputs
 
 
 class PLE(Ranker):
@@ -90,7 +51,16 @@ class PLE(Ranker):
         self.features = FlatFeatures(schema, config.embeddings)
         widths = [self.features.width] + [config.expert_hidden[-1]] * (config.num_levels - 1)
         self.levels = nn.ModuleList(
-            _Level(width, config, self.num_tasks, last=level == config.num_levels - 1)
+            ExtractionLevel(
+                width,
+                config.expert_hidden,
+                self.num_tasks,
+                num_shared=config.num_shared_experts,
+                num_own=config.num_task_experts,
+                last=level == config.num_levels - 1,
+                batch_norm=config.batch_norm,
+                dropout=config.dropout,
+            )
             for level, width in enumerate(widths)
         )
         self.towers = nn.ModuleList(

@@ -19,6 +19,7 @@ from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.data.loader import batch_from_frame, partial_batch
 from fullrank.embeddings import AnyTable, TableConfig, Tables
+from fullrank.layers.mlp import MLP
 from fullrank.layers.towers import Towers
 from fullrank.retrieval.base import Items, Progress, item_keys
 from fullrank.retrieval.recent_clicks import RecentClicks, best_clicks
@@ -135,9 +136,8 @@ class TwoTower(VectorRetriever):
             self.towers = Towers(
                 schema,
                 Tables(embedding_dim=own.embedding_dim, init_std=own.embedding_init, kinds=own.tables),
-                hidden=own.hidden,
                 # The last output of the item tower is its bias; the user tower's is not used.
-                output_dim=own.output_dim + 1,
+                lambda width: MLP(width, own.hidden, own.output_dim + 1),
             )
         self.towers.eval()
         self.clicks = RecentClicks.none()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from fullrank.batch import Batch
 from fullrank.data import atomic
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import Encoders
@@ -328,6 +329,8 @@ def fit_ranker(
     warm_start: bool = False,
     callbacks: Sequence[Callback] = (),
     engine: Engine | None = None,
+    batches: Callable[[Loader], Iterable[Batch]] | None = None,
+    validate: bool = True,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> TrainingResult:
     """Fit a ranker to the training part of a dataset, and validate it on the validation part if there is one.
@@ -337,6 +340,8 @@ def fit_ranker(
         extra: further columns of the dataset, for `Batch.extra`.
         directory: where checkpoints go.
         warm_start: go on from what the model has learnt; see `Trainer.fit`.
+        batches: makes what is trained on of the loader of the training part; default that itself.
+        validate: stop, and choose the weights, by the validation part; else the last weights of all epochs stay.
 
     Raises:
         ValueError: as `Trainer.fit`.
@@ -356,10 +361,18 @@ def fit_ranker(
         drop_last=lonely,
         extra=extra,
     )
-    valid = Loader(dataset, "valid", 2 * training.batch_size, extra=extra) if _has(dataset, "valid") else None
+    valid = None
+    if validate and _has(dataset, "valid"):
+        valid = Loader(dataset, "valid", 2 * training.batch_size, extra=extra)
     trainer = Trainer(training, embedding, callbacks, engine)
     return trainer.fit(
-        model, train, valid, run_directory=directory, resume=resume, warm_start=warm_start, progress=progress
+        model,
+        train if batches is None else batches(train),
+        valid,
+        run_directory=directory,
+        resume=resume,
+        warm_start=warm_start,
+        progress=progress,
     )
 
 
