@@ -47,6 +47,7 @@ CHOLESKY_CONDITION = 1e6
 GOOD, HOPELESS = 100.0, 1e14  # condition of (A N)'(A N) above which it repairs N, and above which N is drawn anew
 LOST = 1e-22  # |A null|^2 per column, whose norm is 1: what the sketch calls null is not
 _DRAWS = 4
+_DRAWN = 1000  # rows that are drawn at least: of few columns they cost nothing
 _TINY = np.finfo(float).tiny
 
 
@@ -101,7 +102,7 @@ def lstsq(
         precision: "high", or "low", which is method "sketch".
         method: see the table above.
         sketch: a kind of `Sketch`; for method "sketch" also "leverage" or "uniform", which draw rows.
-        sketch_size: rows of the sketch; 20 q when omitted.
+        sketch_size: rows of the sketch; 20 q when omitted, and 1,000 at least of "leverage" and "uniform".
         alpha: ridge penalty, not on the intercept.
         fit_intercept: put a column of ones before A.
         sample_weight: shape (n,), non-negative.
@@ -158,7 +159,8 @@ class _Solver:
 
     def __post_init__(self) -> None:
         self.q = self.source.n_cols + self.intercept
-        self.size = 20 * self.q if self.sketch_size is None else self.sketch_size
+        least = _DRAWN if self.kind in SAMPLES else 0
+        self.size = max(20 * self.q, least) if self.sketch_size is None else self.sketch_size
         if self.size < self.q:
             raise ValueError(f"sketch_size is {self.size}, expected at least the {self.q} columns")
         self.penalty_Q = np.full(self.q, float(self.alpha))
