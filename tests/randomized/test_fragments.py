@@ -1,9 +1,8 @@
-"""How a table is cut does not matter: fragments of one row or none, blocks from which nothing is drawn, files, chunks."""
+"""How a table is cut does not matter: fragments of one row or none, blocks that keep nothing, files, chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np

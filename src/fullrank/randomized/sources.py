@@ -14,6 +14,7 @@ row depends on that number only, and results do not depend on how a table is sto
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -64,6 +65,15 @@ class RowSource(ABC):
         """The blocks of one fragment, in the order of rows."""
         read, arguments = self.task(fragment)
         return read(*arguments)
+
+    @abstractmethod
+    def without_features(self) -> RowSource:
+        """Targets and weights of the same rows, beside an X without columns: where X is stored it is not read."""
+
+    def _shallow(self, **changes: Any) -> Any:
+        other = copy.copy(self)
+        vars(other).update(changes, feature_names=[], n_cols=0, n_passes=0)
+        return other
 
 
 def as_source(X: Any, y: Any = None, sample_weight: Any = None) -> RowSource | None:
@@ -140,6 +150,9 @@ class ArraySource(RowSource):
         y = None if self.y is None else self.y[start:stop]
         weight = None if self.sample_weight is None else self.sample_weight[start:stop]
         return _array_blocks, (_rows(self.X, start, stop), y, weight, start, self.block_rows)
+
+    def without_features(self) -> ArraySource:
+        return self._shallow(X=np.empty((self.n_rows, 0)))  # type: ignore[no-any-return]
 
 
 def _rows(X: Any, start: int, stop: int) -> Any:
@@ -231,6 +244,9 @@ class ParquetSource(RowSource):
         target = self.targets[0] if self.single_target else self.targets or None
         names = (self.feature_names, target, self.weight)
         return _parquet_blocks, (*self._groups[fragment], *names, int(self.starts[fragment]), self.block_rows)
+
+    def without_features(self) -> ParquetSource:
+        return self._shallow()  # type: ignore[no-any-return]
 
 
 def _parquet_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -350,11 +366,20 @@ class DaskSource(RowSource):
         place = (int(self.starts[fragment]), self.block_rows, self.feature_names)
         return _checked_blocks, (self._X[part], y, weight, *place)
 
+    def without_features(self) -> DaskSource:
+        from dask.delayed import delayed
+
+        return self._shallow(_X=[delayed(_no_columns)(part) for part in self._y])  # type: ignore
+
     def iter_blocks(self, fragment: int) -> Iterator[Block]:
         from dask.base import compute
 
         read, arguments = self.task(fragment)
         return read(*compute(*arguments, scheduler="synchronous"))  # type: ignore[no-untyped-call]
+
+
+def _no_columns(rows: Any) -> Array:
+    return np.empty((len(rows), 0))
 
 
 def _align(part: Any, row_chunks: tuple[int, ...], da: Any) -> Any:
