@@ -110,9 +110,14 @@ def frisch_newton(
     else:
         beta = np.array(start, dtype=np.float64)
     residual = b - A @ beta
+    size = np.abs(residual)
+    largest = float(np.abs(b).max(initial=0.0))
+    if linear is None and not largest:
+        return InteriorPointResult(np.zeros(d), np.zeros(n), 0.0, 0, True)
     # Deviation: Portnoy and Koenker start on the boundary; here each part of a residual is at least a hundredth of the
     # median one, because the first steps are then longer and a residual of zero needs no case of its own.
-    floor = 0.01 * float(np.median(np.abs(residual))) + 1e-12 * np.abs(b).max(initial=0.0) + 1e-300
+    typical = float(np.median(size)) or float(size.mean()) or (scale or 1.0) / n
+    floor = 0.01 * typical + 1e-12 * largest
     u, v = np.maximum(residual, 0) + floor, np.maximum(-residual, 0) + floor
     # 1 - t is feasible where c is zero. With c most entries end far from it, and an extreme t is near the boundary.
     x = 1 - t if linear is None else np.full(n, 0.5)
@@ -124,10 +129,10 @@ def frisch_newton(
     for iteration in range(max_iter + 1):
         gap = float(u @ s + v @ x)
         short = target + l2 * beta - A.T @ x
-        size = scale
-        if size is None:
-            size = float(t @ u + (1 - t) @ v + c @ beta + 0.5 * l2 @ beta**2)
-        converged = gap <= tol * max(abs(size), 1e-300) and bool((np.abs(short) <= 1e-6 * reach).all())
+        whole = scale
+        if whole is None:
+            whole = float(t @ u + (1 - t) @ v + c @ beta + 0.5 * l2 @ beta**2)
+        converged = gap <= tol * max(abs(whole), 1e-300) and bool((np.abs(short) <= 1e-6 * reach).all())
         # A gap that only grows: with this `linear` term the sum has no minimum.
         if converged or iteration == max_iter or not gap <= limit:
             break
@@ -151,20 +156,20 @@ def frisch_newton(
             primal, dual = _step(x, d_x, s, -d_x), _step(u, d_u, v, d_v)
         x, s = x + primal * d_x, s - primal * d_x
         u, v, beta = u + dual * d_u, v + dual * d_v, beta + dual * d_beta
-    return InteriorPointResult(beta, _balanced(A, x, target + l2 * beta) - (1 - t), gap, iteration, converged)
-
-
-def _balanced(A: Array | sparse.csr_array, x: Array, target: Array) -> Array:
-    """x in [0, 1] moved as little as its distance from the bounds tells, so that A'x = target up to rounding."""
-    x = np.clip(x, 0, 1)
+    z = np.clip(x, 0, 1) - (1 - t)
     for _ in range(2):
-        room = x * (1 - x)
-        try:
-            step = cho_solve(factor(weighted_gram(A, room)), target - A.T @ x)
-        except LinAlgError:
-            break
-        x = np.clip(x + room * (A @ step), 0, 1)
-    return x
+        z = balanced(A, z, t, c + l2 * beta - A.T @ z)
+    return InteriorPointResult(beta, z, gap, iteration, converged)
+
+
+def balanced(A: Array | sparse.csr_array, z: Array, quantile: float | Array, short: Array) -> Array:
+    """z in [t - 1, t] moved as little as its distance from the bounds tells, so that A'z rises by `short`, (d,)."""
+    room = (quantile - z) * (z - (quantile - 1))
+    try:
+        step = cho_solve(factor(weighted_gram(A, np.maximum(room, 0))), short)
+    except LinAlgError:
+        return z
+    return np.asarray(np.clip(z + room * (A @ step), quantile - 1, quantile), dtype=np.float64)
 
 
 def _step(first: Array, d_first: Array, second: Array, d_second: Array) -> float:

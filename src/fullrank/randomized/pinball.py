@@ -16,7 +16,7 @@ from fullrank.randomized.blocks import Array, Block
 from fullrank.randomized.certificate import Certificate, certify
 from fullrank.randomized.conditioning import triangular
 from fullrank.randomized.crossover import vertex
-from fullrank.randomized.interior_point import InteriorPointResult, frisch_newton
+from fullrank.randomized.interior_point import CHUNK, InteriorPointResult, balanced, frisch_newton
 
 
 def rho(residual: Array, quantile: float | Array) -> Array:
@@ -155,21 +155,60 @@ class Objective:
         return triangular(np.vstack([A, np.zeros((max(0, A.shape[1] - len(A)), A.shape[1]))]))
 
     def certificate(
-        self, loss: float, missing: float, rows: Rows, small: InteriorPointResult, outside: Array, R: Array
+        self,
+        coef: Array,
+        loss: float,
+        missing: float,
+        rows: Rows,
+        small: InteriorPointResult,
+        outside: Array,
+        basis: Array,
+        R: Array,
+        precise: bool,
     ) -> Certificate:
-        """The proof for `small.coef`: `loss` over all rows, `missing` and `outside` = A'z of those not in `rows`."""
-        coef, m = small.coef, len(rows)
-        r = (rows.b - rows.A @ coef) * rows.weight
-        missing += float((rho(r, self.quantile) - small.dual[:m] * r).sum())
-        imbalance = outside + rows.A.T @ (rows.weight * small.dual[:m])
-        if self.absolute or self.ridge:
-            part = coef[int(self.intercept) :]
-            imbalance[int(self.intercept) :] -= self.ridge * part
+        """The proof for `coef`: `loss` over all rows, `missing` and `outside` = A'z of those not in `rows`.
+
+        Args:
+            coef: shape (D,), as returned: basis @ small.coef, rounded.
+            rows: of the small problem, in the columns of the table.
+            small: its solution, in the basis.
+            outside: in the columns of the table.
+            basis, R: shape (D, D); R is the factor of some rows in the columns of the table.
+            precise: whether rows are evaluated in long double, and the dual is moved until its sums agree there.
+        """
+        m = len(rows)
+        wide: Any = np.longdouble if precise else np.float64
+        z = small.dual[:m].copy()
+        r = (rows.b - fitted(rows.A, coef, wide)) * rows.weight
+        balance: Any = outside.astype(wide)
+        part = coef[int(self.intercept) :]
+        balance[int(self.intercept) :] -= self.ridge * part
         if self.absolute:
-            z = 2 * self.absolute * small.dual[m:]
-            missing += float((self.absolute * np.abs(part) + z * part).sum())
-            imbalance[int(self.intercept) :] += z
-        return certify(loss + self.penalty(coef), missing, imbalance, R, self.quantile, ridge=self.ridge > 0)
+            extra = 2 * self.absolute * small.dual[m:]
+            missing += float((self.absolute * np.abs(part) + extra * part).sum())
+            balance[int(self.intercept) :] += extra
+        A = rows.A @ basis * rows.weight[:, None] if precise else np.empty((0, 0))
+        for correction in range(4 if precise else 1):
+            imbalance = np.asarray(basis.T.astype(wide) @ (balance + transposed(rows.A, rows.weight * z, wide)))
+            if correction == 3 or not precise:
+                break
+            z = balanced(A, z, self.quantile, -imbalance.astype(np.float64))
+        missing += float((rho(r, self.quantile) - z * r).sum())
+        price = imbalance.astype(np.float64)
+        return certify(loss + self.penalty(coef), missing, price, R @ basis, self.quantile, ridge=self.ridge > 0)
+
+
+def fitted(A: Any, coef: Array, wide: Any = np.float64) -> Any:
+    """A @ coef for rows A (k, D), in the type `wide`."""
+    return A @ coef if wide is np.float64 else A.astype(wide) @ coef.astype(wide)
+
+
+def transposed(A: Array, z: Array, wide: Any = np.float64) -> Any:
+    """A' z, in the type `wide`, without a copy of all of A in it."""
+    if wide is np.float64:
+        return A.T @ z
+    parts = (slice(low, low + CHUNK) for low in range(0, max(len(A), 1), CHUNK))
+    return sum(A[part].T.astype(wide) @ z[part].astype(wide) for part in parts)
 
 
 def objective_blocks(

@@ -37,8 +37,8 @@ from fullrank.randomized.parameters import (
     wrong,
 )
 from fullrank.randomized.pinball import Objective, objective_blocks
-from fullrank.randomized.preprocessing import ExactResult, solve_in_passes, solve_rows
-from fullrank.randomized.sources import ArraySource, RowSource
+from fullrank.randomized.preprocessing import ExactResult, most_rows, solve_in_passes, solve_rows
+from fullrank.randomized.sources import RowSource
 from fullrank.randomized.subsampling import (
     ROW_NORMS,
     DependentColumnsError,
@@ -52,6 +52,7 @@ from fullrank.randomized.subsampling import (
 CONDITIONINGS = (*L1_KINDS, "uniform")
 RANK_POLICIES = ("drop", "raise")
 SOLVERS = ("auto", "interior_point", "passes", "sketch")
+_NOTHING = ExactResult(np.zeros(0), Certificate(0.0, 0.0, 0.0), 0, 0, 0, True)  # of a response that is all zero
 _RULES = {
     "quantile": numbers("numbers in (0, 1)", lambda t: t.size > 0 and bool(((t > 0) & (t < 1)).all())),
     "alpha": number(least=0),
@@ -167,7 +168,7 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         source = training_source(self, X, y, sample_weight, block_rows=_block_rows)
         seed = random_seed(self.random_state)
         passes = source.n_passes
-        weight = self._total_weight(source)
+        weight, largest = self._weight_and_size(source)
         penalty = self.alpha * weight
         objectives = [
             Objective(float(t), self.fit_intercept, penalty * self.l1_ratio, penalty * (1 - self.l1_ratio))
@@ -179,7 +180,7 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         solve = _sketched if self.solver_used_ == "sketch" else _exact
         kept = np.arange(D)
         try:
-            results = solve(self, source, objectives, seed)
+            results = [_NOTHING] * len(objectives) if largest == 0 else solve(self, source, objectives, seed)
         except DependentColumnsError as error:
             if self.rank_policy == "raise":
                 raise
@@ -193,7 +194,8 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
             return values[0] if scalar else np.array(values)
 
         coefs = np.zeros((len(results), D))
-        coefs[:, kept] = [result.coef for result in results]
+        if largest > 0:
+            coefs[:, kept] = [result.coef for result in results]
         intercept = int(self.fit_intercept)
         self.coef_ = shaped(list(coefs[:, intercept:]))
         self.intercept_ = shaped(coefs[:, 0].tolist() if intercept else [0.0] * len(results))
@@ -228,10 +230,10 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
             raise wrong("quantile", self.quantile, "ascending numbers for non_crossing=True")
         return quantiles
 
-    def _total_weight(self, source: RowSource) -> float:
-        if isinstance(source, ArraySource):
-            return float(source.n_rows if source.sample_weight is None else source.sample_weight.sum())
-        return float(map_reduce(source, _weight_blocks, executor=self.executor))
+    def _weight_and_size(self, source: RowSource) -> tuple[float, float]:
+        """The sum of all weights, and the largest |y| of a row that has one; X is not read."""
+        sums, sizes = map_reduce(source.without_features(), _target_blocks, _join_targets, self.executor)
+        return sums, sizes
 
 
 class LADRegressor(QuantileRegressor):
@@ -283,8 +285,17 @@ def _block_rows(X: Any) -> int:
     return block_size(X.shape[1]) if sparse.issparse(X) else max(256, 2**19 // X.shape[1])
 
 
-def _weight_blocks(blocks: Iterator[Block]) -> float:
-    return float(sum(len(block) if block.weight is None else float(block.weight.sum()) for block in blocks))
+def _target_blocks(blocks: Iterator[Block]) -> tuple[float, float]:
+    weight, largest = 0.0, 0.0
+    for block in blocks:
+        weight += len(block) if block.weight is None else float(block.weight.sum())
+        y = np.abs(block.target)
+        largest = max(largest, float((y if block.weight is None else y[block.weight > 0]).max(initial=0.0)))
+    return weight, largest
+
+
+def _join_targets(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
+    return first[0] + second[0], max(first[1], second[1])
 
 
 def _exact(model: QuantileRegressor, source: RowSource, objectives: list[Objective], seed: int) -> list[ExactResult]:
@@ -292,7 +303,9 @@ def _exact(model: QuantileRegressor, source: RowSource, objectives: list[Objecti
     first, executor = objectives[0], model.executor
     D = source.n_cols + first.intercept
     everything = model.solver_used_ == "interior_point"
-    size = source.n_rows if everything else model.sketch_size or 2 * np.sqrt(source.n_rows * D)
+    size: float = source.n_rows
+    if not everything:
+        size = model.sketch_size or min(2 * np.sqrt(source.n_rows * D), most_rows(D))
     start = uniform_start(source, first, size, seed, executor)
     if len(spanned_columns(start.R)):
         if start.share == 1:

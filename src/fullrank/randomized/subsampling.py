@@ -44,7 +44,7 @@ class DependentColumnsError(RankDeficientError):
 
 def spanned_columns(R: Array) -> NDArray[np.intp]:
     """Columns that the columns before them span up to rounding."""
-    return np.flatnonzero(np.abs(np.diag(R)) <= 1e-11 * np.maximum(np.linalg.norm(R, axis=0), 1e-300))
+    return np.flatnonzero(np.abs(np.diag(R)) <= 1e-13 * np.maximum(np.linalg.norm(R, axis=0), 1e-300))
 
 
 def refuse_rank(source: RowSource, R: Array, intercept: bool) -> None:
