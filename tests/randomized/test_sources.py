@@ -75,8 +75,7 @@ def test_float32_and_integers_arrive_as_float64(tmp_path):
     pq.write_table(
         pa.table({"a": np.arange(5, dtype=np.int8), "b": np.ones(5, bool), "text": ["?"] * 5}), tmp_path / "t"
     )
-    source = ParquetSource(tmp_path / "t")
-    assert source.feature_names == ["a", "b"]
+    source = ParquetSource(tmp_path / "t", ["a", "b"])
     (block,) = source.iter_blocks(0)
     assert block.X.dtype == np.float64
     np.testing.assert_array_equal(block.X[:, 0], np.arange(5))
@@ -129,7 +128,7 @@ def test_parquet_errors_name_file_and_column(table, tmp_path):
     pq.write_table(pa.table({"x0": ["a"]}), tmp_path / "text.parquet")
     with pytest.raises(ValueError, match='text.parquet: column "x0" is string, expected numbers'):
         ParquetSource(tmp_path / "text.parquet", features=["x0"])
-    with pytest.raises(ValueError, match="no numeric column"):
+    with pytest.raises(ValueError, match='"x0" is string, expected numbers: name it in categories, or list'):
         ParquetSource(tmp_path / "text.parquet")
     with pytest.raises(ValueError, match="no such file"):
         ParquetSource(tmp_path / "absent.parquet")

@@ -12,11 +12,12 @@ with needs("randomized", "fullrank.randomized"):
     from fullrank.randomized.least_squares import LstsqResult, lstsq
     from fullrank.randomized.leverage import leverage_scores
     from fullrank.randomized.linear_regression import RandomizedLinearRegression, RandomizedRidge
+    from fullrank.randomized.parquet import ParquetSource
     from fullrank.randomized.pwsgd import PreconditionedSGDRegressor
     from fullrank.randomized.qmc import QMCFeatures, kernel_error
     from fullrank.randomized.quantile import LADRegressor, QuantileRegressor
     from fullrank.randomized.sketches import Sketch, sketch
-    from fullrank.randomized.sources import ArraySource, DaskSource, ParquetSource, RowSource
+    from fullrank.randomized.sources import ArraySource, DaskSource, RowSource
     from fullrank.randomized.tensor_machine import TensorMachineClassifier, TensorMachineRegressor
 
 __all__ = [

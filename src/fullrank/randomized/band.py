@@ -1,4 +1,4 @@
-"""Passes of quantile regression over blocks of rows: the smoothed loss, rows near a solution, the signs of all others."""
+"""Passes of quantile regression over blocks: the smoothed loss, rows near a solution, the signs of all others."""
 
 # Shapes: D coefficients (intercept first where there is one), J projections, k rows of a block.
 
