@@ -48,6 +48,7 @@ def vertex(
     if basis is None:
         return None
     side = np.where(b - A @ coef < 0, t - 1, t)
+    rounding = 1e-12 * (np.abs(b) + np.abs(A) @ np.abs(coef))
     for _ in range(max_pivots + 1):
         try:
             factors = lu_factor(A[basis])
@@ -56,6 +57,10 @@ def vertex(
         coef = lu_solve(factors, b[basis])
         outside = np.ones(m, dtype=bool)
         outside[basis] = False
+        residual = b - A @ coef
+        # On the way from the interior to the first vertex a row near zero may have been crossed.
+        crossed = outside & (np.abs(residual) > rounding) & (residual * side < 0)
+        side[crossed] = np.where(side[crossed] > 0, t[crossed] - 1, t[crossed])
         z = np.where(outside, side, 0.0)
         z[basis] = lu_solve(factors, linear - A.T @ z, trans=1)
         drift = lu_solve(factors, -(A.T @ (rising * outside)), trans=1)
@@ -66,7 +71,6 @@ def vertex(
         unit[leaving] = -1.0 if up else 1.0
         change = -(A @ lu_solve(factors, unit))
         change[basis] = 0
-        residual = b - A @ coef
         # A row is crossed where its residual runs against its side.
         facing = outside & (np.where(side > 0, change < 0, change > 0)) & (np.abs(change) > 1e-11 * norms)
         rows = np.flatnonzero(facing)
@@ -79,8 +83,8 @@ def vertex(
         stop = int(np.searchsorted(climbed, max(excess, 0.0) + TIE))
         if stop == len(rows):
             return None
-        crossed = rows[order[:stop]]
-        side[crossed] = np.where(side[crossed] > 0, t[crossed] - 1, t[crossed])
+        passed = rows[order[:stop]]
+        side[passed] = np.where(side[passed] > 0, t[passed] - 1, t[passed])
         row = basis[leaving]
         side[row] = t[row] if up else t[row] - 1
         basis[leaving] = rows[order[stop]]
