@@ -13,14 +13,22 @@ import scipy.sparse as sp
 from scipy.optimize import linprog
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import QuantileRegressor as HighsRegressor
+from sklearn.metrics import d2_pinball_score
+from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from fullrank.randomized import ArraySource, LADRegressor, ParquetSource, QuantileRegressor
-from fullrank.randomized.conditioning import RankDeficientError
+from fullrank.randomized.conditioning import RankDeficientError, sparse_triangular, triangular
 from fullrank.randomized.engine import map_reduce
 from fullrank.randomized.interior_point import frisch_newton
 from fullrank.randomized.pinball import Objective, Rows, objective_blocks, rho
-from fullrank.randomized.subsampling import conditioned_start, conditioner, score_sample, uniform_start
+from fullrank.randomized.subsampling import (
+    conditioned_start,
+    conditioner,
+    score_sample,
+    spanned_columns,
+    uniform_start,
+)
 
 
 @parametrize_with_checks(
@@ -561,3 +569,78 @@ def test_a_certificate_is_of_the_coefficients_that_are_returned(seed):
             true = rho(left, t).mean()
             bound = np.longdouble(model.objective_) * (1 - np.longdouble(model.dual_gap_))
             assert -1e-13 <= (true - bound) / true <= max(1.01 * model.dual_gap_, 1e-13)
+
+
+def one_hot(n: int, sizes: tuple[int, ...], seed: int) -> tuple[sp.csr_array, np.ndarray]:
+    draws = np.random.default_rng(seed)
+    ids = np.column_stack([(draws.zipf(1.3, n) - 1) % size for size in sizes]) + np.cumsum([0, *sizes[:-1]])
+    X = sp.csr_array((np.ones(ids.size), ids.ravel(), np.arange(0, ids.size + 1, len(sizes))), shape=(n, sum(sizes)))
+    return X, X @ draws.standard_normal(sum(sizes)) + draws.lognormal(0, 1, n)
+
+
+@pytest.mark.filterwarnings("ignore:rank")
+@pytest.mark.parametrize("settings", [{}, {"alpha": 1e-3}, {"alpha": 1e-3, "l1_ratio": 0.5}, {"fit_intercept": False}])
+@pytest.mark.parametrize("pairs", [0, 2**23])
+def test_sparse_rows_have_the_optimum_of_dense_ones(settings, pairs, monkeypatch):
+    monkeypatch.setattr("fullrank.randomized.interior_point.MOST_PAIRS", pairs)
+    for seed in range(3):
+        X, y = one_hot(1500, (10, 25), seed)
+        weight = np.random.default_rng(seed).integers(0, 3, 1500).astype(float) if seed else None
+        for t in (0.2, 0.5):
+            ours = QuantileRegressor(t, solver="interior_point", **settings).fit(X, y, weight)
+            dense = QuantileRegressor(t, solver="interior_point", **settings).fit(X.toarray(), y, weight)
+            assert ours.dual_gap_ <= 1e-8
+            np.testing.assert_allclose(ours.objective_, dense.objective_, rtol=2e-8)
+
+
+@pytest.mark.filterwarnings("ignore:rank")
+def test_wide_sparse_rows_are_never_made_dense():
+    X, y = one_hot(20_000, (30, 200, 170), 5)
+    tracemalloc.start()
+    try:
+        model = QuantileRegressor(0.5).fit(X, y)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert model.solver_used_ == "interior_point" and model.dual_gap_ <= 1e-8
+    assert peak < 0.7 * 8 * X.shape[0] * X.shape[1]
+    best = linprog(-y, A_eq=X.T, b_eq=np.zeros(400), bounds=(-0.5, 0.5), method="highs")  # a level each holds a one
+    np.testing.assert_allclose(model.objective_ * len(y), -best.fun, rtol=2e-8)
+
+
+def test_a_sparse_factor_is_that_of_dense_rows():
+    X = one_hot(400, (5, 9), 6)[0]
+    for A in (X, sp.csr_array(sp.hstack([X, X[:, [3]] * 2, 1e-6 * X[:, [1]] + X[:, [2]]]))):
+        R = sparse_triangular(A)
+        np.testing.assert_allclose(R.T @ R, (A.T @ A).toarray(), atol=1e-9)
+        truth = triangular(A.toarray())
+        np.testing.assert_array_equal(spanned_columns(R), spanned_columns(truth))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_vertex_is_optimal_where_the_interior_solution_is_not_unique(seed):
+    X, y = one_hot(300, (4, 8), seed)
+    y = np.round(y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        assert QuantileRegressor(0.5, solver="interior_point").fit(X.toarray(), y).dual_gap_ <= 1e-12
+
+
+def test_the_score_is_the_pinball_loss_saved_and_a_grid_search_maximises_it(tmp_path):
+    X, y = linear(400, 3, 12)
+    weight = np.random.default_rng(0).random(400)
+    model = QuantileRegressor([0.2, 0.9]).fit(X, y)
+    expected = [
+        d2_pinball_score(y, model.predict(X)[:, j], sample_weight=weight, alpha=t) for j, t in ((0, 0.2), (1, 0.9))
+    ]
+    np.testing.assert_allclose(model.score(X, y, weight), np.mean(expected))
+    np.testing.assert_allclose(model.score(ArraySource(X, y, weight, fragment_rows=90)), np.mean(expected))
+    noise = np.random.default_rng(1).standard_normal((400, 60))
+    wide = np.column_stack([X, noise])
+    search = GridSearchCV(QuantileRegressor(0.7), {"alpha": [0.0, 0.03, 100.0]}, cv=3).fit(wide, y)
+    losses = {}
+    for alpha in (0.0, 0.03, 100.0):
+        folds = [(np.delete(np.arange(400), part), part) for part in np.array_split(np.arange(400), 3)]
+        fits = [(QuantileRegressor(0.7, alpha=alpha).fit(wide[train], y[train]), part) for train, part in folds]
+        losses[alpha] = np.mean([rho(y[part] - fit.predict(wide[part]), 0.7).mean() for fit, part in fits])
+    assert search.best_params_["alpha"] == min(losses, key=losses.get) == 0.03

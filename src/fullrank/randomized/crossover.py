@@ -13,22 +13,25 @@ Source: Barrodale and Roberts, An improved algorithm for discrete l1 linear appr
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 from scipy.linalg import LinAlgError, lu_factor, lu_solve, qr
 
-from fullrank.randomized.blocks import Array
+from fullrank.randomized.blocks import Array, squared
 
 TIE = 1e-9
 
 
 def vertex(
-    A: Array, b: Array, t: Array, linear: Array, coef: Array, rising: Array, max_pivots: int
+    A: Any, b: Array, t: Array, linear: Array, coef: Array, rising: Array, max_pivots: int
 ) -> tuple[Array, Array] | None:
     """The optimal vertex next to `coef`.
 
     Args:
-        A: shape (m, D), of rank D; rows of weight zero left out.
+        A: shape (m, D), dense or CSR, of rank D; rows of weight zero left out.
         b: shape (m,).
         t: shape (m,), in (0, 1).
         linear: shape (D,), what A'z must be.
@@ -40,18 +43,18 @@ def vertex(
         Coefficients (D,) and dual z (m,); None where rounding or `max_pivots` ends the search.
     """
     m, D = A.shape
-    norms = np.linalg.norm(A, axis=1)
+    norms = np.sqrt(np.asarray(squared(A).sum(axis=1)).ravel())
     if m < D or not norms.all():
         return None
     away = np.abs(b - A @ coef) / norms
-    basis = _independent(A / norms[:, None], away)
+    basis = _independent(A, norms, away)
     if basis is None:
         return None
     side = np.where(b - A @ coef < 0, t - 1, t)
-    rounding = 1e-12 * (np.abs(b) + np.abs(A) @ np.abs(coef))
+    rounding = 1e-12 * (np.abs(b) + abs(A) @ np.abs(coef))
     for _ in range(max_pivots + 1):
         try:
-            factors = lu_factor(A[basis])
+            factors = lu_factor(_dense(A[basis]))
         except (LinAlgError, ValueError):
             return None
         coef = lu_solve(factors, b[basis])
@@ -91,16 +94,21 @@ def vertex(
     return None
 
 
-def _independent(rows: Array, away: Array) -> NDArray[np.intp] | None:
+def _dense(rows: Any) -> Array:
+    return np.asarray(rows.toarray() if sparse.issparse(rows) else rows)
+
+
+def _independent(A: Any, norms: Array, away: Array) -> NDArray[np.intp] | None:
     """D independent rows, near ones first."""
-    D = rows.shape[1]
-    for count in (2 * D, len(rows)):
+    m, D = A.shape
+    for count in (2 * D, m):
         near = np.argsort(away, kind="stable")[:count]
+        rows = _dense(A[near]) / norms[near, None]
         weights = 1 / (away[near] + 1e-12 * away.max() + 1e-300)
-        _, R, pivots = qr((rows[near] * (weights / weights.max())[:, None]).T, mode="economic", pivoting=True)
-        picked: NDArray[np.intp] = near[pivots[:D]]
+        _, R, pivots = qr((rows * (weights / weights.max())[:, None]).T, mode="economic", pivoting=True)
+        picked = pivots[:D]
         if len(picked) == D and abs(R[D - 1, D - 1]) > 0 and np.linalg.cond(rows[picked]) < 1e10:
-            return picked
+            return np.asarray(near[picked])
     return None
 
 

@@ -19,6 +19,7 @@ implementation of a primal-dual interior point method, SIAM J. Optimization 1992
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -27,6 +28,7 @@ from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from fullrank.randomized.blocks import Array
 
 CHUNK = 2048  # rows of a weighted copy that stays in cache
+MOST_PAIRS = 2**23  # products of two entries of a sparse row that are kept, 160 MiB
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,46 @@ class InteriorPointResult:
 
 def weighted_gram(A: Array | sparse.csr_array, q: Array) -> Array:
     """A' diag(q) A for q >= 0, without a weighted copy of all of A."""
-    if sparse.issparse(A):
-        return np.asarray((A.T @ sparse.csr_array(A).multiply(q[:, None]).tocsr()).toarray())
-    gram = np.zeros((A.shape[1], A.shape[1]))
-    root = np.sqrt(q)
-    for low in range(0, len(A), CHUNK):
-        part = A[low : low + CHUNK] * root[low : low + CHUNK, None]
-        gram += part.T @ part
-    return gram
+    return Gram(A)(q)
+
+
+class Gram:
+    """A' diag(q) A as a function of q >= 0, for rows (n, d), dense or CSR.
+
+    Of sparse rows the pairs of entries are laid out once: a product is then a sum by position.
+    """
+
+    def __init__(self, A: Any) -> None:
+        self.A = A
+        if not sparse.issparse(A):
+            return
+        counts = np.diff(A.indptr)
+        self.pairs = np.square(counts).sum()
+        if self.pairs > MOST_PAIRS:
+            return
+        d = A.shape[1]
+        wide = np.repeat(counts, counts)  # each entry meets all entries of its row
+        self.row = np.repeat(np.repeat(np.arange(len(counts)), counts), wide)
+        first = np.repeat(np.arange(A.nnz), wide)
+        begin = np.repeat(np.repeat(A.indptr[:-1], counts), wide)
+        second = begin + np.arange(len(first)) - np.repeat(np.cumsum(wide) - wide, wide)
+        self.place = A.indices[first].astype(np.int64) * d + A.indices[second]
+        self.product = A.data[first] * A.data[second]
+
+    def __call__(self, q: Array) -> Array:
+        A, d = self.A, self.A.shape[1]
+        if sparse.issparse(A):
+            if self.pairs <= MOST_PAIRS:
+                found = np.bincount(self.place, self.product * q[self.row], minlength=d * d)
+                return np.asarray(found.reshape(d, d), dtype=np.float64)
+            weighted = sparse.csr_array((A.data * np.repeat(q, np.diff(A.indptr)), A.indices, A.indptr), shape=A.shape)
+            return np.asarray((A.T @ weighted).toarray())
+        gram = np.zeros((d, d))
+        root = np.sqrt(q)
+        for low in range(0, len(A), CHUNK):
+            part = A[low : low + CHUNK] * root[low : low + CHUNK, None]
+            gram += part.T @ part
+        return gram
 
 
 def factor(gram: Array) -> tuple[Array, bool]:
@@ -105,8 +139,9 @@ def frisch_newton(
     c = np.zeros(d) if linear is None else linear
     l2 = np.zeros(d) if ridge is None else ridge
     target = A.T @ (1 - t) + c
+    gram = Gram(A)
     if start is None:
-        beta = cho_solve(factor(weighted_gram(A, np.ones(n)) + np.diag(l2)), A.T @ b)
+        beta = cho_solve(factor(gram(np.ones(n)) + np.diag(l2)), A.T @ b)
     else:
         beta = np.array(start, dtype=np.float64)
     residual = b - A @ beta
@@ -137,7 +172,7 @@ def frisch_newton(
         if converged or iteration == max_iter or not gap <= limit:
             break
         q = 1 / (u / s + v / x)
-        lower = factor(weighted_gram(A, q) + np.diag(l2))
+        lower = factor(gram(q) + np.diag(l2))
         residual = u - v
         plain = A.T @ (q * residual) - short
         d_beta = cho_solve(lower, plain)

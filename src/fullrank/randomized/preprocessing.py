@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from scipy import sparse
 from scipy.linalg import LinAlgError, solve, solve_triangular
 
 from fullrank.randomized.band import Band, band_blocks, join_bands, join_verified, newton_blocks, verify_blocks
@@ -63,7 +64,9 @@ class Start:
     def basis(self, objective: Objective) -> Array:
         """Columns in which the small problems are well-conditioned, (D, D); as they are where a penalty counts them."""
         eye = np.eye(len(self.R))
-        return eye if objective.absolute or objective.ridge else solve_triangular(self.spread, eye)
+        if objective.absolute or objective.ridge or sparse.issparse(self.rows.A):
+            return eye
+        return np.asarray(solve_triangular(self.spread, eye))
 
     def delicate(self, coef: Array) -> bool:
         """Whether rounding of A coef could be seen in its loss, so that the proof takes long doubles."""
@@ -71,7 +74,7 @@ class Start:
         if np.linalg.cond(self.spread / np.where(lengths > 0, lengths, 1)) > 1e4:
             return True
         A, b = self.rows.A, self.rows.b
-        terms = np.abs(A).mean(axis=0) @ np.abs(coef) + np.abs(b).mean()
+        terms = abs(A).mean(axis=0) @ np.abs(coef) + np.abs(b).mean()
         return bool(terms > 1e5 * np.abs(b - A @ coef).mean())
 
 
@@ -100,7 +103,10 @@ def solve_rows(start: Start, objective: Objective, *, tol: float = 1e-8, max_ite
     basis = start.basis(objective)
     rows = start.rows.in_basis(basis)
     m, D = rows.A.shape
-    small = objective.solve(rows, tol=0.1 * tol, max_iter=max_iter, pivots=20 * D if m * D < 10**6 else 0)
+    pivots: int | None = 20 * D if m * D < 10**6 else 0
+    if sparse.issparse(rows.A) and m * D >= 2 * 10**6:
+        pivots = None  # a first vertex may need all rows, and dense
+    small = objective.solve(rows, tol=0.1 * tol, max_iter=max_iter, pivots=pivots)
     coef = basis @ small.coef
     precise = start.delicate(coef)
     r = (rows.b - fitted(start.rows.A, coef, np.longdouble if precise else np.float64)) * rows.weight
