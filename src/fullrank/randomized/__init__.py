@@ -9,6 +9,7 @@ with needs("randomized", "fullrank.randomized"):
     from fullrank.randomized.calibration import LogitCalibrator
     from fullrank.randomized.discrepancy import box_discrepancy
     from fullrank.randomized.generalized_linear import SubsampledNewtonClassifier, SubsampledNewtonRegressor
+    from fullrank.randomized.inference import StandardErrors, standard_errors
     from fullrank.randomized.least_squares import LstsqResult, lstsq
     from fullrank.randomized.leverage import leverage_scores
     from fullrank.randomized.linear_regression import RandomizedLinearRegression, RandomizedRidge
@@ -34,6 +35,7 @@ __all__ = [
     "RandomizedRidge",
     "RowSource",
     "Sketch",
+    "StandardErrors",
     "SubsampledNewtonClassifier",
     "SubsampledNewtonRegressor",
     "TensorMachineClassifier",
@@ -43,4 +45,5 @@ __all__ = [
     "leverage_scores",
     "lstsq",
     "sketch",
+    "standard_errors",
 ]
