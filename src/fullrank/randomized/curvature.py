@@ -269,7 +269,10 @@ def _weighted(values: Array, block: Block) -> Array:
 
 
 def _row_squares(X: Any) -> Array:
-    return np.asarray(X.multiply(X).sum(axis=1)).ravel() if sp.issparse(X) else np.einsum("ij,ij->i", X, X)
+    if not sp.issparse(X):
+        return np.asarray(np.einsum("ij,ij->i", X, X))
+    squares = sp.csr_array((np.square(X.data), X.indices, X.indptr), shape=X.shape)
+    return np.asarray(squares @ np.ones(X.shape[1]))
 
 
 def _with_ones(X: Any, free: bool) -> Any:
