@@ -65,9 +65,11 @@ class RowSource(ABC):
         read, arguments = self.task(fragment)
         return read(*arguments)
 
-    @abstractmethod
     def without_features(self) -> RowSource:
-        """Targets and weights of the same rows, beside an X without columns: where X is stored it is not read."""
+        """Targets and weights of the same rows, beside an X without columns; where X is stored it need not be read."""
+        from fullrank.randomized.columns import ColumnSource
+
+        return ColumnSource(self, np.arange(0))
 
     def _shallow(self, **changes: Any) -> Any:
         other = copy.copy(self)
