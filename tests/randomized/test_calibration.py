@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.optimize import minimize
+from sklearn.base import clone
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from fullrank.randomized import LogitCalibrator
 
@@ -114,7 +121,7 @@ def test_log_odds_that_say_nothing_become_the_base_rate() -> None:
     [
         (([0.0, 1.0], [1, 1]), "all targets are the same"),
         (([0.0, np.nan], [0, 1]), "logits: NaN or infinity, first in row 1"),
-        (([[0.0]], [1]), r"logits has shape \(1, 1\)"),
+        (([[0.0, 1.0]], [1]), r"logits has shape \(1, 2\)"),
         (([0.0, 1.0], [0, 2]), "target of row 1 is 2.0"),
         (([0.0, 1.0], [0, 1], [1, -1]), "weight of row 1 is -1"),
         (([0.0, 1.0], [0]), "expected as many of each"),
@@ -129,3 +136,24 @@ def test_impossible_input_is_refused(arguments: tuple[list[float], ...], message
 def test_parameters_out_of_range_are_named(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         LogitCalibrator(**settings).fit([0.0, 1.0], [0, 1])
+
+
+@parametrize_with_checks([LogitCalibrator(), LogitCalibrator("affine")])
+def test_scikit_learn_contract(estimator: Any, check: Any) -> None:
+    check(estimator)
+
+
+def test_a_calibrator_ends_a_pipeline() -> None:
+    z, y = log(4000, 7)
+    frame = pd.DataFrame({"logit": 2 * z + 1})
+    pipeline = make_pipeline(FunctionTransformer(), LogitCalibrator("affine")).fit(frame, y)
+    np.testing.assert_allclose(pipeline.transform(frame)[:, 0], LogitCalibrator("affine").fit_transform(2 * z + 1, y))
+    np.testing.assert_allclose(pipeline.predict_proba(frame), 1 / (1 + np.exp(-pipeline.transform(frame)[:, 0])))
+    for wrong, message in ((np.ones((3, 2)), "logits has shape"), (["a", "b"], "logits are no numbers")):
+        with pytest.raises(ValueError, match=message):
+            LogitCalibrator().fit(wrong, y[:3])
+    assert clone(LogitCalibrator("affine", n_knots=5)).get_params() == {
+        "method": "affine",
+        "n_knots": 5,
+        "smoothing": 10.0,
+    }

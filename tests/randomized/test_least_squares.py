@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as sp
 
-from fullrank.randomized import ArraySource, ParquetSource, lstsq
+from fullrank.randomized import ArraySource, ParquetSource, RandomizedLinearRegression, lstsq
 from fullrank.randomized.conditioning import preconditioner
 
 
@@ -257,3 +257,17 @@ def test_condition_of_a_preconditioned_table_is_small_for_many_seeds():
     for seed in range(100):
         N = preconditioner(np.linalg.qr(sketch(A, 400, random_state=seed), mode="r")).N
         assert np.linalg.cond(A @ N) <= 5
+
+
+@pytest.mark.parametrize("method", ["auto", "normal", "gram", "lsqr", "chebyshev"])
+@pytest.mark.parametrize("shift, noise", [(1e8, 1.0), (0.0, 1e-8), (1e5, 1e-3), (-1e10, 1.0)])
+def test_the_residual_norm_is_that_of_the_solution(method, shift, noise):
+    draw = np.random.default_rng(3)
+    X = draw.standard_normal((4000, 6))
+    y = X @ np.ones((6, 2)) + noise * draw.standard_normal((4000, 2)) + [shift, 0.0]
+    weight = draw.random(4000)
+    for w in (None, weight):
+        kind = {"sketch": "gaussian"} if method == "chebyshev" else {}
+        model = RandomizedLinearRegression(method=method, random_state=0, **kind).fit(X, y, w)
+        left = (y - model.predict(X)) * (1 if w is None else np.sqrt(w)[:, None])
+        np.testing.assert_allclose(model.residual_norm_, np.linalg.norm(left, axis=0), rtol=1e-2)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
+import warnings
 from functools import partial
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 from scipy.optimize import linprog
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import QuantileRegressor as HighsRegressor
+from sklearn.metrics import d2_pinball_score
+from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from fullrank.randomized import ArraySource, LADRegressor, ParquetSource, QuantileRegressor
-from fullrank.randomized.conditioning import RankDeficientError
+from fullrank.randomized.conditioning import RankDeficientError, sparse_triangular, triangular
 from fullrank.randomized.engine import map_reduce
 from fullrank.randomized.interior_point import frisch_newton
 from fullrank.randomized.pinball import Objective, Rows, objective_blocks, rho
-from fullrank.randomized.subsampling import conditioned_start, conditioner, score_sample, uniform_start
+from fullrank.randomized.subsampling import (
+    conditioned_start,
+    conditioner,
+    score_sample,
+    spanned_columns,
+    uniform_start,
+)
 
 
 @parametrize_with_checks(
@@ -182,7 +193,9 @@ def test_certificates_are_never_wrong():
         for iterations in (1, 3, 6, 50):
             small = objective.solve(rows, max_iter=iterations)
             loss = rho(y - rows.A @ small.coef, t).sum()
-            certificate = objective.certificate(loss, 0.0, rows, small, np.zeros(d + 1), R)
+            certificate = objective.certificate(
+                small.coef, loss, 0.0, rows, small, np.zeros(d + 1), np.eye(d + 1), R, False
+            )
             assert certificate.lower_bound <= optimum * (1 + 1e-10) + 1e-12
 
 
@@ -194,7 +207,9 @@ def test_a_poor_dual_is_not_a_proof():
     small = objective.solve(rows)
     wrong = type(small)(small.coef, np.zeros(n), 0.0, 1, True)
     loss = rho(y - rows.A @ small.coef, 0.5).sum()
-    certificate = objective.certificate(loss, 0.0, rows, wrong, np.zeros(4), objective.triangular(rows))
+    certificate = objective.certificate(
+        wrong.coef, loss, 0.0, rows, wrong, np.zeros(4), np.eye(4), objective.triangular(rows), False
+    )
     assert certificate.relative_gap == pytest.approx(1.0)
 
 
@@ -253,7 +268,7 @@ def test_dense_sparse_float32_parquet_threads_and_dask_give_one_solution(tmp_pat
         assert other.solver_used_ == "passes"
         np.testing.assert_allclose(other.coef_, dense.coef_, rtol=1e-7, atol=1e-9)
     for streamed in (others[2], others[-1]):
-        assert streamed.n_passes_ == dense.n_passes_ + 1  # one more for the sum of weights
+        assert streamed.n_passes_ == dense.n_passes_
 
 
 def test_one_quantile_takes_five_passes_and_a_sample_by_scores_three():
@@ -480,3 +495,152 @@ def test_an_extreme_quantile_takes_hardly_more_steps_than_the_median() -> None:
         assert model.dual_gap_ <= 1e-8
         assert model.n_passes_ <= 6
         assert model.n_iter_ < 40
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("solver", ["interior_point", "passes", "sketch"])
+@pytest.mark.parametrize("settings", [{}, {"alpha": 0.1}, {"alpha": 0.1, "l1_ratio": 0.0}, {"fit_intercept": False}])
+def test_a_response_without_noise_is_fitted_exactly(solver, settings):
+    X = np.tile(np.random.default_rng(0).standard_normal((500, 3)), (8, 1))
+    weight = np.where(np.arange(4000) % 9 == 0, 0.0, 1.0)
+    for y, w in ((np.zeros(4000), None), (np.where(weight > 0, 0.0, 5.0), weight)):
+        model = QuantileRegressor([0.3, 0.9], solver=solver, random_state=0, **settings).fit(X, y, w)
+        assert not model.coef_.any() and not np.any(model.intercept_) and not model.objective_.any()
+        assert solver == "sketch" or not model.dual_gap_.any()
+    if settings.get("fit_intercept", True):
+        model = QuantileRegressor(0.3, solver=solver, random_state=0, **settings).fit(X, np.full(4000, 7.0))
+        np.testing.assert_allclose(model.predict(X), 7.0, rtol=1e-9)
+
+
+TIED = {
+    "zeros": lambda draws, X: np.where(draws.random(len(X)) < 0.7, 0.0, draws.lognormal(size=len(X)) * np.exp(X[:, 0])),
+    "counts": lambda draws, X: draws.poisson(np.exp(0.3 * X[:, 0] - 1)).astype(float),
+    "clicks": lambda draws, X: (draws.random(len(X)) < 0.02).astype(float),
+    "rounded": lambda draws, X: np.round(X.sum(axis=1) + draws.standard_normal(len(X))),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_ties_are_solved_and_proved_in_bounded_memory(case, monkeypatch):
+    """However many rows tie, the band holds no more rows than it may, and the optimum is the one of all rows."""
+    monkeypatch.setattr("fullrank.randomized.preprocessing.BAND_CELLS", 10_000)
+    draws = np.random.default_rng(3)
+    X = draws.standard_normal((20_000, 4))
+    y = TIED[case](draws, X)
+    weight = draws.integers(0, 3, 20_000).astype(float)
+    for t, w in ((0.3, None), (0.5, weight), (0.7, None), (0.9, weight)):
+        model = QuantileRegressor(t, solver="passes", random_state=0).fit(X, y, w)
+        best = QuantileRegressor(t, solver="interior_point").fit(X, y, w)
+        assert model.dual_gap_ <= 1e-8 and model.n_band_ <= 2000
+        np.testing.assert_allclose(model.objective_, best.objective_, rtol=2e-8)
+
+
+def test_memory_does_not_grow_with_the_rows_that_tie(monkeypatch):
+    monkeypatch.setattr("fullrank.randomized.preprocessing.BAND_CELLS", 30_000)
+    X = np.random.default_rng(4).standard_normal((200_000, 2))
+    y = np.where(X[:, 0] > 1, X[:, 1] ** 2, 0.0)
+    tracemalloc.start()
+    try:
+        model = QuantileRegressor(0.6, random_state=0).fit(ArraySource(X, y, block_rows=10_000))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert model.dual_gap_ <= 1e-8
+    assert peak < 12e6  # all rows and what a solver makes of them take ten times that
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_certificate_is_of_the_coefficients_that_are_returned(seed):
+    """Evaluated in long double, the objective of coef_ is no more above the bound than is proved, and not below it."""
+    draws = np.random.default_rng([9, seed])
+    n, d, t = int(draws.integers(300, 3000)), int(draws.integers(2, 9)), float(draws.choice([0.05, 0.5, 0.9]))
+    Z = draws.standard_normal((n, d))
+    U, V = (np.linalg.qr(draws.standard_normal((d, d)))[0] for _ in range(2))
+    y = Z @ draws.standard_normal(d) + draws.laplace(size=n) + (1e8 if seed == 3 else 0.0)
+    for condition in (1e3, 1e6, 1e9, 1e11, 1e12):
+        X = Z @ (U * np.logspace(0, -np.log10(condition), d)) @ V
+        for solver in ("interior_point", "passes"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # rounding of coef_ may cost more than tol
+                model = QuantileRegressor(t, solver=solver, random_state=0).fit(X, y)
+            left = y.astype(np.longdouble) - np.longdouble(model.intercept_)
+            for j in range(d):
+                left -= X[:, j].astype(np.longdouble) * np.longdouble(model.coef_[j])
+            true = rho(left, t).mean()
+            bound = np.longdouble(model.objective_) * (1 - np.longdouble(model.dual_gap_))
+            assert -1e-13 <= (true - bound) / true <= max(1.01 * model.dual_gap_, 1e-13)
+
+
+def one_hot(n: int, sizes: tuple[int, ...], seed: int) -> tuple[sp.csr_array, np.ndarray]:
+    draws = np.random.default_rng(seed)
+    ids = np.column_stack([(draws.zipf(1.3, n) - 1) % size for size in sizes]) + np.cumsum([0, *sizes[:-1]])
+    X = sp.csr_array((np.ones(ids.size), ids.ravel(), np.arange(0, ids.size + 1, len(sizes))), shape=(n, sum(sizes)))
+    return X, X @ draws.standard_normal(sum(sizes)) + draws.lognormal(0, 1, n)
+
+
+@pytest.mark.filterwarnings("ignore:rank")
+@pytest.mark.parametrize("settings", [{}, {"alpha": 1e-3}, {"alpha": 1e-3, "l1_ratio": 0.5}, {"fit_intercept": False}])
+@pytest.mark.parametrize("pairs", [0, 2**23])
+def test_sparse_rows_have_the_optimum_of_dense_ones(settings, pairs, monkeypatch):
+    monkeypatch.setattr("fullrank.randomized.interior_point.MOST_PAIRS", pairs)
+    for seed in range(3):
+        X, y = one_hot(1500, (10, 25), seed)
+        weight = np.random.default_rng(seed).integers(0, 3, 1500).astype(float) if seed else None
+        for t in (0.2, 0.5):
+            ours = QuantileRegressor(t, solver="interior_point", **settings).fit(X, y, weight)
+            dense = QuantileRegressor(t, solver="interior_point", **settings).fit(X.toarray(), y, weight)
+            assert ours.dual_gap_ <= 1e-8
+            np.testing.assert_allclose(ours.objective_, dense.objective_, rtol=2e-8)
+
+
+@pytest.mark.filterwarnings("ignore:rank")
+def test_wide_sparse_rows_are_never_made_dense():
+    X, y = one_hot(20_000, (30, 200, 170), 5)
+    tracemalloc.start()
+    try:
+        model = QuantileRegressor(0.5).fit(X, y)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert model.solver_used_ == "interior_point" and model.dual_gap_ <= 1e-8
+    assert peak < 0.7 * 8 * X.shape[0] * X.shape[1]
+    best = linprog(-y, A_eq=X.T, b_eq=np.zeros(400), bounds=(-0.5, 0.5), method="highs")  # a level each holds a one
+    np.testing.assert_allclose(model.objective_ * len(y), -best.fun, rtol=2e-8)
+
+
+def test_a_sparse_factor_is_that_of_dense_rows():
+    X = one_hot(400, (5, 9), 6)[0]
+    for A in (X, sp.csr_array(sp.hstack([X, X[:, [3]] * 2, 1e-6 * X[:, [1]] + X[:, [2]]]))):
+        R = sparse_triangular(A)
+        np.testing.assert_allclose(R.T @ R, (A.T @ A).toarray(), atol=1e-9)
+        truth = triangular(A.toarray())
+        np.testing.assert_array_equal(spanned_columns(R), spanned_columns(truth))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_vertex_is_optimal_where_the_interior_solution_is_not_unique(seed):
+    X, y = one_hot(300, (4, 8), seed)
+    y = np.round(y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        assert QuantileRegressor(0.5, solver="interior_point").fit(X.toarray(), y).dual_gap_ <= 1e-12
+
+
+def test_the_score_is_the_pinball_loss_saved_and_a_grid_search_maximises_it(tmp_path):
+    X, y = linear(400, 3, 12)
+    weight = np.random.default_rng(0).random(400)
+    model = QuantileRegressor([0.2, 0.9]).fit(X, y)
+    expected = [
+        d2_pinball_score(y, model.predict(X)[:, j], sample_weight=weight, alpha=t) for j, t in ((0, 0.2), (1, 0.9))
+    ]
+    np.testing.assert_allclose(model.score(X, y, weight), np.mean(expected))
+    np.testing.assert_allclose(model.score(ArraySource(X, y, weight, fragment_rows=90)), np.mean(expected))
+    noise = np.random.default_rng(1).standard_normal((400, 60))
+    wide = np.column_stack([X, noise])
+    search = GridSearchCV(QuantileRegressor(0.7), {"alpha": [0.0, 0.03, 100.0]}, cv=3).fit(wide, y)
+    losses = {}
+    for alpha in (0.0, 0.03, 100.0):
+        folds = [(np.delete(np.arange(400), part), part) for part in np.array_split(np.arange(400), 3)]
+        fits = [(QuantileRegressor(0.7, alpha=alpha).fit(wide[train], y[train]), part) for train, part in folds]
+        losses[alpha] = np.mean([rho(y[part] - fit.predict(wide[part]), 0.7).mean() for fit, part in fits])
+    assert search.best_params_["alpha"] == min(losses, key=losses.get) == 0.03

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as sp
 
-from fullrank.randomized import ArraySource, DaskSource, ParquetSource
+from fullrank.randomized import ArraySource, DaskSource, ParquetSource, QuantileRegressor
 from fullrank.randomized.blocks import Block
 from fullrank.randomized.sources import RowSource, as_source
 
@@ -75,8 +75,7 @@ def test_float32_and_integers_arrive_as_float64(tmp_path):
     pq.write_table(
         pa.table({"a": np.arange(5, dtype=np.int8), "b": np.ones(5, bool), "text": ["?"] * 5}), tmp_path / "t"
     )
-    source = ParquetSource(tmp_path / "t")
-    assert source.feature_names == ["a", "b"]
+    source = ParquetSource(tmp_path / "t", ["a", "b"])
     (block,) = source.iter_blocks(0)
     assert block.X.dtype == np.float64
     np.testing.assert_array_equal(block.X[:, 0], np.arange(5))
@@ -129,7 +128,7 @@ def test_parquet_errors_name_file_and_column(table, tmp_path):
     pq.write_table(pa.table({"x0": ["a"]}), tmp_path / "text.parquet")
     with pytest.raises(ValueError, match='text.parquet: column "x0" is string, expected numbers'):
         ParquetSource(tmp_path / "text.parquet", features=["x0"])
-    with pytest.raises(ValueError, match="no numeric column"):
+    with pytest.raises(ValueError, match='"x0" is string, expected numbers: name it in categories, or list'):
         ParquetSource(tmp_path / "text.parquet")
     with pytest.raises(ValueError, match="no such file"):
         ParquetSource(tmp_path / "absent.parquet")
@@ -165,3 +164,30 @@ def test_weights_and_lengths_are_checked(table):
         as_source(ArraySource(X), y)
     with pytest.raises(ValueError, match="block_rows is 0"):
         ArraySource(X, block_rows=0)
+
+
+def test_a_source_without_features_has_the_same_targets_and_does_not_read_x(table, tmp_path):
+    da = pytest.importorskip("dask.array")
+    X, y, weight = table
+
+    class Own(RowSource):
+        """A source of one's own, which has only what it must have."""
+
+        n_cols, n_targets, single_target, starts = COLUMNS, 1, True, np.array([0, 400, ROWS])
+
+        def __init__(self):
+            self.feature_names = ["a", "b", "c"]
+
+        def task(self, fragment):
+            start, stop = self.starts[fragment : fragment + 2].tolist()
+            return iter, ([Block(X[start:stop], y[start:stop], weight[start:stop], start)],)
+
+    sources = (ArraySource(X, y, weight), write(tmp_path, X, y, weight), DaskSource(da.from_array(X), y, weight), Own())
+    for source in sources:
+        bare = source.without_features()
+        empty, targets, weights = read(bare)
+        assert empty.shape == (ROWS, 0) and bare.n_cols == 0 and source.n_cols == COLUMNS
+        np.testing.assert_array_equal(targets, y)
+        np.testing.assert_array_equal(weights, weight)
+    whole, own = (QuantileRegressor(0.3, random_state=0).fit(source) for source in (sources[0], sources[3]))
+    np.testing.assert_allclose(own.coef_, whole.coef_)

@@ -17,10 +17,11 @@ from fullrank.randomized import (
     SubsampledNewtonRegressor,
 )
 from fullrank.randomized.curvature import (
+    Constant,
     Draw,
     Problem,
     Sample,
-    draw_only,
+    draw_by_target,
     evaluate,
     full_curvature,
     gram,
@@ -134,7 +135,7 @@ def test_the_sampled_hessian_is_right_in_the_mean(sampling: Any) -> None:
     for stream in range(500):
         draw = Draw(sampling, 60, 1.0, 0, stream, basis)
         draw = draw._replace(mass=float(draw.scores(X, True, curvature).sum()))
-        sample = Sample.joined(whole.total(evaluate, coef=coef, draw=draw, first=False).sample)
+        sample = Sample.joined(whole.total(evaluate, coef=coef, draw=draw).sample)
         slope = LOSSES["logistic"](sample.rows @ coef, sample.target).curvature
         draws.append(gram(sample.rows, sample.weight * slope))
     error = np.mean(draws, axis=0) - hessian
@@ -159,7 +160,8 @@ def test_leverage_scores_sum_to_the_effective_dimension_and_become_row_norms_und
 def test_projected_leverage_scores_are_within_a_factor_of_two_for_99_rows_in_100() -> None:
     X, y = logistic_table(20_000, 40, 8)
     whole = problem(X, y)
-    sample = Sample.joined(whole.total(draw_only, draw=Draw("uniform", 2000, 20_000, 0, 0)))
+    draw = Draw("uniform", 2000, 20_000, 0, 0)
+    sample = Sample.joined(whole.total(draw_by_target, draw=draw, constant=Constant.of(whole)))
     curvature = LOSSES["logistic"](np.zeros(len(y)), y).curvature
     exact = full_curvature(whole, np.zeros(40)).basis(40, np.random.default_rng(0))
     sampled = sampled_curvature(whole, sample, np.zeros(40))
@@ -312,3 +314,49 @@ def test_targets_and_rows_that_no_model_fits_are_refused() -> None:
         SubsampledNewtonRegressor().fit(X, np.arange(6), [1, 1, 1, 1, 1, -1])
     with pytest.raises(ValueError, match="brings its own target"):
         SubsampledNewtonClassifier().fit(ArraySource(X, np.arange(6)), np.arange(6))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("rate", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
+def test_rare_clicks_are_fitted_to_the_minimum_for_every_seed(rate: float, sparse: bool) -> None:
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        n = 10_000 if rate > 1e-4 else 40_000
+        X = rng.standard_normal((n, 5)) * (rng.random((n, 5)) < 0.5 if sparse else 1)
+        y = (rng.random(n) < 1 / (1 + np.exp(-(X[:, 0] + np.log(rate) - 0.5)))).astype(float)
+        y[0] = 1
+        rows = sp.csr_array(X) if sparse else X
+        ours = SubsampledNewtonClassifier(random_state=seed).fit(rows, y)
+        theirs = LogisticRegression(solver="newton-cholesky", tol=1e-9).fit(rows, y)
+        found, best = (
+            np.logaddexp(0, m.decision_function(rows)) @ np.ones(n)
+            - y @ m.decision_function(rows)
+            + m.coef_[0] @ m.coef_[0] / 2
+            for m in (ours, theirs)
+        )
+        assert found <= best * (1 + 1e-8)
+        assert ours.history_[0].value < n  # the start knows how rare clicks are
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("mean", [1e-3, 1e4, 1e9])
+def test_counts_of_any_size_are_fitted(mean: float, free: bool) -> None:
+    rng = np.random.default_rng(21)
+    X = np.column_stack([rng.standard_normal((4000, 2)), np.ones(4000)])
+    y = rng.poisson(mean * np.exp(0.5 * X[:, 0])).astype(float)
+    for sampling in ("leverage", "none"):
+        model = SubsampledNewtonRegressor("poisson", alpha=1e-3, sampling=sampling, fit_intercept=free, random_state=0)
+        slope = np.exp(X @ model.fit(X, y).coef_ + model.intercept_) - y
+        assert np.abs(X.T @ slope + 1e-3 * model.coef_).max() <= 1e-6 * max(len(y), np.abs(X.T @ y).max())
+
+
+def test_a_fit_that_stops_early_says_how_far_it_is_from_the_minimum() -> None:
+    X, y = logistic_table(5000, 5, 22)
+    best = SubsampledNewtonClassifier().fit(X, y).history_[-1].value
+    with pytest.warns(ConvergenceWarning, match=r"1 steps, with about [0-9.e+-]+ of the objective left") as told:
+        early = SubsampledNewtonClassifier(sampling="none", max_iter=1).fit(X, y)
+    stated = float(str(told[0].message).split("about ")[1].split(" of")[0])
+    true = early.history_[-1].value / best - 1
+    assert 0.1 * true < stated < 10 * true

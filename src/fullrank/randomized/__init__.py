@@ -9,14 +9,16 @@ with needs("randomized", "fullrank.randomized"):
     from fullrank.randomized.calibration import LogitCalibrator
     from fullrank.randomized.discrepancy import box_discrepancy
     from fullrank.randomized.generalized_linear import SubsampledNewtonClassifier, SubsampledNewtonRegressor
+    from fullrank.randomized.inference import StandardErrors, standard_errors
     from fullrank.randomized.least_squares import LstsqResult, lstsq
     from fullrank.randomized.leverage import leverage_scores
     from fullrank.randomized.linear_regression import RandomizedLinearRegression, RandomizedRidge
+    from fullrank.randomized.parquet import ParquetSource
     from fullrank.randomized.pwsgd import PreconditionedSGDRegressor
     from fullrank.randomized.qmc import QMCFeatures, kernel_error
     from fullrank.randomized.quantile import LADRegressor, QuantileRegressor
     from fullrank.randomized.sketches import Sketch, sketch
-    from fullrank.randomized.sources import ArraySource, DaskSource, ParquetSource, RowSource
+    from fullrank.randomized.sources import ArraySource, DaskSource, RowSource
     from fullrank.randomized.tensor_machine import TensorMachineClassifier, TensorMachineRegressor
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "RandomizedRidge",
     "RowSource",
     "Sketch",
+    "StandardErrors",
     "SubsampledNewtonClassifier",
     "SubsampledNewtonRegressor",
     "TensorMachineClassifier",
@@ -42,4 +45,5 @@ __all__ = [
     "leverage_scores",
     "lstsq",
     "sketch",
+    "standard_errors",
 ]

@@ -77,7 +77,8 @@ class Block:
 
     def targets(self) -> Array:
         """y as a matrix, shape (k, t)."""
-        return self.target.reshape(len(self), -1)
+        y = self.target
+        return y[:, None] if y.ndim == 1 else y
 
     def weights(self) -> Array:
         """Weights of the rows, ones where there are none, shape (k,)."""

@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solveh_banded
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from fullrank.randomized.blocks import Array
@@ -24,8 +25,10 @@ _RULES = {"method": one_of(*METHODS), "n_knots": integer(2), "smoothing": number
 _LOGISTIC = LOSSES["logistic"]
 
 
-class LogitCalibrator(BaseEstimator):  # type: ignore[misc]
+class LogitCalibrator(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Calibrated log-odds as a function of log-odds, of the largest likelihood on held-out rows.
+
+    A transformer of one column: (n,) gives (n,), and (n, 1), as in a pipeline, gives (n, 1).
 
     Args:
         method: "piecewise": linear between knots at quantiles of the log-odds, never falling, and of slope 1 outside of
@@ -57,12 +60,13 @@ class LogitCalibrator(BaseEstimator):  # type: ignore[misc]
         """Fit.
 
         Args:
-            logits: shape (n,), log-odds by the model, of rows that it was not trained on.
+            logits: shape (n,) or (n, 1), log-odds by the model, of rows that it was not trained on.
             y: shape (n,), what happened: 0 or 1, or anything between.
             sample_weight: shape (n,), at least 0.
         """
         check_parameters(self, _RULES)
-        z, y = _vector(logits, "logits"), _vector(y, "y")
+        self.n_features_in_ = 1
+        z, y = _column(logits), _vector(y, "y")
         weight = np.ones(len(z)) if sample_weight is None else _vector(sample_weight, "sample_weight")
         if not len(z) == len(y) == len(weight):
             raise ValueError(f"{len(z)} logits, {len(y)} targets, {len(weight)} weights: expected as many of each")
@@ -84,20 +88,27 @@ class LogitCalibrator(BaseEstimator):  # type: ignore[misc]
         return self
 
     def transform(self, logits: Any) -> Array:
-        """Calibrated log-odds, shape (n,)."""
+        """Calibrated log-odds, in the shape of the logits."""
         check_is_fitted(self)
-        z = _vector(logits, "logits")
+        z = _column(logits)
         knots, values = self.knots_, self.values_
         calibrated: Array
         if self.method == "piecewise":
             calibrated = np.interp(z, knots, values) + np.minimum(z - knots[0], 0.0) + np.maximum(z - knots[-1], 0.0)
         else:
             calibrated = values[0] + (values[-1] - values[0]) / (knots[-1] - knots[0]) * (z - knots[0])
-        return calibrated
+        return calibrated.reshape(np.shape(logits))
 
     def predict_proba(self, logits: Any) -> Array:
         """Calibrated probabilities, shape (n,)."""
-        return _LOGISTIC(self.transform(logits), np.zeros(len(logits))).slope
+        calibrated = np.ravel(self.transform(logits))
+        return _LOGISTIC(calibrated, np.zeros(len(calibrated))).slope
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.one_d_array, tags.input_tags.two_d_array = True, False
+        tags.target_tags.required, tags.requires_fit = True, True
+        return tags
 
     def _affine(self, z: Array, y: Array, weight: Array) -> tuple[float, float]:
         """Shift and slope; a slope below 0 would turn the ranking round, and becomes 0."""
@@ -182,8 +193,17 @@ def _weighted_quantiles(z: Array, weight: Array, count: int) -> Array:
     return np.unique(z[order][np.minimum(places, len(z) - 1)])
 
 
+def _column(logits: Any) -> Array:
+    """(n,) of (n,) or (n, 1)."""
+    values = np.asarray(logits)
+    return _vector(values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values, "logits")
+
+
 def _vector(values: Any, name: str) -> Array:
-    array = np.asarray(values, dtype=np.float64)
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} are no numbers, expected (n,)") from None
     if array.ndim != 1:
         raise ValueError(f"{name} has shape {array.shape}, expected (n,)")
     if not np.isfinite(array).all():

@@ -39,6 +39,9 @@ class ColumnSource(RowSource):
         read, arguments = self.source.task(fragment)
         return _kept_blocks, (read, self.kept, *arguments)
 
+    def without_features(self) -> RowSource:
+        return self.source.without_features()
+
 
 def _kept_blocks(read: Callable[..., Iterator[Block]], kept: NDArray[np.intp], *arguments: Any) -> Iterator[Block]:
     for block in read(*arguments):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
+import scipy.sparse as sp
 
 from fullrank.randomized.blocks import Array, Block
 from fullrank.randomized.engine import Executor, map_reduce
@@ -27,6 +28,7 @@ from fullrank.randomized.sketches import Sketch, sketch_blocks
 from fullrank.randomized.sources import RowSource
 
 L1_KINDS = ("spc1", "spc2", "spc3", "cauchy", "none")
+_TINY = np.finfo(float).tiny
 _DRAWS = 4  # a Cauchy variable can hide a rare column; so often is a sketch drawn before the column counts as dependent
 
 
@@ -69,6 +71,37 @@ def preconditioner(R: Array, rcond: float | None = None) -> Preconditioner:
 def triangular(rows: Array) -> Array:
     """R of rows = QR, shape (min(rows, columns), columns)."""
     return np.asarray(np.linalg.qr(rows, mode="r"))
+
+
+def sparse_triangular(A: sp.csr_array) -> Array:
+    """R with R'R = A'A, shape (q, q), upper triangular; rows of zero for columns that those before them span.
+
+    It comes from A'A: rows that are not sparse in R are never formed. A column that A'A takes for a combination of
+    others is held against them itself, and one that only comes near to it makes the rows dense.
+    """
+    q = A.shape[1]
+    gram = np.asarray((A.T @ A).toarray())
+    scale = np.sqrt(np.maximum(np.diag(gram), 0))
+    left = gram / np.outer(scale, scale + (scale == 0)).clip(_TINY)
+    R, kept, spanned = np.zeros((q, q)), [], []
+    for j in range(q):
+        pivot = left[j, j]
+        if scale[j] > 0 and pivot > 1e-9:
+            R[j, j:] = left[j, j:] / sqrt(pivot)
+            left[j + 1 :, j + 1 :] -= np.outer(R[j, j + 1 :], R[j, j + 1 :])
+            kept.append(j)
+        else:
+            spanned.append(j)
+    if spanned:
+        K = R[np.ix_(kept, kept)]
+        rest = A[:, spanned].toarray()
+        for _ in range(3):
+            projected = A[:, kept].T @ rest / scale[kept, None]
+            coef = scipy.linalg.solve_triangular(K, scipy.linalg.solve_triangular(K, projected, trans="T"))
+            rest = rest - A[:, kept] @ (coef / scale[kept, None])
+        if (np.linalg.norm(rest, axis=0) > 1e-12 * scale[spanned]).any():
+            return triangular(np.vstack([A.toarray(), np.zeros((q, q))]))
+    return R * scale
 
 
 def qr_blocks(blocks: Iterator[Block], intercept: bool, target: bool, weight_power: float = 0.5) -> Array:

@@ -15,7 +15,7 @@ the last sampled Hessian, renewed with every draw inside the pass for the gradie
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -33,7 +33,7 @@ from fullrank.randomized.sources import RowSource
 Sampling = Literal["leverage", "row_norm", "uniform", "none"]
 # Beyond this many unknowns the Hessian is not formed: conjugate gradients multiply by its rows instead.
 LARGEST_DENSE = 2000
-HALVINGS = 0.5 ** np.arange(1, 11)
+HALVINGS = 0.5 ** np.arange(1, 11)  # of a step, tried in one pass
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,18 @@ class Problem:
 
 
 class Sample(NamedTuple):
-    """Drawn rows (s, p) with the intercept's ones, their targets, and their weights over the odds of being drawn."""
+    """Drawn rows (s, p) with the intercept's ones, their targets, their weights over the odds of being drawn, and those
+    odds."""
 
     rows: Any
     target: Array
     weight: Array
+    odds: Array
 
     @staticmethod
     def joined(parts: list[Sample]) -> Sample:
         stack = sp.vstack if sp.issparse(parts[0].rows) else np.vstack
-        return Sample(stack([part.rows for part in parts]), *(np.concatenate([p[i] for p in parts]) for i in (1, 2)))
+        return Sample(stack([part.rows for part in parts]), *(np.concatenate([p[i] for p in parts]) for i in (1, 2, 3)))
 
 
 class Draw(NamedTuple):
@@ -118,18 +120,43 @@ class Draw(NamedTuple):
         kept, importance = poisson_sample(score / self.certain, self.seed, block.start, self.stream)
         if not len(kept):
             return None
-        if block.weight is not None:
-            importance = importance * block.weight[kept]
-        return Sample(_with_ones(block.X[kept], free), block.target[kept], importance)
+        weight = importance if block.weight is None else importance * block.weight[kept]
+        return Sample(_with_ones(block.X[kept], free), block.target[kept], weight, 1 / importance)
+
+
+class Constant(NamedTuple):
+    """The best model without features, or, without an intercept, the one whose margins are 0.
+
+    Attributes:
+        weight: of all rows.
+        mean: of the targets.
+        margin: of every row.
+        deviation: mean of |target - mean|.
+        value: the objective.
+    """
+
+    weight: float
+    mean: float
+    margin: float
+    deviation: float
+    value: float
+
+    @staticmethod
+    def of(problem: Problem) -> Constant:
+        """Two passes over targets and weights alone. Raises ValueError at a target that the loss has no value for."""
+        bare = replace(problem, source=problem.source.without_features())
+        weight, total = bare.total(_target_sums)
+        mean = total / weight
+        margin = problem.loss.margin_of(mean) if problem.fit_intercept else 0.0
+        deviation, value = bare.total(_deviation_sums, mean=mean, margin=margin)
+        return Constant(weight, mean, margin, deviation / weight, value)
 
 
 @dataclass
 class Sums:
-    """Objective, the objective where all margins are 0, and gradient, without the penalty; mass of the draw, and what
-    was drawn."""
+    """Objective and gradient, without the penalty; mass of the draw, and what was drawn."""
 
     value: float
-    at_zero: float
     gradient: Array
     mass: float
     sample: list[Sample]
@@ -137,7 +164,6 @@ class Sums:
     def __add__(self, other: Sums) -> Sums:
         return Sums(
             self.value + other.value,
-            self.at_zero + other.at_zero,
             self.gradient + other.gradient,
             self.mass + other.mass,
             self.sample + other.sample,
@@ -146,33 +172,45 @@ class Sums:
 
 def _summed(blocks: Iterator[Block], function: Callable[[Block], Any]) -> Any:
     total = None
-    for block in blocks:
-        part = function(block)
-        total = part if total is None else total + part
+    with np.errstate(over="ignore", invalid="ignore"):  # of a step that the line search will turn down
+        for block in blocks:
+            part = function(block)
+            total = part if total is None else total + part
     return total
 
 
-def evaluate(block: Block, *, loss: Loss, free: bool, coef: Array, draw: Draw | None, first: bool) -> Sums:
-    """Objective and gradient at `coef`, and rows drawn by their curvature there; targets are checked the first time."""
-    if first:
-        loss.check_target(block.target, block.start)
+def _target_sums(block: Block, *, loss: Loss, free: bool) -> Array:
+    """Sums of weights and of weighted targets."""
+    loss.check_target(block.target, block.start)
+    return np.array([block.weights().sum(), _weighted(block.target, block).sum()])
+
+
+def _deviation_sums(block: Block, *, loss: Loss, free: bool, mean: float, margin: float) -> Array:
+    y = block.target
+    value = loss.value(np.full(len(y), margin), y)
+    return np.array([_weighted(np.abs(y - mean), block).sum(), _weighted(value, block).sum()])
+
+
+def evaluate(block: Block, *, loss: Loss, free: bool, coef: Array, draw: Draw | None) -> Sums:
+    """Objective and gradient at `coef`, and rows drawn by their curvature there."""
     derivatives = loss(_margin(block.X, coef), block.target)
     slope = _weighted(derivatives.slope, block)
     gradient = block.X.T @ slope
     if free:
         gradient = np.append(gradient, slope.sum())
     value = float(_weighted(derivatives.value, block).sum())
-    zero = float(_weighted(loss.value(np.zeros(len(slope)), block.target), block).sum()) if first else 0.0
     if draw is None:
-        return Sums(value, zero, gradient, 0.0, [])
+        return Sums(value, gradient, 0.0, [])
     score = draw.scores(block.X, free, _weighted(derivatives.curvature, block))
     sample = draw.sample(block, free, score)
-    return Sums(value, zero, gradient, float(np.minimum(score, draw.certain).sum()), [] if sample is None else [sample])
+    return Sums(value, gradient, float(np.minimum(score, draw.certain).sum()), [] if sample is None else [sample])
 
 
-def draw_only(block: Block, *, loss: Loss, free: bool, draw: Draw) -> list[Sample]:
-    """A uniform sample: nothing of the other rows is read."""
-    sample = draw.sample(block, free, np.ones(block.X.shape[0]))
+def draw_by_target(block: Block, *, loss: Loss, free: bool, draw: Draw, constant: Constant) -> list[Sample]:
+    """Rows drawn by their weight, half of them times how far the target is from the mean: of clicks and rows without
+    one this half has as many, however rare clicks are. Nothing of the other rows is read."""
+    share = np.abs(block.target - constant.mean) / constant.deviation if constant.deviation > 0 else 1.0
+    sample = draw.sample(block, free, 0.5 * block.weights() * (1.0 + share))
     return [] if sample is None else [sample]
 
 
@@ -194,10 +232,10 @@ def _hessian_diagonal(block: Block, *, loss: Loss, free: bool, coef: Array) -> A
     return np.append(diagonal, curvature.sum()) if free else diagonal
 
 
-def values_along(block: Block, *, loss: Loss, free: bool, coef: Array, direction: Array) -> Array:
-    """Objective at coef + h direction for every h of the halvings."""
+def values_along(block: Block, *, loss: Loss, free: bool, coef: Array, direction: Array, lengths: Array) -> Array:
+    """Objective at coef + h direction for every length h."""
     margin, change = _margin(block.X, coef), _margin(block.X, direction)
-    return np.array([_weighted(loss.value(margin + h * change, block.target), block).sum() for h in HALVINGS])
+    return np.array([_weighted(loss.value(margin + h * change, block.target), block).sum() for h in lengths])
 
 
 def gram(X: Any, weight: Array, free: bool = False) -> Array:
@@ -231,7 +269,10 @@ def _weighted(values: Array, block: Block) -> Array:
 
 
 def _row_squares(X: Any) -> Array:
-    return np.asarray(X.multiply(X).sum(axis=1)).ravel() if sp.issparse(X) else np.einsum("ij,ij->i", X, X)
+    if not sp.issparse(X):
+        return np.asarray(np.einsum("ij,ij->i", X, X))
+    squares = sp.csr_array((np.square(X.data), X.indices, X.indptr), shape=X.shape)
+    return np.asarray(squares @ np.ones(X.shape[1]))
 
 
 def _with_ones(X: Any, free: bool) -> Any:
@@ -301,7 +342,7 @@ def full_curvature(problem: Problem, coef: Array) -> Curvature:
 
 def sampled_curvature(problem: Problem, sample: Sample, coef: Array) -> Curvature:
     """The Hessian at `coef` as estimated from drawn rows."""
-    rows, target, weight = sample
+    rows, target, weight, _ = sample
     curvature = weight * problem.loss(rows @ coef, target).curvature
     if problem.size <= LARGEST_DENSE:
         return Cholesky(gram(rows, curvature), problem.ridge(), len(target))

@@ -106,7 +106,8 @@ class _SubsampledNewton(TableEstimator):
         )
         if not result.converged:
             warnings.warn(
-                f"{type(self).__name__} stopped after {len(result.history) - 1} steps with a gradient of "
+                f"{type(self).__name__} stopped after {len(result.history) - 1} steps, with about "
+                f"{result.excess:.1e} of the objective left to gain and a gradient of "
                 f"{result.history[-1].gradient:.3g}: raise max_iter or the penalty, or check that an optimum exists",
                 ConvergenceWarning,
                 stacklevel=3,

@@ -19,6 +19,7 @@ implementation of a primal-dual interior point method, SIAM J. Optimization 1992
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -27,6 +28,7 @@ from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from fullrank.randomized.blocks import Array
 
 CHUNK = 2048  # rows of a weighted copy that stays in cache
+MOST_PAIRS = 2**23  # products of two entries of a sparse row that are kept, 160 MiB
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,46 @@ class InteriorPointResult:
 
 def weighted_gram(A: Array | sparse.csr_array, q: Array) -> Array:
     """A' diag(q) A for q >= 0, without a weighted copy of all of A."""
-    if sparse.issparse(A):
-        return np.asarray((A.T @ sparse.csr_array(A).multiply(q[:, None]).tocsr()).toarray())
-    gram = np.zeros((A.shape[1], A.shape[1]))
-    root = np.sqrt(q)
-    for low in range(0, len(A), CHUNK):
-        part = A[low : low + CHUNK] * root[low : low + CHUNK, None]
-        gram += part.T @ part
-    return gram
+    return Gram(A)(q)
+
+
+class Gram:
+    """A' diag(q) A as a function of q >= 0, for rows (n, d), dense or CSR.
+
+    Of sparse rows the pairs of entries are laid out once: a product is then a sum by position.
+    """
+
+    def __init__(self, A: Any) -> None:
+        self.A = A
+        if not sparse.issparse(A):
+            return
+        counts = np.diff(A.indptr)
+        self.pairs = np.square(counts).sum()
+        if self.pairs > MOST_PAIRS:
+            return
+        d = A.shape[1]
+        wide = np.repeat(counts, counts)  # each entry meets all entries of its row
+        self.row = np.repeat(np.repeat(np.arange(len(counts)), counts), wide)
+        first = np.repeat(np.arange(A.nnz), wide)
+        begin = np.repeat(np.repeat(A.indptr[:-1], counts), wide)
+        second = begin + np.arange(len(first)) - np.repeat(np.cumsum(wide) - wide, wide)
+        self.place = A.indices[first].astype(np.int64) * d + A.indices[second]
+        self.product = A.data[first] * A.data[second]
+
+    def __call__(self, q: Array) -> Array:
+        A, d = self.A, self.A.shape[1]
+        if sparse.issparse(A):
+            if self.pairs <= MOST_PAIRS:
+                found = np.bincount(self.place, self.product * q[self.row], minlength=d * d)
+                return np.asarray(found.reshape(d, d), dtype=np.float64)
+            weighted = sparse.csr_array((A.data * np.repeat(q, np.diff(A.indptr)), A.indices, A.indptr), shape=A.shape)
+            return np.asarray((A.T @ weighted).toarray())
+        gram = np.zeros((d, d))
+        root = np.sqrt(q)
+        for low in range(0, len(A), CHUNK):
+            part = A[low : low + CHUNK] * root[low : low + CHUNK, None]
+            gram += part.T @ part
+        return gram
 
 
 def factor(gram: Array) -> tuple[Array, bool]:
@@ -105,14 +139,20 @@ def frisch_newton(
     c = np.zeros(d) if linear is None else linear
     l2 = np.zeros(d) if ridge is None else ridge
     target = A.T @ (1 - t) + c
+    gram = Gram(A)
     if start is None:
-        beta = cho_solve(factor(weighted_gram(A, np.ones(n)) + np.diag(l2)), A.T @ b)
+        beta = cho_solve(factor(gram(np.ones(n)) + np.diag(l2)), A.T @ b)
     else:
         beta = np.array(start, dtype=np.float64)
     residual = b - A @ beta
+    size = np.abs(residual)
+    largest = float(np.abs(b).max(initial=0.0))
+    if linear is None and not largest:
+        return InteriorPointResult(np.zeros(d), np.zeros(n), 0.0, 0, True)
     # Deviation: Portnoy and Koenker start on the boundary; here each part of a residual is at least a hundredth of the
     # median one, because the first steps are then longer and a residual of zero needs no case of its own.
-    floor = 0.01 * float(np.median(np.abs(residual))) + 1e-12 * np.abs(b).max(initial=0.0) + 1e-300
+    typical = float(np.median(size)) or float(size.mean()) or (scale or 1.0) / n
+    floor = 0.01 * typical + 1e-12 * largest
     u, v = np.maximum(residual, 0) + floor, np.maximum(-residual, 0) + floor
     # 1 - t is feasible where c is zero. With c most entries end far from it, and an extreme t is near the boundary.
     x = 1 - t if linear is None else np.full(n, 0.5)
@@ -124,15 +164,15 @@ def frisch_newton(
     for iteration in range(max_iter + 1):
         gap = float(u @ s + v @ x)
         short = target + l2 * beta - A.T @ x
-        size = scale
-        if size is None:
-            size = float(t @ u + (1 - t) @ v + c @ beta + 0.5 * l2 @ beta**2)
-        converged = gap <= tol * max(abs(size), 1e-300) and bool((np.abs(short) <= 1e-6 * reach).all())
+        whole = scale
+        if whole is None:
+            whole = float(t @ u + (1 - t) @ v + c @ beta + 0.5 * l2 @ beta**2)
+        converged = gap <= tol * max(abs(whole), 1e-300) and bool((np.abs(short) <= 1e-6 * reach).all())
         # A gap that only grows: with this `linear` term the sum has no minimum.
         if converged or iteration == max_iter or not gap <= limit:
             break
         q = 1 / (u / s + v / x)
-        lower = factor(weighted_gram(A, q) + np.diag(l2))
+        lower = factor(gram(q) + np.diag(l2))
         residual = u - v
         plain = A.T @ (q * residual) - short
         d_beta = cho_solve(lower, plain)
@@ -151,20 +191,20 @@ def frisch_newton(
             primal, dual = _step(x, d_x, s, -d_x), _step(u, d_u, v, d_v)
         x, s = x + primal * d_x, s - primal * d_x
         u, v, beta = u + dual * d_u, v + dual * d_v, beta + dual * d_beta
-    return InteriorPointResult(beta, _balanced(A, x, target + l2 * beta) - (1 - t), gap, iteration, converged)
-
-
-def _balanced(A: Array | sparse.csr_array, x: Array, target: Array) -> Array:
-    """x in [0, 1] moved as little as its distance from the bounds tells, so that A'x = target up to rounding."""
-    x = np.clip(x, 0, 1)
+    z = np.clip(x, 0, 1) - (1 - t)
     for _ in range(2):
-        room = x * (1 - x)
-        try:
-            step = cho_solve(factor(weighted_gram(A, room)), target - A.T @ x)
-        except LinAlgError:
-            break
-        x = np.clip(x + room * (A @ step), 0, 1)
-    return x
+        z = balanced(A, z, t, c + l2 * beta - A.T @ z)
+    return InteriorPointResult(beta, z, gap, iteration, converged)
+
+
+def balanced(A: Array | sparse.csr_array, z: Array, quantile: float | Array, short: Array) -> Array:
+    """z in [t - 1, t] moved as little as its distance from the bounds tells, so that A'z rises by `short`, (d,)."""
+    room = (quantile - z) * (z - (quantile - 1))
+    try:
+        step = cho_solve(factor(weighted_gram(A, np.maximum(room, 0))), short)
+    except LinAlgError:
+        return z
+    return np.asarray(np.clip(z + room * (A @ step), quantile - 1, quantile), dtype=np.float64)
 
 
 def _step(first: Array, d_first: Array, second: Array, d_second: Array) -> float:

@@ -9,6 +9,8 @@
 | sketch | 1 | solves the sketch instead: a few per cent above the smallest residual |
 | auto | 1, 2 or 3 | normal if the condition is below 1e4, its Cholesky factor for N below 1e6, else gram |
 
+Where the residual is so small beside b that sums of squares do not show it, one more pass measures it.
+
 Sources: Yang, Meng and Mahoney, Implementing Randomized Matrix Algorithms in Parallel and Distributed Environments,
 arXiv 1502.03032; Meng, Saunders and Mahoney, LSRN, 2014 (chebyshev); Yamamoto et al., CholeskyQR2, 2015 (the middle of
 auto).
@@ -46,7 +48,9 @@ NORMAL_CONDITION = 1e4  # normal equations then err by about 1e-8 relative
 CHOLESKY_CONDITION = 1e6
 GOOD, HOPELESS = 100.0, 1e14  # condition of (A N)'(A N) above which it repairs N, and above which N is drawn anew
 LOST = 1e-22  # |A null|^2 per column, whose norm is 1: what the sketch calls null is not
+SEEN = 1e-9  # |b - A x|^2 over |b|^2 below which it is not computed from A'A, A'b and |b|^2
 _DRAWS = 4
+_DRAWN = 1000  # rows that are drawn at least: of few columns they cost nothing
 _TINY = np.finfo(float).tiny
 
 
@@ -101,7 +105,7 @@ def lstsq(
         precision: "high", or "low", which is method "sketch".
         method: see the table above.
         sketch: a kind of `Sketch`; for method "sketch" also "leverage" or "uniform", which draw rows.
-        sketch_size: rows of the sketch; 20 q when omitted.
+        sketch_size: rows of the sketch; 20 q when omitted, and 1,000 at least of "leverage" and "uniform".
         alpha: ridge penalty, not on the intercept.
         fit_intercept: put a column of ones before A.
         sample_weight: shape (n,), non-negative.
@@ -158,7 +162,8 @@ class _Solver:
 
     def __post_init__(self) -> None:
         self.q = self.source.n_cols + self.intercept
-        self.size = 20 * self.q if self.sketch_size is None else self.sketch_size
+        least = _DRAWN if self.kind in SAMPLES else 0
+        self.size = max(20 * self.q, least) if self.sketch_size is None else self.sketch_size
         if self.size < self.q:
             raise ValueError(f"sketch_size is {self.size}, expected at least the {self.q} columns")
         self.penalty_Q = np.full(self.q, float(self.alpha))
@@ -272,9 +277,8 @@ class _Solver:
         if method == "auto" and condition > NORMAL_CONDITION:
             return self.gram_passes("cholesky", basis, x, passes=2, always=refine)
         squares = norms2 - 2 * np.einsum("qt,qt->t", x, rhs) + np.einsum("qt,qp,pt->t", x, gram, x)
-        residual = np.sqrt(np.maximum(squares, 0))
         if not refine:
-            return self.result("normal", x, basis, residual_norm=residual)
+            return self.result("normal", x, basis, residual_norm=self.residual_norm(x, squares, norms2))
         return self.gram_passes("normal", basis, x, passes=1)
 
     # A sketch for the basis, then normal equations or iterations in it.
@@ -316,8 +320,14 @@ class _Solver:
                 L = np.linalg.cholesky(penalised)
                 basis = basis._replace(N=scipy.linalg.solve_triangular(L, basis.N.T, lower=True).T)
         squares = rr - 2 * np.einsum("rt,rt->t", step, Ur) + np.einsum("rt,rs,st->t", step, UU, step)
-        norm = np.sqrt(np.maximum(squares, 0))
+        norm = self.residual_norm(x, squares, rr)
         return self.result(method, x, basis, n_iter=k + 1, residual_norm=norm, relative_gradient=measured)
+
+    def residual_norm(self, x: Array, squares: Array, terms: Array) -> Array:
+        """Roots of `squares`, (t,), sums of terms of this size; one more pass where the sum has lost its digits."""
+        if (squares < SEEN * terms).any():
+            squares = self.map(_gradient, x=x)[1]
+        return np.sqrt(squares)
 
     def relative_gradient(self, basis: Preconditioner, gradient: Array, squares: Array) -> float:
         full = np.linalg.lstsq(basis.N.T, gradient, rcond=None)[0]
@@ -363,7 +373,7 @@ class _Solver:
         Nz = N @ z
         fitted2 = (z * (start - residual)).sum(axis=0) - (penalty * Nz**2).sum(axis=0)
         squares = rr - 2 * (Nz * Ar).sum(axis=0) + fitted2
-        norm = np.sqrt(np.maximum(squares, 0))
+        norm = self.residual_norm(x + Nz, squares, rr)
         return self.result(method, x + Nz, basis, n_iter=max(n_iter, 1), residual_norm=norm)
 
 

@@ -27,6 +27,10 @@ class Loss(Protocol):
 
     def value(self, margin: Array, target: Array) -> Array: ...
 
+    def margin_of(self, mean: float) -> float:
+        """The margin that all rows have under the best model without features, whose targets have this mean; 0 if no
+        margin is the best."""
+
     def check_target(self, target: Array, first_row: int = 0) -> None:
         """Raises:
         ValueError: if a target is impossible under this loss; names its row, counted from `first_row`.
@@ -46,6 +50,9 @@ class Logistic:
     def value(self, margin: Array, target: Array) -> Array:
         return np.maximum(margin, 0.0) + np.log1p(np.exp(-np.abs(margin))) - target * margin
 
+    def margin_of(self, mean: float) -> float:
+        return float(np.log(mean) - np.log1p(-mean)) if 0 < mean < 1 else 0.0
+
     def check_target(self, target: Array, first_row: int = 0) -> None:
         _require((target >= 0) & (target <= 1), target, first_row, "between 0 and 1")
 
@@ -59,6 +66,9 @@ class Squared:
 
     def value(self, margin: Array, target: Array) -> Array:
         return 0.5 * np.square(margin - target)
+
+    def margin_of(self, mean: float) -> float:
+        return mean
 
     def check_target(self, target: Array, first_row: int = 0) -> None:
         """Every number will do."""
@@ -76,6 +86,9 @@ class Poisson:
     def value(self, margin: Array, target: Array) -> Array:
         with np.errstate(over="ignore"):
             return np.exp(margin) - target * margin
+
+    def margin_of(self, mean: float) -> float:
+        return float(np.log(mean)) if mean > 0 else 0.0
 
     def check_target(self, target: Array, first_row: int = 0) -> None:
         _require(target >= 0, target, first_row, "0 or more")

@@ -5,10 +5,11 @@
 
 Source: Xu, Yang, Roosta, Ré and Mahoney, Sub-sampled Newton Methods with Non-uniform Sampling, arXiv 1607.00559.
 
-Deviations: the paper is local and takes unit steps; here the first point solves the problem of a uniform sample of rows
-and steps are halved until the objective falls enough. The paper draws rows for every step; here for every third, and
-between two draws the inverse Hessian is corrected by the last steps and changes of the gradient, both exact (the two
-loops of L-BFGS): as few steps, most at the cost of a gradient. `refresh=1, memory=0` is the paper's iteration.
+Deviations: the paper is local and takes unit steps; here the first point solves the problem of a sample of rows,
+stratified by the target, and steps are halved until the objective falls enough. The paper draws rows for every step;
+here for every third, and between two draws the inverse Hessian is corrected by the last steps and changes of the
+gradient, both exact (the two loops of L-BFGS): as few steps, most at the cost of a gradient. `refresh=1, memory=0` is
+the paper's iteration.
 """
 
 # Shapes: d columns, p = d + 1 with an intercept (its entry is last) else d.
@@ -27,13 +28,14 @@ from fullrank.randomized.blocks import Array
 from fullrank.randomized.curvature import (
     HALVINGS,
     Cholesky,
+    Constant,
     Curvature,
     Draw,
     Problem,
     Sample,
     Sampling,
     Sums,
-    draw_only,
+    draw_by_target,
     evaluate,
     full_curvature,
     sampled_curvature,
@@ -42,6 +44,7 @@ from fullrank.randomized.curvature import (
 from fullrank.randomized.sources import ArraySource
 
 _ARMIJO = 1e-4
+_TINY = np.finfo(float).tiny
 _DIRECTIONS = 8  # of the random projection that estimates leverage scores
 _ROWS_PER_UNKNOWN = 50
 _FIRST_ROWS_PER_UNKNOWN = 20
@@ -65,11 +68,13 @@ class NewtonResult:
     Attributes:
         coef: shape (p,), the intercept last.
         converged: whether both stopping rules were met.
+        excess: what is left to gain, relative to the objective, by the quadratic model.
         history: one `Step` per accepted point, the first included.
     """
 
     coef: Array
     converged: bool
+    excess: float
     history: list[Step]
 
 
@@ -90,8 +95,9 @@ def subsampled_newton(
     """Minimise a `Problem`.
 
     Args:
-        start: shape (p,). When omitted, the minimiser over a uniform sample of at most 20 p rows, or zeros if that is
-            no better or `sampling` is "none".
+        start: shape (p,). When omitted, the minimiser over a sample of at most 20 p rows, as many of them with rare
+            targets as with common ones; or the best model without features if that is no better or `sampling` is
+            "none".
         sampling: how rows of the Hessian are drawn (see `Draw`); "none" takes all, which is Newton's method, and so
             does every other once `sample_size` comes to half the rows.
         sample_size: expected number of drawn rows; 50 p when omitted. It grows where steps fail or gain too little.
@@ -149,24 +155,23 @@ class _Iteration:
             forcing = min(0.1, np.sqrt(gradient / largest)) if largest else 0.1
             flat = gradient <= tol * max(1.0, largest)
             # The last Hessian will do to see that nothing is left to gain.
-            if flat and self.curvature is not None:
+            last = len(history) > max_iter
+            if self.curvature is not None and (flat or last):
                 fall = -float(sums.gradient @ self._direction(sums.gradient, forcing))
-                if fall / 2 <= tol * scale:
-                    return NewtonResult(coef, True, history)
-            if len(history) > max_iter:
-                return NewtonResult(coef, False, history)
+                if (flat and fall / 2 <= tol * scale) or last:
+                    return NewtonResult(coef, not last, fall / max(2 * scale, _TINY), history)
             self._renew_curvature(coef, sums)
             while True:
                 direction = self._direction(sums.gradient, forcing)
                 fall = -float(sums.gradient @ direction)  # the squared Newton decrement
                 if flat and fall / 2 <= tol * scale:
-                    return NewtonResult(coef, True, history)
+                    return NewtonResult(coef, True, fall / max(2 * scale, _TINY), history)
                 step, following = self._step(coef, sums, direction, fall, line_search)
                 if following is not None:
                     break
                 # What is left to gain drowns in rounding, or the sample is too small to give a direction.
                 if self.sampling == "none" or fall <= 1e-13 * scale:
-                    return NewtonResult(coef, fall <= 1e-10 * scale, history)
+                    return NewtonResult(coef, fall <= 1e-10 * scale, fall / max(2 * scale, _TINY), history)
                 if self.age == 0:
                     self._enlarge(2.0)
                 self._redraw(coef)
@@ -181,17 +186,23 @@ class _Iteration:
             coef, sums = coef + step, following
 
     def _begin(self, start: Array | None) -> tuple[Array, Sums]:
-        zeros = np.zeros(self.problem.size)
+        constant = Constant.of(self.problem)
+        plain = np.zeros(self.problem.size)
+        plain[self.problem.source.n_cols :] = constant.margin
         if self.sampling == "none":
-            coef = zeros if start is None else start
-            return coef, self._evaluate(coef, None, first=True)
-        n, size = self.problem.source.n_rows, min(self.size, _FIRST_ROWS_PER_UNKNOWN * self.problem.size)
-        draw = Draw("uniform", size, n, self.seed, self._next_stream())
-        sample = Sample.joined(self.problem.total(draw_only, draw=draw))
+            coef = plain if start is None else start
+            return coef, self._evaluate(coef, None)
+        size = min(self.size, _FIRST_ROWS_PER_UNKNOWN * self.problem.size)
+        draw = Draw("uniform", size, constant.weight, self.seed, self._next_stream())
+        parts = self.problem.total(draw_by_target, draw=draw, constant=constant)
+        if not parts:
+            self.sampling = "none"
+            return self._begin(start)
+        sample = Sample.joined(parts)
         coef = self._solved(sample) if start is None else start
-        sums = self._evaluate(coef, self._draw_like(sample, size / n, coef), first=True)
-        if start is None and not sums.value <= sums.at_zero:
-            coef, sums = zeros, self._evaluate(zeros, self._draw_like(sample, size / n, zeros))
+        sums = self._evaluate(coef, self._draw_like(sample, coef))
+        if start is None and not sums.value <= constant.value:
+            coef, sums = plain, self._evaluate(plain, self._draw_like(sample, plain))
         return coef, sums
 
     def _solved(self, sample: Sample) -> Array:
@@ -201,17 +212,17 @@ class _Iteration:
         within = replace(self.problem, source=source, executor="serial")
         return subsampled_newton(within, sampling="none", tol=1e-2, max_iter=20).coef
 
-    def _draw_like(self, sample: Sample, odds: float, coef: Array) -> Draw:
-        """The first draw of a run, by what a uniform sample, drawn with these odds, tells of the scores."""
+    def _draw_like(self, sample: Sample, coef: Array) -> Draw:
+        """The first draw of a run, by what a first sample tells of the scores."""
         self.curvature = sampled_curvature(self.problem, sample, coef)
         draw = self._draw()
         if self.sampling == "uniform":
             return draw
-        curvature = self.problem.loss(sample.rows @ coef, sample.target).curvature * sample.weight * odds
-        scores = draw.scores(sample.rows, False, curvature) / odds
-        draw = draw._replace(mass=float(scores.sum()))
+        curvature = self.problem.loss(sample.rows @ coef, sample.target).curvature * sample.weight * sample.odds
+        scores = draw.scores(sample.rows, False, curvature)
+        draw = draw._replace(mass=float((scores / sample.odds).sum()))
         for _ in range(20):  # towards the mass that makes the expected number of rows right
-            draw = draw._replace(mass=float(np.minimum(scores, draw.certain / odds).sum()))
+            draw = draw._replace(mass=float((np.minimum(scores, draw.certain) / sample.odds).sum()))
         return draw
 
     def _draw(self) -> Draw:
@@ -226,8 +237,8 @@ class _Iteration:
         self.stream += 1
         return self.stream
 
-    def _evaluate(self, coef: Array, draw: Draw | None, first: bool = False) -> Sums:
-        sums: Sums = self.problem.total(evaluate, coef=coef, draw=draw, first=first)
+    def _evaluate(self, coef: Array, draw: Draw | None) -> Sums:
+        sums: Sums = self.problem.total(evaluate, coef=coef, draw=draw)
         sums.value += 0.5 * float(self.ridge @ np.square(coef))
         sums.gradient += self.ridge * coef
         if draw is not None:
@@ -269,15 +280,19 @@ class _Iteration:
             rounding = 4 * np.finfo(float).eps * abs(sums.value)
             return bool(value <= sums.value - _ARMIJO * length * fall + rounding)
 
-        draw = self._draw() if self.sampling != "none" and self.age + 1 >= self.refresh else None
+        draw, mass = self._draw() if self.sampling != "none" and self.age + 1 >= self.refresh else None, self.mass
         following = self._evaluate(coef + direction, draw)
         if not line_search or enough(following.value, 1.0):
             return direction, following
-        values = self.problem.total(values_along, coef=coef, direction=direction)
-        for length, value in zip(HALVINGS, values, strict=True):
-            step = length * direction
-            if enough(value + 0.5 * float(self.ridge @ np.square(coef + step)), length):
-                return step, self._evaluate(coef + step, draw)
+        self.mass = mass
+        # A sample that gives no such step is drawn anew; with all rows there is one, however short.
+        for shorter in range(4 if self.sampling == "none" else 1):
+            lengths = HALVINGS * HALVINGS[-1] ** shorter
+            values = self.problem.total(values_along, coef=coef, direction=direction, lengths=lengths)
+            for length, value in zip(lengths, values, strict=True):
+                step = length * direction
+                if enough(value + 0.5 * float(self.ridge @ np.square(coef + step)), length):
+                    return step, self._evaluate(coef + step, draw)
         return direction, None
 
     def _enlarge(self, factor: float) -> None:

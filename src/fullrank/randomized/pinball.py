@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from fullrank.randomized.blocks import Array, Block
 from fullrank.randomized.certificate import Certificate, certify
-from fullrank.randomized.conditioning import triangular
+from fullrank.randomized.conditioning import sparse_triangular, triangular
 from fullrank.randomized.crossover import vertex
-from fullrank.randomized.interior_point import InteriorPointResult, frisch_newton
+from fullrank.randomized.interior_point import CHUNK, InteriorPointResult, balanced, frisch_newton
 
 
 def rho(residual: Array, quantile: float | Array) -> Array:
@@ -29,13 +29,13 @@ class Rows:
     """Some rows of a table.
 
     Attributes:
-        A: shape (m, D), with the intercept's column of ones.
+        A: shape (m, D), with the intercept's column of ones; dense, or CSR where all rows of a table are taken.
         b, weight: shape (m,).
         dual: shape (m,), z that a row had before it was taken; zero for others.
         index: shape (m,), numbers of the rows.
     """
 
-    A: Array
+    A: Any
     b: Array
     weight: Array
     dual: Array
@@ -53,8 +53,14 @@ class Rows:
         return Rows(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def in_basis(self, basis: Array) -> Rows:
-        """The same rows as combinations of other columns, A @ basis."""
-        return replace(self, A=self.A @ basis)
+        """The same rows as combinations of other columns, A @ basis; sparse rows stay as they are."""
+        return self if sp.issparse(self.A) else replace(self, A=self.A @ basis)
+
+    def weighted(self) -> Any:
+        """A with rows times their weight."""
+        if (self.weight == 1).all():
+            return self.A
+        return sp.diags_array(self.weight) @ self.A if sp.issparse(self.A) else self.A * self.weight[:, None]
 
     def reweighted(self, weight: Array) -> Rows:
         return replace(self, weight=weight)
@@ -116,14 +122,13 @@ class Objective:
         The dual has one entry for each row, then one for each coefficient with an absolute penalty. With `pivots`, and
         without a ridge, the solution is moved to a vertex if that takes no more exchanges of rows.
         """
-        A, b = rows.A, rows.b
-        if (rows.weight != 1).any():
-            A, b = A * rows.weight[:, None], b * rows.weight
+        A, b = rows.weighted(), rows.b * rows.weight
         t: float | Array = self.quantile
         mask = self.penalised(A.shape[1])
         if self.absolute:
             extra = 2 * share * self.absolute * np.eye(len(mask))[mask > 0]
-            A, b = np.vstack([A, extra]), np.append(b, np.zeros(len(extra)))
+            A = sp.csr_array(sp.vstack([A, sp.csr_array(extra)])) if sp.issparse(A) else np.vstack([A, extra])
+            b = np.append(b, np.zeros(len(extra)))
             t = np.append(np.full(len(rows), self.quantile), np.full(len(extra), 0.5))
         result = frisch_newton(
             A,
@@ -147,29 +152,71 @@ class Objective:
 
     def triangular(self, rows: Rows, share: float = 1.0) -> Array:
         """R of the weighted rows and of the penalties times `share`, shape (D, D); zeros below where rows are few."""
-        A = rows.A if (rows.weight == 1).all() else rows.A * rows.weight[:, None]
+        A = rows.weighted()
         mask = self.penalised(A.shape[1])
         for strength in (share * self.absolute, np.sqrt(share * self.ridge)):
             if strength:
-                A = np.vstack([A, strength * np.diag(mask)])
+                extra = strength * np.diag(mask)
+                A = sp.vstack([A, sp.csr_array(extra)]) if sp.issparse(A) else np.vstack([A, extra])
+        if sp.issparse(A):
+            return sparse_triangular(sp.csr_array(A))
         return triangular(np.vstack([A, np.zeros((max(0, A.shape[1] - len(A)), A.shape[1]))]))
 
     def certificate(
-        self, loss: float, missing: float, rows: Rows, small: InteriorPointResult, outside: Array, R: Array
+        self,
+        coef: Array,
+        loss: float,
+        missing: float,
+        rows: Rows,
+        small: InteriorPointResult,
+        outside: Array,
+        basis: Array,
+        R: Array,
+        precise: bool,
     ) -> Certificate:
-        """The proof for `small.coef`: `loss` over all rows, `missing` and `outside` = A'z of those not in `rows`."""
-        coef, m = small.coef, len(rows)
-        r = (rows.b - rows.A @ coef) * rows.weight
-        missing += float((rho(r, self.quantile) - small.dual[:m] * r).sum())
-        imbalance = outside + rows.A.T @ (rows.weight * small.dual[:m])
-        if self.absolute or self.ridge:
-            part = coef[int(self.intercept) :]
-            imbalance[int(self.intercept) :] -= self.ridge * part
+        """The proof for `coef`: `loss` over all rows, `missing` and `outside` = A'z of those not in `rows`.
+
+        Args:
+            coef: shape (D,), as returned: basis @ small.coef, rounded.
+            rows: of the small problem, in the columns of the table.
+            small: its solution, in the basis.
+            outside: in the columns of the table.
+            basis, R: shape (D, D); R is the factor of some rows in the columns of the table.
+            precise: whether rows are evaluated in long double, and the dual is moved until its sums agree there.
+        """
+        m = len(rows)
+        wide: Any = np.longdouble if precise else np.float64
+        z = small.dual[:m].copy()
+        r = (rows.b - fitted(rows.A, coef, wide)) * rows.weight
+        balance: Any = outside.astype(wide)
+        part = coef[int(self.intercept) :]
+        balance[int(self.intercept) :] -= self.ridge * part
         if self.absolute:
-            z = 2 * self.absolute * small.dual[m:]
-            missing += float((self.absolute * np.abs(part) + z * part).sum())
-            imbalance[int(self.intercept) :] += z
-        return certify(loss + self.penalty(coef), missing, imbalance, R, self.quantile, ridge=self.ridge > 0)
+            extra = 2 * self.absolute * small.dual[m:]
+            missing += float((self.absolute * np.abs(part) + extra * part).sum())
+            balance[int(self.intercept) :] += extra
+        A = rows.in_basis(basis).weighted() if precise else np.empty((0, 0))
+        for correction in range(4 if precise else 1):
+            imbalance = np.asarray(basis.T.astype(wide) @ (balance + transposed(rows.A, rows.weight * z, wide)))
+            if correction == 3 or not precise:
+                break
+            z = balanced(A, z, self.quantile, -imbalance.astype(np.float64))
+        missing += float((rho(r, self.quantile) - z * r).sum())
+        price = imbalance.astype(np.float64)
+        return certify(loss + self.penalty(coef), missing, price, R @ basis, self.quantile, ridge=self.ridge > 0)
+
+
+def fitted(A: Any, coef: Array, wide: Any = np.float64) -> Any:
+    """A @ coef for rows A (k, D), in the type `wide`."""
+    return A @ coef if wide is np.float64 else A.astype(wide) @ coef.astype(wide)
+
+
+def transposed(A: Any, z: Array, wide: Any = np.float64) -> Any:
+    """A' z, in the type `wide`, without a copy of all of A in it."""
+    if wide is np.float64:
+        return A.T @ z
+    parts = (slice(low, low + CHUNK) for low in range(0, max(A.shape[0], 1), CHUNK))
+    return sum(A[part].T.astype(wide) @ z[part].astype(wide) for part in parts)
 
 
 def objective_blocks(

@@ -11,7 +11,8 @@ of such rows. So:
    (`certificate`); rows whose sign was wrong join the band, and 4 and 5 are repeated.
 
 Everything but the small problems is a sum over blocks of rows, so the table may be an array, Parquet files or a Dask
-collection, and memory holds a sample and a band.
+collection, and memory holds a sample and a band, each of at most 2**22 numbers (32 MiB) or 100 D rows, whatever the
+data: where more rows tie, as zeros of a response do, the band is a part of them (`_Passes.through_ties`).
 
 Source: Portnoy and Koenker, The Gaussian hare and the Laplacian tortoise, Statistical Science 1997, section 5.
 Deviation: they go from the sample to the band at once, which needs samples and bands of n ** (2/3) rows. Step 2, the
@@ -23,22 +24,24 @@ one-step estimator of Bickel 1975 with a uniform kernel, costs two passes and ma
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy import sparse
 from scipy.linalg import LinAlgError, solve, solve_triangular
 
-from fullrank.randomized.blocks import Array, Block
+from fullrank.randomized.band import Band, band_blocks, join_bands, join_verified, newton_blocks, verify_blocks
+from fullrank.randomized.blocks import Array
 from fullrank.randomized.certificate import Certificate
 from fullrank.randomized.engine import Executor, map_reduce
-from fullrank.randomized.pinball import Objective, Rows, rho, take
+from fullrank.randomized.pinball import Objective, Rows, fitted, rho
 from fullrank.randomized.sources import RowSource
 
 WIDENINGS = 8  # bands tried before all rows are taken
+BAND_CELLS = 2**22  # a band, 32 MiB of float64, or 100 D rows if these are more
+SHRINKINGS = 20  # of the window around rows that tie
 PROJECTIONS = 6  # Gaussian columns that estimate the length of a row: a band needs a rough length only
 
 
@@ -61,7 +64,18 @@ class Start:
     def basis(self, objective: Objective) -> Array:
         """Columns in which the small problems are well-conditioned, (D, D); as they are where a penalty counts them."""
         eye = np.eye(len(self.R))
-        return eye if objective.absolute or objective.ridge else solve_triangular(self.spread, eye)
+        if objective.absolute or objective.ridge or sparse.issparse(self.rows.A):
+            return eye
+        return np.asarray(solve_triangular(self.spread, eye))
+
+    def delicate(self, coef: Array) -> bool:
+        """Whether rounding of A coef could be seen in its loss, so that the proof takes long doubles."""
+        lengths = np.linalg.norm(self.spread, axis=0)
+        if np.linalg.cond(self.spread / np.where(lengths > 0, lengths, 1)) > 1e4:
+            return True
+        A, b = self.rows.A, self.rows.b
+        terms = abs(A).mean(axis=0) @ np.abs(coef) + np.abs(b).mean()
+        return bool(terms > 1e5 * np.abs(b - A @ coef).mean())
 
 
 @dataclass(frozen=True)
@@ -84,111 +98,27 @@ class ExactResult:
     converged: bool
 
 
-@dataclass(frozen=True)
-class Band:
-    """Which rows are in: |b - a' center| <= width * |a' projection|, and those that were released into it.
-
-    Attributes:
-        center: shape (D,).
-        projection: shape (D, J).
-        width: non-negative; infinite for all rows.
-        released: numbers of rows, ascending.
-    """
-
-    center: Array
-    projection: Array
-    width: float
-    released: NDArray[np.int64]
-
-    def split(self, block: Block, objective: Objective, coef: Array | None = None) -> tuple[Any, Array, Array]:
-        """Mask of the block's rows in the band, z of all of them as if outside, and their residuals at `coef`."""
-        points = [self.center] if coef is None else [self.center, coef]
-        fit = block.fitted(np.column_stack([*points, self.projection]), intercept=objective.intercept)
-        ahead = fit[:, len(points) :]
-        r = block.target - fit[:, 0]
-        z = np.where(r < 0, objective.quantile - 1, objective.quantile)
-        if np.isinf(self.width):
-            inside = np.ones(len(r), dtype=bool)
-        else:
-            inside = r**2 <= self.width**2 * np.einsum("kj,kj->k", ahead, ahead)
-        low, high = np.searchsorted(self.released, [block.start, block.stop])
-        inside[self.released[low:high] - block.start] = True
-        if block.weight is not None:
-            z = z * block.weight
-            inside &= block.weight > 0
-        return inside, z, r if coef is None else block.target - fit[:, 1]
-
-
-def newton_blocks(
-    blocks: Iterator[Block], coef: Array, window: float, objective: Objective, basis: Array
-) -> tuple[Array, Array, float, int]:
-    """Gradient (D,) and Hessian (D, D) of the smoothed loss in a basis, the loss itself, and the rows in the window."""
-    D, t = len(coef), objective.quantile
-    gradient, hessian, loss, count = np.zeros(D), np.zeros((D, D)), 0.0, 0
-    for block in blocks:
-        r = block.target - block.fitted(coef, intercept=objective.intercept)
-        z = np.clip(r * (0.5 / window), -0.5, 0.5) + (t - 0.5)
-        near = take(block, np.flatnonzero(np.abs(r) < window), objective.intercept)
-        if block.weight is None:
-            loss += float(rho(r, t).sum())
-        else:
-            z *= block.weight
-            loss += float(rho(r, t) @ block.weight)
-        gradient -= block.transposed(z, intercept=objective.intercept)
-        A = near.A @ basis
-        hessian += A.T @ (A * (near.weight * (0.5 / window))[:, None])
-        count += len(near)
-    return basis.T @ gradient, hessian, loss, count
-
-
-def band_blocks(blocks: Iterator[Block], band: Band, objective: Objective, basis: Array) -> tuple[Rows, Array, float]:
-    """The rows in the band, A'z of all others (D,), and the loss at the band's center."""
-    parts, total, loss = [], np.zeros(len(band.center)), 0.0
-    # A sum of ill-conditioned columns loses digits that a basis applied to the sum cannot bring back.
-    apart = np.linalg.cond(basis) > 1e5
-    for block in blocks:
-        inside, z, r = band.split(block, objective)
-        parts.append(take(block, np.flatnonzero(inside), objective.intercept))
-        loss += float(z @ r)
-        z[inside] = 0
-        if apart:
-            total += block.fitted(basis, intercept=objective.intercept).T @ z
-        else:
-            total += basis.T @ block.transposed(z, intercept=objective.intercept)
-    return Rows.gather(parts, len(total)), total, loss
-
-
-def verify_blocks(
-    blocks: Iterator[Block], band: Band, coef: Array, objective: Objective, limit: int
-) -> tuple[Array, Rows]:
-    """Loss, loss - z'r of the rows outside the band, and how many of those changed their sign, (3,); those rows, with
-    their z, about `limit` of them at most."""
-    sums, parts, kept = np.zeros(3), [], 0
-    for block in blocks:
-        inside, z, r = band.split(block, objective, coef)
-        value = rho(r, objective.quantile)
-        if block.weight is not None:
-            value *= block.weight
-        missing = value - z * r
-        missing[inside] = 0
-        wrong = np.flatnonzero(missing > 0)
-        sums += value.sum(), missing.sum(), len(wrong)
-        if kept < limit:
-            parts.append(take(block, wrong, objective.intercept, z[wrong]))
-            kept += len(wrong)
-    return sums, Rows.gather(parts, len(coef))
-
-
 def solve_rows(start: Start, objective: Objective, *, tol: float = 1e-8, max_iter: int = 50) -> ExactResult:
     """Minimise the objective over the rows of a start that holds all of them."""
     basis = start.basis(objective)
     rows = start.rows.in_basis(basis)
     m, D = rows.A.shape
-    small = objective.solve(rows, tol=0.1 * tol, max_iter=max_iter, pivots=20 * D if m * D < 10**6 else 0)
-    loss = float(rho((rows.b - rows.A @ small.coef) * rows.weight, objective.quantile).sum())
-    certificate = objective.certificate(loss, 0.0, rows, small, np.zeros(D), start.R @ basis)
+    pivots: int | None = 20 * D if m * D < 10**6 else 0
+    if sparse.issparse(rows.A) and m * D >= 2 * 10**6:
+        pivots = None  # a first vertex may need all rows, and dense
+    small = objective.solve(rows, tol=0.1 * tol, max_iter=max_iter, pivots=pivots)
+    coef = basis @ small.coef
+    precise = start.delicate(coef)
+    r = (rows.b - fitted(start.rows.A, coef, np.longdouble if precise else np.float64)) * rows.weight
+    loss = float(rho(r, objective.quantile).sum())
+    certificate = objective.certificate(coef, loss, 0.0, start.rows, small, np.zeros(D), basis, start.R, precise)
     converged = certificate.relative_gap <= tol or certificate.objective <= nothing(start)
-    return ExactResult(basis @ small.coef, certificate, small.n_iter, m, m, converged)
+    return ExactResult(coef, certificate, small.n_iter, m, m, converged)
+
+
+def most_rows(D: int) -> int:
+    """Rows of a sample or a band that memory is to hold."""
+    return max(BAND_CELLS // D, 100 * D)
 
 
 def nothing(start: Start) -> float:
@@ -217,64 +147,181 @@ def solve_in_passes(
         seed: of the projection.
         executor: as in `map_reduce`.
     """
-    basis = start.basis(objective)
-    first = objective.solve(start.rows.in_basis(basis), share=start.share, tol=1e-3, max_iter=max_iter)
-    n_iter = first.n_iter
-    D = len(first.coef)
-    center, previous, width = _newton_steps(source, objective, start, basis @ first.coef, basis, executor)
-    draws = np.random.default_rng(seed).standard_normal((D, PROJECTIONS)) / np.sqrt(PROJECTIONS)
-    projection = solve_triangular(start.spread, draws)
-    best: ExactResult | None = None
-    for attempt in itertools.count():
-        if attempt == WIDENINGS:
-            width = np.inf
-        band = Band(center, projection, width, np.empty(0, dtype=np.int64))
-        collect = partial(band_blocks, band=band, objective=objective, basis=basis)
-        rows, outside, loss = map_reduce(source, collect, executor=executor)
-        everything = bool(np.isinf(width))
-        loss += objective.penalty(center)
-        if best is None and loss > previous[1] and not everything:
-            # The last Newton step was too long, and so are the widths that came from it and led to it.
-            center, previous, width = previous[0], (previous[0], np.inf, previous[2]), previous[2] / 4
-            continue
-        if len(rows) < 5 * D and not everything:
+    return _Passes(source, objective, start, tol, max_iter, seed, executor).solve()
+
+
+class _Passes:
+    """What the passes of one solution share; `best` is the best solution so far, with its proof."""
+
+    def __init__(
+        self,
+        source: RowSource,
+        objective: Objective,
+        start: Start,
+        tol: float,
+        max_iter: int,
+        seed: int,
+        executor: Executor,
+    ) -> None:
+        self.source, self.objective, self.start, self.executor = source, objective, start, executor
+        self.tol, self.max_iter, self.seed = tol, max_iter, seed
+        self.basis = start.basis(objective)
+        self.D = len(self.basis)
+        self.limit = most_rows(self.D)
+        self.n_iter = 0
+        self.best: ExactResult | None = None
+
+    def solve(self) -> ExactResult:
+        source, objective, start, D = self.source, self.objective, self.start, self.D
+        first = objective.solve(start.rows.in_basis(self.basis), share=start.share, tol=1e-3, max_iter=self.max_iter)
+        self.n_iter += first.n_iter
+        coef = self.basis @ first.coef
+        self.precise = start.delicate(coef)
+        center, previous, width = _newton_steps(source, objective, start, coef, self.basis, self.executor)
+        draws = np.random.default_rng(self.seed).standard_normal((D, PROJECTIONS)) / np.sqrt(PROJECTIONS)
+        projection = solve_triangular(start.spread, draws)
+        for attempt in itertools.count():
+            if attempt == WIDENINGS:
+                width = np.inf
+            if np.isinf(width) and source.n_rows > self.limit:
+                return self.through_ties(center, previous[2])
+            band = Band(center, projection, width, np.empty(0, dtype=np.int64))
+            rows, outside, loss, count = self.collect(band)
+            everything = bool(np.isinf(width))
+            if self.best is None and loss > previous[1] and not everything:
+                # The last Newton step was too long, and so are the widths that came from it and led to it.
+                center, previous, width = previous[0], (previous[0], np.inf, previous[2]), previous[2] / 4
+                continue
+            if count > self.limit:
+                return self.through_ties(center, width)
+            if count < 5 * D and not everything:
+                width *= 4
+                continue
+            if count > source.n_rows / 2 and not everything:
+                width = np.inf
+                continue
+            for _ in range(4):
+                try:
+                    sums, wrong = self.attempt(band, rows, outside, loss)
+                except LinAlgError:
+                    # No row of some feature is in the band.
+                    if everything:
+                        raise
+                    break
+                assert self.best is not None
+                if self.best.converged or everything:
+                    return self.best
+                if sums[2] > len(rows) or sums[2] == 0:
+                    break
+                outside = outside - (wrong.A @ self.basis).T @ wrong.dual
+                rows = Rows.gather([rows, wrong], D)
+                band = replace(band, released=np.union1d(band.released, wrong.index))
+            if self.best is not None and self.best.certificate.objective < loss:
+                center = self.best.coef
             width *= 4
-            continue
-        if len(rows) > source.n_rows / 2 and not everything:
-            width = np.inf
-            continue
-        rows = rows.in_basis(basis)
-        near: Array | None = np.asarray(np.linalg.solve(basis, center), dtype=np.float64)
-        for _ in range(4):
-            try:
-                small = objective.solve(
-                    rows, linear=outside, start=near, tol=0.1 * tol, scale=loss, max_iter=max_iter, pivots=2 * D
-                )
-            except LinAlgError:
-                # No row of some feature is in the band.
-                if everything:
-                    raise
+        raise AssertionError("a band of all rows is the last one")
+
+    def through_ties(self, center: Array, width: float) -> ExactResult:
+        """The solution where more rows tie than memory holds, as of a target that is often zero.
+
+        The loss smoothed over a window is minimised; its slopes balance all rows. Then the problem of some rows in the
+        window is solved, with the z of the others fixed at these slopes: any z in [t - 1, t] is right for a row that
+        the solution passes through. Rows that only come near cost z a little, less in a smaller window.
+        """
+        D = self.D
+        window = 2 * width * np.sqrt(D) + 1e-300
+        for _ in range(SHRINKINGS):
+            center, count = self.smoothed(center, window)
+            share = min(1.0, 0.5 * self.limit / max(count, 1))
+            band = Band(center, np.empty((D, 0)), 0.0, np.empty(0, dtype=np.int64), window, share, self.seed)
+            rows, outside, loss, _ = self.collect(band)
+            with suppress(LinAlgError):  # no row of some feature is in the window
+                self.attempt(band, rows, outside, loss)
+            if self.best is not None:
+                if self.best.converged:
+                    return self.best
+                if self.best.certificate.objective < loss:
+                    center = self.best.coef
+            window /= 8
+        assert self.best is not None, "rows in a window span the columns that the smoothed loss sees"
+        return self.best
+
+    def smoothed(self, coef: Array, window: float) -> tuple[Array, int]:
+        """The minimum of the loss smoothed over a window, near `coef`, and how many rows are in the window."""
+        reach, length, before = np.inf, 1.0, coef
+        for _ in range(8):
+            gradient, hessian, _, count = self.newton_sums(coef, window)
+            move = -solve(hessian, gradient, assume_a="pos")
+            fall = -float(gradient @ move)
+            if fall > 2 * reach:
+                length /= 4
+                coef = before + length * (coef - before)
+                continue
+            small = np.linalg.norm(self.start.spread @ self.basis @ move) <= 1e-3 * window
+            reach, length, before = fall, 1.0, coef
+            coef = coef + self.basis @ move
+            if small:
                 break
-            n_iter += small.n_iter
-            coef = basis @ small.coef
-            verify = partial(verify_blocks, band=band, coef=coef, objective=objective, limit=len(rows))
-            sums, wrong = map_reduce(source, verify, executor=executor)
-            certificate = objective.certificate(sums[0], sums[1], rows, small, outside, start.R @ basis)
-            if best is None or certificate.objective < best.certificate.objective:
-                converged = certificate.relative_gap <= tol or certificate.objective <= nothing(start)
-                best = ExactResult(coef, certificate, n_iter, len(start.rows), len(rows), converged)
-            if best.converged or everything:
-                return best
-            if sums[2] > len(rows) or sums[2] == 0:
-                break
-            wrong = wrong.in_basis(basis)
-            outside = outside - wrong.A.T @ wrong.dual
-            rows = Rows.gather([rows, wrong], D)
-            band = Band(center, projection, width, np.union1d(band.released, wrong.index))
-        if best is not None and best.certificate.objective < loss:
-            center = best.coef
-        width *= 4
-    raise AssertionError("a band of all rows is the last one")
+        return coef, count
+
+    def newton_sums(self, coef: Array, window: float) -> tuple[Array, Array, float, int]:
+        return _newton_sums(self.source, self.objective, self.start, coef, window, self.basis, self.executor)
+
+    def collect(self, band: Band) -> tuple[Rows, Array, float, int]:
+        function = partial(band_blocks, band=band, objective=self.objective, basis=self.basis, limit=self.limit)
+        rows, outside, loss, count = map_reduce(
+            self.source, function, partial(join_bands, limit=self.limit), self.executor
+        )
+        return rows, outside, loss + self.objective.penalty(band.center), count
+
+    def attempt(self, band: Band, rows: Rows, outside: Array, loss: float) -> tuple[Array, Rows]:
+        """Solve the band and see what all rows say: the sums and the rows of `verify_blocks`."""
+        near: Array = np.asarray(np.linalg.solve(self.basis, band.center), dtype=np.float64)
+        small = self.objective.solve(
+            rows.in_basis(self.basis),
+            linear=outside,
+            start=near,
+            tol=0.1 * self.tol,
+            scale=loss,
+            max_iter=self.max_iter,
+            pivots=2 * self.D,
+        )
+        self.n_iter += small.n_iter
+        coef = self.basis @ small.coef
+        verify = partial(
+            verify_blocks, band=band, coef=coef, objective=self.objective, limit=len(rows), precise=self.precise
+        )
+        join = partial(join_verified, limit=len(rows))
+        sums, exact, wrong = map_reduce(self.source, verify, join, self.executor)
+        # In the columns of the table again.
+        outside = exact if self.precise else np.asarray(np.linalg.solve(self.basis.T, outside))
+        certificate = self.objective.certificate(
+            coef, float(sums[0]), float(sums[1]), rows, small, outside, self.basis, self.start.R, self.precise
+        )
+        if self.best is None or certificate.objective < self.best.certificate.objective:
+            converged = certificate.relative_gap <= self.tol or certificate.objective <= nothing(self.start)
+            self.best = ExactResult(coef, certificate, self.n_iter, len(self.start.rows), len(rows), converged)
+        return sums, wrong
+
+
+def _newton_sums(
+    source: RowSource,
+    objective: Objective,
+    start: Start,
+    coef: Array,
+    window: float,
+    basis: Array,
+    executor: Executor,
+) -> tuple[Array, Array, float, int]:
+    """`newton_blocks` of all rows, with the penalties."""
+    step = partial(newton_blocks, coef=coef, window=window, objective=objective, basis=basis)
+    gradient, hessian, loss, count = map_reduce(source, step, executor=executor)
+    mask = objective.penalised(len(coef))
+    # A column without rows in the window has no curvature of its own: it is lent a little of the mean one.
+    spread = start.spread @ basis
+    hessian += 0.02 * max(count, 1) / (2 * window) * spread.T @ spread + np.diag(objective.ridge * mask)
+    gradient += objective.ridge * mask * coef + objective.absolute * mask * np.sign(coef)
+    return gradient, hessian, loss + objective.penalty(coef), count
 
 
 def _newton_steps(
@@ -290,16 +337,10 @@ def _newton_steps(
     mask = objective.penalised(D)
     points: list[tuple[Array, float, float]] = []
     for _ in range(2):
-        step = partial(newton_blocks, coef=coef, window=window, objective=objective, basis=basis)
-        gradient, hessian, loss, count = map_reduce(source, step, executor=executor)
-        loss += objective.penalty(coef)
+        gradient, hessian, loss, count = _newton_sums(source, objective, start, coef, window, basis, executor)
         if points and loss > points[-1][1]:
             return points[-1][0], points[-1], 2 * points[-1][2]
-        # A column without rows in the window has no curvature of its own: it is lent a little of the mean one.
-        mean = max(count, 1) / (2 * window)
-        spread = start.spread @ basis
-        hessian += 0.02 * mean * spread.T @ spread + np.diag(objective.ridge * mask)
-        gradient += objective.ridge * mask * coef + objective.absolute * mask * np.sign(coef)
+        mean, spread = max(count, 1) / (2 * window), start.spread @ basis
         free = np.ones(D, dtype=bool)
         if objective.absolute:
             free = (mask == 0) | (np.abs(coef) * np.linalg.norm(start.spread, axis=0) > 1e-6 * window)

@@ -11,20 +11,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from scipy import sparse, stats
 from sklearn.base import RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import d2_pinball_score
 from sklearn.utils.validation import check_is_fitted
 
 from fullrank.randomized.blocks import Array, Block, block_size
 from fullrank.randomized.certificate import Certificate
 from fullrank.randomized.columns import ColumnSource
 from fullrank.randomized.conditioning import L1_KINDS
-from fullrank.randomized.engine import map_reduce
+from fullrank.randomized.engine import concatenate, map_reduce
 from fullrank.randomized.inputs import TableEstimator, linear_values, on_rows, training_source
+from fullrank.randomized.interior_point import MOST_PAIRS
 from fullrank.randomized.parameters import (
     FLAG,
     NONE,
@@ -37,8 +39,8 @@ from fullrank.randomized.parameters import (
     wrong,
 )
 from fullrank.randomized.pinball import Objective, objective_blocks
-from fullrank.randomized.preprocessing import ExactResult, solve_in_passes, solve_rows
-from fullrank.randomized.sources import ArraySource, RowSource
+from fullrank.randomized.preprocessing import ExactResult, most_rows, solve_in_passes, solve_rows
+from fullrank.randomized.sources import ArraySource, RowSource, as_source
 from fullrank.randomized.subsampling import (
     ROW_NORMS,
     DependentColumnsError,
@@ -46,12 +48,14 @@ from fullrank.randomized.subsampling import (
     conditioner,
     refuse_rank,
     spanned_columns,
+    sparse_start,
     uniform_start,
 )
 
 CONDITIONINGS = (*L1_KINDS, "uniform")
 RANK_POLICIES = ("drop", "raise")
 SOLVERS = ("auto", "interior_point", "passes", "sketch")
+_NOTHING = ExactResult(np.zeros(0), Certificate(0.0, 0.0, 0.0), 0, 0, 0, True)  # of a response that is all zero
 _RULES = {
     "quantile": numbers("numbers in (0, 1)", lambda t: t.size > 0 and bool(((t > 0) & (t < 1)).all())),
     "alpha": number(least=0),
@@ -81,9 +85,10 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         alpha: strength of the penalty, none by default.
         l1_ratio: share of the absolute penalty.
         fit_intercept: whether w0 is fitted; it is not penalised.
-        solver: "interior_point" solves all rows at once; "passes" solves samples and bands of them and proves the
-            optimum in about five passes, out of memory too; "sketch" solves a sample drawn by scores, in three to five
-            passes, to a few digits and without a proof. "auto" is one of the first two.
+        solver: "interior_point" solves all rows at once, sparse ones as they are; "passes" solves samples and bands of
+            them and proves the optimum in about five passes, out of memory too; "sketch" solves a sample drawn by
+            scores, in three to five passes, to a few digits and without a proof. "auto" is the cheaper of the first
+            two.
         conditioning: of the scores: "spc3", "spc1", "spc2", "cauchy", "none", or "uniform" for a sample without them.
         sketch_size: rows of the sample; max(5000, 400 D) when omitted, or 2 sqrt(n D) by "passes".
         embedding_size: rows of the Cauchy sketch; 20 D when omitted.
@@ -167,25 +172,28 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         source = training_source(self, X, y, sample_weight, block_rows=_block_rows)
         seed = random_seed(self.random_state)
         passes = source.n_passes
-        weight = self._total_weight(source)
+        weight, largest = self._weight_and_size(source)
         penalty = self.alpha * weight
         objectives = [
             Objective(float(t), self.fit_intercept, penalty * self.l1_ratio, penalty * (1 - self.l1_ratio))
             for t in quantiles
         ]
         D = source.n_cols + self.fit_intercept
-        small = source.n_rows < max(3000, 100 * D)
-        self.solver_used_ = ("interior_point" if small else "passes") if self.solver == "auto" else self.solver
+        self.solver_used_ = _cheaper(source, D) if self.solver == "auto" else self.solver
         solve = _sketched if self.solver_used_ == "sketch" else _exact
         kept = np.arange(D)
         try:
-            results = solve(self, source, objectives, seed)
+            results = [_NOTHING] * len(objectives) if largest == 0 else solve(self, source, objectives, seed)
         except DependentColumnsError as error:
             if self.rank_policy == "raise":
                 raise
             warnings.warn(f"{error}: their coefficients are zero", stacklevel=2)
             kept = np.delete(kept, error.columns)
-            reduced = ColumnSource(source, kept[int(self.fit_intercept) :] - int(self.fit_intercept))
+            columns = kept[int(self.fit_intercept) :] - int(self.fit_intercept)
+            reduced: RowSource = ColumnSource(source, columns)
+            if _sparse(source):
+                X = source.X[:, columns]
+                reduced = ArraySource(X, source.y, source.sample_weight, block_rows=_block_rows(X), check_finite=False)
             results = solve(self, reduced, objectives, seed)
         scalar = np.ndim(self.quantile) == 0
 
@@ -193,7 +201,8 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
             return values[0] if scalar else np.array(values)
 
         coefs = np.zeros((len(results), D))
-        coefs[:, kept] = [result.coef for result in results]
+        if largest > 0:
+            coefs[:, kept] = [result.coef for result in results]
         intercept = int(self.fit_intercept)
         self.coef_ = shaped(list(coefs[:, intercept:]))
         self.intercept_ = shaped(coefs[:, 0].tolist() if intercept else [0.0] * len(results))
@@ -220,6 +229,25 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         fitted = on_rows(self, X, partial(linear_values, coef=np.transpose(self.coef_), intercept=self.intercept_))
         return np.sort(fitted, axis=1) if self.non_crossing and fitted.ndim == 2 else fitted
 
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """D2, the share of the pinball loss of the best constant that the model saves: 1 at best, 0 for that constant;
+        the mean over several quantiles. Model selection, as by `GridSearchCV`, maximises it.
+
+        Args:
+            X, y, sample_weight: as in `fit`.
+        """
+        fitted = self.predict(X)
+        source = as_source(X, y, sample_weight)
+        if source is not None:
+            y, sample_weight = map_reduce(source.without_features(), _targets_of, concatenate, self.executor)
+        quantiles = np.atleast_1d(np.asarray(self.quantile, dtype=np.float64))
+        columns = fitted.reshape(len(fitted), len(quantiles)).T
+        shares = [
+            d2_pinball_score(y, column, sample_weight=sample_weight, alpha=t)
+            for t, column in zip(quantiles, columns, strict=True)
+        ]
+        return float(np.mean(shares))
+
     def _checked(self) -> Array:
         """The quantiles; parameters out of range raise ValueError."""
         check_parameters(self, _RULES)
@@ -228,10 +256,10 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
             raise wrong("quantile", self.quantile, "ascending numbers for non_crossing=True")
         return quantiles
 
-    def _total_weight(self, source: RowSource) -> float:
-        if isinstance(source, ArraySource):
-            return float(source.n_rows if source.sample_weight is None else source.sample_weight.sum())
-        return float(map_reduce(source, _weight_blocks, executor=self.executor))
+    def _weight_and_size(self, source: RowSource) -> tuple[float, float]:
+        """The sum of all weights, and the largest |y| of a row that has one; X is not read."""
+        sums, sizes = map_reduce(source.without_features(), _target_blocks, _join_targets, self.executor)
+        return sums, sizes
 
 
 class LADRegressor(QuantileRegressor):
@@ -278,13 +306,46 @@ class LADRegressor(QuantileRegressor):
         self.random_state = random_state
 
 
+def _sparse(source: RowSource) -> TypeGuard[ArraySource]:
+    """Whether a table in memory is sparse, and stays so by the interior point method."""
+    return isinstance(source, ArraySource) and sparse.issparse(source.X)
+
+
+def _cheaper(source: RowSource, D: int) -> str:
+    """The exact solver with the smaller cost, from what a step of each takes."""
+    n = source.n_rows
+    if not _sparse(source):
+        return "interior_point" if n < max(2000, 35 * D) else "passes"
+    # In nanoseconds: steps on all pairs of entries of a row, against dense steps on a sample and on a band.
+    X: Any = source.X
+    counts = np.diff(X.indptr) + 1
+    pairs = float(np.square(counts, dtype=np.float64).sum())
+    everything = 15 * ((4 if pairs <= MOST_PAIRS else 15) * pairs + 60 * n + 0.1 * D**3)
+    passes = 100 * float(counts.sum()) + 1.2 * (2 * np.sqrt(n * D) + 40 * D) * D**2
+    return "interior_point" if n < 1000 or everything < passes else "passes"
+
+
 def _block_rows(X: Any) -> int:
     """Rows of a dense block that stays in the cache, or of a sparse one."""
     return block_size(X.shape[1]) if sparse.issparse(X) else max(256, 2**19 // X.shape[1])
 
 
-def _weight_blocks(blocks: Iterator[Block]) -> float:
-    return float(sum(len(block) if block.weight is None else float(block.weight.sum()) for block in blocks))
+def _target_blocks(blocks: Iterator[Block]) -> tuple[float, float]:
+    weight, largest = 0.0, 0.0
+    for block in blocks:
+        weight += len(block) if block.weight is None else float(block.weight.sum())
+        y = np.abs(block.target)
+        largest = max(largest, float((y if block.weight is None else y[block.weight > 0]).max(initial=0.0)))
+    return weight, largest
+
+
+def _targets_of(blocks: Iterator[Block]) -> tuple[Array, Array]:
+    targets, weights = zip(*((block.target, block.weights()) for block in blocks), strict=True)
+    return np.concatenate(targets), np.concatenate(weights)
+
+
+def _join_targets(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
+    return first[0] + second[0], max(first[1], second[1])
 
 
 def _exact(model: QuantileRegressor, source: RowSource, objectives: list[Objective], seed: int) -> list[ExactResult]:
@@ -292,8 +353,13 @@ def _exact(model: QuantileRegressor, source: RowSource, objectives: list[Objecti
     first, executor = objectives[0], model.executor
     D = source.n_cols + first.intercept
     everything = model.solver_used_ == "interior_point"
-    size = source.n_rows if everything else model.sketch_size or 2 * np.sqrt(source.n_rows * D)
-    start = uniform_start(source, first, size, seed, executor)
+    size: float = source.n_rows
+    if not everything:
+        size = model.sketch_size or min(2 * np.sqrt(source.n_rows * D), most_rows(D))
+    if everything and _sparse(source):
+        start = sparse_start(source, first)
+    else:
+        start = uniform_start(source, first, size, seed, executor)
     if len(spanned_columns(start.R)):
         if start.share == 1:
             refuse_rank(source, start.R, first.intercept)

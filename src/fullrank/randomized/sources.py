@@ -1,4 +1,4 @@
-"""Tables as streams of row blocks: arrays in memory, Parquet files, Dask collections.
+"""Tables as streams of row blocks: arrays in memory and Dask collections; Parquet files are in `parquet`.
 
 A source is cut into fragments, the unit of parallel work; a fragment is read block by block, so that no reader ever
 holds more than one block of it. Rows keep their number in the whole table, whatever the fragments: what is drawn for a
@@ -14,9 +14,9 @@ row depends on that number only, and results do not depend on how a table is sto
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,17 @@ class RowSource(ABC):
         """The blocks of one fragment, in the order of rows."""
         read, arguments = self.task(fragment)
         return read(*arguments)
+
+    def without_features(self) -> RowSource:
+        """Targets and weights of the same rows, beside an X without columns; where X is stored it need not be read."""
+        from fullrank.randomized.columns import ColumnSource
+
+        return ColumnSource(self, np.arange(0))
+
+    def _shallow(self, **changes: Any) -> Any:
+        other = copy.copy(self)
+        vars(other).update(changes, feature_names=[], n_cols=0, n_passes=0)
+        return other
 
 
 def as_source(X: Any, y: Any = None, sample_weight: Any = None) -> RowSource | None:
@@ -141,6 +152,9 @@ class ArraySource(RowSource):
         weight = None if self.sample_weight is None else self.sample_weight[start:stop]
         return _array_blocks, (_rows(self.X, start, stop), y, weight, start, self.block_rows)
 
+    def without_features(self) -> ArraySource:
+        return self._shallow(X=np.empty((self.n_rows, 0)))  # type: ignore[no-any-return]
+
 
 def _rows(X: Any, start: int, stop: int) -> Any:
     """X[start:stop] without a copy of the values."""
@@ -161,129 +175,6 @@ def _array_blocks(X: Any, y: Array | None, weight: Array | None, start: int, blo
             None if weight is None else weight[low:high],
             start + low,
         )
-
-
-class ParquetSource(RowSource):
-    """Parquet files, read row group by row group and batch by batch; a fragment is one row group.
-
-    Args:
-        paths: a file, a folder of *.parquet (sorted by name), or a list of files.
-        features: columns of X; every numeric column but target and weight when omitted.
-        target: column of y, or several.
-        weight: column of row weights.
-        block_rows: rows of a block; by size when omitted.
-
-    Raises:
-        ValueError: no file or no row; a missing column, a column that is no number, files that disagree in a column's
-            type (file and column are named); while reading, nulls, NaN, infinity or negative weights.
-    """
-
-    def __init__(
-        self,
-        paths: str | Path | Sequence[str | Path],
-        features: Sequence[str] | None = None,
-        target: str | Sequence[str] | None = None,
-        weight: str | None = None,
-        *,
-        block_rows: int | None = None,
-    ) -> None:
-        import pyarrow.parquet as pq
-
-        self.paths = _parquet_files(paths)
-        self.targets = [] if target is None else [target] if isinstance(target, str) else list(target)
-        self.single_target = isinstance(target, str)
-        self.weight = weight
-        others = {*self.targets, *([weight] if weight else [])}
-        self._groups: list[tuple[str, int]] = []
-        rows, first = [0], None
-        for path in self.paths:
-            with pq.ParquetFile(path) as file:
-                schema, metadata = file.schema_arrow, file.metadata
-            if first is None:
-                first = schema
-                self.feature_names = (
-                    [field.name for field in schema if field.name not in others and _numeric(field.type)]
-                    if features is None
-                    else list(features)
-                )
-            for name in [*self.feature_names, *others]:
-                if name not in schema.names:
-                    raise ValueError(f'{path.name}: no column "{name}"')
-                kind = schema.field(name).type
-                if not _numeric(kind):
-                    raise ValueError(f'{path.name}: column "{name}" is {kind}, expected numbers')
-                if kind != first.field(name).type:
-                    expected = first.field(name).type
-                    raise ValueError(f'{path.name}: column "{name}" is {kind}, {self.paths[0].name} has {expected}')
-            for group in range(metadata.num_row_groups):
-                if size := metadata.row_group(group).num_rows:
-                    self._groups.append((str(path), group))
-                    rows.append(size)
-        if not self.feature_names:
-            raise ValueError(f"{self.paths[0].name}: no numeric column to use as a feature")
-        if not self._groups:
-            raise ValueError(f"{self.paths[0].name}: no rows in {len(self.paths)} file(s)")
-        self.n_cols, self.n_targets = len(self.feature_names), len(self.targets)
-        self.starts = np.cumsum(rows)
-        self.block_rows = block_size(self.n_cols, block_rows)
-
-    def task(self, fragment: int) -> tuple[Callable[..., Iterator[Block]], tuple[Any, ...]]:
-        target = self.targets[0] if self.single_target else self.targets or None
-        names = (self.feature_names, target, self.weight)
-        return _parquet_blocks, (*self._groups[fragment], *names, int(self.starts[fragment]), self.block_rows)
-
-
-def _parquet_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    if isinstance(paths, (str, Path)):
-        place = Path(paths)
-        files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
-    else:
-        files = [Path(path) for path in paths]
-    if not files:
-        raise ValueError(f"{paths}: no *.parquet file")
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file")
-    return files
-
-
-def _numeric(kind: Any) -> bool:
-    from pyarrow import types
-
-    kinds = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal)
-    return any(holds(kind) for holds in kinds)
-
-
-def _parquet_blocks(
-    path: str,
-    group: int,
-    features: list[str],
-    target: str | list[str] | None,
-    weight: str | None,
-    start: int,
-    block_rows: int,
-) -> Iterator[Block]:
-    import pyarrow.parquet as pq
-
-    targets = [target] if isinstance(target, str) else target or []
-    names = [*features, *targets, *([weight] if weight else [])]
-    place = Path(path).name
-    # Without pre-buffering a column chunk is read in small pieces, and memory does not grow with the row group.
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**18) as file:
-        for batch in file.iter_batches(block_rows, row_groups=[group], columns=list(dict.fromkeys(names))):
-            # Columns are contiguous on both sides of this copy; a transposed view is what BLAS calls column-major.
-            cells = np.empty((len(names), batch.num_rows))
-            for j, name in enumerate(names):
-                column = batch.column(name)
-                if column.null_count:
-                    raise ValueError(f'{place}: column "{name}" has {column.null_count} nulls near row {start}')
-                cells[j] = column.to_numpy(zero_copy_only=False)
-            d, t = len(features), len(targets)
-            y = cells[d] if isinstance(target, str) else cells[d : d + t].T if t else None
-            block = Block(cells[:d].T, y, cells[-1] if weight else None, start)
-            check_block(block, features, place)
-            yield block
-            start = block.stop
 
 
 class DaskSource(RowSource):
@@ -319,6 +210,11 @@ class DaskSource(RowSource):
             targets = [] if y is None else [y] if isinstance(y, str) else list(y)
             others = {*targets, *([sample_weight] if sample_weight is not None else [])}
             self.feature_names = list(features) if features else [name for name in X.columns if name not in others]
+            for name in self.feature_names:
+                if getattr(X.dtypes[name], "kind", "O") not in "iufb":
+                    raise ValueError(
+                        f'column "{name}" is {X.dtypes[name]}, expected numbers: list features without it, or encode it'
+                    )
             frame, X = X, X[self.feature_names].to_dask_array()
             y = None if y is None else frame[y if isinstance(y, str) else targets].to_dask_array()
             sample_weight = None if sample_weight is None else frame[sample_weight].to_dask_array()
@@ -350,11 +246,20 @@ class DaskSource(RowSource):
         place = (int(self.starts[fragment]), self.block_rows, self.feature_names)
         return _checked_blocks, (self._X[part], y, weight, *place)
 
+    def without_features(self) -> DaskSource:
+        from dask.delayed import delayed
+
+        return self._shallow(_X=[delayed(_no_columns)(part) for part in self._y])  # type: ignore
+
     def iter_blocks(self, fragment: int) -> Iterator[Block]:
         from dask.base import compute
 
         read, arguments = self.task(fragment)
         return read(*compute(*arguments, scheduler="synchronous"))  # type: ignore[no-untyped-call]
+
+
+def _no_columns(rows: Any) -> Array:
+    return np.empty((len(rows), 0))
 
 
 def _align(part: Any, row_chunks: tuple[int, ...], da: Any) -> Any:

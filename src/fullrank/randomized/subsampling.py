@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
@@ -27,7 +29,7 @@ from fullrank.randomized.engine import Executor, map_reduce
 from fullrank.randomized.pinball import Objective, Rows, take
 from fullrank.randomized.preprocessing import Start
 from fullrank.randomized.sketches import Sketch, row_uniforms, sketch_blocks
-from fullrank.randomized.sources import RowSource
+from fullrank.randomized.sources import ArraySource, RowSource
 
 ROW_NORMS = ("auto", "exact", "estimated")
 _DRAWS = 3  # samples drawn before one that has lost a column is an error
@@ -44,7 +46,7 @@ class DependentColumnsError(RankDeficientError):
 
 def spanned_columns(R: Array) -> NDArray[np.intp]:
     """Columns that the columns before them span up to rounding."""
-    return np.flatnonzero(np.abs(np.diag(R)) <= 1e-11 * np.maximum(np.linalg.norm(R, axis=0), 1e-300))
+    return np.flatnonzero(np.abs(np.diag(R)) <= 1e-13 * np.maximum(np.linalg.norm(R, axis=0), 1e-300))
 
 
 def refuse_rank(source: RowSource, R: Array, intercept: bool) -> None:
@@ -82,6 +84,22 @@ def uniform_start(source: RowSource, objective: Objective, size: float, seed: in
     penalised = objective.absolute or objective.ridge
     spread = objective.triangular(rows, share) if penalised and share < 1 else R
     return Start(rows, share, R, spread / np.sqrt(max(len(rows), 1)))
+
+
+def sparse_start(source: ArraySource, objective: Objective) -> Start:
+    """All rows of positive weight of a CSR table, as they are."""
+    n = source.n_rows
+    source.n_passes += 1
+    X = source.X.astype(np.float64, copy=False)
+    A: Any = sp.hstack([np.ones((n, 1)), X], format="csr") if objective.intercept else X.copy()
+    A.sum_duplicates()
+    weight = np.ones(n) if source.sample_weight is None else source.sample_weight
+    assert source.y is not None
+    rows = Rows(A, source.y.astype(np.float64, copy=False), weight, np.zeros(n), np.arange(n))
+    if not weight.all():
+        rows = rows.pick(np.flatnonzero(weight))
+    R = objective.triangular(rows)
+    return Start(rows, 1.0, R, R / np.sqrt(max(len(rows), 1)))
 
 
 def scores(columns: Array, T: Array, estimate: bool) -> Array:
