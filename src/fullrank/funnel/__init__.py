@@ -4,8 +4,9 @@ from fullrank.funnel.bundle import load_bundle, save_bundle
 from fullrank.funnel.compare import compare_funnels
 from fullrank.funnel.distillation import DistillConfig, Distilled
 from fullrank.funnel.evaluation import evaluate_funnel
-from fullrank.funnel.funnel import Funnel, RankedItem, Ranking, Recommendation
+from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.off_policy import LogColumns, evaluate_off_policy
+from fullrank.funnel.ranking import RankedItem, Ranking, Recommendation
 from fullrank.funnel.requests import Request, Shown
 from fullrank.funnel.rollout import rollout, rollout_dataset
 from fullrank.funnel.scorer import ScoredItem, Scorer

@@ -20,6 +20,7 @@ from fullrank.data.loader import Loader, batch_from_frame
 from fullrank.funnel.catalogue import NO_ROW
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.rank_losses import RANK_LOSSES
+from fullrank.funnel.stages import FINAL
 from fullrank.funnel.value import ValueFormula, default_formula, formula_names
 from fullrank.models import Ranker, RankerSpec
 from fullrank.models.base import RankerOutput, task_loss
@@ -133,7 +134,7 @@ def candidate_lists(
         order_UK = order_UK.argsort(1, descending=True)[:, : config.candidates - drawn]
         random_UR = active_I[torch.randint(len(active_I), (len(part), drawn), generator=generator)]
         items_UC = _distinct(torch.cat([retrieved_UK.gather(1, order_UK), random_UR], 1))
-        predictions_UCT, value_UC = teacher.judge(part, items_UC)
+        value_UC, predictions_UCT = teacher.predictions_of(FINAL, part, items_UC)
         lists.append(items_UC)
         predictions.append(predictions_UCT)
         values.append(value_UC)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fullrank.funnel import requests as funnel_requests
 from fullrank.funnel.explaining import Explained
-from fullrank.funnel.funnel import RankedItem
+from fullrank.funnel.ranking import RankedItem
 from fullrank.funnel.scorer import ScoredItem
 
 Id = int | str
