@@ -1,0 +1,514 @@
+"""Training that never ends: each window of a log is predicted, then learnt, then published.
+
+The state of a stream after a window is a checkpoint: which bundle it published, what the optimisers know, and where in
+the log the next window begins. All else follows from it and from the log, so that a stream that is killed, at any
+moment, goes on from its last window to what it would have come to: no event is learnt twice, or lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from fullrank.data import atomic
+from fullrank.models import Ranker
+from fullrank.registry import Registry
+from fullrank.training import checkpoint, publishing
+from fullrank.training.arrivals import INTAKE, Arrivals, Log, Replay
+from fullrank.training.deltas import position_of, write_delta
+from fullrank.training.evaluation import TaskMetrics, observe
+from fullrank.training.learner import Learner, batches_of
+from fullrank.training.lock import locked
+from fullrank.training.publishing import BUNDLES, DELTAS, Pointer
+from fullrank.training.recipe import Recipe, parse_recipe, read_recipe
+from fullrank.training.run import defined, open_dataset
+from fullrank.training.run_directory import PAGE
+
+# The recipe, which says that the rest is a stream's; a line for each window; the states after windows.
+STREAM, METRICS, CHECKPOINTS = "stream.json", "metrics.jsonl", "checkpoints"
+# Where there is nothing new, a stream that follows looks again after so many seconds.
+POLL_SECONDS = 1.0
+# Checkpoints: of what is served, of the one before, and one more should the newest be damaged.
+KEPT = 3
+# Rows of one forward pass when predicting.
+ROWS_AT_ONCE = 8192
+# Section of a recipe -> what learns.
+LEARNERS: Registry[type[Learner]] = Registry(
+    "learner",
+    "fullrank.learners",
+    {"model": "fullrank.training.learner:RankerLearner", "funnel": "fullrank.funnel.stream:FunnelLearner"},
+)
+
+# Told what is going on: how many windows are done, and until when.
+Progress = Callable[[int, str], None]
+
+
+class Window(NamedTuple):
+    """Seconds of event time, the end excluded."""
+
+    begin: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        """Of its bundle; names sort by time."""
+        return datetime.fromtimestamp(self.begin, UTC).strftime("%Y%m%dT%H%M%SZ")
+
+
+class Hook:
+    """What can watch a stream, and add to its rows. Methods are called in the order of the list."""
+
+    def rows(self, window: Window, rows: pl.DataFrame) -> pl.DataFrame:
+        """Encoded rows that are about to be predicted and learnt; what comes back may have further columns, such as a
+        teacher's predictions, and must follow from window and rows alone: a stream that was killed asks again."""
+        return rows
+
+    def published(self, window: Window, bundle: Path, record: Mapping[str, Any]) -> None:
+        """A window is over, `bundle` is what is served now, and `record` is its line of `metrics.jsonl`. A stream that
+        was killed just then says so again, or, killed after the checkpoint, not at all."""
+
+
+@dataclass
+class StreamReport:
+    """What a call of `stream` did.
+
+    Attributes:
+        directory: of the stream.
+        windows: a record of each window that ended in this call, as in `metrics.jsonl`.
+        pointer: what is served; None if nothing has been published.
+        counts: over the life of the stream: windows, rows taken up, refused and late, trained and left aside.
+        seconds: wall time of this call.
+        judge: the label whose metric decides on rollbacks.
+    """
+
+    directory: Path
+    windows: list[dict[str, Any]]
+    pointer: Pointer | None
+    counts: dict[str, int]
+    seconds: float
+    judge: str = ""
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON has it."""
+        pointer = None if self.pointer is None else self.pointer.model_dump(mode="json")
+        about = {"directory": str(self.directory), "current": pointer, "counts": self.counts, "seconds": self.seconds}
+        summary: dict[str, Any] = defined({**about, "windows": self.windows})
+        return summary
+
+
+@dataclass
+class _State:
+    """What a checkpoint says beside the optimisers' tensors.
+
+    Attributes:
+        windows: that are over; the number of the checkpoint.
+        next: where the next window may begin.
+        bundle: name of the one that the state is of, and is served.
+        until: events up to this second are learnt.
+        reason: why this bundle is served.
+        parent: the checkpoint and the bundle of the model one window older, and until when it learnt.
+        number: of the pointer.
+        metrics_bytes: length of `metrics.jsonl`.
+        trained, left_aside, rolled_back: rows: learnt by what is served, too few to learn from, and learnt by models
+            that had to give way.
+        log: what the log has to know.
+    """
+
+    windows: int = 0
+    next: int = -(1 << 62)
+    bundle: str | None = None
+    until: int = 0
+    reason: str = ""
+    parent: tuple[int, str, int] | None = None
+    number: int = 0
+    metrics_bytes: int = 0
+    trained: int = 0
+    left_aside: int = 0
+    rolled_back: int = 0
+    log: dict[str, Any] | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+
+
+def stream(
+    recipe: Recipe | Mapping[str, Any] | Path | str,
+    directory: Path,
+    *,
+    start: Path | None = None,
+    follow: bool = False,
+    hooks: Sequence[Hook] = (),
+    progress: Progress | None = None,
+    source: str | None = None,
+    page: Callable[[Path, str], str] | None = None,
+) -> StreamReport:
+    """Go through a log window by window, from where the last call in the same directory ended.
+
+    Args:
+        recipe: with a section `model` or `funnel`, and `stream`.
+        directory: for bundles, deltas, `current.json`, checkpoints and metrics.
+        start: a bundle to go on from, in the first call.
+        follow: wait for further files for ever; else end when all windows that are over are done.
+        hooks: see `Hook`.
+        page: what makes `report.html`, of the directory and the label that is judged by.
+
+    Raises:
+        ValueError: if the recipe is wrong, another one than the stream began with, another process is at a stream
+            there, or the log changes its columns; what is served stays.
+    """
+    source = source or ("recipe" if isinstance(recipe, Recipe | Mapping) else str(recipe))
+    if isinstance(recipe, Mapping):
+        recipe = parse_recipe(dict(recipe), source)
+    elif not isinstance(recipe, Recipe):
+        recipe = read_recipe(Path(recipe))
+    if recipe.section not in LEARNERS:
+        raise ValueError(f'{source}: a recipe with a section "{recipe.section}" cannot be streamed')
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    begin = time.perf_counter()
+    found = [path for path in directory.iterdir() if not path.name.startswith(".")] if directory.is_dir() else []
+    if found and not (directory / STREAM).exists():
+        raise ValueError(f"{directory} was not made by a stream: choose another --out")
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory, "a stream"):
+        running = _Stream(recipe, directory, start, hooks, progress, source)
+        try:
+            running.go(follow)
+        finally:
+            if page is not None and running.records:
+                atomic.write_text(directory / PAGE, page(directory, running.judge))
+    return StreamReport(
+        directory,
+        running.records,
+        publishing.read_pointer(directory),
+        running.counts(),
+        time.perf_counter() - begin,
+        running.judge,
+    )
+
+
+class _Stream:
+    """The state of one call of `stream`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        directory: Path,
+        start: Path | None,
+        hooks: Sequence[Hook],
+        progress: Progress | None,
+        source: str,
+    ) -> None:
+        self.recipe, self.directory, self.hooks = recipe, directory, hooks
+        self.progress, self.source, self.config = progress, source, recipe.stream
+        self.records: list[dict[str, Any]] = []
+        self.judge = ""
+        self.learner: Learner | None = None
+        self.window: Window | None = None
+        self.reached = 0
+        self.delta_paths: list[str] = []
+        publishing.clear_leftovers(directory)
+        checkpoint.clear_leftovers(directory / CHECKPOINTS, alone=True)
+        identity = json.loads(recipe.model_dump_json(exclude={"threads", "imports"}))
+        found = checkpoint.latest(directory / CHECKPOINTS)
+        if found is None and checkpoint.list_steps(directory / CHECKPOINTS):
+            raise ValueError(
+                f"{directory / CHECKPOINTS}: every checkpoint is damaged: stream anew in another directory"
+            )
+        self.state = _State(identity=identity) if found is None else _State(**found.state)
+        if self.state.identity != identity:
+            changed = sorted(key for key in identity if self.state.identity.get(key) != identity[key])
+            raise ValueError(
+                f"{directory} holds a stream of another recipe ({', '.join(changed)} differ): go on with the same one, "
+                "or choose another --out and begin there --from the current bundle"
+            )
+        atomic.write_text(directory / STREAM, recipe.model_dump_json(indent=2) + "\n")
+        self._truncate_metrics()
+        self.log = self._open_log(start)
+        self.start, self.forget_before = start, self.state.next
+        if found is not None:
+            assert self.state.bundle is not None
+            self.learner = LEARNERS[recipe.section].begin(recipe, self.log.encoders, None, source)
+            self.learner.load(self._bundle(self.state.bundle), found.tensors())
+            self._remember()
+            self._point()
+
+    def _open_log(self, start: Path | None) -> Log:
+        place = self.directory / INTAKE
+        if self.config.arrivals:
+            return Arrivals(self.recipe.data, self.config, place, start, self.state.log)
+        dataset = open_dataset(self.recipe.data)
+        if dataset.schema.keys.timestamp is None:
+            raise ValueError(f"{dataset.path}: the schema names no timestamp, and a stream goes by time")
+        return Replay(dataset, self.config.step)
+
+    def _truncate_metrics(self) -> None:
+        """Forget what was written down of a window whose end a kill prevented."""
+        path = self.directory / METRICS
+        if path.exists() and path.stat().st_size > self.state.metrics_bytes:
+            with path.open("r+b") as file:
+                file.truncate(self.state.metrics_bytes)
+
+    def _bundle(self, name: str) -> Path:
+        return self.directory / BUNDLES / name
+
+    def counts(self) -> dict[str, int]:
+        state = self.state
+        learnt = {"trained": state.trained, "left_aside": state.left_aside, "rolled_back": state.rolled_back}
+        return {"windows": state.windows, **learnt, **self.log.counts()}
+
+    # The loop
+
+    def go(self, follow: bool) -> None:
+        while True:
+            self._through_what_is_over()
+            if self.log.take():
+                continue
+            if not follow:
+                return
+            time.sleep(POLL_SECONDS)
+
+    def _through_what_is_over(self) -> None:
+        """Do every slice, and end every window, that no event is waited for any more."""
+        if self.learner is None:
+            if not self.log.taken:
+                return
+            self._begin()
+        step = self.config.step
+        while True:
+            at = self.log.next_slice(self.state.next if self.window is None else self.reached)
+            if self.window is not None and (at is None or at >= self.window.end):
+                if not self.log.is_over(self.window.end):
+                    return
+                self._end_window()
+                continue
+            if at is None or not self.log.is_over(at + step):
+                return
+            if self.window is None:
+                self._begin_window(
+                    Window(at - at % self.config.window, at - at % self.config.window + self.config.window)
+                )
+            self._slice(at)
+            self.reached = at + step
+
+    def _begin(self) -> None:
+        self.learner = LEARNERS[self.recipe.section].begin(self.recipe, self.log.encoders, self.start, self.source)
+        if self.config.delta is not None and not self.learner.deltas:
+            raise ValueError(f"{self.source}: stream.delta is for a single ranker; a funnel is published whole")
+        if self.start is not None:
+            self._publish("0-start", 0, f"started from {self.start.name}", {})
+            self._commit()
+
+    # A window
+
+    def _begin_window(self, window: Window) -> None:
+        assert self.learner is not None
+        self.window, self.reached, self.slices = window, window.begin, list[int]()
+        self.deltas, self.timely, self.late = 0, 0, 0
+        state = self.state
+        self.trained_before, self.encoders = state.trained, self.log.encoders
+        # What the window is learnt on top of, as the last checkpoint has it.
+        self.base = None if state.bundle is None else (state.windows, state.bundle, state.until)
+        grew = self.learner.grow(self.encoders)
+        if grew and self.config.delta is not None and self.state.bundle is not None:
+            # Deltas are between models of the same tables.
+            self._publish(f"{window.name}-ids", self.state.until, "new ids", {})
+            self._point()
+        self.judge = self.learner.judged.schema.labels[0].name
+        self.parent = None if self.state.parent is None else self.learner.opened(self._bundle(self.state.parent[1]))
+        self.metrics = [TaskMetrics(self.learner.judged.schema.labels) for _ in range(2)]
+
+    def _slice(self, at: int) -> None:
+        """Predict the events of a slice, with what is served and with the model one window older. With deltas, learn
+        them and publish; without, a slice is the window, and is learnt when what is served has been judged."""
+        timely, late = self.held = self._rows(at)
+        self.slices.append(at)
+        self.timely, self.late = self.timely + timely.height, self.late + late.height
+        if self.state.bundle is not None and timely.height:
+            assert self.learner is not None
+            self._observe(self.learner.judged, timely, self.metrics[0])
+            if self.parent is not None:
+                self._observe(self.parent, timely, self.metrics[1])
+        if self.config.delta is not None:
+            self._learn(at, pl.concat([timely, late]))
+            self._publish_delta(at + self.config.step)
+
+    def _rows(self, at: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+        assert self.window is not None
+        timely, late = self.log.rows_of(at)
+        for hook in self.hooks:
+            timely, late = hook.rows(self.window, timely), hook.rows(self.window, late)
+        return timely, late
+
+    def _observe(self, model: Ranker, rows: pl.DataFrame, metrics: TaskMetrics) -> None:
+        observe(model, batches_of(rows, model.schema, ROWS_AT_ONCE, self.recipe.data.extra), metrics)
+
+    def _learn(self, at: int, rows: pl.DataFrame) -> None:
+        assert self.learner is not None
+        seed = (self.recipe.training.seed * 1_000_003 + at // self.config.step) % (1 << 31)
+        aside = self.learner.learn(rows, seed)
+        self.state.left_aside += aside
+        self.state.trained += rows.height - aside
+
+    def _end_window(self) -> None:
+        assert self.window is not None and self.learner is not None
+        window, state = self.window, self.state
+        found, older = (self._computed(metrics) for metrics in self.metrics)
+        reason = self._misstep(found, older)
+        record: dict[str, Any] = {
+            "window": window.name,
+            "begin": window.begin,
+            "end": window.end,
+            "empty_before": max(0, window.begin - state.next) // self.config.window if state.windows else 0,
+            "rows": self.timely,
+            "late": self.late,
+            "served": state.bundle,
+            "metrics": found,
+            "older": None if state.parent is None else {"bundle": state.parent[1], "metrics": older},
+            "rolled_back": reason,
+            "deltas": self.deltas,
+            "published": window.name,
+        }
+        parent = self.base
+        if reason is not None:
+            parent = state.parent
+            self._roll_back(reason)
+        if self.config.delta is None:
+            self._learn(self.slices[0], pl.concat(self.held))
+        elif reason is not None:
+            # What has been learnt of this window went into the model that gave way.
+            for at in self.slices:
+                self._learn(at, pl.concat(self._rows(at)))
+        self.learner.end_window()
+        record = defined(record)
+        self._publish(window.name, window.end, f"window {window.name}", record)
+        state.windows, state.next, state.parent = state.windows + 1, window.end, parent
+        with (self.directory / METRICS).open("ab") as file:
+            file.write((json.dumps(record, allow_nan=False) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+            state.metrics_bytes = file.tell()
+        self._commit()
+        self.records.append(record)
+        self.window = None
+        for hook in self.hooks:
+            hook.published(window, self._bundle(window.name), record)
+        if self.progress is not None:
+            self.progress(state.windows, window.name)
+
+    def _computed(self, metrics: TaskMetrics) -> dict[str, dict[str, float]]:
+        """Of the labels that the window has."""
+        found = {}
+        for label in metrics.labels:
+            with contextlib.suppress(ValueError):  # there is no row
+                found[label.name] = metrics.of(label)
+        return found
+
+    def _misstep(
+        self, found: Mapping[str, Mapping[str, float]], older: Mapping[str, Mapping[str, float]]
+    ) -> str | None:
+        """Why what is served is to give way to the model one window older; None if it is not."""
+        if self.config.rollback is None or self.judge not in found or self.judge not in older:
+            return None
+        metric = "ne" if "ne" in found[self.judge] else "mse"
+        new, old = found[self.judge][metric], older[self.judge][metric]
+        if not new > old * (1 + self.config.rollback):
+            return None
+        assert self.state.parent is not None
+        name = {"ne": "NE", "mse": "squared error"}[metric]
+        return (
+            f'{name} of "{self.judge}" is {new:.5f}, and {old:.5f} of {self.state.parent[1]}: more than '
+            f"{self.config.rollback:.2%} worse"
+        )
+
+    def _roll_back(self, reason: str) -> None:
+        """Serve the older model again, and go on from it."""
+        state = self.state
+        assert state.parent is not None and self.learner is not None
+        number, bundle, until = state.parent
+        found = checkpoint.of_step(self.directory / CHECKPOINTS, number)
+        state.bundle, state.until, state.reason = bundle, until, f"rolled back: {reason}"
+        state.number += 1
+        self.position, self.delta_paths = position_of(self._bundle(bundle)), []
+        self._point()
+        self.learner.load(self._bundle(bundle), found.tensors())
+        self.learner.grow(self.encoders)
+        state.rolled_back += self.trained_before - found.state["trained"]
+        state.trained, state.left_aside = found.state["trained"], found.state["left_aside"]
+
+    # What is served
+
+    def _publish(self, name: str, until: int, reason: str, record: Mapping[str, Any]) -> None:
+        """Write a bundle, to be pointed to."""
+        assert self.learner is not None
+        self.learner.save(
+            self._bundle(name), {"recipe": self.source, "window": record} if record else {"recipe": self.source}
+        )
+        state = self.state
+        state.bundle, state.until, state.reason, state.number = name, until, reason, state.number + 1
+        self._remember()
+
+    def _remember(self) -> None:
+        """Take note of the weights of the bundle, for the deltas after it."""
+        assert self.state.bundle is not None and self.learner is not None
+        self.position, self.delta_paths = position_of(self._bundle(self.state.bundle)), []
+        if self.config.delta is not None:
+            self.weights = _copied(self.learner.judged)
+
+    def _publish_delta(self, until: int) -> None:
+        """Write what has changed since the last delta, and point to it, if there is a bundle that it is for."""
+        state = self.state
+        if state.bundle is None:
+            return
+        assert self.learner is not None
+        path = f"{DELTAS}/{state.bundle}/{self.position.number + 1:06d}"
+        weights = _copied(self.learner.judged)
+        schema = self.learner.judged.schema
+        self.position = write_delta(
+            self.directory / path, self.weights, weights, self.position, schema=schema, until=until
+        )
+        self.weights, self.deltas = weights, self.deltas + 1
+        self.delta_paths.append(path)
+        state.until, state.reason, state.number = until, "delta", state.number + 1
+        self._point()
+
+    def _point(self) -> None:
+        state = self.state
+        assert state.bundle is not None
+        pointer = Pointer(
+            number=state.number,
+            bundle=f"{BUNDLES}/{state.bundle}",
+            base=self.position.base,
+            deltas=tuple(self.delta_paths),
+            until=state.until,
+            reason=state.reason,
+        )
+        publishing.write_pointer(self.directory, pointer)
+
+    def _commit(self) -> None:
+        """Make what was done last: from here on it is not done again."""
+        assert self.learner is not None and self.state.bundle is not None
+        state = self.state
+        state.log = self.log.state()
+        protect = set() if state.parent is None else {state.parent[0]}
+        place = self.directory / CHECKPOINTS
+        checkpoint.write(place, state.windows, self.learner.state(), vars(state), keep=KEPT, protect=protect)
+        self._point()
+        needed = {state.bundle} if state.parent is None else {state.bundle, state.parent[1]}
+        publishing.prune(self.directory, self.config.keep, needed)
+        # A window longer than it seems needed: should the checkpoint be damaged, the one before does.
+        self.log.forget(self.forget_before)
+        self.forget_before = state.next
+
+
+def _copied(model: Ranker) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
