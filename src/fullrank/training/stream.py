@@ -240,7 +240,7 @@ class _Stream:
             self.learner = LEARNERS[recipe.section].begin(recipe, self.log.encoders, None, source)
             self.learner.load(self._bundle(self.state.bundle), found.tensors())
             self._remember()
-            self._point()
+            self._tidy()
 
     def _open_log(self, start: Path | None) -> Log:
         place = self.directory / INTAKE
@@ -502,6 +502,12 @@ class _Stream:
         protect = set() if state.parent is None else {state.parent[0]}
         place = self.directory / CHECKPOINTS
         checkpoint.write(place, state.windows, self.learner.state(), vars(state), keep=KEPT, protect=protect)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Point to what is served, and remove what is not needed for it any more."""
+        state = self.state
+        assert state.bundle is not None
         self._point()
         needed = {state.bundle} if state.parent is None else {state.bundle, state.parent[1]}
         publishing.prune(self.directory, self.config.keep, needed)
