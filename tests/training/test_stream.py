@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -90,7 +91,7 @@ def test_deltas_lead_from_each_bundle_to_the_next(whole: Path) -> None:
     place = whole / "deltas"
     names = sorted(path.name for path in (place / "bundles").iterdir())
     assert len(names) == 3  # keep
-    for before, after in zip(names[:-1], names[1:], strict=True):
+    for before, after in itertools.pairwise(names):
         model, position = load_model(place / "bundles" / before), position_of(place / "bundles" / before)
         for delta in sorted((place / "deltas" / before).iterdir()):
             position = apply_delta(model, delta, position)
@@ -166,19 +167,19 @@ def test_a_model_that_got_worse_gives_way_and_what_it_learnt_is_as_if_it_had_nev
 
 
 def test_a_hook_adds_columns_and_sees_what_was_published(log: Dataset, tmp_path: Path) -> None:
-    class Teacher(Hook):
-        seen: list[str] = []
+    seen: list[str] = []
 
+    class Teacher(Hook):
         def rows(self, window: Window, rows: pl.DataFrame) -> pl.DataFrame:
             assert rows["__timestamp"].is_between(window.begin, window.end - 1).all()
             return rows.with_columns(teacher=pl.lit(0.5, pl.Float32))
 
         def published(self, window: Window, bundle: Path, record: Any) -> None:
             assert load_model(bundle) and record["published"] == bundle.name
-            self.seen.append(window.name)
+            seen.append(window.name)
 
     report = stream(recipe(log.path, window=2 * HOUR), tmp_path / "out", hooks=[Teacher()])
-    assert Teacher.seen == [record["window"] for record in report.windows] and len(Teacher.seen) == 3
+    assert seen == [record["window"] for record in report.windows] and len(seen) == 3
 
 
 def test_one_stream_at_a_time_and_one_recipe_for_ever(log: Dataset, whole: Path, tmp_path: Path) -> None:

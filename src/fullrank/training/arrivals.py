@@ -376,7 +376,7 @@ def _check_schema(file: Path, schema: Schema) -> None:
     if schema.keys.timestamp is None:
         raise ValueError(f"{file}: the schema names no timestamp, and a stream goes by time")
     if schema.counters or schema.histories:
-        derived = [feature.name for feature in (*schema.counters, *schema.histories)][0]
+        derived = next(feature.name for feature in (*schema.counters, *schema.histories))
         raise ValueError(
             f'{file}: the feature "{derived}" is derived from earlier rows, which another file has: let the log carry '
             "it, or import the whole log and replay it (stream.arrivals: false)"

@@ -40,8 +40,13 @@ class Learner(Protocol):
     deltas: bool
 
     @classmethod
-    def begin(cls, recipe: Recipe, encoders: Encoders, start: Path | None, source: str) -> Self:
-        """What the recipe says, untrained, or as the bundle `start` has it."""
+    def begin(cls, recipe: Recipe, encoders: Encoders, start: Path | None, source: str, place: Path) -> Self:
+        """What the recipe says, untrained, or as the bundle `start` has it.
+
+        Args:
+            source: where the recipe comes from.
+            place: a directory of its own, to be made if it needs one.
+        """
 
     def grow(self, encoders: Encoders) -> bool:
         """Take over encoders with more ids; whether there are more."""
@@ -49,8 +54,8 @@ class Learner(Protocol):
     def learn(self, rows: pl.DataFrame, seed: int) -> int:
         """Learn from encoded rows in order of time, once; how many were left aside."""
 
-    def end_window(self) -> None:
-        """Do what is done once a window, before it is published."""
+    def end_window(self, begin: int) -> None:
+        """Do what is done once a window, which began at this second, before it is published."""
 
     def state(self) -> dict[str, Tensor]:
         """What else than its bundle it takes to go on."""
@@ -128,7 +133,7 @@ class RankerLearner:
         return self.fitted.model
 
     @classmethod
-    def begin(cls, recipe: Recipe, encoders: Encoders, start: Path | None, source: str) -> Self:
+    def begin(cls, recipe: Recipe, encoders: Encoders, start: Path | None, source: str, place: Path) -> Self:
         assert recipe.model is not None
         training = recipe.training
         check_training(training, "training")
@@ -149,7 +154,7 @@ class RankerLearner:
     def learn(self, rows: pl.DataFrame, seed: int) -> int:
         return self.fitted.learn(rows, seed)
 
-    def end_window(self) -> None: ...
+    def end_window(self, begin: int) -> None: ...
 
     def state(self) -> dict[str, Tensor]:
         return self.fitted.state()

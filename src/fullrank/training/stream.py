@@ -35,8 +35,9 @@ from fullrank.training.recipe import Recipe, parse_recipe, read_recipe
 from fullrank.training.run import defined, open_dataset
 from fullrank.training.run_directory import PAGE
 
-# The recipe, which says that the rest is a stream's; a line for each window; the states after windows.
-STREAM, METRICS, CHECKPOINTS = "stream.json", "metrics.jsonl", "checkpoints"
+# The recipe, which says that the rest is a stream's; a line for each window; the states after windows; what
+# else the learner needs.
+STREAM, METRICS, CHECKPOINTS, OWN = "stream.json", "metrics.jsonl", "checkpoints", "learner"
 # Where there is nothing new, a stream that follows looks again after so many seconds.
 POLL_SECONDS = 1.0
 # Checkpoints: of what is served, of the one before, and one more should the newest be damaged.
@@ -237,7 +238,7 @@ class _Stream:
         self.start, self.forget_before = start, self.state.next
         if found is not None:
             assert self.state.bundle is not None
-            self.learner = LEARNERS[recipe.section].begin(recipe, self.log.encoders, None, source)
+            self.learner = self._learner(None)
             self.learner.load(self._bundle(self.state.bundle), found.tensors())
             self._remember()
             self._tidy()
@@ -300,8 +301,12 @@ class _Stream:
             self._slice(at)
             self.reached = at + step
 
+    def _learner(self, start: Path | None) -> Learner:
+        kind = LEARNERS[self.recipe.section]
+        return kind.begin(self.recipe, self.log.encoders, start, self.source, self.directory / OWN)
+
     def _begin(self) -> None:
-        self.learner = LEARNERS[self.recipe.section].begin(self.recipe, self.log.encoders, self.start, self.source)
+        self.learner = self._learner(self.start)
         if self.config.delta is not None and not self.learner.deltas:
             raise ValueError(f"{self.source}: stream.delta is for a single ranker; a funnel is published whole")
         if self.start is not None:
@@ -388,7 +393,7 @@ class _Stream:
             # What has been learnt of this window went into the model that gave way.
             for at in self.slices:
                 self._learn(at, pl.concat(self._rows(at)))
-        self.learner.end_window()
+        self.learner.end_window(window.begin)
         record = defined(record)
         self._publish(window.name, window.end, f"window {window.name}", record)
         state.windows, state.next, state.parent = state.windows + 1, window.end, parent

@@ -23,7 +23,9 @@ class StreamConfig(BaseModel):
         rollback: if the normalised entropy (of a number the squared error) of what is served exceeds that of the model
             one window older, on the same events, by more than this share, what is served goes back to the older one;
             null never does.
-        retrieval_every: of a funnel: windows from one fit of its retriever to the next.
+        retrieval_every: of a funnel: windows from one fit of its retriever to the next. Between them, items are added
+            and removed.
+        retrieval_windows: how many of the last windows such a fit learns from.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +39,7 @@ class StreamConfig(BaseModel):
     keep: int = Field(default=3, ge=3)
     rollback: float | None = Field(default=0.02, ge=0, allow_inf_nan=False)
     retrieval_every: int = Field(default=24, ge=1)
+    retrieval_windows: int = Field(default=72, ge=1)
 
     @model_validator(mode="after")
     def _deltas_fill_windows(self) -> Self:
