@@ -2,9 +2,9 @@
 
     python -m benchmarks.funnel.fresh
 
-The simulator makes 14 days of a log in which interests drift and campaigns are born and retired. A funnel (two towers, an
-early-stage ranker, DIN) learns the first 7 days, day by day. Then one stays as it is; one goes on day by day, one hour
-by hour, with the same recipe: the same batches, rates and passes, and a retriever fitted once a day.
+The simulator makes 14 days of a log in which interests drift and campaigns are born and retired. A funnel (two towers,
+an early-stage ranker, DIN) learns the first 7 days, day by day. Then one stays as it is; one goes on day by day, one
+hour by hour, with the same recipe: the same batches, rates and passes, and a retriever fitted once a day.
 
 * NE of the final stage on days 8 to 14: every impression is predicted by what was served when it happened.
 * True value of a request by what was served when it came, 4 times a day: the sum over slots of bid times true click

@@ -49,6 +49,15 @@ def weights(bundle: Path) -> bytes:
     return (bundle / "weights.safetensors").read_bytes()
 
 
+def files(directory: Path) -> dict[str, bytes]:
+    """All that a stream has written, but its lock."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and "lock" not in path.name
+    }
+
+
 def run(data: Path, out: Path, settings: dict[str, Any]) -> StreamReport:
     torch.set_num_threads(1)
     return stream(recipe(data, **settings), out, source="recipe")

@@ -11,7 +11,6 @@ import polars as pl
 import pytest
 import torch
 from streams import HOUR, START, KillAt, Killed
-from test_stream import files
 
 from fullrank.data.encoders import Encoders
 from fullrank.training.publishing import open_current

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from streams import HOUR, START, TIMED, KillAt, Killed, clicks_in_time, recipe, run, weights
+from streams import HOUR, START, TIMED, KillAt, Killed, clicks_in_time, files, recipe, run, weights
 
 from fullrank.data.dataset import Dataset, write_dataset
 from fullrank.training import Trainer, TrainerConfig, checkpoint, evaluate, load_model
@@ -45,14 +45,6 @@ def whole(log: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, settings in SETTINGS.items():
         run(log.path, place / name, settings)
     return place
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and "lock" not in path.name
-    }
 
 
 def hour_of(log: Dataset, hour: int) -> pl.DataFrame:

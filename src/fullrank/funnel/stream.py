@@ -1,4 +1,4 @@
-"""A funnel that is kept fresh: rankers that go on learning, a catalogue that is up to date, a retriever that follows."""
+"""A funnel that is kept fresh: its rankers go on learning, its catalogue is up to date, its retriever follows."""
 
 from __future__ import annotations
 
