@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from streams import HOUR, START, KillAt, Killed
+from streams import HOUR, START, KillAt, Killed, files
 
 from fullrank.data.encoders import Encoders
 from fullrank.training.publishing import open_current

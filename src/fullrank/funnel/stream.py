@@ -109,7 +109,7 @@ class FunnelLearner:
         if encoders.agrees_with(self.encoders):
             return False
         if not encoders.extends(self.encoders):
-            raise ValueError("the log has other encoders than the bundle: import it like the bundle, and extended")
+            raise ValueError("the log has other encoders than before, which mean other things by the same ids")
         self.encoders = encoders
         for fitted in self.rankers.values():
             fitted.grow(encoders.schema)

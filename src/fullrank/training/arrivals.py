@@ -375,9 +375,9 @@ def _check_columns(file: Path, found: dict[str, str], before: dict[str, str] | N
 def _check_schema(file: Path, schema: Schema) -> None:
     if schema.keys.timestamp is None:
         raise ValueError(f"{file}: the schema names no timestamp, and a stream goes by time")
-    if schema.counters or schema.histories:
-        derived = next(feature.name for feature in (*schema.counters, *schema.histories))
+    derived = [counter.name for counter in schema.counters] + [sequence.name for sequence in schema.histories]
+    if derived:
         raise ValueError(
-            f'{file}: the feature "{derived}" is derived from earlier rows, which another file has: let the log carry '
+            f'{file}: the feature "{derived[0]}" is derived from earlier rows, which another file has: let the log carry '
             "it, or import the whole log and replay it (stream.arrivals: false)"
         )

@@ -147,6 +147,8 @@ class RankerLearner:
     def grow(self, encoders: Encoders) -> bool:
         if encoders.agrees_with(self.encoders):
             return False
+        if not encoders.extends(self.encoders):
+            raise ValueError("the log has other encoders than before, which mean other things by the same ids")
         self.encoders = encoders
         self.fitted.grow(encoders.schema)
         return True
