@@ -2,9 +2,9 @@
 
     python -m benchmarks.stream_deltas
 
-A ranker has two tables of 1,000,000 rows of width 16. Between deltas 60,000 rows of each change, as many as 1,000 events
-a second could touch in a minute, and all dense weights. CPU time, the best of five; wall time, the median, beside
-whatever else runs on the machine.
+A ranker has two tables of 1,000,000 rows of width 16. Between deltas 60,000 rows of each change, as many as 1,000
+events a second could touch in a minute, and all dense weights. CPU time, the best of five; wall time, the median,
+beside whatever else runs on the machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A funnel is kept fresh window by window: rankers as single ones are, items as the log has them; killed, it goes on."""
+"""A funnel is kept fresh window by window: rankers as single ones are, items as in the log; killed, it goes on."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def whole(log: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def test_the_final_stage_learns_as_it_does_alone(
     log: Dataset, whole: tuple[Path, StreamReport], tmp_path: Path
 ) -> None:
-    place, report = whole
+    _, report = whole
     alone = recipe(log.path)
     final = alone.pop("funnel")["final"]
     alone |= {"model": final["model"], "training": LEARNING}

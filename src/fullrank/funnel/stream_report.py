@@ -52,9 +52,10 @@ def stream_page(directory: Path, judge: str) -> str:
     )
     pointer = read_pointer(directory)
     back = sum(1 for window in windows if window["rolled_back"])
+    rows_of = {name: sum(window[name] for window in windows) for name in ("rows", "late")}
     facts = {
         "windows": f"{len(windows):,}, {back:,} of which ended with a rollback",
-        "rows": f"{sum(window['rows'] for window in windows):,}, and {sum(window['late'] for window in windows):,} late",
+        "rows": f"{rows_of['rows']:,}, and {rows_of['late']:,} late",
         "served": "nothing" if pointer is None else f"{pointer.bundle} ({pointer.reason})",
     }
     about = "".join(f"<tr><td>{escape(key)}<td>{escape(text)}" for key, text in facts.items())

@@ -378,6 +378,6 @@ def _check_schema(file: Path, schema: Schema) -> None:
     derived = [counter.name for counter in schema.counters] + [sequence.name for sequence in schema.histories]
     if derived:
         raise ValueError(
-            f'{file}: the feature "{derived[0]}" is derived from earlier rows, which another file has: let the log carry '
-            "it, or import the whole log and replay it (stream.arrivals: false)"
+            f'{file}: the feature "{derived[0]}" is derived from earlier rows, which another file has: let the log '
+            "carry it, or import the whole log and replay it (stream.arrivals: false)"
         )

@@ -12,25 +12,24 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import polars as pl
 import torch
-from torch import Tensor
 
 from fullrank.data import atomic
 from fullrank.models import Ranker
 from fullrank.registry import Registry
 from fullrank.training import checkpoint, publishing
 from fullrank.training.arrivals import INTAKE, Arrivals, Log, Replay
-from fullrank.training.deltas import position_of, write_delta
 from fullrank.training.evaluation import TaskMetrics, observe
 from fullrank.training.learner import Learner, batches_of
 from fullrank.training.lock import locked
-from fullrank.training.publishing import BUNDLES, DELTAS, Pointer
+from fullrank.training.publisher import Publisher, State
+from fullrank.training.publishing import Pointer
 from fullrank.training.recipe import Recipe, parse_recipe, read_recipe
 from fullrank.training.run import defined, open_dataset
 from fullrank.training.run_directory import PAGE
@@ -108,39 +107,6 @@ class StreamReport:
         return summary
 
 
-@dataclass
-class _State:
-    """What a checkpoint says beside the optimisers' tensors.
-
-    Attributes:
-        windows: that are over; the number of the checkpoint.
-        next: where the next window may begin.
-        bundle: name of the one that the state is of, and is served.
-        until: events up to this second are learnt.
-        reason: why this bundle is served.
-        parent: the checkpoint and the bundle of the model one window older, and until when it learnt.
-        number: of the pointer.
-        metrics_bytes: length of `metrics.jsonl`.
-        trained, left_aside, rolled_back: rows: learnt by what is served, too few to learn from, and learnt by models
-            that had to give way.
-        log: what the log has to know.
-    """
-
-    windows: int = 0
-    next: int = -(1 << 62)
-    bundle: str | None = None
-    until: int = 0
-    reason: str = ""
-    parent: tuple[int, str, int] | None = None
-    number: int = 0
-    metrics_bytes: int = 0
-    trained: int = 0
-    left_aside: int = 0
-    rolled_back: int = 0
-    log: dict[str, Any] | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
-
-
 def stream(
     recipe: Recipe | Mapping[str, Any] | Path | str,
     directory: Path,
@@ -216,7 +182,6 @@ class _Stream:
         self.learner: Learner | None = None
         self.window: Window | None = None
         self.reached = 0
-        self.delta_paths: list[str] = []
         publishing.clear_leftovers(directory)
         checkpoint.clear_leftovers(directory / CHECKPOINTS, alone=True)
         identity = json.loads(recipe.model_dump_json(exclude={"threads", "imports"}))
@@ -225,13 +190,14 @@ class _Stream:
             raise ValueError(
                 f"{directory / CHECKPOINTS}: every checkpoint is damaged: stream anew in another directory"
             )
-        self.state = _State(identity=identity) if found is None else _State(**found.state)
+        self.state = State(identity=identity) if found is None else State(**found.state)
         if self.state.identity != identity:
             changed = sorted(key for key in identity if self.state.identity.get(key) != identity[key])
             raise ValueError(
                 f"{directory} holds a stream of another recipe ({', '.join(changed)} differ): go on with the same one, "
                 "or choose another --out and begin there --from the current bundle"
             )
+        self.publisher = Publisher(directory, self.state, source, with_deltas=self.config.delta is not None)
         atomic.write_text(directory / STREAM, recipe.model_dump_json(indent=2) + "\n")
         self._truncate_metrics()
         self.log = self._open_log(start)
@@ -239,8 +205,8 @@ class _Stream:
         if found is not None:
             assert self.state.bundle is not None
             self.learner = self._learner(None)
-            self.learner.load(self._bundle(self.state.bundle), found.tensors())
-            self._remember()
+            self.learner.load(self.publisher.bundle(self.state.bundle), found.tensors())
+            self.publisher.remember(self.learner.judged)
             self._tidy()
 
     def _open_log(self, start: Path | None) -> Log:
@@ -258,9 +224,6 @@ class _Stream:
         if path.exists() and path.stat().st_size > self.state.metrics_bytes:
             with path.open("r+b") as file:
                 file.truncate(self.state.metrics_bytes)
-
-    def _bundle(self, name: str) -> Path:
-        return self.directory / BUNDLES / name
 
     def counts(self) -> dict[str, int]:
         state = self.state
@@ -310,7 +273,7 @@ class _Stream:
         if self.config.delta is not None and not self.learner.deltas:
             raise ValueError(f"{self.source}: stream.delta is for a single ranker; a funnel is published whole")
         if self.start is not None:
-            self._publish("0-start", 0, f"started from {self.start.name}", {})
+            self.publisher.publish(self.learner, "0-start", 0, f"started from {self.start.name}", {})
             self._commit()
 
     # A window
@@ -326,10 +289,12 @@ class _Stream:
         grew = self.learner.grow(self.encoders)
         if grew and self.config.delta is not None and self.state.bundle is not None:
             # Deltas are between models of the same tables.
-            self._publish(f"{window.name}-ids", self.state.until, "new ids", {})
-            self._point()
+            self.publisher.publish(self.learner, f"{window.name}-ids", self.state.until, "new ids", {})
+            self.publisher.point()
         self.judge = self.learner.judged.schema.labels[0].name
-        self.parent = None if self.state.parent is None else self.learner.opened(self._bundle(self.state.parent[1]))
+        self.parent = (
+            None if self.state.parent is None else self.learner.opened(self.publisher.bundle(self.state.parent[1]))
+        )
         self.metrics = [TaskMetrics(self.learner.judged.schema.labels) for _ in range(2)]
 
     def _slice(self, at: int) -> None:
@@ -345,7 +310,9 @@ class _Stream:
                 self._observe(self.parent, timely, self.metrics[1])
         if self.config.delta is not None:
             self._learn(at, pl.concat([timely, late]))
-            self._publish_delta(at + self.config.step)
+            if self.state.bundle is not None:  # there is one that a delta can be for
+                self.publisher.delta(self.learner.judged, at + self.config.step)
+                self.deltas += 1
 
     def _rows(self, at: int) -> tuple[pl.DataFrame, pl.DataFrame]:
         assert self.window is not None
@@ -395,7 +362,7 @@ class _Stream:
                 self._learn(at, pl.concat(self._rows(at)))
         self.learner.end_window(window.begin)
         record = defined(record)
-        self._publish(window.name, window.end, f"window {window.name}", record)
+        self.publisher.publish(self.learner, window.name, window.end, f"window {window.name}", record)
         state.windows, state.next, state.parent = state.windows + 1, window.end, parent
         with (self.directory / METRICS).open("ab") as file:
             file.write((json.dumps(record, allow_nan=False) + "\n").encode())
@@ -406,7 +373,7 @@ class _Stream:
         self.records.append(record)
         self.window = None
         for hook in self.hooks:
-            hook.published(window, self._bundle(window.name), record)
+            hook.published(window, self.publisher.bundle(window.name), record)
         if self.progress is not None:
             self.progress(state.windows, window.name)
 
@@ -441,63 +408,12 @@ class _Stream:
         assert state.parent is not None and self.learner is not None
         number, bundle, until = state.parent
         found = checkpoint.of_step(self.directory / CHECKPOINTS, number)
-        state.bundle, state.until, state.reason = bundle, until, f"rolled back: {reason}"
-        state.number += 1
-        self.position, self.delta_paths = position_of(self._bundle(bundle)), []
-        self._point()
-        self.learner.load(self._bundle(bundle), found.tensors())
+        self.publisher.serve(bundle, until, f"rolled back: {reason}")
+        self.publisher.point()
+        self.learner.load(self.publisher.bundle(bundle), found.tensors())
         self.learner.grow(self.encoders)
         state.rolled_back += self.trained_before - found.state["trained"]
         state.trained, state.left_aside = found.state["trained"], found.state["left_aside"]
-
-    # What is served
-
-    def _publish(self, name: str, until: int, reason: str, record: Mapping[str, Any]) -> None:
-        """Write a bundle, to be pointed to."""
-        assert self.learner is not None
-        self.learner.save(
-            self._bundle(name), {"recipe": self.source, "window": record} if record else {"recipe": self.source}
-        )
-        state = self.state
-        state.bundle, state.until, state.reason, state.number = name, until, reason, state.number + 1
-        self._remember()
-
-    def _remember(self) -> None:
-        """Take note of the weights of the bundle, for the deltas after it."""
-        assert self.state.bundle is not None and self.learner is not None
-        self.position, self.delta_paths = position_of(self._bundle(self.state.bundle)), []
-        if self.config.delta is not None:
-            self.weights = _copied(self.learner.judged)
-
-    def _publish_delta(self, until: int) -> None:
-        """Write what has changed since the last delta, and point to it, if there is a bundle that it is for."""
-        state = self.state
-        if state.bundle is None:
-            return
-        assert self.learner is not None
-        path = f"{DELTAS}/{state.bundle}/{self.position.number + 1:06d}"
-        weights = _copied(self.learner.judged)
-        schema = self.learner.judged.schema
-        self.position = write_delta(
-            self.directory / path, self.weights, weights, self.position, schema=schema, until=until
-        )
-        self.weights, self.deltas = weights, self.deltas + 1
-        self.delta_paths.append(path)
-        state.until, state.reason, state.number = until, "delta", state.number + 1
-        self._point()
-
-    def _point(self) -> None:
-        state = self.state
-        assert state.bundle is not None
-        pointer = Pointer(
-            number=state.number,
-            bundle=f"{BUNDLES}/{state.bundle}",
-            base=self.position.base,
-            deltas=tuple(self.delta_paths),
-            until=state.until,
-            reason=state.reason,
-        )
-        publishing.write_pointer(self.directory, pointer)
 
     def _commit(self) -> None:
         """Make what was done last: from here on it is not done again."""
@@ -511,15 +427,8 @@ class _Stream:
 
     def _tidy(self) -> None:
         """Point to what is served, and remove what is not needed for it any more."""
-        state = self.state
-        assert state.bundle is not None
-        self._point()
-        needed = {state.bundle} if state.parent is None else {state.bundle, state.parent[1]}
-        publishing.prune(self.directory, self.config.keep, needed)
+        self.publisher.point()
+        self.publisher.prune(self.config.keep)
         # A window longer than it seems needed: should the checkpoint be damaged, the one before does.
         self.log.forget(self.forget_before)
-        self.forget_before = state.next
-
-
-def _copied(model: Ranker) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.forget_before = self.state.next
