@@ -166,7 +166,7 @@ def values(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--impressions", type=int, default=200_000)
+    parser.add_argument("--impressions", type=int, default=300_000)
     parser.add_argument("--drift", type=float, default=0.1)
     options = parser.parse_args()
     torch.set_num_threads(1)

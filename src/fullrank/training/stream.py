@@ -287,14 +287,14 @@ class _Stream:
         # What the window is learnt on top of, as the last checkpoint has it.
         self.base = None if state.bundle is None else (state.windows, state.bundle, state.until)
         grew = self.learner.grow(self.encoders)
-        if grew and self.config.delta is not None and self.state.bundle is not None:
+        if grew and self.config.delta is not None and state.bundle is not None:
             # Deltas are between models of the same tables.
-            self.publisher.publish(self.learner, f"{window.name}-ids", self.state.until, "new ids", {})
+            self.publisher.publish(self.learner, f"{window.name}-ids", state.until, "new ids", {})
             self.publisher.point()
         self.judge = self.learner.judged.schema.labels[0].name
-        self.parent = (
-            None if self.state.parent is None else self.learner.opened(self.publisher.bundle(self.state.parent[1]))
-        )
+        self.parent: Ranker | None = None
+        if state.parent is not None:
+            self.parent = self.learner.opened(self.publisher.bundle(state.parent[1]))
         self.metrics = [TaskMetrics(self.learner.judged.schema.labels) for _ in range(2)]
 
     def _slice(self, at: int) -> None:
@@ -303,8 +303,8 @@ class _Stream:
         timely, late = self.held = self._rows(at)
         self.slices.append(at)
         self.timely, self.late = self.timely + timely.height, self.late + late.height
+        assert self.learner is not None
         if self.state.bundle is not None and timely.height:
-            assert self.learner is not None
             self._observe(self.learner.judged, timely, self.metrics[0])
             if self.parent is not None:
                 self._observe(self.parent, timely, self.metrics[1])
