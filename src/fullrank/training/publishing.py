@@ -83,6 +83,8 @@ def open_current(directory: Path) -> tuple[Ranker, Pointer, Position]:
     bundle = directory / pointer.bundle
     model = load_model(bundle)
     position = position_of(bundle)
+    if position.base != pointer.base:
+        raise ValueError(f"{bundle} is another bundle than the one that the pointer means: it was changed")
     for delta in pointer.deltas:
         position = apply_delta(model, directory / delta, position)
     return model, pointer, position
