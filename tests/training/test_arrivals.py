@@ -53,9 +53,9 @@ class Room:
         at = written or START + 48 * HOUR
         os.utime(self.log / name, (at, at))
 
-    def run(self, embedding: str = "adagrad", **settings: Any) -> StreamReport:
+    def run(self, embedding: str = "adagrad", *, format: str = "parquet", **settings: Any) -> StreamReport:
         torch.set_num_threads(1)
-        source = {"format": "parquet", "path": str(self.log), "schema_file": str(self.place / "schema.json")}
+        source = {"format": format, "path": str(self.log), "schema_file": str(self.place / "schema.json")}
         recipe = {
             "data": {"dataset": str(self.place / "data"), "source": source},
             "model": {"name": "deepfm", "hidden": [8], "embedding_dim": 4},
@@ -80,7 +80,9 @@ def test_a_window_ends_when_a_later_event_says_so_and_the_last_one_waits(room: R
     room.write("c.parquet", clicks(5))  # hours without events publish nothing
     (second,) = room.run().windows
     assert (second["begin"], second["rows"]) == (START + HOUR, 1)
-    room.write("d.parquet", clicks(6).head(1))
+    room.write("d.parquet", clicks(6).head(0))  # nor does a file without rows
+    assert room.run().windows == []
+    room.write("e.parquet", clicks(6).head(1))
     (third,) = room.run().windows
     assert (third["begin"], third["rows"], third["empty_before"]) == (START + 5 * HOUR, 90, 3)
 
@@ -110,6 +112,17 @@ def test_events_from_the_future_are_refused(room: Room) -> None:
     report = room.run(skew=90)  # the first three are 0, 40 and 80 s ahead
     assert [window["rows"] for window in report.windows] == [90, 3]
     assert report.counts["refused"] == 4 and report.counts["rows"] == 94
+
+
+def test_text_files_are_taken_up_too(room: Room, tmp_path: Path) -> None:
+    for hour in range(3):
+        clicks(hour).write_csv(room.log / f"{hour}.csv")
+    (room.log / ".3.csv").write_text("half of a fi")
+    (room.log / "4.csv").write_text("user,item,price,click,time\n")
+    assert [window["rows"] for window in room.run(format="csv").windows] == [90, 90]
+    clicks(4).select("user", "item", "click", "time").write_csv(room.log / "5.csv")
+    with pytest.raises(ValueError, match='5.csv: the column "price" of the files before is gone'):
+        room.run(format="csv")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -186,7 +188,8 @@ class _Entry(BaseModel):
 class Arrivals:
     """The files of a directory, each imported once with the encoders of the one before.
 
-    Names that begin with `.` or `_` are left alone: write a file under such a name and rename it.
+    Names that begin with `.` or `_` are left alone: write a file under such a name and rename it. So are files without
+    rows.
 
     Args:
         place: where the imported files go; `<place>/<number>` until they are trained.
@@ -254,17 +257,16 @@ class Arrivals:
 
     def _import(self, number: int) -> bool:
         known = set(self.files)
-        names = sorted(path.name for path in self.source.path.iterdir() if path.is_file())
-        name = next((name for name in names if not name.startswith((".", "_")) and name not in known), None)
-        if name is None:
+        found = sorted(path for path in self.source.path.iterdir() if path.is_file() and path.name not in known)
+        file = next((path for path in found if not path.name.startswith((".", "_")) and not _is_empty(path)), None)
+        if file is None:
             return False
-        file = self.source.path / name
         columns = _columns(self.source, file)
         like = self.place / f"{self.taken:06d}" if self.taken else self.start
         schema = None if like is None else Encoders.load(like / "encoders").schema
         _check_columns(file, columns, self.columns, schema)
         written = math.ceil(file.stat().st_mtime)
-        entry = _Entry(file=name, open_from=self._open_from, until=written + self.config.skew, columns=columns)
+        entry = _Entry(file=file.name, open_from=self._open_from, until=written + self.config.skew, columns=columns)
         atomic.write_text(self.place / f"{number:06d}.json", entry.model_dump_json() + "\n")
         out = self.place / f"{number:06d}"
         if schema is None and self.source.schema_file is not None:
@@ -328,6 +330,17 @@ def _joined(frames: list[pl.DataFrame]) -> pl.DataFrame:
     mixed = {name for name in types[0] if len({schema[name] for schema in types}) > 1}
     keys = {name: pl.String() for name in mixed if name in KEY_COLUMNS.values()}
     return pl.concat([frame.cast(keys) for frame in frames], how="vertical_relaxed")  # type: ignore[arg-type]
+
+
+def _is_empty(file: Path) -> bool:
+    """Whether a file has no rows: no bytes, Parquet that says so, or a table of text with its head alone."""
+    if file.suffix == ".parquet":
+        with contextlib.suppress(pl.exceptions.PolarsError):  # the import says what is wrong
+            return bool(pl.scan_parquet(file, glob=False).select(pl.len()).collect().item() == 0)
+    if file.suffix in (".csv", ".tsv"):
+        with file.open("rb") as lines:
+            return sum(1 for _ in itertools.islice(lines, 2)) < 2
+    return file.stat().st_size == 0
 
 
 def _columns(source: ImportSpec, file: Path) -> dict[str, str]:
