@@ -149,13 +149,31 @@ def test_a_model_that_got_worse_gives_way_and_what_it_learnt_is_as_if_it_had_nev
     reasons = [record["rolled_back"] for record in report.windows]
     assert [reason is not None for reason in reasons] == [False, False, True, True, False]
     first = report.windows[0]["published"]
-    assert reasons[3].startswith('NE of "click" is 1.') and f"of {first}: more than 2.00% worse" in reasons[3]
+    assert reasons[3].startswith('NE of "click" is 1.') and f"of {first}: more than 2.00% worse, by " in reasons[3]
     assert report.counts["rolled_back"] == 2 * 600 and report.counts["trained"] == 3 * 600
     rest = poisoned.scan("train").filter(((pl.col("__timestamp") - START) // HOUR).is_in([0, 4, 5])).collect()
     clean = write_dataset(tmp_path / "clean", TIMED, {"train": [rest]}, encoded=True)
     run(clean.path, tmp_path / "other", settings)
     last = report.windows[-1]["published"]
     assert weights(tmp_path / "out" / "bundles" / last) == weights(tmp_path / "other" / "bundles" / last)
+
+
+def test_chance_is_no_reason_for_a_rollback(log: Dataset, tmp_path: Path) -> None:
+    """Without a threshold, a difference still has to be more than two standard errors, which are these."""
+    report = run(log.path, tmp_path / "out", {"window": HOUR, "rollback": 0.0})
+    last = report.windows[-1]
+    rows = hour_of(log, 5)
+    (batch,) = batches_of(rows, TIMED, 1000)
+    losses = []
+    for bundle in (last["served"], last["older"]["bundle"]):
+        with torch.no_grad():
+            logits = load_model(tmp_path / "out" / "bundles" / bundle)(batch).logits_BT
+        losses.append(torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.labels_BT, reduction="none"))
+    worse = (losses[0] - losses[1]).double().flatten()
+    expected = float(worse.mean() / (worse.std() / len(worse) ** 0.5))
+    assert last["older"]["standard_errors"] == pytest.approx(expected, rel=1e-4)
+    for window in report.windows:
+        assert window["rolled_back"] is None or window["older"]["standard_errors"] > 2
 
 
 def test_a_hook_adds_columns_and_sees_what_was_published(log: Dataset, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fullrank.batch import Batch
 from fullrank.metrics import BinaryMetrics
+from fullrank.metrics.binary import cross_entropy
 from fullrank.models import Ranker
 from fullrank.schema import Label
 
@@ -66,14 +68,50 @@ def evaluate(model: Ranker, batches: Iterable[Batch]) -> dict[str, dict[str, flo
     return {label.name: metrics.of(label) for label in metrics.labels}
 
 
+class PairedLosses:
+    """How much worse one model is than another on the same rows of a label, and how sure that is.
+
+    The loss is cross-entropy, of a number the squared error. Rows count as independent, and equally.
+    """
+
+    def __init__(self, label: Label) -> None:
+        self.label = label
+        self._rows, self._sum, self._squares = 0, 0.0, 0.0
+
+    def update(self, one_B: Tensor, other_B: Tensor, labels_B: Tensor) -> None:
+        """Count rows by the logits of both models; those without a label are left out."""
+        seen_B = ~labels_B.isnan()
+        one, other, label = one_B[seen_B].double(), other_B[seen_B].double(), labels_B[seen_B].double()
+        if self.label.kind == "binary":
+            worse = cross_entropy(one, label) - cross_entropy(other, label)
+        else:
+            worse = (one - label).square() - (other - label).square()
+        self._rows += len(worse)
+        self._sum += float(worse.sum())
+        self._squares += float(worse.square().sum())
+
+    @property
+    def standard_errors(self) -> float:
+        """By how many standard errors the mean loss of the one is above that of the other; NaN of less than two rows
+        or of models that do not differ."""
+        if self._rows < 2:
+            return math.nan
+        mean = self._sum / self._rows
+        variance = (self._squares / self._rows - mean**2) / (self._rows - 1)
+        return mean / math.sqrt(variance) if variance > 0 else math.nan
+
+
 @torch.inference_mode()
-def observe(model: Ranker, batches: Iterable[Batch], metrics: TaskMetrics) -> None:
-    """Let metrics gather what a model says of some batches, in float32 and evaluation mode."""
+def observe(model: Ranker, batches: Iterable[Batch], metrics: TaskMetrics) -> Tensor:
+    """Let metrics gather what a model says of some batches, in float32 and evaluation mode: its logits (n, T)."""
     training = model.training
     device = next(iter(model.parameters())).device
+    said: list[Tensor] = []
     model.eval()
     try:
         for batch in batches:
-            metrics.update(model(batch if batch.device == device else batch.to(device)).logits_BT.cpu(), batch)
+            said.append(model(batch if batch.device == device else batch.to(device)).logits_BT.cpu())
+            metrics.update(said[-1], batch)
     finally:
         model.train(training)
+    return torch.cat(said) if said else torch.empty(0, len(metrics.labels))

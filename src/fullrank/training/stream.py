@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +20,14 @@ from typing import Any, NamedTuple
 
 import polars as pl
 import torch
+from torch import Tensor
 
 from fullrank.data import atomic
 from fullrank.models import Ranker
 from fullrank.registry import Registry
 from fullrank.training import checkpoint, publishing
 from fullrank.training.arrivals import INTAKE, Arrivals, Log, Replay
-from fullrank.training.evaluation import TaskMetrics, observe
+from fullrank.training.evaluation import PairedLosses, TaskMetrics, observe
 from fullrank.training.learner import Learner, batches_of
 from fullrank.training.lock import locked
 from fullrank.training.publisher import Publisher, State
@@ -41,6 +43,8 @@ STREAM, METRICS, CHECKPOINTS, OWN = "stream.json", "metrics.jsonl", "checkpoints
 POLL_SECONDS = 1.0
 # Checkpoints: of what is served, of the one before, and one more should the newest be damaged.
 KEPT = 3
+# A rollback wants a difference of more standard errors than this.
+SURE = 2.0
 # Rows of one forward pass when predicting.
 ROWS_AT_ONCE = 8192
 # Section of a recipe -> what learns.
@@ -291,11 +295,12 @@ class _Stream:
             # Deltas are between models of the same tables.
             self.publisher.publish(self.learner, f"{window.name}-ids", state.until, "new ids", {})
             self.publisher.point()
-        self.judge = self.learner.judged.schema.labels[0].name
+        labels = self.learner.judged.schema.labels
+        self.judge, self.paired = labels[0].name, PairedLosses(labels[0])
         self.parent: Ranker | None = None
         if state.parent is not None:
             self.parent = self.learner.opened(self.publisher.bundle(state.parent[1]))
-        self.metrics = [TaskMetrics(self.learner.judged.schema.labels) for _ in range(2)]
+        self.metrics = [TaskMetrics(labels) for _ in range(2)]
 
     def _slice(self, at: int) -> None:
         """Predict the events of a slice, with what is served and with the model one window older. With deltas, learn
@@ -305,9 +310,11 @@ class _Stream:
         self.timely, self.late = self.timely + timely.height, self.late + late.height
         assert self.learner is not None
         if self.state.bundle is not None and timely.height:
-            self._observe(self.learner.judged, timely, self.metrics[0])
+            served = self._observe(self.learner.judged, timely, self.metrics[0])
             if self.parent is not None:
-                self._observe(self.parent, timely, self.metrics[1])
+                older = self._observe(self.parent, timely, self.metrics[1])
+                labels = torch.from_numpy(timely[self.judge].fill_null(math.nan).to_numpy().copy())
+                self.paired.update(served[:, 0], older[:, 0], labels)
         if self.config.delta is not None:
             self._learn(at, pl.concat([timely, late]))
             if self.state.bundle is not None:  # there is one that a delta can be for
@@ -321,8 +328,8 @@ class _Stream:
             timely, late = hook.rows(self.window, timely), hook.rows(self.window, late)
         return timely, late
 
-    def _observe(self, model: Ranker, rows: pl.DataFrame, metrics: TaskMetrics) -> None:
-        observe(model, batches_of(rows, model.schema, ROWS_AT_ONCE, self.recipe.data.extra), metrics)
+    def _observe(self, model: Ranker, rows: pl.DataFrame, metrics: TaskMetrics) -> Tensor:
+        return observe(model, batches_of(rows, model.schema, ROWS_AT_ONCE, self.recipe.data.extra), metrics)
 
     def _learn(self, at: int, rows: pl.DataFrame) -> None:
         assert self.learner is not None
@@ -336,6 +343,7 @@ class _Stream:
         window, state = self.window, self.state
         found, older = (self._computed(metrics) for metrics in self.metrics)
         reason = self._misstep(found, older)
+        compared = {"metrics": older, "standard_errors": self.paired.standard_errors}
         record: dict[str, Any] = {
             "window": window.name,
             "begin": window.begin,
@@ -345,7 +353,7 @@ class _Stream:
             "late": self.late,
             "served": state.bundle,
             "metrics": found,
-            "older": None if state.parent is None else {"bundle": state.parent[1], "metrics": older},
+            "older": None if state.parent is None else {"bundle": state.parent[1], **compared},
             "rolled_back": reason,
             "deltas": self.deltas,
             "published": window.name,
@@ -393,13 +401,13 @@ class _Stream:
             return None
         metric = "ne" if "ne" in found[self.judge] else "mse"
         new, old = found[self.judge][metric], older[self.judge][metric]
-        if not new > old * (1 + self.config.rollback):
+        if not (new > old * (1 + self.config.rollback) and self.paired.standard_errors > SURE):
             return None
         assert self.state.parent is not None
         name = {"ne": "NE", "mse": "squared error"}[metric]
         return (
             f'{name} of "{self.judge}" is {new:.5f}, and {old:.5f} of {self.state.parent[1]}: more than '
-            f"{self.config.rollback:.2%} worse"
+            f"{self.config.rollback:.2%} worse, by {self.paired.standard_errors:.1f} standard errors"
         )
 
     def _roll_back(self, reason: str) -> None:

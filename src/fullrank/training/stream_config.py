@@ -21,8 +21,8 @@ class StreamConfig(BaseModel):
         skew: how far ahead of the time at which its file was written an event may be; one further ahead is refused.
         keep: bundles to keep, and with each its deltas.
         rollback: if the normalised entropy (of a number the squared error) of what is served exceeds that of the model
-            one window older, on the same events, by more than this share, what is served goes back to the older one;
-            null never does.
+            one window older, on the same events, by more than this share, and by more than two standard errors, what is
+            served goes back to the older one; null never does.
         retrieval_every: of a funnel: windows from one fit of its retriever to the next. Between them, items are added
             and removed.
         retrieval_windows: how many of the last windows such a fit learns from.
