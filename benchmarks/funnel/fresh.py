@@ -4,7 +4,8 @@
 
 The simulator makes 14 days of a log in which interests drift and campaigns are born and retired. A funnel (two towers,
 an early-stage ranker, DIN) learns the first 7 days, day by day. Then one stays as it is; one goes on day by day, one
-hour by hour, with the same recipe: the same batches, rates and passes, and a retriever fitted once a day.
+hour by hour, with the same recipe: the same batches, rates and passes, and a retriever fitted once a day. "Frozen
+models" are the frozen ones over the hourly funnel's catalogue: living ads, present bids.
 
 * NE of the final stage on days 8 to 14: every impression is predicted by what was served when it happened.
 * True value of a request by what was served when it came, 4 times a day: the sum over slots of bid times true click
@@ -121,6 +122,8 @@ def one_seed(place: Path, seed: int, impressions: int, drift: float) -> dict[str
         found[name] = [
             {**record["metrics"]["click"], "day": (record["begin"] - START) // DAY} for record in report.windows
         ]
+    funnels["frozen models"] = {at: with_catalogue_of(frozen_at, funnel) for at, funnel in funnels["hourly"].items()}
+    found["frozen models"] = found["frozen"]
     result["ne"] = {name: pooled(records) for name, records in found.items()}
     result["ne_by_day"] = {
         name: [pooled([record for record in records if record["day"] == day]) for day in range(LEARNT, DAYS)]
@@ -129,6 +132,25 @@ def one_seed(place: Path, seed: int, impressions: int, drift: float) -> dict[str
     result["oracle_ne"] = oracle(parts["then"])
     result["value"] = values(place, dataset, world, log, funnels, range(cut, START + DAYS * DAY, EVERY))
     return result
+
+
+def with_catalogue_of(frozen_at: Path, fresh: Funnel) -> Funnel:
+    """The models of a bundle with the catalogue of a fresh funnel, whose active items are indexed."""
+    frozen = load_bundle(frozen_at)
+    assert isinstance(frozen, Funnel)
+    funnel = Funnel(
+        encoders=frozen.encoders,
+        items=fresh.items,
+        users=fresh.users,
+        context=frozen.context,
+        retriever=frozen.retriever,
+        early=frozen.early,
+        final=frozen.final,
+        value=frozen.value.text,
+        sizes=frozen.sizes,
+    )
+    funnel.index_active()
+    return funnel
 
 
 def oracle(rows: pl.DataFrame) -> float:
@@ -186,7 +208,7 @@ def main() -> None:
                 ),
                 "share of best": statistics.mean(run["value"]["share_of_best"][name] for run in runs),
             }
-            for name in ("frozen", "daily", "hourly")
+            for name in ("frozen", "frozen models", "daily", "hourly")
         ]
         machine.table(table, ["funnel", "NE", "NE - frozen", "value", "value - frozen", "share of best"])
         machine.write(
