@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,13 @@ from fullrank.serving import ServingConfig, create_app
 def client(funnel: Funnel) -> Iterator[TestClient]:
     with TestClient(create_app(funnel)) as client:
         yield client
+
+
+def until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end, "it did not happen within a minute"
+        time.sleep(0.001)
 
 
 def metric(client: TestClient, line: str) -> float:
@@ -230,8 +237,7 @@ def test_more_work_than_may_wait_is_refused(funnel: Funnel, monkeypatch: pytest.
     with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
         # A list counts as the 20 rows that the final stage scores.
         started = [pool.submit(client.post, "/v1/recommend", json={"k": 1}) for _ in range(2)]
-        while metric(client, "fullrank_rows_admitted") < 40:
-            pass
+        until(lambda: metric(client, "fullrank_rows_admitted") >= 40)
         refused = client.post("/v1/recommend", json={"k": 1})
         assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
         assert client.post("/v1/score", json={"item_ids": list(range(11))}).status_code == 429
@@ -247,23 +253,21 @@ def test_more_work_than_may_wait_is_refused(funnel: Funnel, monkeypatch: pytest.
 def test_one_client_does_not_hold_more_than_its_share(funnel: Funnel, monkeypatch: pytest.MonkeyPatch) -> None:
     release, recommend = threading.Event(), funnel.recommend
 
-    def slow(*arguments: Any) -> Any:
+    def slow(*arguments: Any, **options: Any) -> Any:
         if len(arguments) > 2:
             release.wait(10)
-        return recommend(*arguments)
+        return recommend(*arguments, **options)
 
     monkeypatch.setattr(funnel, "recommend", slow)
     app = create_app(funnel, ServingConfig(workers=2, rows=70, share=0.5))
     with TestClient(app) as one, ThreadPoolExecutor(2) as pool:
         other = TestClient(app, client=("10.0.0.2", 1))
         started = [pool.submit(one.post, "/v1/recommend", json={"k": 1})]
-        while metric(one, "fullrank_rows_admitted") < 20:
-            pass
+        until(lambda: metric(one, "fullrank_rows_admitted") >= 20)
         assert one.post("/v1/recommend", json={"k": 1}).status_code == 429
         other.portal = one.portal
         started.append(pool.submit(other.post, "/v1/recommend", json={"k": 1}))
-        while metric(one, "fullrank_rows_admitted") < 40:
-            pass
+        until(lambda: metric(one, "fullrank_rows_admitted") >= 40)
         release.set()
         assert [future.result().status_code for future in started] == [200, 200]
 
@@ -271,18 +275,17 @@ def test_one_client_does_not_hold_more_than_its_share(funnel: Funnel, monkeypatc
 def test_what_comes_too_late_is_dropped(funnel: Funnel, monkeypatch: pytest.MonkeyPatch) -> None:
     recommend, begun = funnel.recommend, []
 
-    def slow(*arguments: Any) -> Any:
+    def slow(*arguments: Any, **options: Any) -> Any:
         if len(arguments) > 2:
             begun.append(arguments)
             time.sleep(0.5)
-        return recommend(*arguments)
+        return recommend(*arguments, **options)
 
     monkeypatch.setattr(funnel, "recommend", slow)
     app = create_app(funnel, ServingConfig(workers=1, seconds=0.25))
     with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
         first = pool.submit(client.post, "/v1/recommend", json={})
-        while not begun:
-            pass
+        until(lambda: bool(begun))
         late = client.post("/v1/recommend", json={})
         assert late.status_code == 503 and "deadline" in late.json()["detail"]
         assert first.result().status_code == 200 and len(begun) == 1
@@ -336,9 +339,15 @@ def test_an_error_of_ours_shows_no_traceback(funnel: Funnel, monkeypatch: pytest
 
 def test_requests_at_the_same_time_get_their_own_answers(client: TestClient, funnel: Funnel) -> None:
     users = [user for user in funnel.users.ids[:20]] if funnel.users else []
-    expected = {user: client.post("/v1/recommend", json={"user_id": user}).json() for user in users}
+
+    def ask(user: int | str) -> Any:
+        answer = client.post("/v1/recommend", json={"user_id": user})
+        assert answer.json()["request_id"] == answer.headers["x-request-id"]
+        return answer.json()["items"]
+
+    expected = {user: ask(user) for user in users}
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda user: client.post("/v1/recommend", json={"user_id": user}).json(), users * 5))
+        answers = list(pool.map(ask, users * 5))
     for user, answer in zip(users * 5, answers, strict=True):
         assert answer == expected[user]
 
@@ -363,4 +372,5 @@ def test_the_page_stands_alone(client: TestClient) -> None:
 
 def test_the_description_names_every_endpoint(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
-    assert set(paths) == {"/v1/recommend", "/v1/score", "/healthz", "/readyz", "/metrics"}
+    ours = {"/v1/recommend", "/v1/score", "/v1/feedback", "/v1/users/{user_id}", "/healthz", "/readyz", "/metrics"}
+    assert set(paths) == ours
