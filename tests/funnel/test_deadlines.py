@@ -14,7 +14,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from fullrank.data.dataset import Dataset
-from fullrank.funnel import Funnel, FunnelConfig, Request, StageSizes, load_bundle, save_bundle
+from fullrank.funnel import Funnel, FunnelConfig, Request, StageSizes, evaluate_funnel, load_bundle, save_bundle
 from fullrank.funnel.deadline import behind
 from fullrank.funnel.stages import FINAL
 from fullrank.models import RankerSpec
@@ -229,3 +229,15 @@ def test_the_http_answer_says_what_was_late(funnel: Funnel) -> None:
         assert client.post("/v1/recommend", json={"deadline_ms": 0}).status_code == 422
         answer = client.get("/openapi.json").json()["components"]["schemas"]["RecommendResponse"]
         assert "degraded" in answer["properties"]
+
+
+def test_what_is_evaluated_has_all_the_time_that_it_needs(slow: Funnel, dataset: Dataset, clock: Clock) -> None:
+    users = slow.encode([Request(3), Request(5)])
+    hurried = copy.copy(slow)
+    hurried.deadlines = {FINAL: 1.0}
+    assert hurried.rank(users, 5).degraded and not hurried.without_deadlines().rank(users, 5).degraded
+    assert (
+        evaluate_funnel(hurried, dataset, requests=20)["recall"]
+        == evaluate_funnel(slow, dataset, requests=20)["recall"]
+    )
+    assert hurried.deadlines == {FINAL: 1.0}

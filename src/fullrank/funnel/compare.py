@@ -67,6 +67,7 @@ def compare_funnels(
             are not others: what is new is unknown to it); the two share no label with it; or there is no such split, or
             no row of it has a label of both.
     """
+    a, b = (each if isinstance(each, Scorer) else each.without_deadlines() for each in (a, b))
     models = [funnel.model if isinstance(funnel, Scorer) else funnel.final for funnel in (a, b)]
     # What came after a bundle is unknown to it.
     views = [dataset.as_known_to(_as_for(funnel.encoders, dataset.schema.labels)) for funnel in (a, b)]

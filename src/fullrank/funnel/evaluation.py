@@ -74,6 +74,8 @@ def evaluate_funnel(
             extended are not others: new ids are out of vocabulary), has no such split, no row of it has a label, or a
             column to slice by is not there.
     """
+    if isinstance(funnel, Funnel):
+        funnel = funnel.without_deadlines()
     dataset = dataset.as_known_to(funnel.encoders)
     if dataset.rows(split) == 0:
         raise ValueError(f'{dataset.path}: split "{split}" is empty')

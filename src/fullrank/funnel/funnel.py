@@ -126,6 +126,12 @@ class Funnel:
         other.slate, other._make_slate = slate, SlateMaker(slate, self.items, self.scorer)
         return other
 
+    def without_deadlines(self) -> Self:
+        """The same funnel with all the time that it needs: what is evaluated is not how fast the machine is."""
+        other = copy.copy(self)
+        other.deadlines = {}
+        return other
+
     def index_active(self) -> None:
         """Make the active items of the catalogue, and no other, retrievable."""
         active_I = self.items.active_I

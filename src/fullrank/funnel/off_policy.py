@@ -83,7 +83,7 @@ def evaluate_off_policy(
             "off-policy evaluation asks what a funnel would have shown; a single ranker does not know which items it "
             "could have"
         )
-    dataset = dataset.as_known_to(funnel.encoders)
+    funnel, dataset = funnel.without_deadlines(), dataset.as_known_to(funnel.encoders)
     log = read_log(funnel, dataset, split, reward, columns)
     if policy is not None:
         funnel = funnel.with_slate(funnel.slate.model_copy(update={"policy": policy}))

@@ -135,7 +135,7 @@ def true_value(
     best_items = asked.best()
     # Behind the last of a list that is too short stands nothing, which earns nothing.
     ids = np.array([*(int(name) for name in funnel.items.ids), NO_ROW])
-    ranking = funnel.rank(batch_from_frame(asked.first, dataset.schema), slots)
+    ranking = funnel.without_deadlines().rank(batch_from_frame(asked.first, dataset.schema), slots)
     rows = np.full((count, slots), NO_ROW)
     rows[:, : ranking.items_UK.shape[1]] = ranking.items_UK.numpy()
     funnel_items = ids[rows]

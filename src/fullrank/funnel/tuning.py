@@ -88,7 +88,7 @@ def tune(
         raise ValueError("expected one budget: flops or milliseconds")
     by, budget = ("flops", flops) if flops is not None else ("milliseconds", milliseconds)
     assert budget is not None
-    dataset = dataset.as_known_to(funnel.encoders)
+    funnel, dataset = funnel.without_deadlines(), dataset.as_known_to(funnel.encoders)
     if dataset.rows(split) == 0:
         raise ValueError(f'{dataset.path}: split "{split}" is empty')
     asked = draw(dataset, split, affordable(funnel, requests), seed, world)
