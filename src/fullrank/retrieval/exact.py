@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -70,6 +73,9 @@ class ExactIndex(VectorIndex):
         kept = ~torch.isin(self.keys_I, keys)
         self.keys_I = self.keys_I[kept]
         self._hold(self.vectors_ID[kept].contiguous())
+
+    def fork(self) -> Self:
+        return copy.copy(self)
 
     def search(self, queries_BD: Tensor, k: int, *, allowed: Tensor | None = None) -> SearchResult:
         check_k(k)

@@ -20,7 +20,10 @@ from fullrank.funnel.scorer import Scorer
 from fullrank.serving.errors import add_handlers
 from fullrank.serving.feedback import add_feedback
 from fullrank.serving.instruments import Instruments
+from fullrank.serving.item_store import ItemStore
+from fullrank.serving.items import add_items
 from fullrank.serving.limits import Limits
+from fullrank.serving.live import Live
 from fullrank.serving.pool import Pool
 from fullrank.serving.routes import PATHS, add_routes
 from fullrank.serving.store import EventStore
@@ -76,14 +79,18 @@ def create_app(
     content = load_bundle(bundle) if isinstance(bundle, Path) else bundle
     check_answers(content, bundle if isinstance(bundle, Path) else None)
     events = None if store is None else EventStore(store)
+    items = ItemStore(store)
+    live = Live(content, _version(bundle), items)
     instruments = Instruments()
     pool = Pool(config.workers, config.rows, config.share, config.seconds, instruments)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await pool.start(lambda: check_answers(content))
+        await pool.start(lambda: check_answers(live.served.content))
         yield
         pool.stop()
+        live.stop()
+        items.close()
         if events is not None:
             events.close()
 
@@ -95,8 +102,9 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    add_routes(app, content, _version(bundle), pool, instruments, events)
+    add_routes(app, live, pool, instruments, events)
     add_feedback(app, content.schema, events)
+    add_items(app, live)
     add_handlers(app)
     app.add_middleware(
         Limits,

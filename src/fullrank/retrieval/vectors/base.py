@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -77,6 +77,11 @@ class VectorIndex(ABC):
     @abstractmethod
     def cost(self) -> int:
         """Items scored per query, typically."""
+
+    def fork(self) -> Self:
+        """An index that finds the same until one of the two is changed, and shares with it what is not; itself where
+        additions and removals change it in place."""
+        return self
 
     def state(self) -> dict[str, Tensor]:
         """What is saved: keys and vectors, from which any index is built again."""
