@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
@@ -121,9 +122,12 @@ class Catalogue:
         kept_I = torch.ones(len(self), dtype=torch.bool)
         kept_I[removed] = False
         kept_I[before_N[before_N != NO_ROW]] = False
-        old_I = torch.cat([kept_I.nonzero().squeeze(1), torch.arange(len(self), len(self) + len(rows))])
-        keys_I, order_I = torch.cat([self.keys_I, keys_N])[old_I].sort(stable=True)
-        old_I = old_I[order_I]
+        kept_I = kept_I.nonzero().squeeze(1)
+        old_keys_I = self.keys_I[kept_I]
+        keys_N, order_N = keys_N.sort()
+        at = torch.searchsorted(old_keys_I, keys_N).numpy()
+        keys_I = torch.from_numpy(np.insert(old_keys_I.numpy(), at, keys_N.numpy()))
+        old_I = torch.from_numpy(np.insert(kept_I.numpy(), at, (len(self) + order_N).numpy()))
         frame = pl.concat([self.frame, rows], rechunk=True)[old_I.numpy()]
         batch = self.rows.batch
         if len(rows):

@@ -137,3 +137,25 @@ def merged(one: SearchResult, other: SearchResult, k: int) -> SearchResult:
     scores_BK, best_BK = scores_BK.gather(1, order_BK).sort(dim=1, descending=True, stable=True)
     keys_BK = keys_BK.gather(1, best_BK)
     return SearchResult(keys_BK[:, :k].contiguous(), scores_BK[:, :k].contiguous(), one.cost_B + other.cost_B)
+
+
+def woven(old: Tensor, new: Tensor, at_N: Tensor) -> Tensor:
+    """Rows of `old` with those of `new`, each before the row of `old` at its place; few into many are copied once.
+
+    Args:
+        at_N: ascending, up to the length of `old`.
+    """
+    pieces, begin = [], 0
+    for row, place in enumerate(at_N.tolist()):
+        pieces += [old[begin:place], new[row : row + 1]]
+        begin = place
+    return torch.cat([*pieces, old[begin:]])
+
+
+def without(old: Tensor, at_N: Tensor) -> Tensor:
+    """Rows of `old` but for those at some places, in any order."""
+    pieces, begin = [], 0
+    for place in at_N.sort().values.tolist():
+        pieces.append(old[begin:place])
+        begin = place + 1
+    return torch.cat([*pieces, old[begin:]])
