@@ -13,11 +13,13 @@ from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import Loader
 from fullrank.data.splits import SplitSpec
+from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.models import RankerSpec
 from fullrank.models.base import Ranker
 from fullrank.schema import OUT_OF_VOCABULARY_ID, Schema
-from fullrank.training import checkpoint, load_model, save_model
+from fullrank.training import TrainerConfig, checkpoint, load_model, save_model
 from fullrank.training.growing import grown, same_settings
+from fullrank.training.learner import Fitted
 from fullrank.training.run import run
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -165,3 +167,27 @@ def test_a_grown_run_that_was_cut_off_is_continued_to_the_same_weights(
     assert not resumed.notes
     weights = [load_model(tmp_path / name / "model").state_dict() for name in ("whole", "run")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("embedding", ["dense", "adagrad", "adam"])
+@pytest.mark.parametrize("kind", ["full", "quotient_remainder", "mixed_dimension"])
+def test_optimisers_know_of_old_rows_what_they_knew_and_nothing_of_new_ones(
+    kind: str, embedding: str, days: tuple[Dataset, Dataset]
+) -> None:
+    """Steps of a grown ranker on rows without new ids are those of the smaller one, whatever lies beside its rows."""
+    first, second = days
+    training = TrainerConfig(batch_size=100, learning_rate=0.05, shuffle=False)
+    small = Fitted(a_model(first, kind), training, EmbeddingOptimizer.model_validate({"kind": embedding}))
+    rows = first.scan("train").collect()
+    small.learn(rows, 1)
+    large = Fitted(small.model, training, small.embedding, is_new=False)
+    large.engine.load(small.engine.state())
+    large.grow(second.schema)
+    large.model.train(small.model.training)
+    before = [(model, logits(model, first)) for model in (small.model, large.model)]
+    assert torch.equal(before[0][1], before[1][1])
+    for fitted in (small, large):
+        fitted.learn(rows.head(300), 2)
+    after = logits(small.model, first)
+    assert not torch.equal(after, before[0][1])
+    torch.testing.assert_close(logits(large.model, first), after, rtol=0, atol=1e-6)

@@ -27,6 +27,7 @@ from fullrank.cli import (
     quantize,
     retrieve,
     serve,
+    stream,
     train,
 )
 
@@ -45,6 +46,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
+app.command("stream")(stream.stream)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("quantize")(quantize.quantize)

@@ -106,8 +106,9 @@ def curve(
     unit: str,
     lower_is_better: bool,
     kept: float | None = None,
+    axis: str = "step",
 ) -> str:
-    """A number by step. Up is better: where lower numbers are, the axis runs from high to low."""
+    """A number by step, or what `axis` names. Up is better: where lower numbers are, the axis runs from high to low."""
     points = [(step, number) for step, number in points if math.isfinite(number)]
     if not points:
         return ""
@@ -135,7 +136,7 @@ def curve(
     for tick in ticks(first, last):
         drawn.append(f"<text class=soft x='{x(tick):.1f}' y='{bottom + 18}' text-anchor=middle>{_count(tick)}</text>")
     drawn.append(f"<line class=axis x1='{left}' x2='{right}' y1='{bottom}' y2='{bottom}'/>")
-    drawn.append(_axis_title("step", right, bottom + 36))
+    drawn.append(_axis_title(axis, right, bottom + 36))
     chosen = [point for point in points if point[0] == kept]
     for step, _ in chosen:
         side, shift = ("end", -5) if x(step) > (left + right) / 2 else ("start", 5)

@@ -92,7 +92,7 @@ def _retrieval_page(content: Searcher, report: Report) -> str:
     }
     facts_table = "".join(f"<tr><td>{escape(key)}<td>{escape(text)}" for key, text in facts.items())
     measured = "" if parts else _measured({})
-    return _page(
+    return page_of(
         f"{name} on {dataset.path.resolve().name}",
         "\n".join(
             [
@@ -169,10 +169,11 @@ def render(
     rows = "".join(f"<tr><td>{escape(name)}<td>{escape(text)}" for name, text in facts.items())
     parts.append(f"<h2>What was run</h2><table class=facts>{rows}</table>")
     body = "\n".join(part for part in parts if part)
-    return _page(title, f"{_legend(judge, body)}{body}")
+    return page_of(title, f"{_legend(judge, body)}{body}")
 
 
-def _page(title: str, body: str) -> str:
+def page_of(title: str, body: str) -> str:
+    """A whole page without script or outside file."""
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"

@@ -83,7 +83,7 @@ class ExactIndex(VectorIndex):
         if bool((places < 0).any()):
             raise KeyError(f"item {int(keys[places < 0][0])} is not in the index")
         if len(keys) <= FEW:
-            places = places.unique()
+            places = torch.unique(places)
             self.keys_I = without(self.keys_I, places)
             self._hold(without(self.vectors_ID, places))
             return

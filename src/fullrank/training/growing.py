@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fullrank.embeddings import TABLE_KINDS, EmbeddingCollection
 from fullrank.embeddings.growing import grown_state
@@ -71,3 +72,44 @@ def with_tables(config: Any, change: Callable[[str, dict[str, Any]], dict[str, A
     if isinstance(tables, dict):
         config["tables"] = {name: change(name, table) for name, table in tables.items()}
     return config
+
+
+def grown_optimizers(
+    state: Mapping[str, Tensor], small: Ranker, large: Ranker, fresh: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What a local engine knows of `small`, for `large`, which `grown` made of it: rows that are new start fresh.
+
+    Args:
+        state: `LocalEngine.state()` of `small`.
+        fresh: the same of `large` before its first step.
+    """
+    result = {**fresh, **state}
+    collections = {
+        name: (module, other)
+        for (name, module), other in zip(large.named_modules(), small.modules(), strict=True)
+        if isinstance(module, EmbeddingCollection) and isinstance(other, EmbeddingCollection)
+    }
+    for key, value in state.items():
+        what, _, rest = key.partition("|")
+        name, _, _ = rest.partition("|")
+        if what == "tables" and key in fresh and fresh[key].shape != value.shape:
+            longer = fresh[key].clone()
+            longer[: len(value)] = value
+            result[key] = longer
+        elif what == "optimizer" and value.ndim:
+            for prefix, (new, old) in collections.items():
+                before = f"{prefix}.buffers_." if prefix else "buffers_."
+                if name.startswith(before):
+                    result[key] = _moved(value, int(name.removeprefix(before).split(".")[0]), old, new)
+    return result
+
+
+def _moved(value_RD: Tensor, buffer: int, small: EmbeddingCollection, large: EmbeddingCollection) -> Tensor:
+    """What goes by rows of a buffer of `small`, for the same buffer of `large`, in which parts lie elsewhere."""
+    moved = value_RD.new_zeros(large.layout.buffers[buffer].rows, *value_RD.shape[1:])
+    for table, places in large.layout.places.items():
+        for old, new in zip(small.layout.places[table], places, strict=True):
+            if new.buffer == buffer:
+                count = old.rows.stop - old.rows.start
+                moved[new.rows.start : new.rows.start + count] = value_RD[old.rows]
+    return moved

@@ -19,6 +19,7 @@ from fullrank.retrieval import RetrieverSpec
 from fullrank.schema import describe_errors
 from fullrank.training.config import TrainerConfig
 from fullrank.training.shipped import find_recipe, here_or_shipped
+from fullrank.training.stream_config import StreamConfig
 
 # What a recipe may train: one of these sections.
 SECTIONS = ("model", "funnel", "retrieval")
@@ -77,6 +78,7 @@ class Recipe(Section):
         training: how `model` is fitted.
         embedding: how the tables of `model` learn.
         threads: of PyTorch; default one per core.
+        stream: how `fullrank stream` goes through the log; `fullrank train` leaves it aside.
     """
 
     imports: tuple[str, ...] = ()
@@ -87,6 +89,7 @@ class Recipe(Section):
     training: TrainerConfig = TrainerConfig()
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
     threads: int | None = Field(default=None, ge=1)
+    stream: StreamConfig = StreamConfig()
 
     @model_validator(mode="after")
     def _one_section(self) -> Self:

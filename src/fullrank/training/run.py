@@ -205,7 +205,7 @@ def run_model(
         torch.manual_seed(training.seed)
         model = recipe.model.fitted(dataset.encoders).build(dataset.schema)
     else:
-        model = _started(recipe.model, dataset, start)
+        model = started(recipe.model, dataset.encoders, start, str(dataset.path))
     result = fit_ranker(
         model,
         dataset,
@@ -259,26 +259,34 @@ def run_model(
     return Report(model, dataset, metrics, details, seconds, bundle=bundle, notes=notes)
 
 
-def _started(spec: RankerSpec, dataset: Dataset, bundle: Path) -> Ranker:
-    """The ranker of a bundle, if it is the recipe's and the dataset means to it what its own did, with new ids if the
-    dataset has some."""
+def started(spec: RankerSpec, encoders: Encoders, bundle: Path, log: str) -> Ranker:
+    """The ranker of a bundle, if it is the recipe's and a log means to it what its own did, with new ids if the log has
+    some.
+
+    Args:
+        encoders: of the log.
+        log: what messages call it.
+
+    Raises:
+        ValueError: if it is another ranker or quantised, or the encoders are neither the bundle's nor these extended.
+    """
     model = load_model(bundle)
     if model.packed_tables():
         raise ValueError(f"{bundle} is quantised, and cannot be trained: start from the bundle that it was made from")
     if not same_settings(model, spec):
         raise ValueError(f"{bundle} holds a {model.name} with other settings than the recipe's model: they must agree")
-    encoders = Encoders.load(bundle / "encoders")
-    if not dataset.encoders.extends(encoders):
+    before = Encoders.load(bundle / "encoders")
+    if not encoders.extends(before):
         raise ValueError(
-            f"{dataset.path} has other encoders than {bundle}: import the log with `fullrank data import ... --like "
+            f"{log} has other encoders than {bundle}: import the log with `fullrank data import ... --like "
             f"{bundle}`, and with --extend if its new ids are to be learnt"
         )
-    if not dataset.encoders.agrees_with(encoders):
+    if not encoders.agrees_with(before):
         try:
-            model = grown(model, dataset.schema)
+            model = grown(model, encoders.schema)
         except ValueError as error:
             raise ValueError(f"{bundle}: {error}") from None
-    give_codes(model, dataset.encoders, named_codes(spec.config.model_dump(mode="json")))
+    give_codes(model, encoders, named_codes(spec.config.model_dump(mode="json")))
     return model
 
 
