@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +26,11 @@ HEADER_SECONDS, WRITE_SECONDS, GRACE_SECONDS = 10.0, 20.0, 20
 
 def serve(
     bundle: Annotated[
-        Path, typer.Argument(help="The bundle directory, as `fullrank demo` or `fullrank train` writes.")
+        Path,
+        typer.Argument(
+            help="The bundle directory, as `fullrank demo` or `fullrank train` writes, or that of `fullrank stream`, "
+            "whose newest bundle is served."
+        ),
     ],
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")] = 8000,
@@ -34,6 +40,10 @@ def serve(
     ] = 100_000,
     store: Annotated[
         Path | None, typer.Option("--store", help="Directory to keep what users do: POST /v1/feedback.")
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option("--token", envvar="FULLRANK_TOKEN", help="What requests for /v1 have to send as bearer token."),
     ] = None,
     access_log: Annotated[
         str | None, typer.Option("--access-log", metavar="FILE", help="A JSON line for each request; - is stderr.")
@@ -62,13 +72,16 @@ def serve(
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
+            versions = app.state.versions
+            if versions is not None and hasattr(signal, "SIGHUP"):
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, versions.look_soon)
             if as_json:
                 print(json.dumps({"url": place, "bundle": str(bundle), "process": os.getpid()}), flush=True)
             else:
                 print(f"serving {bundle} on {place} (Ctrl-C stops)", file=sys.stderr, flush=True)
 
     with listening, _noted(access_log) as note:
-        app = create_app(bundle, ServingConfig(workers=workers, rows=rows), store=store, note=note)
+        app = create_app(bundle, ServingConfig(workers=workers, rows=rows), store=store, token=token, note=note)
         listener = Listener(fileno=listening.detach())
         config = uvicorn.Config(
             app,

@@ -249,14 +249,21 @@ class Change:
     def apply(self) -> Funnel:
         """The funnel with the change."""
         retriever = self._retriever
-        try:
-            if len(self._out):
-                retriever.remove(self._out)
-        except KeyError:
-            # Not all that is active need be in an index.
-            for key in self._out:
-                with suppress(KeyError):
-                    retriever.remove(key[None])
+        _forget(retriever, self._out)
+        if self.in_place:
+            # It may have been changed already, on behalf of a funnel that was given up.
+            _forget(retriever, self._in)
         if len(self._in):
             retriever.add(Items(self._in, self._items.rows.take(self._items.places(self._in))))
         return self._funnel.with_items(self._items, self._was_I, retriever)
+
+
+def _forget(retriever: Retriever, keys: Tensor) -> None:
+    """Remove items, of those that there are: not all that is active need be in an index."""
+    try:
+        if len(keys):
+            retriever.remove(keys)
+    except KeyError:
+        for key in keys:
+            with suppress(KeyError):
+                retriever.remove(key[None])

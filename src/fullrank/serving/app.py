@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,10 +12,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 import fullrank
-from fullrank.funnel.bundle import load_bundle
 from fullrank.funnel.canary import check_answers
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
+from fullrank.serving.admin import Bearer, add_admin, describe_token
 from fullrank.serving.errors import add_handlers
 from fullrank.serving.feedback import add_feedback
 from fullrank.serving.instruments import Instruments
@@ -27,7 +26,7 @@ from fullrank.serving.live import Live
 from fullrank.serving.pool import Pool
 from fullrank.serving.routes import PATHS, add_routes
 from fullrank.serving.store import EventStore
-from fullrank.training.manifest import MANIFEST
+from fullrank.serving.versions import Versions, opened, target_of
 
 
 class ServingConfig(BaseModel):
@@ -62,11 +61,14 @@ def create_app(
     config: ServingConfig | None = None,
     *,
     store: Path | None = None,
+    token: str | None = None,
     note: Callable[[dict[str, Any]], None] | None = None,
 ) -> FastAPI:
     """The application that serves a bundle. A single ranker scores rows; a funnel recommends and scores items too.
 
     Args:
+        bundle: its directory, or that of a stream, whose pointer is followed.
+        token: that requests for `/v1` have to carry; with one, bundles can be looked for and rolled back by a request.
         store: directory of what users do while it is served; without one nothing is kept of them.
         note: told what the access log says of each request.
 
@@ -76,12 +78,19 @@ def create_app(
     """
     config = config or ServingConfig()
     torch.set_num_threads(config.torch_threads)
-    content = load_bundle(bundle) if isinstance(bundle, Path) else bundle
-    check_answers(content, bundle if isinstance(bundle, Path) else None)
+    first = opened(target_of(bundle)) if isinstance(bundle, Path) else None
+    if first is not None:
+        content, version = first.content, first.target.version
+    else:
+        assert not isinstance(bundle, Path)
+        content, version = bundle, "unsaved"
+        check_answers(content)
     events = None if store is None else EventStore(store)
     items = ItemStore(store)
-    live = Live(content, _version(bundle), items)
+    live = Live(content, version, items)
     instruments = Instruments()
+    instruments.items.set_function(lambda: _items(live))
+    versions = Versions(bundle, first, live, instruments) if isinstance(bundle, Path) and first is not None else None
     pool = Pool(config.workers, config.rows, config.share, config.seconds, instruments)
 
     @asynccontextmanager
@@ -89,6 +98,8 @@ def create_app(
         await pool.start(lambda: check_answers(live.served.content))
         yield
         pool.stop()
+        if versions is not None:
+            versions.stop()
         live.stop()
         items.close()
         if events is not None:
@@ -105,6 +116,11 @@ def create_app(
     add_routes(app, live, pool, instruments, events)
     add_feedback(app, content.schema, events)
     add_items(app, live)
+    app.state.versions = versions
+    if token is not None:
+        add_admin(app, versions)
+        app.add_middleware(Bearer, token=token)
+        describe_token(app)
     add_handlers(app)
     app.add_middleware(
         Limits,
@@ -117,8 +133,6 @@ def create_app(
     return app
 
 
-def _version(bundle: Path | Funnel | Scorer) -> str:
-    """What tells bundles apart: a digest of the manifest, which has those of all files."""
-    if not isinstance(bundle, Path):
-        return "unsaved"
-    return hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()[:12]
+def _items(live: Live) -> int:
+    content = live.served.content
+    return len(content.items) if isinstance(content, Funnel) else 0

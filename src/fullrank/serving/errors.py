@@ -20,7 +20,7 @@ LONGEST_DETAIL = 1000
 
 _REFUSALS = {
     400: "The body is not JSON that can be parsed.",
-    404: "The bundle has no catalogue of items, the server no store of events, or there is no such item.",
+    404: "The bundle has no catalogue of items, the server no store of events, or there is no such item or bundle.",
     408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is not `application/json`.",
@@ -46,6 +46,10 @@ class NoStore(Exception):
 
 class NoCatalogue(Exception):
     """The bundle is a single ranker."""
+
+
+class NoVersion(Exception):
+    """There is no other bundle."""
 
 
 class NoItem(Exception):
@@ -89,6 +93,10 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(NoCatalogue)
     async def no_catalogue(request: Request, error: NoCatalogue) -> Response:
         return problem(request, 404, "this bundle has no catalogue of items to recommend; POST /v1/score scores rows")
+
+    @app.exception_handler(NoVersion)
+    async def no_version(request: Request, error: NoVersion) -> Response:
+        return problem(request, 404, "no other bundle has been served")
 
     @app.exception_handler(NoItem)
     async def no_item(request: Request, error: NoItem) -> Response:

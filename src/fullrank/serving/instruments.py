@@ -37,5 +37,17 @@ class Instruments:
             "fullrank_requests_refused", "Requests answered with 429 because too much waited.", registry=self.registry
         )
 
+        self.model = Gauge("fullrank_model", "1 for the version that is served.", ("version",), registry=self.registry)
+        self.model_age = Gauge(
+            "fullrank_model_age_seconds", "Since the last event that the model has learnt.", registry=self.registry
+        )
+        self.swaps = Counter(
+            "fullrank_swaps",
+            "Bundles that came while serving: swapped, refused, rolled_back.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.items = Gauge("fullrank_items", "Items of the catalogue that is served.", registry=self.registry)
+
     def observe_stage(self, stage: str, seconds: float) -> None:
         self.stage_seconds.labels(stage).observe(seconds)
