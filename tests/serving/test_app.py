@@ -373,6 +373,7 @@ def test_the_description_names_every_endpoint(client: TestClient) -> None:
         "/v1/users/{user_id}",
         "/v1/items",
         "/v1/items/{item_id}",
+        "/v1/experiment",
         "/healthz",
         "/readyz",
         "/metrics",

@@ -45,6 +45,13 @@ def serve(
         str | None,
         typer.Option("--token", envvar="FULLRANK_TOKEN", help="What requests for /v1 have to send as bearer token."),
     ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm", metavar="NAME=BUNDLE:SHARE", help="Another bundle, for a share of the users. May be given again."
+        ),
+    ] = None,
+    salt: Annotated[str, typer.Option("--salt", help="Another text splits the users in another way.")] = "",
     access_log: Annotated[
         str | None, typer.Option("--access-log", metavar="FILE", help="A JSON line for each request; - is stderr.")
     ] = None,
@@ -81,7 +88,8 @@ def serve(
                 print(f"serving {bundle} on {place} (Ctrl-C stops)", file=sys.stderr, flush=True)
 
     with listening, _noted(access_log) as note:
-        app = create_app(bundle, ServingConfig(workers=workers, rows=rows), store=store, token=token, note=note)
+        settings, arms = ServingConfig(workers=workers, rows=rows), dict(map(_arm, arm or ()))
+        app = create_app(bundle, settings, store=store, token=token, arms=arms, salt=salt, note=note)
         listener = Listener(fileno=listening.detach())
         config = uvicorn.Config(
             app,
@@ -110,6 +118,21 @@ def _noted(place: str | None) -> Iterator[Callable[[dict[str, Any]], None] | Non
         except OSError as error:
             raise ValueError(f"--access-log {place} cannot be written: {error.strerror}") from None
         yield partial(_write, file)
+
+
+def _arm(text: str) -> tuple[str, tuple[Path, float]]:
+    """Raises:
+    ValueError: if it is not NAME=BUNDLE:SHARE.
+    """
+    name, _, rest = text.partition("=")
+    bundle, _, share = rest.rpartition(":")
+    try:
+        number = float(share)
+    except ValueError:
+        number = 0.0
+    if not (name and bundle and number):
+        raise ValueError(f"--arm {text}: expected NAME=BUNDLE:SHARE, such as new=runs/new/bundle:0.1")
+    return name, (Path(bundle), number)
 
 
 def _write(file: TextIO, said: dict[str, Any]) -> None:

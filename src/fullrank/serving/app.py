@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
 from fullrank.serving.admin import Bearer, add_admin, describe_token
 from fullrank.serving.errors import add_handlers
+from fullrank.serving.experiment import Experiment, add_experiment
 from fullrank.serving.feedback import add_feedback
 from fullrank.serving.instruments import Instruments
 from fullrank.serving.item_store import ItemStore
@@ -25,7 +26,7 @@ from fullrank.serving.limits import Limits
 from fullrank.serving.live import Live
 from fullrank.serving.pool import Pool
 from fullrank.serving.routes import PATHS, add_routes
-from fullrank.serving.store import EventStore
+from fullrank.serving.store import EventStore, Feedback
 from fullrank.serving.versions import Versions, opened, target_of
 
 
@@ -62,6 +63,8 @@ def create_app(
     *,
     store: Path | None = None,
     token: str | None = None,
+    arms: Mapping[str, tuple[Path | Funnel, float]] | None = None,
+    salt: str = "",
     note: Callable[[dict[str, Any]], None] | None = None,
 ) -> FastAPI:
     """The application that serves a bundle. A single ranker scores rows; a funnel recommends and scores items too.
@@ -70,6 +73,8 @@ def create_app(
         bundle: its directory, or that of a stream, whose pointer is followed.
         token: that requests for `/v1` have to carry; with one, bundles can be looked for and rolled back by a request.
         store: directory of what users do while it is served; without one nothing is kept of them.
+        arms: other bundles of funnels by name, each with the share of users that it answers.
+        salt: of the split; another one splits users independently.
         note: told what the access log says of each request.
 
     Raises:
@@ -89,6 +94,12 @@ def create_app(
     items = ItemStore(store)
     live = Live(content, version, items)
     instruments = Instruments()
+    experiment = None
+    if arms:
+        reward = next((label.name for label in content.schema.labels if label.kind == "binary"), "")
+        others = {name: (_arm(name, arm, items), share) for name, (arm, share) in arms.items()}
+        experiment = Experiment(live, others, salt, reward)
+    beside = [] if experiment is None else [each for each in experiment.arms.values() if each is not live]
     instruments.items.set_function(lambda: _items(live))
     versions = Versions(bundle, first, live, instruments) if isinstance(bundle, Path) and first is not None else None
     pool = Pool(config.workers, config.rows, config.share, config.seconds, instruments)
@@ -100,7 +111,8 @@ def create_app(
         pool.stop()
         if versions is not None:
             versions.stop()
-        live.stop()
+        for each in (live, *beside):
+            each.stop()
         items.close()
         if events is not None:
             events.close()
@@ -113,9 +125,16 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    add_routes(app, live, pool, instruments, events)
-    add_feedback(app, content.schema, events)
-    add_items(app, live)
+    add_routes(app, live, pool, instruments, events, experiment)
+
+    def told(feedback: Feedback) -> None:
+        arm = experiment and experiment.rewarded(feedback.impression, feedback.event.labels)
+        if arm:
+            instruments.arm_rewarded.labels(arm).inc()
+
+    add_feedback(app, content.schema, events, told)
+    add_items(app, live, beside)
+    add_experiment(app, experiment)
     app.state.versions = versions
     if token is not None:
         add_admin(app, versions)
@@ -131,6 +150,17 @@ def create_app(
         note=note,
     )
     return app
+
+
+def _arm(name: str, bundle: Path | Funnel, items: ItemStore) -> Live:
+    if isinstance(bundle, Path):
+        found = opened(target_of(bundle))
+        content, version = found.content, found.target.version
+    else:
+        content, version = bundle, "unsaved"
+    if not isinstance(content, Funnel):
+        raise ValueError(f"--arm {name}: {bundle} is a single ranker, and an experiment is about lists")
+    return Live(content, version, items)
 
 
 def _items(live: Live) -> int:

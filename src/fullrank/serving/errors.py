@@ -20,7 +20,7 @@ LONGEST_DETAIL = 1000
 
 _REFUSALS = {
     400: "The body is not JSON that can be parsed.",
-    404: "The bundle has no catalogue of items, the server no store of events, or there is no such item or bundle.",
+    404: "There is no catalogue of items, store of events, such item, other bundle or experiment.",
     408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is not `application/json`.",
@@ -50,6 +50,10 @@ class NoCatalogue(Exception):
 
 class NoVersion(Exception):
     """There is no other bundle."""
+
+
+class NoExperiment(Exception):
+    """The server has one arm."""
 
 
 class NoItem(Exception):
@@ -97,6 +101,10 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(NoVersion)
     async def no_version(request: Request, error: NoVersion) -> Response:
         return problem(request, 404, "no other bundle has been served")
+
+    @app.exception_handler(NoExperiment)
+    async def no_experiment(request: Request, error: NoExperiment) -> Response:
+        return problem(request, 404, "this server has no experiment: start it with --arm NAME=BUNDLE:SHARE")
 
     @app.exception_handler(NoItem)
     async def no_item(request: Request, error: NoItem) -> Response:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
 import fastapi
@@ -70,8 +70,13 @@ class ItemsResponse(Strict):
     items: list[ItemStatus]
 
 
-def add_items(app: FastAPI, live: Live) -> None:
-    """Routes that change what may be recommended. An answer comes when the next request sees the change."""
+def add_items(app: FastAPI, live: Live, others: Sequence[Live] = ()) -> None:
+    """Routes that change what may be recommended. An answer comes when the next request sees the change.
+
+    Args:
+        live: whose items are meant; it decides what they may be.
+        others: bundles that are served beside it, with the same store of items.
+    """
 
     def ready() -> tuple[Funnel, ItemEncoder]:
         content, encoder = live.served.content, live.encoder
@@ -84,7 +89,7 @@ def add_items(app: FastAPI, live: Live) -> None:
 
     async def changed(names: list[str], of: Callable[[Mapping[str, ItemState]], Mapping[str, ItemState]]) -> None:
         number = await asyncio.get_running_loop().run_in_executor(None, live.store.change, names, of)
-        await asyncio.wrap_future(live.applied(number))
+        await asyncio.gather(*(asyncio.wrap_future(each.applied(number)) for each in (live, *others)))
 
     @app.post(
         "/v1/items",

@@ -28,6 +28,7 @@ from fullrank.serving.bodies import (
 from fullrank.serving.completing import completed, with_events
 from fullrank.serving.description import description_page
 from fullrank.serving.errors import NoCatalogue, refusals
+from fullrank.serving.experiment import OPT_OUT, Experiment
 from fullrank.serving.instruments import Instruments
 from fullrank.serving.live import Live
 from fullrank.serving.page import page
@@ -55,11 +56,13 @@ def add_routes(
     pool: Pool,
     instruments: Instruments,
     store: EventStore | None = None,
+    experiment: Experiment | None = None,
 ) -> None:
     """Answer from a funnel, or from a single ranker, which has no items to recommend.
 
     Args:
         store: of what users did since the bundle was made.
+        experiment: whose arms answer requests for lists; scores are those of `live`.
     """
     ranking = refusals(400, 408, 413, 415, 422, 429, 500, 503)
 
@@ -71,6 +74,12 @@ def add_routes(
         known = live.served.content
         if not isinstance(known, Funnel):
             raise NoCatalogue
+        arm, counts, source = None, False, live
+        if experiment is not None:
+            arm, counts = experiment.chosen(body.user_id, asked.state.request_id, body.experiment)
+            source = experiment.arms[arm]
+        elif body.experiment not in (None, OPT_OUT):
+            raise ValueError("experiment: this server has none; start it with --arm NAME=BUNDLE:SHARE")
         arrived = time.perf_counter()
 
         def work() -> bytes:
@@ -83,13 +92,17 @@ def add_routes(
             left = body.deadline_ms
             if left is not None:
                 left = max(0.0, left - 1000 * (time.perf_counter() - arrived))
-            request = completed(body, store)
-            with live.reading() as (funnel, version, changes):
+            request, began = completed(body, store), time.perf_counter()
+            with source.reading() as (funnel, version, changes):
                 assert isinstance(funnel, Funnel)
                 found = funnel.recommend([request], body.k, observe, deadline_ms=left)[0]
                 explained = explain(funnel, request, body.k) if body.explain else []
             for stage in found.degraded:
                 instruments.degraded.labels(stage).inc()
+            if experiment is not None and arm is not None:
+                instruments.observe_arm(arm, time.perf_counter() - began, degraded=bool(found.degraded))
+                if counts:
+                    experiment.answered(arm, body.user_id, asked.state.request_id)
             said = {
                 "items": [recommended_json(item) for item in found.items],
                 "candidates": found.candidates,
@@ -97,6 +110,7 @@ def add_routes(
                 "request_id": asked.state.request_id,
                 "model_version": version,
                 "index_version": changes,
+                "arm": None if body.experiment == OPT_OUT else arm,
                 "timings": {stage: round(1000 * spent, 3) for stage, spent in seconds.items()},
             }
             if body.explain:
@@ -106,7 +120,7 @@ def add_routes(
         rows = min(len(known.items), max(body.k, known.sizes.finalists(len(known.early))))
         if body.explain:
             rows += (len(known.early) + 1) * known.sizes.retrieve
-        asked.state.said = {"rows": rows}
+        asked.state.said = {"rows": rows} if arm is None else {"rows": rows, "arm": arm}
         seconds = None if body.deadline_ms is None else body.deadline_ms / 1000 + SLACK
         async with pool.admitted(rows, _client(asked), seconds) as admitted:
             return answer(await admitted.piece(work, rows))
