@@ -213,6 +213,28 @@ def test_many_changes_in_turn_are_the_catalogue_made_at_once(funnel: Funnel) -> 
     assert set(changed.funnel.items.frame.filter(ACTIVE).to_series(0)) >= {item.item_id for item in one.items}
 
 
+def test_a_bundle_takes_of_the_changes_what_it_can_have(funnel: Funnel, caplog: pytest.LogCaptureFixture) -> None:
+    """As when the bundle that is swapped in has another schema, or does not know an item."""
+    store, good = ItemStore(), ItemState(features={"price": 3.0}, bid=1e6)
+    states = {
+        "1000": good,
+        "a name": good,
+        "1001": good.model_copy(update={"features": {"colour": "red"}}),
+        "1002": ItemState(bid=None),
+        "1003": ItemState(whole=False, hidden=False),
+    }
+    store.change([], lambda _: states)
+    live = Live(funnel, "", store)
+    try:
+        content = live.served.content
+        assert isinstance(content, Funnel) and set(content.items.ids) - set(funnel.items.ids) == {1000}
+        assert content.recommend([Request(3)], 1)[0].items[0].item_id == 1000
+        left = [record.getMessage() for record in caplog.records]
+        assert [text.split()[1] for text in left] == ["a", "1001", "1002"]
+    finally:
+        live.stop()
+
+
 def test_nobody_reads_while_one_writes() -> None:
     gate, log, go = Gate(), [], threading.Event()
 

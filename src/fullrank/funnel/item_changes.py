@@ -174,7 +174,10 @@ class ChangedItems:
         items = self.funnel.items
         names = list(states)
         rows = dict(zip(names, items.find(names).tolist(), strict=True))
-        there = {name: state for name, state in states.items() if not state.removed}
+        # Of what this bundle has not, a part is not enough.
+        there = {
+            name: state for name, state in states.items() if not state.removed and (state.whole or rows[name] != NO_ROW)
+        }
         removed = [rows[name] for name, state in states.items() if state.removed and rows[name] != NO_ROW]
         if ACTIVE not in items.frame.columns:
             items = replace(items, frame=items.frame.with_columns(pl.lit(True).alias(ACTIVE)))

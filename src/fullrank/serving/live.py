@@ -219,16 +219,17 @@ def _add_expiring(expiring: list[tuple[float, str]], states: dict[str, ItemState
 
 def _encodable(changed: ChangedItems, states: dict[str, ItemState]) -> dict[str, ItemState]:
     """Without those that this bundle cannot have, as after a change of its schema."""
+    faults = {name: changed.encoder.fault(name, state) for name, state in states.items()}
+    good = {name: state for name, state in states.items() if faults[name] is None}
     try:
-        changed.encoder.encode(states)
+        changed.encoder.encode(good)
     except ValueError:
-        good = {}
-        for name, state in states.items():
+        for name, state in good.items():
             try:
-                changed.encoder.check(name, state)
+                changed.encoder.encode({name: state})
             except ValueError as error:
-                log.warning("item %s is left as the bundle has it: %s", name, error)
-            else:
-                good[name] = state
-        return good
-    return states
+                faults[name] = str(error)
+    for name, fault in faults.items():
+        if fault is not None:
+            log.warning("item %s is left as the bundle has it: %s", name, fault)
+    return {name: state for name, state in states.items() if faults[name] is None}
