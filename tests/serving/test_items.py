@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +235,37 @@ def test_a_bundle_takes_of_the_changes_what_it_can_have(funnel: Funnel, caplog: 
         assert [text.split()[1] for text in left] == ["a", "1001", "1002"]
     finally:
         live.stop()
+
+
+def test_a_retriever_that_changes_in_place_is_changed_while_nobody_searches(funnel: Funnel) -> None:
+    class InPlace(type(funnel.retriever)):  # type: ignore[misc]
+        searching = most = 0
+
+        def fork(self) -> InPlace:
+            return self
+
+        def search(self, *arguments: Any, **options: Any) -> Any:
+            self.searching += 1
+            try:
+                return super().search(*arguments, **options)
+            finally:
+                self.searching -= 1
+
+        def add(self, items: Any) -> None:
+            InPlace.most = max(InPlace.most, self.searching)
+            super().add(items)
+
+    retriever = copy.copy(funnel.retriever.fork())
+    retriever.__class__ = InPlace
+    changing = copy.copy(funnel)
+    changing.retriever = retriever
+    with TestClient(create_app(changing)) as client, ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(top, client, k=5) for _ in range(60)]
+        for number in range(10):
+            sent(client, {"item_id": 1000 + number, **GOOD})
+            assert 1000 + number in top(client, k=12)
+        assert all(len(future.result(20)) == 5 for future in asking)
+    assert InPlace.most == 0
 
 
 def test_nobody_reads_while_one_writes() -> None:

@@ -20,7 +20,7 @@ from fullrank.serving.item_store import ItemStore
 log = logging.getLogger(__name__)
 
 # Seconds between two looks at what other processes wrote, and at most between two changes of the catalogue.
-LOOK, PAUSE = 0.2, 0.3
+LOOK, PAUSE = 0.2, 0.1
 
 
 class Served(NamedTuple):
