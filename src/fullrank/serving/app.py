@@ -84,7 +84,7 @@ def create_app(
     config = config or ServingConfig()
     torch.set_num_threads(config.torch_threads)
     first = opened(target_of(bundle)) if isinstance(bundle, Path) else None
-    if first is not None:
+    if first is not None and first.content is not None:
         content, version = first.content, first.target.version
     else:
         assert not isinstance(bundle, Path)

@@ -46,10 +46,14 @@ class Target(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A bundle that was opened, and has answered as it should."""
+    """A bundle that was opened, and has answered as it should.
+
+    Attributes:
+        content: None of a funnel that is served, which is held where it is served, with the changes of its items.
+    """
 
     target: Target
-    content: Funnel | Scorer
+    content: Funnel | Scorer | None
     position: Position
 
 
@@ -117,7 +121,7 @@ class Versions:
 
     def __init__(self, place: Path, first: Opened, live: Live, instruments: Instruments) -> None:
         self.place, self.live, self._instruments = place, live, instruments
-        self._now = first
+        self._now = _light(first)
         self._before: Opened | None = None
         # What was looked at last, good or not; not to be opened again until the directory wants something else.
         self._seen: Target | str = first.target
@@ -152,10 +156,12 @@ class Versions:
             self._seen = target
             try:
                 found = opened(target, self._now)
+                before = self._held()
+                assert found.content is not None
                 self.live.replace(found.content, target.version)
             except (ValueError, OSError, RuntimeError) as error:
                 return self._refused(target, str(error), True)
-            self._before, self._now = self._now, found
+            self._before, self._now = before, _light(found)
             self._instruments.swaps.labels("swapped").inc()
             self._tell()
             log.info("serving %s", target.version)
@@ -167,10 +173,11 @@ class Versions:
         What was given up is not taken again, unless by `look(again=True)`, until the directory wants something else.
         """
         with self._changing:
-            if self._before is None:
+            if self._before is None or self._before.content is None:
                 return False
+            before = self._held()
             self.live.replace(self._before.content, self._before.target.version)
-            self._now, self._before = self._before, self._now
+            self._now, self._before = _light(self._before), before
             self._instruments.swaps.labels("rolled_back").inc()
             self._tell()
             return True
@@ -183,6 +190,10 @@ class Versions:
         self._stop.set()
         self._look_now.set()
         self._thread.join()
+
+    def _held(self) -> Opened:
+        """What is served, to be held on to."""
+        return self._now._replace(content=self.live.served.content)
 
     def _watch(self) -> None:
         while not self._stop.is_set():
@@ -207,3 +218,7 @@ class Versions:
         self._instruments.model.clear()
         self._instruments.model.labels(target.version).set(1)
         self._instruments.model_age.set_function(lambda: time.time() - target.until)
+
+
+def _light(found: Opened) -> Opened:
+    return found._replace(content=None) if isinstance(found.content, Funnel) else found
