@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ import pytest
 import torch
 
 from fullrank.data.importing import import_dataset
-from fullrank.funnel import Scorer, save_bundle
+from fullrank.funnel import Scorer, load_bundle, save_bundle
 from fullrank.models import MODELS
 from fullrank.schema import Categorical, Label, Schema
 
@@ -125,7 +127,7 @@ def test_a_ranker_of_ones_own_is_served_after_its_module_was_imported(tmp_path: 
     save = """
 from pathlib import Path
 from fullrank.data.importing import import_dataset
-from fullrank.funnel import Scorer, save_bundle
+from fullrank.funnel import Scorer, load_bundle, save_bundle
 from fullrank.schema import Categorical, Label, Schema
 from rankers_of_mine import Mine
 
@@ -218,6 +220,27 @@ def test_more_connections_than_files_leave_no_trace(bundle: Path) -> None:
         assert score(url, 3) == 200
         process.terminate()
         assert process.communicate(timeout=60) == ("", "")
+
+
+def test_a_signal_has_it_look_for_another_bundle(bundle: Path, tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(bundle, place)
+
+    def versions(url: str) -> list[str]:
+        request = urllib.request.Request(f"{url}/metrics")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return [line for line in answer.read().decode().splitlines() if line.startswith("fullrank_model{")]
+
+    with served(place) as (process, url):
+        before = versions(url)
+        scorer = load_bundle(place)
+        save_bundle(scorer, place, about={"second": True}, overwrite=True)
+        process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 30
+        while versions(url) == before:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        assert len(versions(url)) == 1 and score(url, 3) == 200
 
 
 def test_the_access_log_has_a_line_for_each_request(bundle: Path, tmp_path: Path) -> None:

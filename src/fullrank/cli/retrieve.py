@@ -49,7 +49,7 @@ def retrieve(
         raise ValueError("nobody to find items for: name users with --user ID, or a file of requests with --requests")
     import_modules(imports or (), "--import")
     searcher = load_searcher(run / "bundle" if (run / "bundle").is_dir() else run)
-    known = {} if searcher.users is None else searcher.users.row_of
+    users = searcher.users
     for begin in range(0, len(asked), _AT_ONCE):
         part = asked[begin : begin + _AT_ONCE]
         for request, found in zip(part, searcher.search(part, k), strict=True):
@@ -57,7 +57,7 @@ def retrieve(
                 items = [{"item": item, "score": score} for item, score in found]
                 print(json.dumps({"user": request.user_id, "items": items}, allow_nan=False))
                 continue
-            new = request.user_id is not None and str(request.user_id) not in known
+            new = request.user_id is not None and (users is None or users.row(request.user_id) is None)
             table = Table("place", "item", "score")
             for place, (item, score) in enumerate(found, start=1):
                 table.add_row(str(place), str(item), f"{score:.4g}")

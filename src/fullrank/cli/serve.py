@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +26,11 @@ HEADER_SECONDS, WRITE_SECONDS, GRACE_SECONDS = 10.0, 20.0, 20
 
 def serve(
     bundle: Annotated[
-        Path, typer.Argument(help="The bundle directory, as `fullrank demo` or `fullrank train` writes.")
+        Path,
+        typer.Argument(
+            help="The bundle directory, as `fullrank demo` or `fullrank train` writes, or that of `fullrank stream`, "
+            "whose newest bundle is served."
+        ),
     ],
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")] = 8000,
@@ -35,6 +41,17 @@ def serve(
     store: Annotated[
         Path | None, typer.Option("--store", help="Directory to keep what users do: POST /v1/feedback.")
     ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option("--token", envvar="FULLRANK_TOKEN", help="What requests for /v1 have to send as bearer token."),
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm", metavar="NAME=BUNDLE:SHARE", help="Another bundle, for a share of the users. May be given again."
+        ),
+    ] = None,
+    salt: Annotated[str, typer.Option("--salt", help="Another text splits the users in another way.")] = "",
     access_log: Annotated[
         str | None, typer.Option("--access-log", metavar="FILE", help="A JSON line for each request; - is stderr.")
     ] = None,
@@ -62,13 +79,17 @@ def serve(
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
+            versions = app.state.versions
+            if versions is not None and hasattr(signal, "SIGHUP"):
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, versions.look_soon)
             if as_json:
                 print(json.dumps({"url": place, "bundle": str(bundle), "process": os.getpid()}), flush=True)
             else:
                 print(f"serving {bundle} on {place} (Ctrl-C stops)", file=sys.stderr, flush=True)
 
     with listening, _noted(access_log) as note:
-        app = create_app(bundle, ServingConfig(workers=workers, rows=rows), store=store, note=note)
+        settings, arms = ServingConfig(workers=workers, rows=rows), dict(map(_arm, arm or ()))
+        app = create_app(bundle, settings, store=store, token=token, arms=arms, salt=salt, note=note)
         listener = Listener(fileno=listening.detach())
         config = uvicorn.Config(
             app,
@@ -97,6 +118,21 @@ def _noted(place: str | None) -> Iterator[Callable[[dict[str, Any]], None] | Non
         except OSError as error:
             raise ValueError(f"--access-log {place} cannot be written: {error.strerror}") from None
         yield partial(_write, file)
+
+
+def _arm(text: str) -> tuple[str, tuple[Path, float]]:
+    """Raises:
+    ValueError: if it is not NAME=BUNDLE:SHARE.
+    """
+    name, _, rest = text.partition("=")
+    bundle, _, share = rest.rpartition(":")
+    try:
+        number = float(share)
+    except ValueError:
+        number = 0.0
+    if not (name and bundle and number):
+        raise ValueError(f"--arm {text}: expected NAME=BUNDLE:SHARE, such as new=runs/new/bundle:0.1")
+    return name, (Path(bundle), number)
 
 
 def _write(file: TextIO, said: dict[str, Any]) -> None:

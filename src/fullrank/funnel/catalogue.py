@@ -4,17 +4,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
-from fullrank.batch import RowGather
+from fullrank.batch import Batch, RowGather
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
+from fullrank.data.hashing import hash_text
 from fullrank.data.loader import partial_batch
 from fullrank.data.past import whole_seconds
 from fullrank.retrieval.base import NO_ITEM, item_keys
@@ -25,6 +29,8 @@ BID = KEY_COLUMNS["bid"]
 ACTIVE = "__active"
 # Row of no item.
 NO_ROW = -1
+# An integer as it is written.
+_INTEGER = re.compile("-?[1-9][0-9]{0,18}|0")
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,65 @@ class Catalogue:
         """The id of each row, as in the log."""
         return self.frame[self.frame.columns[0]].to_list()
 
-    @cached_property
-    def row_of(self) -> dict[str, int]:
-        """Row of each id, written as text: a request may say 7 or "7"."""
-        return {str(name): row for row, name in enumerate(self.ids)}
+    def ids_of(self, rows: Tensor) -> list[int | str]:
+        """The ids of some rows."""
+        return self.frame[self.frame.columns[0]].gather(rows.numpy()).to_list()
+
+    def row(self, name: int | str) -> int | None:
+        """Row of an id, None if it is not here: a request may say 7 or "7"."""
+        row = int(self.find([name])[0])
+        return None if row == NO_ROW else row
+
+    def find(self, names: Listed[int | str]) -> Tensor:
+        """Row of each id, `NO_ROW` for one that is not here. Ids are found by their keys: a table of them would take
+        more memory than all else."""
+        texts = [str(name) for name in names]
+        rows = self.places(torch.tensor([self._key(text) for text in texts], dtype=torch.int64))
+        there = (rows != NO_ROW).nonzero().squeeze(1)
+        found = self.ids_of(rows[there])
+        others = [place for place, name in zip(there.tolist(), found, strict=True) if str(name) != texts[place]]
+        rows[others] = NO_ROW
+        return rows
+
+    def _key(self, text: str) -> int:
+        """What `item_keys` makes of an id, `NO_ITEM` if it cannot be one here."""
+        low, high = -(2**63), 2**63 - 1
+        if self.frame.dtypes[0] == pl.String:
+            number = hash_text(text)
+            number -= 2**64 if number > high else 0
+        elif _INTEGER.fullmatch(text) and low <= int(text) <= high:
+            number = int(text)
+        else:
+            return NO_ITEM
+        return low if number == NO_ITEM else number
+
+    def changed(self, rows: pl.DataFrame, removed: Tensor, schema: Schema) -> tuple[Catalogue, Tensor]:
+        """A catalogue in which some rows are new or others than before.
+
+        Args:
+            rows: columns as in `frame`; none of them twice.
+            removed: rows to leave out.
+
+        Returns:
+            it, and for each of its rows the one that it was here, `NO_ROW` for those of `rows`.
+        """
+        keys_N = item_keys(rows[rows.columns[0]])
+        before_N = self.places(keys_N)
+        kept_I = torch.ones(len(self), dtype=torch.bool)
+        kept_I[removed] = False
+        kept_I[before_N[before_N != NO_ROW]] = False
+        kept_I = kept_I.nonzero().squeeze(1)
+        old_keys_I = self.keys_I[kept_I]
+        keys_N, order_N = keys_N.sort()
+        at = torch.searchsorted(old_keys_I, keys_N).numpy()
+        keys_I = torch.from_numpy(np.insert(old_keys_I.numpy(), at, keys_N.numpy()))
+        old_I = torch.from_numpy(np.insert(kept_I.numpy(), at, (len(self) + order_N).numpy()))
+        frame = pl.concat([self.frame, rows], rechunk=True)[old_I.numpy()]
+        batch = self.rows.batch
+        if len(rows):
+            batch = Batch.cat([batch, partial_batch(rows, schema)])
+        gather = RowGather(RowGather(batch).take(old_I))
+        return Catalogue(frame, keys_I, gather), old_I.masked_fill(old_I >= len(self), NO_ROW)
 
     @cached_property
     def _row_of_key(self) -> Tensor | None:
@@ -86,6 +147,8 @@ class Catalogue:
 
     def places(self, keys: Tensor) -> Tensor:
         """Row of each key, `NO_ROW` for a key that is not in the catalogue."""
+        if not len(self):
+            return torch.full_like(keys, NO_ROW)
         if self._row_of_key is not None:
             inside = keys.clamp(0, self._row_of_key.numel() - 1)
             rows = self._row_of_key.index_select(0, inside.reshape(-1)).view_as(keys)

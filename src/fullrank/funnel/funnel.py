@@ -132,6 +132,30 @@ class Funnel:
         other.deadlines = {}
         return other
 
+    @torch.inference_mode()
+    def with_items(self, items: Catalogue, was_I: Tensor, retriever: Retriever) -> Self:
+        """A funnel of the same models over another catalogue.
+
+        Args:
+            was_I: for each of its rows the one of this funnel's catalogue that it equals, `NO_ROW` for another.
+            retriever: of the same kind, with the active items of the catalogue.
+        """
+        other = copy.copy(self)
+        for name in ("attributes", "_usual_I"):
+            other.__dict__.pop(name, None)
+        other.items, other.retriever, other.encode = items, retriever, self.encode.with_items(items)
+        other._bid_I = None if items.bid_I is None else items.bid_I.float()
+        other._make_slate = SlateMaker(self.slate, items, self.scorer)
+        new_N = (was_I == NO_ROW).nonzero().squeeze(1)
+        features = items.rows.take(new_N)
+        other.prepared = {}
+        for stage, (ranker, vectors_IV) in self.prepared.items():
+            moved_IV = vectors_IV.index_select(0, was_I.clamp_min(0))
+            if len(new_N):
+                moved_IV[new_N] = _item_vectors(ranker, features)
+            other.prepared[stage] = ranker, moved_IV
+        return other
+
     def index_active(self) -> None:
         """Make the active items of the catalogue, and no other, retrievable."""
         active_I = self.items.active_I
@@ -284,7 +308,8 @@ class Funnel:
         if observe is not None:
             observe("encode", self.clock() - mark)
         ranking = self._rank(users, k, observe, deadline, self.terms(requests), generator or self._draws)
-        names = self.items.ids
+        there_UK = ranking.items_UK != NO_ROW
+        names = iter(self.items.ids_of(ranking.items_UK[there_UK]))
         payments = ranking.payment_UK
         lists = zip(
             ranking.items_UK.tolist(),
@@ -297,7 +322,7 @@ class Funnel:
         return [
             Recommendation(
                 [
-                    RankedItem(names[row], None if math.isnan(value) else value, self._named(predictions), *drawn)
+                    RankedItem(next(names), None if math.isnan(value) else value, self._named(predictions), *drawn)
                     for row, value, predictions, *drawn in zip(*columns, strict=True)
                     if row != NO_ROW
                 ],
@@ -315,9 +340,9 @@ class Funnel:
         """
         excluded_UE = None
         if any(request.exclude for request in requests):
-            places = (map(self.items.row_of.get, map(str, request.exclude)) for request in requests)
-            rows = [torch.tensor(list({place for place in each if place is not None})) for each in places]
-            excluded_UE = pad_sequence(rows, batch_first=True, padding_value=NO_ROW).long()
+            places = (self.items.find(list(request.exclude)) for request in requests)
+            rows = [torch.unique(each[each != NO_ROW]) for each in places]
+            excluded_UE = pad_sequence(rows, batch_first=True, padding_value=NO_ROW)
         wanted = requests[0].filter
         return Terms(
             [request.shown for request in requests] if any(request.shown for request in requests) else None,
@@ -348,14 +373,14 @@ class Funnel:
         if not item_ids:
             return []
         users = RowGather(self.encode([request]))
-        places = [self.items.row_of.get(str(item_id)) for item_id in item_ids]
-        known = [place for place in places if place is not None]
-        features = self.items.rows.take(torch.tensor(known, dtype=torch.int64))
-        unknown = [item_id for item_id, place in zip(item_ids, places, strict=True) if place is None]
+        places = self.items.find(item_ids)
+        is_unknown = places == NO_ROW
+        known = places[~is_unknown]
+        features = self.items.rows.take(known)
+        unknown = [item_id for item_id, absent in zip(item_ids, is_unknown.tolist(), strict=True) if absent]
         if unknown:
             features = Batch.cat([features, self._unknown_items(unknown)])
         # The known stand first in `features`, then the unknown, each in the order of the request.
-        is_unknown = torch.tensor([place is None for place in places])
         row_C = torch.where(is_unknown, len(known) + is_unknown.cumsum(0) - 1, (~is_unknown).cumsum(0) - 1)
         bid_C = None
         if self._bid_I is not None:

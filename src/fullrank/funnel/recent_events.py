@@ -17,7 +17,7 @@ from fullrank.batch import Batch
 from fullrank.data.encoders import Encoders
 from fullrank.data.past import whole_seconds
 from fullrank.data.transforms import transformed_events
-from fullrank.funnel.catalogue import Catalogue, times_column
+from fullrank.funnel.catalogue import NO_ROW, Catalogue, times_column
 from fullrank.schema import EventId, EventNumber, Schema
 from fullrank.schema import Sequence as History
 
@@ -90,12 +90,15 @@ class RecentEvents:
         for history, label, delay, columns in self.live:
             new = [event for event in events if label is None or event.labels.get(label) == 1]
             new = [event for event in new if event.time + delay < now][-history.max_length :]
+            places = self.items.find([event.item_id for event in new]).tolist()
             known = None if time is None else times.get(history.name)
             kept = slice(None) if known is None else slice(0, sum(then + delay < now for then in known))
             for part in history.fields:
                 key = history.column(part)
                 if isinstance(part, EventId):
-                    more = torch.tensor([self._id(columns[part.name], row, event) for event in new], dtype=torch.int64)
+                    pairs = zip(new, places, strict=True)
+                    found = [self._id(columns[part.name], row, event, place) for event, place in pairs]
+                    more = torch.tensor(found, dtype=torch.int64)
                     ids[key] = torch.cat([ids[key][kept], more])[-history.max_length :]
                     continue
                 before = numbers[key][kept]
@@ -111,12 +114,11 @@ class RecentEvents:
             event_lengths_EB=_lengths(numbers, row.event_lengths_EB),
         )
 
-    def _id(self, name: str, row: Batch, event: Event) -> int:
-        """Encoded id of a feature of what happened."""
+    def _id(self, name: str, row: Batch, event: Event, place: int) -> int:
+        """Encoded id of a feature of what happened to the item at a row of the catalogue, or at none."""
         if self._roles[name] == "user":
             return int(row.ids_BF[0, self._places[name]])
-        place = self.items.row_of.get(str(event.item_id)) if self._roles[name] == "item" else None
-        if place is not None:
+        if self._roles[name] == "item" and place != NO_ROW:
             return int(self.items.rows.batch.ids_BF[place, self._places[name]])
         value = event.features.get(name, event.item_id if name == self.schema.keys.item_id else None)
         column = pl.Series(name, [None if value is None else str(value)], dtype=pl.String)

@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import polars as pl
 import torch
@@ -102,6 +103,12 @@ class RequestEncoder:
         self.recent = RecentEvents(encoders, items)
         self._scalar = lru_cache(REMEMBERED)(self._encode_scalar)
 
+    def with_items(self, items: Catalogue) -> Self:
+        """An encoder that knows other items."""
+        other = copy.copy(self)
+        other.recent = RecentEvents(self.encoders, items)
+        return other
+
     def __call__(self, requests: Sequence[Request]) -> Batch:
         """One row per request, user and context columns filled.
 
@@ -114,7 +121,7 @@ class RequestEncoder:
     def _row(self, request: Request) -> Batch:
         known = None
         if request.user_id is not None and self.users is not None:
-            known = self.users.row_of.get(str(request.user_id))
+            known = self.users.row(request.user_id)
         scalars = {name: value for name, value in request.features.items() if name in self.scalars}
         others = {name: value for name, value in request.features.items() if name not in self.scalars}
         if known is not None and self.known_rows is not None:

@@ -140,14 +140,16 @@ class SlateMaker:
     ) -> Tensor:
         """How often each candidate's group was shown to the user."""
         pairs = [
-            (user, self.items.row_of[str(item.item_id)])
+            (user, item.item_id)
             for user, items in enumerate(shown)
             for item in items
-            if (seconds is None or item.seconds_ago <= seconds) and str(item.item_id) in self.items.row_of
+            if seconds is None or item.seconds_ago <= seconds
         ]
-        if not pairs:
+        row_E = self.items.find([name for _, name in pairs])
+        user_E = torch.tensor([user for user, _ in pairs], dtype=torch.int64)[row_E != NO_ROW]
+        row_E = row_E[row_E != NO_ROW]
+        if not len(row_E):
             return torch.zeros_like(group_UC)
-        user_E, row_E = torch.tensor(pairs).unbind(1)
         # A number for each user and group: groups numbered among those of the candidates and of what was shown.
         groups, number = torch.unique(torch.cat([group_UC.flatten(), self._group_I[by][row_E]]), return_inverse=True)
         number_UC, number_E = number[: group_UC.numel()].view_as(group_UC), number[group_UC.numel() :]

@@ -142,6 +142,11 @@ class Retriever(ABC):
     def cost(self) -> int:
         """Items scored per query, typically; `SearchResult.cost_B` says it of each."""
 
+    def fork(self) -> Self:
+        """A retriever that finds the same until one of the two is changed, and shares with it what is not; itself where
+        additions and removals change its index in place."""
+        return self
+
     def state(self) -> dict[str, Tensor]:
         """What was learnt, and the index, as contiguous tensors by name.
 

@@ -4,14 +4,20 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Self
+
 import torch
 from torch import Tensor
 
 from fullrank.retrieval.base import NO_ITEM, SearchResult, check_k
-from fullrank.retrieval.vectors.base import VectorIndex, check_added, check_distinct, places_of
+from fullrank.retrieval.vectors.base import VectorIndex, check_added, check_distinct, places_of, without, woven
 from fullrank.retrieval.vectors.scan import Scan, top_k
 
 __all__ = ["ExactIndex", "top_k"]
+
+# Items up to which a change copies the vectors in one go.
+FEW = 256
 
 
 class ExactIndex(VectorIndex):
@@ -56,6 +62,15 @@ class ExactIndex(VectorIndex):
 
     def add(self, keys_I: Tensor, vectors_ID: Tensor) -> None:
         check_added(keys_I, vectors_ID, self.width)
+        if len(keys_I) <= FEW < len(self):
+            keys_I, order = keys_I.sort()
+            check_distinct(keys_I)
+            there = keys_I[places_of(keys_I, self.keys_I) >= 0]
+            check_distinct(there.repeat_interleave(2))
+            at = torch.searchsorted(self.keys_I, keys_I)
+            self.keys_I = woven(self.keys_I, keys_I, at)
+            self._hold(woven(self.vectors_ID, vectors_ID[order].float(), at))
+            return
         keys = torch.cat([self.keys_I, keys_I])
         vectors = torch.cat([self.vectors_ID, vectors_ID.float()])
         keys, order = keys.sort(stable=True)
@@ -64,12 +79,20 @@ class ExactIndex(VectorIndex):
         self._hold(vectors[order].contiguous())
 
     def remove(self, keys: Tensor) -> None:
-        unknown = ~torch.isin(keys, self.keys_I)
-        if bool(unknown.any()):
-            raise KeyError(f"item {int(keys[unknown][0])} is not in the index")
+        places = places_of(keys, self.keys_I)
+        if bool((places < 0).any()):
+            raise KeyError(f"item {int(keys[places < 0][0])} is not in the index")
+        if len(keys) <= FEW:
+            places = torch.unique(places)
+            self.keys_I = without(self.keys_I, places)
+            self._hold(without(self.vectors_ID, places))
+            return
         kept = ~torch.isin(self.keys_I, keys)
         self.keys_I = self.keys_I[kept]
         self._hold(self.vectors_ID[kept].contiguous())
+
+    def fork(self) -> Self:
+        return copy.copy(self)
 
     def search(self, queries_BD: Tensor, k: int, *, allowed: Tensor | None = None) -> SearchResult:
         check_k(k)

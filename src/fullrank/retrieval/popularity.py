@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Self
 
 import torch
@@ -56,6 +57,11 @@ class Popularity(Retriever):
 
     def remove(self, keys: Tensor) -> None:
         self.exact.remove(keys)
+
+    def fork(self) -> Self:
+        other = copy.copy(self)
+        other.exact = self.exact.fork()
+        return other
 
     def search(self, users: Batch, k: int, *, allowed: Tensor | None = None) -> SearchResult:
         if allowed is not None and allowed.ndim == 2:

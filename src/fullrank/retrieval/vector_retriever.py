@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
+from typing import Self
 
 from pydantic import Field
 from torch import Tensor
@@ -76,6 +78,14 @@ class VectorRetriever(Retriever):
 
     def remove(self, keys: Tensor) -> None:
         self.vectors.remove(keys)
+
+    def fork(self) -> Self:
+        vectors = self.vectors.fork()
+        if vectors is self.vectors:
+            return self
+        other = copy.copy(self)
+        other.vectors = vectors
+        return other
 
     def search(self, users: Batch, k: int, *, allowed: Tensor | None = None) -> SearchResult:
         return self.vectors.search(self.user_vectors(users), k, allowed=allowed)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,22 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 import fullrank
-from fullrank.funnel.bundle import load_bundle
 from fullrank.funnel.canary import check_answers
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
+from fullrank.serving.admin import Bearer, add_admin, describe_token
 from fullrank.serving.errors import add_handlers
+from fullrank.serving.experiment import Experiment, add_experiment
 from fullrank.serving.feedback import add_feedback
 from fullrank.serving.instruments import Instruments
+from fullrank.serving.item_store import ItemStore
+from fullrank.serving.items import add_items
 from fullrank.serving.limits import Limits
+from fullrank.serving.live import Live
 from fullrank.serving.pool import Pool
 from fullrank.serving.routes import PATHS, add_routes
-from fullrank.serving.store import EventStore
-from fullrank.training.manifest import MANIFEST
+from fullrank.serving.store import EventStore, Feedback
+from fullrank.serving.versions import Versions, opened, target_of
 
 
 class ServingConfig(BaseModel):
@@ -59,12 +62,19 @@ def create_app(
     config: ServingConfig | None = None,
     *,
     store: Path | None = None,
+    token: str | None = None,
+    arms: Mapping[str, tuple[Path | Funnel, float]] | None = None,
+    salt: str = "",
     note: Callable[[dict[str, Any]], None] | None = None,
 ) -> FastAPI:
     """The application that serves a bundle. A single ranker scores rows; a funnel recommends and scores items too.
 
     Args:
+        bundle: its directory, or that of a stream, whose pointer is followed.
+        token: that requests for `/v1` have to carry; with one, bundles can be looked for and rolled back by a request.
         store: directory of what users do while it is served; without one nothing is kept of them.
+        arms: other bundles of funnels by name, each with the share of users that it answers.
+        salt: of the split; another one splits users independently.
         note: told what the access log says of each request.
 
     Raises:
@@ -73,17 +83,37 @@ def create_app(
     """
     config = config or ServingConfig()
     torch.set_num_threads(config.torch_threads)
-    content = load_bundle(bundle) if isinstance(bundle, Path) else bundle
-    check_answers(content, bundle if isinstance(bundle, Path) else None)
+    first = opened(target_of(bundle)) if isinstance(bundle, Path) else None
+    if first is not None and first.content is not None:
+        content, version = first.content, first.target.version
+    else:
+        assert not isinstance(bundle, Path)
+        content, version = bundle, "unsaved"
+        check_answers(content)
     events = None if store is None else EventStore(store)
+    items = ItemStore(store)
+    live = Live(content, version, items)
     instruments = Instruments()
+    experiment = None
+    if arms:
+        reward = next((label.name for label in content.schema.labels if label.kind == "binary"), "")
+        others = {name: (_arm(name, arm, items), share) for name, (arm, share) in arms.items()}
+        experiment = Experiment(live, others, salt, reward)
+    beside = [] if experiment is None else [each for each in experiment.arms.values() if each is not live]
+    instruments.items.set_function(lambda: _items(live))
+    versions = Versions(bundle, first, live, instruments) if isinstance(bundle, Path) and first is not None else None
     pool = Pool(config.workers, config.rows, config.share, config.seconds, instruments)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await pool.start(lambda: check_answers(content))
+        await pool.start(lambda: check_answers(live.served.content))
         yield
         pool.stop()
+        if versions is not None:
+            versions.stop()
+        for each in (live, *beside):
+            each.stop()
+        items.close()
         if events is not None:
             events.close()
 
@@ -95,8 +125,21 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    add_routes(app, content, _version(bundle), pool, instruments, events)
-    add_feedback(app, content.schema, events)
+    add_routes(app, live, pool, instruments, events, experiment)
+
+    def told(feedback: Feedback) -> None:
+        arm = experiment and experiment.rewarded(feedback.impression, feedback.event.labels)
+        if arm:
+            instruments.arm_rewarded.labels(arm).inc()
+
+    add_feedback(app, content.schema, events, told)
+    add_items(app, live, beside)
+    add_experiment(app, experiment)
+    app.state.versions = versions
+    if token is not None:
+        add_admin(app, versions)
+        app.add_middleware(Bearer, token=token)
+        describe_token(app)
     add_handlers(app)
     app.add_middleware(
         Limits,
@@ -109,8 +152,17 @@ def create_app(
     return app
 
 
-def _version(bundle: Path | Funnel | Scorer) -> str:
-    """What tells bundles apart: a digest of the manifest, which has those of all files."""
-    if not isinstance(bundle, Path):
-        return "unsaved"
-    return hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()[:12]
+def _arm(name: str, bundle: Path | Funnel, items: ItemStore) -> Live:
+    if isinstance(bundle, Path):
+        found = opened(target_of(bundle))
+        content, version = found.content, found.target.version
+    else:
+        content, version = bundle, "unsaved"
+    if not isinstance(content, Funnel):
+        raise ValueError(f"--arm {name}: {bundle} is a single ranker, and an experiment is about lists")
+    return Live(content, version, items)
+
+
+def _items(live: Live) -> int:
+    content = live.served.content
+    return len(content.items) if isinstance(content, Funnel) else 0

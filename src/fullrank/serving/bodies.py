@@ -97,6 +97,7 @@ class RecommendRequest(Asker):
         deadline_ms: milliseconds after which no more work is begun, waiting for a worker counted; the answer then has
             what the stages have come to.
         explain: tell what each stage thought of each candidate.
+        experiment: an arm to be answered by, `none` for the control; neither is counted.
     """
 
     model_config = ConfigDict(
@@ -113,6 +114,7 @@ class RecommendRequest(Asker):
     shown: list[Impression] = Field(default_factory=list, max_length=10_000)
     deadline_ms: Number | None = Field(default=None, gt=0)
     explain: bool = False
+    experiment: str | None = Field(default=None, max_length=100)
 
 
 class ScoreRequest(Asker):
@@ -187,6 +189,7 @@ class RecommendResponse(Strict):
         request_id: as in the header; feedback on the list names it as `impression_id`.
         model_version: of the bundle.
         index_version: number of changes to its items since it was opened.
+        arm: of the experiment; null if there is none, or the request takes no part.
         timings: milliseconds of each stage.
         explained: where it was asked for.
     """
@@ -197,6 +200,7 @@ class RecommendResponse(Strict):
     request_id: str
     model_version: str
     index_version: int
+    arm: str | None
     timings: dict[str, float]
     explained: list[ExplainedItem] | None = None
 

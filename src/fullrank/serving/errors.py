@@ -20,7 +20,7 @@ LONGEST_DETAIL = 1000
 
 _REFUSALS = {
     400: "The body is not JSON that can be parsed.",
-    404: "The bundle has no catalogue of items, or the server no store of events.",
+    404: "There is no catalogue of items, store of events, such item, other bundle or experiment.",
     408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is not `application/json`.",
@@ -48,6 +48,18 @@ class NoCatalogue(Exception):
     """The bundle is a single ranker."""
 
 
+class NoVersion(Exception):
+    """There is no other bundle."""
+
+
+class NoExperiment(Exception):
+    """The server has one arm."""
+
+
+class NoItem(Exception):
+    """There is no item of this id."""
+
+
 def problem(request: Request, status: int, detail: str) -> Response:
     """The answer to what cannot be served, a `Problem`."""
     return answer(encoded({"detail": detail, "request_id": request.state.request_id}), status)
@@ -59,7 +71,7 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         kind = request.headers.get("content-type", "")
-        if request.method == "POST" and not kind.partition(";")[0].strip().lower().endswith("json"):
+        if request.method in ("POST", "PATCH") and not kind.partition(";")[0].strip().lower().endswith("json"):
             # What `curl -d` sends unless told otherwise; the body was not even parsed.
             return problem(request, 415, f"the content type is {kind[:80] or 'not given'}, expected application/json")
         return problem(request, 422, _first(error))
@@ -86,6 +98,18 @@ def add_handlers(app: FastAPI) -> None:
     async def no_catalogue(request: Request, error: NoCatalogue) -> Response:
         return problem(request, 404, "this bundle has no catalogue of items to recommend; POST /v1/score scores rows")
 
+    @app.exception_handler(NoVersion)
+    async def no_version(request: Request, error: NoVersion) -> Response:
+        return problem(request, 404, "no other bundle has been served")
+
+    @app.exception_handler(NoExperiment)
+    async def no_experiment(request: Request, error: NoExperiment) -> Response:
+        return problem(request, 404, "this server has no experiment: start it with --arm NAME=BUNDLE:SHARE")
+
+    @app.exception_handler(NoItem)
+    async def no_item(request: Request, error: NoItem) -> Response:
+        return problem(request, 404, "there is no item of this id")
+
     @app.exception_handler(NoStore)
     async def no_store(request: Request, error: NoStore) -> Response:
         return problem(request, 404, "this server keeps no events: start it with --store DIR")
@@ -93,7 +117,7 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(OSError)
     async def full(request: Request, error: OSError) -> Response:
         log.error("request %s: %s", request.state.request_id, error)
-        return problem(request, 503, "the store of events cannot be written; try again")
+        return problem(request, 503, "the store cannot be written; try again")
 
     @app.exception_handler(Overloaded)
     async def overloaded(request: Request, error: Overloaded) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import fastapi
@@ -70,8 +71,17 @@ class Forgotten(Strict):
     pending: list[str]
 
 
-def add_feedback(app: FastAPI, schema: Schema, store: EventStore | None) -> None:
-    """Routes that write to the store; without one they say so."""
+def add_feedback(
+    app: FastAPI,
+    schema: Schema,
+    store: EventStore | None,
+    told: Callable[[Feedback], None] | None = None,
+) -> None:
+    """Routes that write to the store; without one they say so.
+
+    Args:
+        told: of every event that was kept for the first time.
+    """
     labels = {label.name: label.kind == "binary" for label in schema.labels}
 
     def refused(event: FeedbackEvent, now: int) -> str | None:
@@ -113,6 +123,9 @@ def add_feedback(app: FastAPI, schema: Schema, store: EventStore | None) -> None
                 good.append(Feedback(sent.user_id, event, sent.event_id, sent.impression_id))
         asked.state.said = {"events": len(results)}
         kept: list[bool] = await asyncio.wrap_future(store.append(good)) if good else []
+        for event_kept, is_new in zip(good, kept, strict=True):
+            if is_new and told is not None:
+                told(event_kept)
         new = iter(kept)
         for result in results:
             if not result["status"]:

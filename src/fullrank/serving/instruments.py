@@ -37,5 +37,37 @@ class Instruments:
             "fullrank_requests_refused", "Requests answered with 429 because too much waited.", registry=self.registry
         )
 
+        self.model = Gauge("fullrank_model", "1 for the version that is served.", ("version",), registry=self.registry)
+        self.model_age = Gauge(
+            "fullrank_model_age_seconds", "Since the last event that the model has learnt.", registry=self.registry
+        )
+        self.swaps = Counter(
+            "fullrank_swaps",
+            "Bundles that came while serving: swapped, refused, rolled_back.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.items = Gauge("fullrank_items", "Items of the catalogue that is served.", registry=self.registry)
+
+        self.arm_requests = Counter("fullrank_arm_requests", "Lists by arm.", ("arm",), registry=self.registry)
+        self.arm_degraded = Counter(
+            "fullrank_arm_degraded",
+            "Lists by arm with a stage late or failed.",
+            ("arm",),
+            registry=self.registry,
+        )
+        self.arm_rewarded = Counter(
+            "fullrank_arm_rewarded", "Lists by arm for which a reward came.", ("arm",), registry=self.registry
+        )
+        self.arm_seconds = Histogram(
+            "fullrank_arm_seconds", "Making of a list, by arm.", ("arm",), registry=self.registry, buckets=SECONDS
+        )
+
     def observe_stage(self, stage: str, seconds: float) -> None:
         self.stage_seconds.labels(stage).observe(seconds)
+
+    def observe_arm(self, arm: str, seconds: float, *, degraded: bool) -> None:
+        self.arm_requests.labels(arm).inc()
+        self.arm_seconds.labels(arm).observe(seconds)
+        if degraded:
+            self.arm_degraded.labels(arm).inc()

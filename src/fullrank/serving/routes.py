@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from fullrank.funnel.explaining import explain
 from fullrank.funnel.funnel import Funnel
-from fullrank.funnel.scorer import ScoredItem, Scorer
+from fullrank.funnel.scorer import ScoredItem
 from fullrank.serving.bodies import (
     RecommendRequest,
     RecommendResponse,
@@ -28,14 +28,19 @@ from fullrank.serving.bodies import (
 from fullrank.serving.completing import completed, with_events
 from fullrank.serving.description import description_page
 from fullrank.serving.errors import NoCatalogue, refusals
+from fullrank.serving.experiment import OPT_OUT, Experiment
 from fullrank.serving.instruments import Instruments
+from fullrank.serving.live import Live
 from fullrank.serving.page import page
 from fullrank.serving.pool import Pool
 from fullrank.serving.store import EventStore
 
 # Those that metrics tell apart.
 PATHS = frozenset(
-    ["/v1/recommend", "/v1/score", "/v1/feedback", "/healthz", "/readyz", "/metrics", "/", "/docs", "/openapi.json"]
+    [
+        *("/v1/recommend", "/v1/score", "/v1/feedback", "/v1/items", "/healthz", "/readyz", "/metrics"),
+        *("/", "/docs", "/openapi.json"),
+    ]
 )
 
 # Seconds that an answer may take after its deadline, when no more work is begun.
@@ -47,19 +52,18 @@ ROWS_AT_ONCE = 1024
 
 def add_routes(
     app: FastAPI,
-    content: Funnel | Scorer,
-    version: str,
+    live: Live,
     pool: Pool,
     instruments: Instruments,
     store: EventStore | None = None,
+    experiment: Experiment | None = None,
 ) -> None:
     """Answer from a funnel, or from a single ranker, which has no items to recommend.
 
     Args:
-        version: of the bundle.
         store: of what users did since the bundle was made.
+        experiment: whose arms answer requests for lists; scores are those of `live`.
     """
-    funnel, scorer = (content, content.scorer) if isinstance(content, Funnel) else (None, content)
     ranking = refusals(400, 408, 413, 415, 422, 429, 500, 503)
 
     @app.post(
@@ -67,8 +71,15 @@ def add_routes(
     )
     async def recommend(body: RecommendRequest, asked: fastapi.Request) -> Response:
         """The best items for a user, best first; all there are if `k` is larger than the catalogue."""
-        if funnel is None:
+        known = live.served.content
+        if not isinstance(known, Funnel):
             raise NoCatalogue
+        arm, counts, source = None, False, live
+        if experiment is not None:
+            arm, counts = experiment.chosen(body.user_id, asked.state.request_id, body.experiment)
+            source = experiment.arms[arm]
+        elif body.experiment not in (None, OPT_OUT):
+            raise ValueError("experiment: this server has none; start it with --arm NAME=BUNDLE:SHARE")
         arrived = time.perf_counter()
 
         def work() -> bytes:
@@ -81,27 +92,35 @@ def add_routes(
             left = body.deadline_ms
             if left is not None:
                 left = max(0.0, left - 1000 * (time.perf_counter() - arrived))
-            request = completed(body, store)
-            found = funnel.recommend([request], body.k, observe, deadline_ms=left)[0]
+            request, began = completed(body, store), time.perf_counter()
+            with source.reading() as (funnel, version, changes):
+                assert isinstance(funnel, Funnel)
+                found = funnel.recommend([request], body.k, observe, deadline_ms=left)[0]
+                explained = explain(funnel, request, body.k) if body.explain else []
             for stage in found.degraded:
                 instruments.degraded.labels(stage).inc()
+            if experiment is not None and arm is not None:
+                instruments.observe_arm(arm, time.perf_counter() - began, degraded=bool(found.degraded))
+                if counts:
+                    experiment.answered(arm, body.user_id, asked.state.request_id)
             said = {
                 "items": [recommended_json(item) for item in found.items],
                 "candidates": found.candidates,
                 "degraded": found.degraded,
                 "request_id": asked.state.request_id,
                 "model_version": version,
-                "index_version": 0,
+                "index_version": changes,
+                "arm": None if body.experiment == OPT_OUT else arm,
                 "timings": {stage: round(1000 * spent, 3) for stage, spent in seconds.items()},
             }
             if body.explain:
-                said["explained"] = [explained_json(item) for item in explain(funnel, request, body.k)]
+                said["explained"] = [explained_json(item) for item in explained]
             return encoded(said)
 
-        rows = min(len(funnel.items), max(body.k, funnel.sizes.finalists(len(funnel.early))))
+        rows = min(len(known.items), max(body.k, known.sizes.finalists(len(known.early))))
         if body.explain:
-            rows += len(funnel.early) * funnel.sizes.retrieve + funnel.sizes.retrieve
-        asked.state.said = {"rows": rows}
+            rows += (len(known.early) + 1) * known.sizes.retrieve
+        asked.state.said = {"rows": rows} if arm is None else {"rows": rows, "arm": arm}
         seconds = None if body.deadline_ms is None else body.deadline_ms / 1000 + SLACK
         async with pool.admitted(rows, _client(asked), seconds) as admitted:
             return answer(await admitted.piece(work, rows))
@@ -112,6 +131,9 @@ def add_routes(
         item_ids, rows = body.item_ids, body.rows
         total = len(rows or item_ids or ())
         asked.state.said = {"rows": total}
+        # The same for all pieces.
+        content = live.served.content
+        funnel, scorer = (content, content.scorer) if isinstance(content, Funnel) else (None, content)
 
         def some(begin: int) -> Callable[[], bytes]:
             end = begin + ROWS_AT_ONCE
@@ -164,7 +186,7 @@ def add_routes(
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def root() -> HTMLResponse:
-        return HTMLResponse(page(content))
+        return HTMLResponse(page(live.served.content))
 
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
     async def docs() -> HTMLResponse:

@@ -264,3 +264,39 @@ def test_an_index_of_ones_own() -> None:
         assert torch.equal(index.search(QUERIES, 1).item_keys_BK[:, 0], KEYS[worst])
     finally:
         VECTOR_INDEXES.unregister("reversed")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fork_sees_nothing_of_the_changes_of_the_other(name: str) -> None:
+    index = filled(name)
+    before = index.search(QUERIES, 30)
+    fork = index.fork()
+    assert fork is not index
+    # So much that a snapshot is built anew.
+    gone, come = KEYS[: COUNT // 2], torch.arange(10 * COUNT, 10 * COUNT + 300)
+    fork.remove(gone)
+    fork.add(come, 2 * VECTORS[:300])
+    assert torch.equal(index.search(QUERIES, 30).item_keys_BK, before.item_keys_BK) and len(index) == COUNT
+    found = fork.search(QUERIES, 30).item_keys_BK
+    assert len(fork) == COUNT - len(gone) + 300 and not bool(torch.isin(found, gone).any())
+    expected = exact(torch.cat([KEYS[COUNT // 2 :], come]), torch.cat([VECTORS[COUNT // 2 :], 2 * VECTORS[:300]]))
+    assert shared(found, expected.search(QUERIES, 30).item_keys_BK) > 0.9
+
+
+@pytest.mark.parametrize("count", [3, 500])
+def test_few_and_many_are_added_and_removed_alike(count: int) -> None:
+    index, more = exact(KEYS, VECTORS), torch.arange(10 * COUNT, 10 * COUNT + count)
+    mixed = torch.cat([more, KEYS[:count]])
+    index.remove(KEYS[:count])
+    index.add(mixed.flip(0), torch.cat([VECTORS[:count] + 1, VECTORS[:count]]).flip(0))
+    keys, vectors = index.contents()
+    expected_keys, order = torch.cat([KEYS, more]).sort()
+    assert torch.equal(keys, expected_keys)
+    assert torch.equal(vectors, torch.cat([VECTORS, VECTORS[:count] + 1])[order])
+    with pytest.raises(ValueError, match="in the index already or given twice"):
+        index.add(KEYS[:count], VECTORS[:count])
+    with pytest.raises(ValueError, match="in the index already or given twice"):
+        index.add(torch.full((count,), 20 * COUNT), VECTORS[:count])
+    with pytest.raises(KeyError):
+        index.remove(torch.tensor([20 * COUNT + 1]))
+    assert len(index) == COUNT + count

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
 from torch import Tensor
@@ -58,6 +58,11 @@ class AutoIndex(SnapshotIndex):
             index = kind(width, kind.Config.model_validate(self.config.model_dump()))
             assert isinstance(index, SnapshotIndex)
             self.indexes[name] = index
+
+    def fork(self) -> Self:
+        other = super().fork()
+        other.indexes = {name: index.fork() for name, index in self.indexes.items()}
+        return other
 
     def _clear(self) -> None:
         super()._clear()

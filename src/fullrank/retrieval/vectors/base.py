@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -78,6 +78,11 @@ class VectorIndex(ABC):
     def cost(self) -> int:
         """Items scored per query, typically."""
 
+    def fork(self) -> Self:
+        """An index that finds the same until one of the two is changed, and shares with it what is not; itself where
+        additions and removals change it in place."""
+        return self
+
     def state(self) -> dict[str, Tensor]:
         """What is saved: keys and vectors, from which any index is built again."""
         keys_I, vectors_ID = self.contents()
@@ -132,3 +137,25 @@ def merged(one: SearchResult, other: SearchResult, k: int) -> SearchResult:
     scores_BK, best_BK = scores_BK.gather(1, order_BK).sort(dim=1, descending=True, stable=True)
     keys_BK = keys_BK.gather(1, best_BK)
     return SearchResult(keys_BK[:, :k].contiguous(), scores_BK[:, :k].contiguous(), one.cost_B + other.cost_B)
+
+
+def woven(old: Tensor, new: Tensor, at_N: Tensor) -> Tensor:
+    """Rows of `old` with those of `new`, each before the row of `old` at its place; few into many are copied once.
+
+    Args:
+        at_N: ascending, up to the length of `old`.
+    """
+    pieces, begin = [], 0
+    for row, place in enumerate(at_N.tolist()):
+        pieces += [old[begin:place], new[row : row + 1]]
+        begin = place
+    return torch.cat([*pieces, old[begin:]])
+
+
+def without(old: Tensor, at_N: Tensor) -> Tensor:
+    """Rows of `old` but for those at some places, in any order."""
+    pieces, begin = [], 0
+    for place in at_N.sort().values.tolist():
+        pieces.append(old[begin:place])
+        begin = place + 1
+    return torch.cat([*pieces, old[begin:]])

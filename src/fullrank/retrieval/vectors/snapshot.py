@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import Field
@@ -83,6 +84,11 @@ class SnapshotIndex(VectorIndex):
         self.live_S = torch.zeros(0, dtype=torch.bool)
         self.effort: int | None = None
         self.recall = 1.0
+
+    def fork(self) -> Self:
+        other = copy.copy(self)
+        other.tail = self.tail.fork()
+        return other
 
     @abstractmethod
     def _build(self, vectors_SD: Tensor) -> Any:

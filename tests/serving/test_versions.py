@@ -1,0 +1,162 @@
+"""Facts about bundles that come while others are served."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from fullrank.funnel import Funnel, save_bundle
+from fullrank.funnel.scorer import Scorer
+from fullrank.serving import create_app
+from fullrank.training.deltas import Position, position_of, write_delta
+from fullrank.training.publishing import POINTER, Pointer, write_pointer
+
+TOKEN = "secret"
+
+
+def point(place: Path, number: int, bundle: str, deltas: tuple[str, ...] = ()) -> None:
+    base = position_of(place / bundle).base
+    until = int(time.time()) - 100
+    write_pointer(place, Pointer(number=number, bundle=bundle, base=base, deltas=deltas, until=until, reason="test"))
+
+
+def until(there: Callable[[], bool], seconds: float = 15) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def place(funnel: Funnel, tmp_path: Path) -> Path:
+    for name in ("one", "two"):
+        save_bundle(funnel, tmp_path / name, about={"name": name})
+    point(tmp_path, 1, "one")
+    return tmp_path
+
+
+def served(place: Path) -> TestClient:
+    return TestClient(create_app(place, token=TOKEN), headers={"Authorization": f"Bearer {TOKEN}"})
+
+
+def asked(client: TestClient, **body: Any) -> Any:
+    answer = client.post("/v1/recommend", json={"user_id": 3, "k": 1, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def told(client: TestClient, what: str) -> tuple[str, str]:
+    answer = client.post(f"/v1/admin/{what}")
+    assert answer.status_code == 200, answer.text
+    return answer.json()["outcome"], answer.json()["model_version"]
+
+
+def test_a_new_bundle_is_served_without_a_request_less(place: Path) -> None:
+    versions = {name: position_of(place / name).base[:12] for name in ("one", "two")}
+    with served(place) as client:
+        client.post("/v1/items", json={"items": [{"item_id": 1000, "bid": 1e6}]})
+        assert asked(client)["model_version"] == versions["one"]
+        stop, answers = threading.Event(), []
+
+        def ask() -> None:
+            while not stop.is_set() and len(answers) < 5000:
+                answers.append(client.post("/v1/recommend", json={"user_id": 3, "k": 1}))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            point(place, 2, "two")
+            until(lambda: bool(answers) and answers[-1].json()["model_version"] == versions["two"])
+        finally:
+            stop.set()
+            asking.join(10)
+        assert {answer.status_code for answer in answers} == {200}
+        # Items that came in between are there, in every answer.
+        assert {answer.json()["items"][0]["item_id"] for answer in answers} == {1000}
+        metrics = client.get("/metrics").text
+        assert f'fullrank_model{{version="{versions["two"]}"}} 1.0' in metrics and versions["one"] not in metrics
+        (age,) = (line for line in metrics.splitlines() if line.startswith("fullrank_model_age_seconds "))
+        assert 90 < float(age.split()[1]) < 200
+        assert "fullrank_items 81.0" in metrics
+
+
+def test_a_bad_bundle_is_refused_and_the_old_one_stays(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = place / "two" / "final.safetensors"
+    good = weights.read_bytes()
+    one, two = (position_of(place / name).base[:12] for name in ("one", "two"))
+    with served(place) as client:
+        weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        point(place, 2, "two")
+        until(lambda: 'fullrank_swaps_total{outcome="refused"} 1.0' in client.get("/metrics").text)
+        assert asked(client)["model_version"] == one and "does not match its hash" in caplog.text
+        outcome, version = told(client, "reload")
+        assert "does not match its hash" in outcome and version == one
+        weights.write_bytes(good)
+        assert told(client, "reload") == ("swapped", two) and asked(client)["model_version"] == two
+        (place / POINTER).write_text("{")
+        assert "is damaged" in told(client, "reload")[0] and asked(client)["model_version"] == two
+
+
+def test_rolling_back_holds_until_there_is_another_bundle(place: Path) -> None:
+    one, two = (position_of(place / name).base[:12] for name in ("one", "two"))
+    with served(place) as client:
+        versions = client.app.state.versions  # type: ignore[attr-defined]
+        assert client.post("/v1/admin/rollback").status_code == 404
+        point(place, 2, "two")
+        until(lambda: asked(client)["model_version"] == two)
+        assert told(client, "rollback") == ("rolled back", one) and asked(client)["model_version"] == one
+        assert versions.look() == "unchanged" and asked(client)["model_version"] == one
+        assert told(client, "reload") == ("swapped", two)
+        versions.roll_back()
+        versions.look_soon()
+        until(lambda: asked(client)["model_version"] == two)
+
+
+def test_without_the_token_nobody_is_answered(place: Path) -> None:
+    with TestClient(create_app(place, token=TOKEN)) as client:
+        for sent in ({}, {"Authorization": "Bearer secrets"}, {"Authorization": TOKEN}):
+            for method, path in (("POST", "/v1/recommend"), ("POST", "/v1/admin/rollback"), ("DELETE", "/v1/items/3")):
+                answer = client.request(method, path, headers=sent)
+                assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+                assert answer.json()["request_id"] == answer.headers["x-request-id"]
+        assert client.get("/healthz").status_code == client.get("/metrics").status_code == 200
+        document = client.get("/openapi.json").json()
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
+                assert ("401" in operation["responses"]) == path.startswith("/v1/")
+    with TestClient(create_app(place)) as client:
+        assert client.post("/v1/admin/rollback").status_code == 404
+        assert "/v1/admin/rollback" not in client.get("/openapi.json").json()["paths"]
+
+
+def test_deltas_are_applied_beside_what_is_served(funnel: Funnel, tmp_path: Path) -> None:
+    scorer = Scorer(funnel.encoders, funnel.final)
+    save_bundle(scorer, tmp_path / "bundle")
+    point(tmp_path, 1, "bundle")
+    position = position_of(tmp_path / "bundle")
+    states = [{name: value.detach().clone() for name, value in funnel.final.state_dict().items()}]
+    name = next(name for name, value in states[0].items() if value.is_floating_point() and value.ndim == 2)
+    for number in (1, 2):
+        states.append({**states[-1], name: states[-1][name] + 0.1})
+        path = tmp_path / f"{number}"
+        position = write_delta(path, *states[-2:], position, schema=funnel.schema, until=5)
+    assert isinstance(position, Position) and position.number == 2
+    body = {"rows": [{"price": 3.0}, {}]}
+    with served(tmp_path) as client:
+        before = client.post("/v1/score", json=body).json()
+        for number in (1, 2):
+            point(tmp_path, 1 + number, "bundle", tuple(f"{n}" for n in range(1, number + 1)))
+            assert told(client, "reload") == ("swapped", f"{position.base[:12]}+{number}")
+        after = client.post("/v1/score", json=body).json()
+        told(client, "rollback")
+        assert client.post("/v1/score", json=body).json() not in (before, after)
+    with served(tmp_path) as again:
+        assert again.post("/v1/score", json=body).json() == after != before
+    assert all(torch.equal(value, funnel.final.state_dict()[key]) for key, value in states[0].items())
