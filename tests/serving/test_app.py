@@ -25,19 +25,7 @@ def client(funnel: Funnel) -> Iterator[TestClient]:
         yield client
 
 
-def until(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < end, "it did not happen within a minute"
-        time.sleep(0.001)
-
-
-def metric(client: TestClient, line: str) -> float:
-    found = re.search(rf"^{re.escape(line)} ([0-9.e+-]+)$", client.get("/metrics").text, re.MULTILINE)
-    return float(found.group(1)) if found else 0.0
-
-
-def until(there: Callable[[], bool], seconds: float = 10) -> None:
+def until(there: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < end, "it did not come"
