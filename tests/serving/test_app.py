@@ -25,6 +25,11 @@ def client(funnel: Funnel) -> Iterator[TestClient]:
         yield client
 
 
+def metric(client: TestClient, line: str) -> float:
+    found = re.search(rf"^{re.escape(line)} ([0-9.e+-]+)$", client.get("/metrics").text, re.MULTILINE)
+    return float(found.group(1)) if found else 0.0
+
+
 def until(there: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not there():
