@@ -9,7 +9,7 @@ QuantileRegressor(0.9).fit(ParquetSource("wins/", target="price")).dual_gap_
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -327,7 +327,7 @@ def _cheaper(source: RowSource, D: int) -> str:
 
 def _block_rows(X: Any) -> int:
     """Rows of a dense block that stays in the cache, or of a sparse one."""
-    return block_size(X.shape[1]) if sparse.issparse(X) else max(256, 2**19 // X.shape[1])
+    return block_size(X.shape[1]) if sparse.issparse(X) else max(256, 2**18 // X.shape[1])
 
 
 def _target_blocks(blocks: Iterator[Block]) -> tuple[float, float]:
@@ -367,10 +367,10 @@ def _exact(model: QuantileRegressor, source: RowSource, objectives: list[Objecti
         kind = "spc3" if model.conditioning == "uniform" else model.conditioning
         R = conditioner(source, kind, first.intercept, model.embedding_size, seed, executor)
         start = conditioned_start(source, first, R, 2 * size, seed, executor, model.row_norms)
-    solve: Callable[..., ExactResult] = partial(solve_rows, start)
-    if not everything:
-        solve = partial(solve_in_passes, source, start=start, seed=seed, executor=executor)
-    return [solve(objective=objective, tol=model.tol, max_iter=model.max_iter) for objective in objectives]
+    tol, most = model.tol, model.max_iter
+    if everything:
+        return [solve_rows(start, objective, tol=tol, max_iter=most) for objective in objectives]
+    return solve_in_passes(source, objectives, start, tol=tol, max_iter=most, seed=seed, executor=executor)
 
 
 def _sketched(model: QuantileRegressor, source: RowSource, objectives: list[Objective], seed: int) -> list[ExactResult]:
