@@ -34,7 +34,7 @@ from scipy import sparse
 from scipy.linalg import LinAlgError, solve, solve_triangular
 
 from fullrank.randomized.band import Band, Collected, Request, Smoothed, Verified, answers, ill_conditioned
-from fullrank.randomized.blocks import Array
+from fullrank.randomized.blocks import Array, Block
 from fullrank.randomized.certificate import Certificate
 from fullrank.randomized.engine import Executor
 from fullrank.randomized.pinball import Objective, Rows, fitted, rho
@@ -156,10 +156,12 @@ def solve_in_passes(
     basis = start.basis(objectives[0])
     draws = np.random.default_rng(seed).standard_normal((len(basis), PROJECTIONS)) / np.sqrt(PROJECTIONS)
     projection = solve_triangular(start.spread, draws)
-    runs = [
-        _Passes(source.n_rows, objective, start, basis, projection, tol, max_iter, seed).solve()
-        for objective in objectives
+    solutions = [
+        _Passes(source.n_rows, objective, start, basis, projection, tol, max_iter, seed) for objective in objectives
     ]
+    middle = solutions[len(solutions) // 2]
+    first = middle.of_sample()
+    runs = [each.solve(first if each is middle else each.of_sample(first)) for each in solutions]
     asked = {i: next(run) for i, run in enumerate(runs)}
     results: dict[int, ExactResult] = {}
     while asked:
@@ -201,12 +203,49 @@ class _Passes:
         self.n_iter = 0
         self.best: ExactResult | None = None
 
-    def solve(self) -> Generator[Request, Answer, ExactResult]:
-        objective, start, D = self.objective, self.start, self.D
+    def of_sample(self, near: Array | None = None) -> Array:
+        """Coefficients that are good for the sample; `near` are those of another quantile."""
+        objective, start = self.objective, self.start
+        if near is not None and not (objective.absolute or objective.ridge):
+            coef = self.smoothed_sample(near)
+            if coef is not None:
+                return coef
         first = objective.solve(start.rows.in_basis(self.basis), share=start.share, tol=1e-3, max_iter=self.max_iter)
         self.n_iter += first.n_iter
-        coef = self.basis @ first.coef
-        self.precise = start.delicate(coef)
+        return self.basis @ first.coef
+
+    def smoothed_sample(self, coef: Array) -> Array | None:
+        """Coefficients that minimise the sample's smoothed loss; None where Newton steps do not lead there soon."""
+        rows, quantile = self.start.rows, self.objective.quantile
+        if self.objective.intercept:
+            coef = coef.copy()
+            coef[0] += np.quantile(rows.b - rows.A @ coef, quantile)
+        objective = Objective(quantile, False)
+        block = Block(rows.A, rows.b, rows.weight, 0)
+        window = self.first_window(coef)
+        for _ in range(6):
+            (hessian, _, _), z = Smoothed(coef, window, objective, self.basis).of_block(
+                block, (rows.A @ coef)[None], None
+            )
+            hessian += 1e-3 * len(rows) / window * np.eye(self.D)
+            move = -solve(hessian, self.basis.T @ (z @ rows.A), assume_a="pos")
+            self.n_iter += 1
+            coef = coef + self.basis @ move
+            if np.linalg.norm(move) <= 0.1 * window:
+                return coef
+        return None
+
+    def first_window(self, coef: Array) -> float:
+        """Of rows whose sign the miss of a sample's solution leaves open, and no more than the smaller tail holds."""
+        rows, D, t = self.start.rows, self.D, self.objective.quantile
+        r = np.abs(rows.b - rows.A @ coef)
+        inside = min(4 * np.sqrt(D * t * (1 - t) / len(r)), t, 1 - t)
+        return float(np.quantile(r, min(1.0, inside + D / len(r)))) + 1e-300
+
+    def solve(self, coef: Array) -> Generator[Request, Answer, ExactResult]:
+        """The solution, from coefficients that are good for the sample."""
+        D = self.D
+        self.precise = self.start.delicate(coef)
         center, previous, width = yield from self.newton_steps(coef)
         for attempt in itertools.count():
             if attempt == WIDENINGS:
@@ -294,12 +333,8 @@ class _Passes:
 
     def newton_steps(self, coef: Array) -> Generator[Request, Answer, tuple[Array, tuple[Array, float, float], float]]:
         """Coefficients after two steps; those before the last step with their loss and width; the width after."""
-        objective, start, D, t = self.objective, self.start, self.D, self.objective.quantile
-        rows = start.rows
-        r = np.abs(rows.b - rows.A @ coef)
-        # A step sees rows whose sign the miss leaves open, and no more than the smaller tail holds.
-        inside = min(4 * np.sqrt(D * t * (1 - t) / len(r)), t, 1 - t)
-        window = float(np.quantile(r, min(1.0, inside + D / len(r)))) + 1e-300
+        objective, start, D = self.objective, self.start, self.D
+        window = self.first_window(coef)
         mask = objective.penalised(D)
         points: list[tuple[Array, float, float]] = []
         for _ in range(2):

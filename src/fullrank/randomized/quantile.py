@@ -98,12 +98,13 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         max_iter: most Newton systems of an interior point method.
         rank_policy: what to do with columns that those before them span: "drop" gives them a coefficient of zero and
             warns, "raise" refuses them.
-        non_crossing: sort predictions over quantiles, so that a higher quantile is never below a lower one.
+        non_crossing: sort predictions over quantiles, so that a higher quantile is never below a lower one: the
+            monotone rearrangement, whose pinball loss over all quantiles is never larger.
         executor: as in `map_reduce`: "serial", "threads", "dask" or a `distributed.Client`.
         random_state: seed of samples and sketches. Exact solvers give the same result for every seed, to `tol`.
 
     Attributes:
-        coef_: shape (d,), or (T, d) for several quantiles, as all others: a leading T.
+        coef_: shape (d,), or (T, d) for several quantiles, which share their passes, as all others: a leading T.
         intercept_: float or (T,).
         objective_: the minimum, on all rows.
         dual_gap_: proved bound on (objective_ - optimum) / objective_; None by "sketch", which proves nothing.
@@ -115,7 +116,8 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         ValueError: parameters out of range, NaN or infinity, weights that are negative or all zero.
         RankDeficientError: by rank_policy="raise", columns that depend on each other.
 
-    Sources: Yang, Meng and Mahoney, arXiv 1305.0087; Portnoy and Koenker, Statistical Science 1997.
+    Sources: Yang, Meng and Mahoney, arXiv 1305.0087; Portnoy and Koenker, Statistical Science 1997; Chernozhukov,
+    Fernández-Val and Galichon, Quantile and Probability Curves Without Crossing, Econometrica 2010.
 
     Deviation: for `epsilon`, the paper computes a sample size from constants too large for practice. Here two
     independent samples are solved. Half the sum of their objectives, less that of their mean, has the distribution of
