@@ -99,8 +99,10 @@ class ExactResult:
     converged: bool
 
 
-def solve_rows(start: Start, objective: Objective, *, tol: float = 1e-8, max_iter: int = 50) -> ExactResult:
-    """Minimise the objective over the rows of a start that holds all of them."""
+def solve_rows(
+    source: RowSource, start: Start, objective: Objective, *, tol: float = 1e-8, max_iter: int = 50
+) -> ExactResult:
+    """Minimise the objective over the rows of a start that holds all those of the source."""
     basis = start.basis(objective)
     rows = start.rows.in_basis(basis)
     m, D = rows.A.shape
@@ -114,7 +116,14 @@ def solve_rows(start: Start, objective: Objective, *, tol: float = 1e-8, max_ite
     loss = float(rho(r, objective.quantile).sum())
     certificate = objective.certificate(coef, loss, 0.0, start.rows, small, np.zeros(D), basis, start.R, precise)
     converged = certificate.relative_gap <= tol or certificate.objective <= nothing(start)
-    return ExactResult(coef, certificate, small.n_iter, m, m, converged)
+    return told(source, objective, ExactResult(coef, certificate, small.n_iter, m, m, converged))
+
+
+def told(source: RowSource, objective: Objective, result: ExactResult) -> ExactResult:
+    """The result, once a fit with `verbose` has told of it."""
+    gap = result.certificate.relative_gap
+    source.tell(f"quantile {objective.quantile:g}: relative gap {gap:.1e}, {result.n_band} rows in the last problem")
+    return result
 
 
 def most_rows(D: int) -> int:
@@ -165,12 +174,13 @@ def solve_in_passes(
     asked = {i: next(run) for i, run in enumerate(runs)}
     results: dict[int, ExactResult] = {}
     while asked:
+        source.tell(f"pass {source.n_passes + 1}: {len(asked)} of {len(runs)} quantiles to go")
         found = answers(source, list(asked.values()), basis, objectives[0].intercept, executor)
         for i, answer in zip(list(asked), found, strict=True):
             try:
                 asked[i] = runs[i].send(answer)
             except StopIteration as end:
-                results[i] = end.value
+                results[i] = told(source, objectives[i], end.value)
                 del asked[i]
     return [results[i] for i in range(len(runs))]
 

@@ -100,6 +100,7 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
             warns, "raise" refuses them.
         non_crossing: sort predictions over quantiles, so that a higher quantile is never below a lower one: the
             monotone rearrangement, whose pinball loss over all quantiles is never larger.
+        verbose: whether to tell of steps and slow passes on standard error.
         executor: as in `map_reduce`: "serial", "threads", "dask" or a `distributed.Client`.
         random_state: seed of samples and sketches. Exact solvers give the same result for every seed, to `tol`.
 
@@ -142,6 +143,7 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         max_iter: int = 50,
         rank_policy: str = "drop",
         non_crossing: bool = False,
+        verbose: bool | int = False,
         executor: Any = "serial",
         random_state: Any = None,
     ) -> None:
@@ -159,6 +161,7 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         self.max_iter = max_iter
         self.rank_policy = rank_policy
         self.non_crossing = non_crossing
+        self.verbose = verbose
         self.executor = executor
         self.random_state = random_state
 
@@ -196,6 +199,7 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
             if _sparse(source):
                 X = source.X[:, columns]
                 reduced = ArraySource(X, source.y, source.sample_weight, block_rows=_block_rows(X), check_finite=False)
+                reduced.progress = source.progress
             results = solve(self, reduced, objectives, seed)
         scalar = np.ndim(self.quantile) == 0
 
@@ -289,6 +293,7 @@ class LADRegressor(QuantileRegressor):
         tol: float = 1e-8,
         max_iter: int = 50,
         rank_policy: str = "drop",
+        verbose: bool | int = False,
         executor: Any = "serial",
         random_state: Any = None,
     ) -> None:
@@ -304,6 +309,7 @@ class LADRegressor(QuantileRegressor):
         self.tol = tol
         self.max_iter = max_iter
         self.rank_policy = rank_policy
+        self.verbose = verbose
         self.executor = executor
         self.random_state = random_state
 
@@ -371,7 +377,7 @@ def _exact(model: QuantileRegressor, source: RowSource, objectives: list[Objecti
         start = conditioned_start(source, first, R, 2 * size, seed, executor, model.row_norms)
     tol, most = model.tol, model.max_iter
     if everything:
-        return [solve_rows(start, objective, tol=tol, max_iter=most) for objective in objectives]
+        return [solve_rows(source, start, objective, tol=tol, max_iter=most) for objective in objectives]
     return solve_in_passes(source, objectives, start, tol=tol, max_iter=most, seed=seed, executor=executor)
 
 
