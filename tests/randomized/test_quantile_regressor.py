@@ -241,6 +241,38 @@ def test_several_quantiles_and_their_order():
     np.testing.assert_array_equal(ordered, np.sort(crossing, axis=1))
 
 
+@pytest.mark.parametrize("case", ["skewed", "weights", "absolute", "no intercept", "ties"])
+def test_several_quantiles_share_their_passes_and_have_the_optima_of_separate_fits(case):
+    X, y = linear(12000, 4, 31, "skewed")
+    weight = np.random.default_rng(1).exponential(size=len(y)) ** 3 if case == "weights" else None
+    if case == "ties":
+        y = np.maximum(y, 0)
+    fit = partial(
+        QuantileRegressor,
+        alpha=0.02 if case == "absolute" else 0.0,
+        fit_intercept=case != "no intercept",
+        solver="passes",
+        random_state=0,
+    )
+    quantiles = [0.01, 0.3, 0.5, 0.95]
+    together = fit(quantiles).fit(X, y, weight)
+    apart = [fit(t).fit(X, y, weight) for t in quantiles]
+    np.testing.assert_allclose(together.objective_, [model.objective_ for model in apart], rtol=1e-8)
+    assert together.dual_gap_.max() <= 1e-8
+    assert together.n_passes_ == max(model.n_passes_ for model in apart)
+
+
+def test_sorted_quantiles_never_cross_and_have_no_more_pinball_loss():
+    X, y = linear(400, 6, 3, "skewed")
+    grid = np.arange(1, 20) / 20
+    crossing = QuantileRegressor(grid, random_state=0).fit(X, y)
+    ordered = QuantileRegressor(grid, non_crossing=True, random_state=0).fit(X, y)
+    assert (np.diff(crossing.predict(X), axis=1) < 0).any()
+    assert (np.diff(ordered.predict(X), axis=1) >= 0).all()
+    before, after = (rho(y[:, None] - model.predict(X), grid).sum() for model in (crossing, ordered))
+    assert after < before
+
+
 def test_dense_sparse_float32_parquet_threads_and_dask_give_one_solution(tmp_path):
     import dask.array as da
     import pyarrow as pa

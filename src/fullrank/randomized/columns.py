@@ -25,6 +25,7 @@ class ColumnSource(RowSource):
         self.source, self.kept = source, kept
         self.n_cols, self.n_targets, self.starts = len(kept), source.n_targets, source.starts
         self.named = source.named
+        self.progress = source.progress if len(kept) else None
         self.feature_names = [source.feature_names[j] for j in kept.tolist()]
 
     @property

@@ -74,10 +74,10 @@ def map_reduce(
     source.n_passes += 1
     fragments = range(source.n_fragments)
     if executor == "serial":
-        return _fold((function(source.iter_blocks(i)) for i in fragments), combine)
+        return _fold(_watched(source, (function(source.iter_blocks(i)) for i in fragments)), combine)
     if executor == "threads":
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return _fold(pool.map(lambda i: function(source.iter_blocks(i)), fragments), combine)
+            return _fold(_watched(source, pool.map(lambda i: function(source.iter_blocks(i)), fragments)), combine)
     with needs("randomized", 'executor "dask"'):
         from dask.delayed import delayed
 
@@ -93,6 +93,11 @@ def map_reduce(
 
 def _run(function: Callable[[Iterator[Block]], Any], read: Callable[..., Iterator[Block]], *arguments: Any) -> Any:
     return function(read(*arguments))
+
+
+def _watched(source: RowSource, partials: Iterable[Any]) -> Iterable[Any]:
+    progress = source.progress
+    return partials if progress is None else progress.watched(partials, source.n_fragments, source.n_passes)
 
 
 def _fold(partials: Iterable[Any], combine: Callable[[Any, Any], Any]) -> Any:

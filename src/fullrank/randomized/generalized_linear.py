@@ -142,6 +142,7 @@ class SubsampledNewtonClassifier(ClassifierMixin, _SubsampledNewton):  # type: i
         fit_intercept: whether to add b, which is not penalised.
         class_weight: None, "balanced", or a dict of weights by class.
         warm_start: start from the last fit.
+        verbose: whether to tell of steps and slow passes on standard error.
         executor: where passes over the table run; see `map_reduce`.
         random_state: seed of the draws.
 
@@ -169,6 +170,7 @@ class SubsampledNewtonClassifier(ClassifierMixin, _SubsampledNewton):  # type: i
         fit_intercept: bool = True,
         class_weight: Any = None,
         warm_start: bool = False,
+        verbose: bool | int = False,
         executor: Any = "serial",
         random_state: Any = None,
     ) -> None:
@@ -181,6 +183,7 @@ class SubsampledNewtonClassifier(ClassifierMixin, _SubsampledNewton):  # type: i
         self.fit_intercept = fit_intercept
         self.class_weight = class_weight
         self.warm_start = warm_start
+        self.verbose = verbose
         self.executor = executor
         self.random_state = random_state
 
@@ -246,7 +249,8 @@ class SubsampledNewtonRegressor(RegressorMixin, _SubsampledNewton):  # type: ign
     Args:
         loss: "squared" or "poisson".
         alpha: penalty, at least 0.
-        sampling, sample_size, refresh, tol, max_iter, fit_intercept, warm_start, executor, random_state: as in
+        sampling, sample_size, refresh, tol, max_iter, fit_intercept, warm_start, verbose, executor, random_state: as
+            in
             `SubsampledNewtonClassifier`.
 
     Attributes:
@@ -271,6 +275,7 @@ class SubsampledNewtonRegressor(RegressorMixin, _SubsampledNewton):  # type: ign
         max_iter: int = 100,
         fit_intercept: bool = True,
         warm_start: bool = False,
+        verbose: bool | int = False,
         executor: Any = "serial",
         random_state: Any = None,
     ) -> None:
@@ -283,6 +288,7 @@ class SubsampledNewtonRegressor(RegressorMixin, _SubsampledNewton):  # type: ign
         self.max_iter = max_iter
         self.fit_intercept = fit_intercept
         self.warm_start = warm_start
+        self.verbose = verbose
         self.executor = executor
         self.random_state = random_state
 

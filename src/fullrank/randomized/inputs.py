@@ -22,9 +22,12 @@ from sklearn.utils.validation import _check_sample_weight, validate_data
 
 from fullrank.randomized.blocks import Array, Block
 from fullrank.randomized.engine import Executor, concatenate, map_reduce
+from fullrank.randomized.parameters import FLAG, check, integer
+from fullrank.randomized.progress import Progress
 from fullrank.randomized.sources import ArraySource, RowSource, as_source
 
 FLOATS = (np.float64, np.float32)
+VERBOSE = FLAG | integer(0)
 
 
 class TableEstimator(BaseEstimator):  # type: ignore[misc]
@@ -97,9 +100,11 @@ def given_source(
     Raises:
         ValueError: as `training_source`.
     """
+    check("verbose", getattr(model, "verbose", False), VERBOSE)
     source = as_source(X, y, sample_weight)
     if source is None:
         return None
+    source.progress = _progress(model)
     if targets is not None and source.n_targets != targets:
         raise ValueError(f"the source has {source.n_targets} targets, expected {targets}")
     if not reset:
@@ -128,7 +133,7 @@ def array_source(
     """
     if sample_weight is not None:
         sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-    return ArraySource(
+    source = ArraySource(
         X,
         None if y is None else y.astype(np.float64, copy=False),
         sample_weight,
@@ -136,6 +141,12 @@ def array_source(
         feature_names=getattr(model, "feature_names_in_", None),
         check_finite=False,
     )
+    source.progress = _progress(model)
+    return source
+
+
+def _progress(model: TableEstimator) -> Progress | None:
+    return Progress(type(model).__name__) if getattr(model, "verbose", False) else None
 
 
 def class_codes(model: TableEstimator, y: Any) -> tuple[NDArray[Any], Array]:
@@ -177,6 +188,7 @@ def on_rows(
     if source is None:
         return function(validate_data(model, X, accept_sparse="csr", dtype=dtype, reset=False))
     check_columns(model, source)
+    source.progress = None
     return np.asarray(map_reduce(source, partial(_on_blocks, function=function), concatenate, model.executor))
 
 

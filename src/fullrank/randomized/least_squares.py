@@ -370,6 +370,7 @@ class _Solver:
                 z, residual = z + alpha * direction, residual - alpha * product
                 beta = (radius * alpha) ** 2 / (4 if n_iter else 2)
             direction, n_iter = residual + beta * direction, n_iter + 1
+            self.source.tell(f"iteration {n_iter}: gradient {np.linalg.norm(residual):.2e}")
         Nz = N @ z
         fitted2 = (z * (start - residual)).sum(axis=0) - (penalty * Nz**2).sum(axis=0)
         squares = rr - 2 * (Nz * Ar).sum(axis=0) + fitted2

@@ -23,6 +23,7 @@ class RandomizedLinearRegression(MultiOutputMixin, RegressorMixin, TableEstimato
     Args:
         fit_intercept: whether the model has a constant.
         precision, method, sketch, sketch_size, refine, tol, max_iter: as in `lstsq`.
+        verbose: whether to tell of steps and slow passes on standard error.
         executor: as in `map_reduce`; of use for sources and Dask collections.
         random_state: seed of the sketch.
 
@@ -50,6 +51,7 @@ class RandomizedLinearRegression(MultiOutputMixin, RegressorMixin, TableEstimato
         refine: bool = False,
         tol: float = 1e-13,
         max_iter: int = 100,
+        verbose: bool | int = False,
         executor: Executor = "serial",
         random_state: Any = None,
     ) -> None:
@@ -61,6 +63,7 @@ class RandomizedLinearRegression(MultiOutputMixin, RegressorMixin, TableEstimato
         self.refine = refine
         self.tol = tol
         self.max_iter = max_iter
+        self.verbose = verbose
         self.executor = executor
         self.random_state = random_state
 
@@ -93,6 +96,7 @@ class RandomizedLinearRegression(MultiOutputMixin, RegressorMixin, TableEstimato
             executor=self.executor,
             random_state=self.random_state,
         )
+        source.tell(f"method {result.method}, rank {result.rank}, {result.n_passes} passes")
         if self.fit_intercept:
             self.intercept_, self.coef_ = result.x[0], result.x[1:].T
         else:
@@ -131,6 +135,7 @@ class RandomizedRidge(RandomizedLinearRegression):
         refine: bool = False,
         tol: float = 1e-13,
         max_iter: int = 100,
+        verbose: bool | int = False,
         executor: Executor = "serial",
         random_state: Any = None,
     ) -> None:
@@ -143,6 +148,7 @@ class RandomizedRidge(RandomizedLinearRegression):
             refine=refine,
             tol=tol,
             max_iter=max_iter,
+            verbose=verbose,
             executor=executor,
             random_state=random_state,
         )

@@ -148,6 +148,9 @@ class _Iteration:
             gradient = _largest(sums.gradient)
             passes = self.problem.source.n_passes - self.first_pass
             history.append(Step(sums.value, gradient, rows, passes, time.process_time() - self.started))
+            self.problem.source.tell(
+                f"step {len(history) - 1}: objective {sums.value:.9g}, gradient {gradient:.2e}, pass {passes}"
+            )
             if callback is not None:
                 callback(coef)
             # An objective that falls to 0 is compared with its first value in the end.

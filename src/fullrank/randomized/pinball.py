@@ -94,6 +94,11 @@ class Objective:
     absolute: float = 0.0
     ridge: float = 0.0
 
+    def loss(self, r: Array, weight: Array | None) -> float:
+        """Sum of w rho_t(r), without penalties, of residuals (k,)."""
+        value = rho(r, self.quantile)
+        return float(value.sum() if weight is None else value @ weight)
+
     def penalised(self, D: int) -> Array:
         """1 for coefficients with a penalty, 0 for the intercept; shape (D,)."""
         mask = np.ones(D)

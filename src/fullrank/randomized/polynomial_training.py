@@ -59,6 +59,7 @@ def lbfgs(source: RowSource, fit: Fit, start: Array, iterations: int, rules: Rul
         sums = Sums(*map_reduce(source, partial(fit.sums, flat=flat), executor=rules.executor))
         value, gradient, held_out = _objective(sums, flat, rules.alpha)
         progress.seen = value, held_out
+        source.tell(f"objective {value:.6g}" + (f", held out {held_out:.6g}" if fit.held_out else ""))
         return value, gradient
 
     options: dict[str, float] = {"maxiter": iterations, "maxfun": 10 * iterations, "maxcor": _MEMORY}
@@ -92,6 +93,7 @@ def adam(source: RowSource, fit: Fit, start: Array, epochs: int, rules: Rules) -
         sums = Sums(*map_reduce(source, partial(fit.sums, flat=flat), executor=rules.executor))
         value, _, held_out = _objective(sums, flat, rules.alpha)
         progress.seen = value, held_out
+        source.tell(f"objective {value:.6g}" + (f", held out {held_out:.6g}" if fit.held_out else ""))
         try:
             progress(flat)
         except StopIteration:

@@ -129,6 +129,7 @@ class PreconditionedSGDRegressor(RegressorMixin, TableEstimator):  # type: ignor
         n_steps: expected steps; 2 n when omitted. That many rows are held in memory.
         constraint: None, "nonneg", ("box", low, high) or ("l2", radius), on the weights but not the intercept.
         fit_intercept: whether to add b.
+        verbose: whether to tell of steps and slow passes on standard error.
         executor: where passes over the table run; see `map_reduce`.
         random_state: seed of sketch and rows.
 
@@ -160,6 +161,7 @@ class PreconditionedSGDRegressor(RegressorMixin, TableEstimator):  # type: ignor
         n_steps: int | None = None,
         constraint: Any = None,
         fit_intercept: bool = True,
+        verbose: bool | int = False,
         executor: Executor = "serial",
         random_state: Any = None,
     ) -> None:
@@ -171,6 +173,7 @@ class PreconditionedSGDRegressor(RegressorMixin, TableEstimator):  # type: ignor
         self.n_steps = n_steps
         self.constraint = constraint
         self.fit_intercept = fit_intercept
+        self.verbose = verbose
         self.executor = executor
         self.random_state = random_state
 
@@ -282,6 +285,7 @@ class PreconditionedSGDRegressor(RegressorMixin, TableEstimator):  # type: ignor
         self.intercept_ = float(point[0]) if self.fit_intercept else 0.0
         self.coef_ = point[1:] if self.fit_intercept else point
         self.n_steps_ += len(order)
+        source.tell(f"{self.n_steps_} steps on {len(drawn.count)} rows")
         self.n_iter_ += source.n_passes - passes
 
     def _sketched(self, source: RowSource, power: int, seed: int) -> tuple[Array, int]:

@@ -128,6 +128,7 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TableEstima
         box: half-widths of the box of differences: "quantile", the 75% quantile of |x_j - x'_j| over pairs of rows, or
             positive numbers, one or shape (d,).
         refine_iter: steps of L-BFGS of "adaptive" and "empirical".
+        verbose: whether to tell of the refinement and slow passes on standard error.
         executor: where the pass of `fit` runs; see `map_reduce`.
         random_state: seed.
 
@@ -159,6 +160,7 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TableEstima
         scramble: bool = True,
         box: float | ArrayLike | str = "quantile",
         refine_iter: int = 30,
+        verbose: bool | int = False,
         executor: Executor = "serial",
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
@@ -170,6 +172,7 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TableEstima
         self.scramble = scramble
         self.box = box
         self.refine_iter = refine_iter
+        self.verbose = verbose
         self.executor = executor
         self.random_state = random_state
 
@@ -208,7 +211,10 @@ class QMCFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TableEstima
         elif self.sequence == "auto":
             self._choose(X, np.arange(X.shape[0]), rng)
         else:
+            source.tell(f"{self.sequence}: frequencies of {X.shape[0]} rows are refined")
             self._refine(X, rng)
+        if self.kernel_error_ is not None:
+            source.tell(f"{self.sequence_}: kernel error {self.kernel_error_.value:.3g}")
         self._n_features_out = 2 * self.frequencies_.shape[1]
         return self
 

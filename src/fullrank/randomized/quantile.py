@@ -9,7 +9,7 @@ QuantileRegressor(0.9).fit(ParquetSource("wins/", target="price")).dual_gap_
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -98,12 +98,14 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         max_iter: most Newton systems of an interior point method.
         rank_policy: what to do with columns that those before them span: "drop" gives them a coefficient of zero and
             warns, "raise" refuses them.
-        non_crossing: sort predictions over quantiles, so that a higher quantile is never below a lower one.
+        non_crossing: sort predictions over quantiles, so that a higher quantile is never below a lower one: the
+            monotone rearrangement, whose pinball loss over all quantiles is never larger.
+        verbose: whether to tell of steps and slow passes on standard error.
         executor: as in `map_reduce`: "serial", "threads", "dask" or a `distributed.Client`.
         random_state: seed of samples and sketches. Exact solvers give the same result for every seed, to `tol`.
 
     Attributes:
-        coef_: shape (d,), or (T, d) for several quantiles, as all others: a leading T.
+        coef_: shape (d,), or (T, d) for several quantiles, which share their passes, as all others: a leading T.
         intercept_: float or (T,).
         objective_: the minimum, on all rows.
         dual_gap_: proved bound on (objective_ - optimum) / objective_; None by "sketch", which proves nothing.
@@ -115,7 +117,8 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         ValueError: parameters out of range, NaN or infinity, weights that are negative or all zero.
         RankDeficientError: by rank_policy="raise", columns that depend on each other.
 
-    Sources: Yang, Meng and Mahoney, arXiv 1305.0087; Portnoy and Koenker, Statistical Science 1997.
+    Sources: Yang, Meng and Mahoney, arXiv 1305.0087; Portnoy and Koenker, Statistical Science 1997; Chernozhukov,
+    Fernández-Val and Galichon, Quantile and Probability Curves Without Crossing, Econometrica 2010.
 
     Deviation: for `epsilon`, the paper computes a sample size from constants too large for practice. Here two
     independent samples are solved. Half the sum of their objectives, less that of their mean, has the distribution of
@@ -140,6 +143,7 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         max_iter: int = 50,
         rank_policy: str = "drop",
         non_crossing: bool = False,
+        verbose: bool | int = False,
         executor: Any = "serial",
         random_state: Any = None,
     ) -> None:
@@ -157,6 +161,7 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
         self.max_iter = max_iter
         self.rank_policy = rank_policy
         self.non_crossing = non_crossing
+        self.verbose = verbose
         self.executor = executor
         self.random_state = random_state
 
@@ -194,6 +199,7 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
             if _sparse(source):
                 X = source.X[:, columns]
                 reduced = ArraySource(X, source.y, source.sample_weight, block_rows=_block_rows(X), check_finite=False)
+                reduced.progress = source.progress
             results = solve(self, reduced, objectives, seed)
         scalar = np.ndim(self.quantile) == 0
 
@@ -287,6 +293,7 @@ class LADRegressor(QuantileRegressor):
         tol: float = 1e-8,
         max_iter: int = 50,
         rank_policy: str = "drop",
+        verbose: bool | int = False,
         executor: Any = "serial",
         random_state: Any = None,
     ) -> None:
@@ -302,6 +309,7 @@ class LADRegressor(QuantileRegressor):
         self.tol = tol
         self.max_iter = max_iter
         self.rank_policy = rank_policy
+        self.verbose = verbose
         self.executor = executor
         self.random_state = random_state
 
@@ -327,7 +335,7 @@ def _cheaper(source: RowSource, D: int) -> str:
 
 def _block_rows(X: Any) -> int:
     """Rows of a dense block that stays in the cache, or of a sparse one."""
-    return block_size(X.shape[1]) if sparse.issparse(X) else max(256, 2**19 // X.shape[1])
+    return block_size(X.shape[1]) if sparse.issparse(X) else max(256, 2**18 // X.shape[1])
 
 
 def _target_blocks(blocks: Iterator[Block]) -> tuple[float, float]:
@@ -367,10 +375,10 @@ def _exact(model: QuantileRegressor, source: RowSource, objectives: list[Objecti
         kind = "spc3" if model.conditioning == "uniform" else model.conditioning
         R = conditioner(source, kind, first.intercept, model.embedding_size, seed, executor)
         start = conditioned_start(source, first, R, 2 * size, seed, executor, model.row_norms)
-    solve: Callable[..., ExactResult] = partial(solve_rows, start)
-    if not everything:
-        solve = partial(solve_in_passes, source, start=start, seed=seed, executor=executor)
-    return [solve(objective=objective, tol=model.tol, max_iter=model.max_iter) for objective in objectives]
+    tol, most = model.tol, model.max_iter
+    if everything:
+        return [solve_rows(source, start, objective, tol=tol, max_iter=most) for objective in objectives]
+    return solve_in_passes(source, objectives, start, tol=tol, max_iter=most, seed=seed, executor=executor)
 
 
 def _sketched(model: QuantileRegressor, source: RowSource, objectives: list[Objective], seed: int) -> list[ExactResult]:

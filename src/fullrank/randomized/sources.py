@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from fullrank.extras import needs
 from fullrank.randomized.blocks import Array, Block, block_size, check_block, check_weights
+from fullrank.randomized.progress import Progress
 
 
 class RowSource(ABC):
@@ -38,6 +39,7 @@ class RowSource(ABC):
         single_target: y has one dimension.
         named: whether the table has names of its own; else `feature_names` are made up.
         n_passes: how often the table has been read as a whole.
+        progress: of a fit that tells of its passes, None for one that does not.
     """
 
     n_cols: int
@@ -47,6 +49,7 @@ class RowSource(ABC):
     starts: NDArray[np.int64]
     feature_names: list[str]
     n_passes: int = 0
+    progress: Progress | None = None
 
     @property
     def n_rows(self) -> int:
@@ -71,9 +74,14 @@ class RowSource(ABC):
 
         return ColumnSource(self, np.arange(0))
 
+    def tell(self, text: str) -> None:
+        """A line about a fit with `verbose`."""
+        if self.progress is not None:
+            self.progress.line(text)
+
     def _shallow(self, **changes: Any) -> Any:
         other = copy.copy(self)
-        vars(other).update(changes, feature_names=[], n_cols=0, n_passes=0)
+        vars(other).update(changes, feature_names=[], n_cols=0, n_passes=0, progress=None)
         return other
 
 

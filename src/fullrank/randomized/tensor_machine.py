@@ -75,6 +75,7 @@ class _TensorMachine(TableEstimator):
         early_stopping: bool | str = "auto",
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 30,
+        verbose: bool | int = False,
         executor: Executor = "serial",
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
@@ -90,6 +91,7 @@ class _TensorMachine(TableEstimator):
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
+        self.verbose = verbose
         self.executor = executor
         self.random_state = random_state
 
@@ -171,7 +173,9 @@ class _TensorMachine(TableEstimator):
         scaling = self._scaling
         if isinstance(source, ArraySource):
             # Once, not in every pass.
+            told = source.progress
             source = ArraySource(scaling.apply(source.X), source.y, source.sample_weight, check_finite=False)
+            source.progress = told
             scaling = Scaling()
         self._polynomial = Polynomial(self.degree, self.rank, self.n_features_in_ + self._scaling.constant)
         held_out = self.validation_fraction if self._holds_out(source.n_rows) else 0.0
@@ -235,6 +239,7 @@ class TensorMachineRegressor(RegressorMixin, _TensorMachine):  # type: ignore[mi
         early_stopping: hold rows out, stop when their loss has not fallen for `n_iter_no_change` steps, and keep the
             best parameters; "auto": from 2,000 rows on.
         validation_fraction: share of rows held out, by a coin of each row.
+        verbose: whether to tell of steps and slow passes on standard error.
         executor: "serial", "threads", "dask" or a `distributed.Client`; see `map_reduce`.
         random_state: seed of the start and the rows held out.
 
