@@ -12,6 +12,7 @@ from fullrank.batch import Batch, RowGather
 from fullrank.data.dataset import Dataset
 from fullrank.retrieval import Items, RetrieverSpec
 from fullrank.retrieval.implicit.base import ImplicitRetriever
+from fullrank.retrieval.implicit.graph_blend import GraphBlend
 from fullrank.retrieval.implicit.graph_filter import GraphFilter
 from fullrank.retrieval.implicit.interactions import Interactions
 from fullrank.retrieval.implicit.lightgcn import LightGCN
@@ -114,12 +115,16 @@ def test_a_user_of_simplex_begins_as_the_direction_of_the_mean_of_what_was_taken
         assert torch.allclose(found_ND.double(), torch.nn.functional.normalize(expected_ND, dim=1), atol=1e-5)
 
 
-def test_graph_filter_is_its_formula(dataset: Dataset, pairs: Interactions, users: Batch) -> None:
-    config = GraphFilter.Config(rank=2, low_pass=0.4, sharpening=0.6, popularity=0.2)
+@pytest.mark.parametrize("user_power", [1.0, 0.7, 0.0])
+def test_graph_filter_is_its_formula(user_power: float, dataset: Dataset, pairs: Interactions, users: Batch) -> None:
+    config = GraphFilter.Config(rank=2, low_pass=0.4, sharpening=0.6, popularity=0.2, user_power=user_power)
     taken_UI = dense(pairs)
     root_I = taken_UI.sum(0).sqrt()
-    normal_UI = taken_UI / taken_UI.sum(1, keepdim=True).sqrt() / root_I
+    normal_UI = taken_UI / taken_UI.sum(1, keepdim=True) ** (user_power / 2) / root_I
     graph_II = normal_UI.T @ normal_UI
+    top = float(torch.linalg.eigvalsh(graph_II)[-1])
+    assert (top == pytest.approx(1)) is (user_power == 1)
+    graph_II /= top
     leading_IR = torch.linalg.eigh(graph_II).eigenvectors[:, -2:]
     common_II = leading_IR @ leading_IR.T
     sharp_II = torch.eye(pairs.items, dtype=torch.float64) - 0.6 * graph_II
@@ -127,6 +132,16 @@ def test_graph_filter_is_its_formula(dataset: Dataset, pairs: Interactions, user
     expected_UI = taken_UI @ filter_II * root_I**0.4
     found_UI = GraphFilter(dataset.schema, config).fit(dataset).scores(users)
     assert torch.allclose(found_UI.double(), expected_UI[_order(users, pairs)], atol=1e-4)
+
+
+def test_a_blend_adds_what_is_standardised_for_each_user(dataset: Dataset, pairs: Interactions, users: Batch) -> None:
+    vectors = LightGCN.Config(loss="cosine_contrastive", dim=4, epochs=1)
+    blend = GraphBlend(dataset.schema, GraphBlend.Config(vectors=vectors, weight=0.7, steepness=9.0)).fit(dataset)
+    learnt = LightGCN(dataset.schema, vectors).fit(dataset)
+    cosine_UI = learnt.user_vectors(users) @ learnt.item_ID[pairs.item_ids_I].T
+    parts = (GraphFilter(dataset.schema).fit(dataset).scores(users), (9 * cosine_UI).exp())
+    expected = [(part - part.mean(1, keepdim=True)) / part.std(1, keepdim=True, correction=0) for part in parts]
+    assert torch.allclose(blend.scores(users), expected[0] + 0.7 * expected[1], atol=1e-4)
 
 
 def _order(users: Batch, pairs: Interactions) -> torch.Tensor:
@@ -147,8 +162,8 @@ def test_both_ids_have_to_be_features(dataset: Dataset) -> None:
         RetrieverSpec.of("lightgcn").build(dataset.schema.without(["user_id"]))
 
 
-def test_a_blend_wants_probabilities() -> None:
-    with pytest.raises(ValueError, match='expected the loss "softmax", got "bpr"'):
+def test_a_blend_wants_cosines() -> None:
+    with pytest.raises(ValueError, match='expected the loss "softmax" or "cosine_contrastive", got "bpr"'):
         RetrieverSpec.of({"name": "graph_blend", "vectors": {"loss": "bpr"}})
 
 
@@ -160,6 +175,7 @@ def test_state_that_contradicts_itself_is_refused(dataset: Dataset, items: Items
         ("pairs.users", filtered.state()["pairs.users"][:-1], "users and"),
         ("index.items", filtered.state()["index.items"][:-1], "keys of items"),
         ("basis", filtered.state()["basis"][1:], "the basis has"),
+        ("values", -filtered.state()["values"], "largest eigenvalue"),
         ("items", filtered.state()["items"].flip(0), "ids of the items"),
     ):
         with pytest.raises(ValueError, match=text):

@@ -19,8 +19,7 @@ from fullrank.schema import Schema
 
 
 class GraphBlend(GraphFilter):
-    """Standardised scores of the graph filter + weight x standardised p^power, p ~ exp(cosine / temperature) being what
-    the softmax of `vectors` gives an item.
+    """Standardised scores of the graph filter + weight x standardised exp(steepness x cosine) of learnt vectors.
 
     Scores are standardised over the items for each user, so that neither part is louder for users who took much. The
     filter knows exactly which items go together, the vectors generalise; they err differently.
@@ -30,20 +29,20 @@ class GraphBlend(GraphFilter):
         """Hyper-parameters.
 
         Attributes:
-            vectors: how the vectors are learnt, by `softmax`; without layers they are a matrix factorisation.
+            vectors: how the vectors are learnt, by a loss of the cosine; without layers it is matrix factorisation.
             weight: of the vectors' part.
-            power: of the probability; 1 lets the first few items decide alone.
+            steepness: of the vectors' part; a high one lets the first few items decide alone.
         """
 
         vectors: LightGCN.Config = LightGCN.Config(layers=0, batch_size=256, epochs=14)
         weight: float = Field(default=0.6, ge=0)
-        power: float = Field(default=0.5, gt=0, le=1)
+        steepness: float = Field(default=3.0, gt=0)
 
         @field_validator("vectors")
         @classmethod
-        def _softmax(cls, vectors: LightGCN.Config) -> LightGCN.Config:
-            if vectors.loss != "softmax":
-                raise ValueError(f'probabilities are blended: expected the loss "softmax", got "{vectors.loss}"')
+        def _cosine(cls, vectors: LightGCN.Config) -> LightGCN.Config:
+            if vectors.loss == "bpr":
+                raise ValueError('cosines are blended: expected the loss "softmax" or "cosine_contrastive", got "bpr"')
             return vectors
 
     name = "graph_blend"
@@ -51,10 +50,6 @@ class GraphBlend(GraphFilter):
 
     def __init__(self, schema: Schema, config: Config | None = None) -> None:
         super().__init__(schema, config)
-        if self.config.vectors.loss != "softmax":
-            raise ValueError(
-                f'graph_blend blends probabilities: vectors.loss is "{self.config.vectors.loss}", not softmax'
-            )
         self.vectors = LightGCN(schema, self.config.vectors)
 
     def fit(self, log: Dataset, *, progress: Progress | None = None) -> Self:
@@ -67,8 +62,8 @@ class GraphBlend(GraphFilter):
         if not filtered_BI.numel():
             return filtered_BI
         cosine_BI = self.vectors.user_vectors(users) @ self.vectors.item_ID[self.pairs.item_ids_I].T
-        likely_BI = (self.config.power / self.config.vectors.temperature * cosine_BI).exp()
-        return _standardised(filtered_BI) + self.config.weight * _standardised(likely_BI)
+        near_BI = (self.config.steepness * cosine_BI).exp()
+        return _standardised(filtered_BI) + self.config.weight * _standardised(near_BI)
 
     def state(self) -> dict[str, Tensor]:
         vectors = {name: value for name, value in self.vectors.state().items() if not name.startswith("index.")}

@@ -27,13 +27,15 @@ _EXTRA, _ROUNDS = 32, 4
 class GraphFilter(Retriever):
     """Scores x (G + l A^-1/2 V V' A^1/2) (1 - w G) A^g, x being the user's row of the 0/1 matrix R of pairs.
 
-    G = A^-1/2 R' C^-1 R A^-1/2, with the items' numbers of pairs in A and the users' in C, passes what a user took on
-    to the items that were taken along with it; its eigenvalues lie in [0, 1]. V are its leading eigenvectors: what is
-    common to many. 1 - w G sharpens: it takes away what is popular in the whole neighbourhood. A^g gives some of the
-    items' popularity back.
+    G ~ A^-1/2 R' C^-c R A^-1/2, with the items' numbers of pairs in A and the users' in C, passes what a user took on
+    to the items that were taken along with it; divided by its largest eigenvalue, so that all lie in [0, 1]. With c
+    below 1, users who took much say more of what goes together. V are its leading eigenvectors: what is common to many.
+    1 - w G sharpens: it takes away what is popular in the whole neighbourhood. A^g gives some of the items' popularity
+    back.
 
-    A new user has the mean row of all, and a new item each user's mean score. Deviation: the first paper has w = g = 0
-    (and l = 0.3 on Gowalla), the second sharpens by integrating a differential equation; here one step does.
+    A new user has the mean row of all, and a new item each user's mean score. Deviation: the first paper has c = 1,
+    with which the largest eigenvalue is 1 by itself, and w = g = 0 (and l = 0.3 on Gowalla); the second sharpens by
+    integrating a differential equation; here one step does.
 
     Source: Shen et al., How Powerful is Graph Convolution for Recommendation?, CIKM 2021; Choi et al., Blurring-
     Sharpening Process Models for Collaborative Filtering, SIGIR 2023.
@@ -47,12 +49,14 @@ class GraphFilter(Retriever):
             low_pass: l, the weight of their part.
             sharpening: w.
             popularity: g.
+            user_power: c.
         """
 
         rank: int = Field(default=256, ge=1)
         low_pass: float = Field(default=0.1, ge=0)
         sharpening: float = Field(default=0.8, ge=0)
         popularity: float = Field(default=0.3, ge=0)
+        user_power: float = Field(default=0.8, ge=0)
 
     name = "graph_filter"
     filters = True
@@ -76,7 +80,7 @@ class GraphFilter(Retriever):
             ValueError: if the log has no binary label or no positive row.
         """
         self.pairs = Interactions.of(log)
-        self.basis_IR, self.value_R = _leading(_graph(self.pairs), self.config.rank)
+        self.basis_IR, self.value_R = _leading(_graph(self.pairs, self.config.user_power), self.config.rank)
         self._filter = _Filter(self.pairs, self.basis_IR, self.value_R, self.config)
         return self
 
@@ -147,6 +151,8 @@ class GraphFilter(Retriever):
         pairs.check()
         if state["basis"].shape[0] != pairs.items:
             raise ValueError(f"the basis has {state['basis'].shape[0]} items, and the pairs {pairs.items}")
+        if pairs.items and not state["values"][0] > 0:
+            raise ValueError("the largest eigenvalue is not above 0")
         if state["index.keys"].shape != state["index.items"].shape:
             raise ValueError(f"{len(state['index.keys'])} keys of items have {len(state['index.items'])} ids")
         self.pairs = pairs
@@ -160,12 +166,13 @@ class _Filter:
     """The filter of some pairs, for rows that stand as columns."""
 
     def __init__(self, pairs: Interactions, basis_IR: Tensor, value_R: Tensor, config: GraphFilter.Config) -> None:
-        self._graph = _graph(pairs)
+        top = value_R[0]
+        self._graph = _graph(pairs, config.user_power, top)
         self._sharpening = config.sharpening
         self._root_I1 = pairs.per_item_I.sqrt()[:, None]
         self._popularity_I1 = pairs.per_item_I.pow(config.popularity)[:, None]
         self._basis_IR = basis_IR
-        self._weight_R1 = (config.low_pass * (1 - config.sharpening * value_R))[:, None]
+        self._weight_R1 = (config.low_pass * (1 - config.sharpening * value_R / top))[:, None]
 
     def __call__(self, rows_IB: Tensor) -> Tensor:
         once_IB = _step(self._graph, rows_IB)
@@ -175,9 +182,10 @@ class _Filter:
         return self._popularity_I1 * scores_IB
 
 
-def _graph(pairs: Interactions) -> SparseMatrix:
-    """C^-1/2 R A^-1/2."""
-    return pairs.matrix((pairs.per_user_U[pairs.user_P] * pairs.per_item_I[pairs.item_P]).rsqrt())
+def _graph(pairs: Interactions, user_power: float, top: Tensor | float = 1.0) -> SparseMatrix:
+    """C^-c/2 R A^-1/2 over the root of `top`."""
+    of_user_P, of_item_P = pairs.per_user_U[pairs.user_P], pairs.per_item_I[pairs.item_P]
+    return pairs.matrix((of_user_P.pow(user_power) * of_item_P * top).rsqrt())
 
 
 def _step(graph: SparseMatrix, x_IB: Tensor) -> Tensor:
@@ -185,7 +193,7 @@ def _step(graph: SparseMatrix, x_IB: Tensor) -> Tensor:
 
 
 def _leading(graph: SparseMatrix, rank: int) -> tuple[Tensor, Tensor]:
-    """Leading eigenvectors (I, R) of G and their eigenvalues (R,), 0 where it has no more.
+    """Leading eigenvectors (I, R) of graph' graph and their eigenvalues (R,), largest first, 0 where it has no more.
 
     Source: Halko, Martinsson & Tropp, Finding Structure with Randomness, SIAM Review 2011, algorithm 4.4.
     """
@@ -199,5 +207,5 @@ def _leading(graph: SparseMatrix, rank: int) -> tuple[Tensor, Tensor]:
     kept = min(rank, width)
     vectors_IR, values_R = torch.zeros(items, rank), torch.zeros(rank)
     vectors_IR[:, :kept] = basis_IR @ rotation_RR.flip(1)[:, :kept]
-    values_R[:kept] = value_R.flip(0)[:kept].clamp(0, 1)
+    values_R[:kept] = value_R.flip(0)[:kept].clamp_min(0)
     return vectors_IR, values_R

@@ -67,14 +67,19 @@ def _scores(user_BD: Tensor, item_ID: Tensor, row_Q: Tensor, item_Q: Tensor) -> 
 def _log_sum_exp(scores_BI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     peak_B1 = scores_BI.amax(1, keepdim=True)
     exp_BI = scores_BI.sub_(peak_B1).exp_()
-    sum_B = exp_BI.sum(1, dtype=torch.float32)
+    sum_B = _sums(exp_BI)
     return sum_B.log() + peak_B1[:, 0].float(), exp_BI, 1 / sum_B
 
 
 def _hinge(scores_BI: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
     over_BI = scores_BI.sub_(margin).clamp_min_(0)
-    value_B = over_BI.sum(1, dtype=torch.float32)
+    value_B = _sums(over_BI)
     return value_B, over_BI.sign_(), torch.ones_like(value_B)
+
+
+def _sums(x_BI: Tensor) -> Tensor:
+    """Of each row, float32: bfloat16 is added up in float32 and then rounded, as `dtype=` would copy `x_BI` first."""
+    return x_BI.sum(1).float()
 
 
 def _over_catalogue(user_BD: Tensor, item_ID: Tensor, weight_B: Tensor, loss: _RowLoss) -> Tensor:
