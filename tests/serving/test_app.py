@@ -247,10 +247,10 @@ def test_more_work_than_may_wait_is_refused(funnel: Funnel, monkeypatch: pytest.
 def test_one_client_does_not_hold_more_than_its_share(funnel: Funnel, monkeypatch: pytest.MonkeyPatch) -> None:
     release, recommend = threading.Event(), funnel.recommend
 
-    def slow(*arguments: Any) -> Any:
+    def slow(*arguments: Any, **options: Any) -> Any:
         if len(arguments) > 2:
             release.wait(10)
-        return recommend(*arguments)
+        return recommend(*arguments, **options)
 
     monkeypatch.setattr(funnel, "recommend", slow)
     app = create_app(funnel, ServingConfig(workers=2, rows=70, share=0.5))
@@ -271,11 +271,11 @@ def test_one_client_does_not_hold_more_than_its_share(funnel: Funnel, monkeypatc
 def test_what_comes_too_late_is_dropped(funnel: Funnel, monkeypatch: pytest.MonkeyPatch) -> None:
     recommend, begun = funnel.recommend, []
 
-    def slow(*arguments: Any) -> Any:
+    def slow(*arguments: Any, **options: Any) -> Any:
         if len(arguments) > 2:
             begun.append(arguments)
             time.sleep(0.5)
-        return recommend(*arguments)
+        return recommend(*arguments, **options)
 
     monkeypatch.setattr(funnel, "recommend", slow)
     app = create_app(funnel, ServingConfig(workers=1, seconds=0.25))

@@ -24,7 +24,7 @@ from fullrank.serving.limits import Limits
 from fullrank.serving.pool import Pool
 from fullrank.serving.routes import PATHS, add_routes
 from fullrank.serving.store import EventStore
-from fullrank.training.manifest import MANIFEST
+from fullrank.training.manifest import MANIFEST, Manifest
 
 
 class ServingConfig(BaseModel):
@@ -95,7 +95,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    add_routes(app, content, _version(bundle), pool, instruments, events)
+    add_routes(app, content, _version(bundle), pool, instruments, events, _about(bundle))
     add_feedback(app, content.schema, events)
     add_handlers(app)
     app.add_middleware(
@@ -114,3 +114,10 @@ def _version(bundle: Path | Funnel | Scorer) -> str:
     if not isinstance(bundle, Path):
         return "unsaved"
     return hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()[:12]
+
+
+def _about(bundle: Path | Funnel | Scorer) -> dict[str, Any]:
+    """What the manifest, which was checked with the bundle, says for people."""
+    if not isinstance(bundle, Path):
+        return {}
+    return Manifest.model_validate_json((bundle / MANIFEST).read_bytes()).about

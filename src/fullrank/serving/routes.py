@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import fastapi
 from fastapi import FastAPI, Response
-from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from fullrank.funnel.explaining import explain
@@ -26,16 +26,18 @@ from fullrank.serving.bodies import (
     recommended_json,
 )
 from fullrank.serving.completing import completed, with_events
-from fullrank.serving.description import description_page
 from fullrank.serving.errors import NoCatalogue, refusals
 from fullrank.serving.instruments import Instruments
-from fullrank.serving.page import page
+from fullrank.serving.page_routes import add_page
 from fullrank.serving.pool import Pool
 from fullrank.serving.store import EventStore
 
 # Those that metrics tell apart.
 PATHS = frozenset(
-    ["/v1/recommend", "/v1/score", "/v1/feedback", "/healthz", "/readyz", "/metrics", "/", "/docs", "/openapi.json"]
+    [
+        *("/v1/recommend", "/v1/score", "/v1/feedback", "/healthz", "/readyz", "/metrics"),
+        *("/", "/live", "/docs", "/openapi.json"),
+    ]
 )
 
 # Seconds that an answer may take after its deadline, when no more work is begun.
@@ -52,12 +54,14 @@ def add_routes(
     pool: Pool,
     instruments: Instruments,
     store: EventStore | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Answer from a funnel, or from a single ranker, which has no items to recommend.
 
     Args:
         version: of the bundle.
         store: of what users did since the bundle was made.
+        about: what the bundle says of itself, for the page.
     """
     funnel, scorer = (content, content.scorer) if isinstance(content, Funnel) else (None, content)
     ranking = refusals(400, 408, 413, 415, 422, 429, 500, 503)
@@ -162,13 +166,7 @@ def add_routes(
         """Prometheus metrics: requests, latency of each stage, requests in flight."""
         return Response(generate_latest(instruments.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def root() -> HTMLResponse:
-        return HTMLResponse(page(content))
-
-    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(description_page(app.openapi()))
+    add_page(app, content, version, about or {}, instruments, recommend, score)
 
 
 def _client(request: fastapi.Request) -> str:
