@@ -33,7 +33,7 @@ table{border-collapse:separate;border-spacing:0}
 td.place,th.place{text-align:left;position:sticky;left:0;background:var(--back)}
 body{max-width:76rem}td.what{font-size:.88rem}
 @media(min-width:45rem){td.what{white-space:nowrap}}
-tr.kept td{font-weight:600}tr.kept td.what{color:var(--best)}
+tr.kept td{font-weight:600}tr.kept td.what{color:color-mix(in srgb,var(--best) 80%,var(--ink))}
 th.over{text-align:center;border-bottom-color:var(--soft)}
 svg .path{fill:none;stroke:var(--base);stroke-width:1;stroke-opacity:.55}
 svg .path.kept{stroke:var(--final);stroke-width:2;stroke-opacity:1;stroke-dasharray:none}
