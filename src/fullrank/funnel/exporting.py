@@ -282,5 +282,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
+    """Of what began it: exporters wrap errors in advice."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
