@@ -15,7 +15,7 @@ def longest_row(lengths_B: Tensor) -> int:
     if torch.compiler.is_exporting():
         # A program does not branch on its input, as it would have to for a size of 0 or 1.
         longest = int(lengths_B.max())
-        torch._check(longest >= 0)
+        torch._check(longest >= 0)  # type: ignore[no-untyped-call]
         return longest + 2
     return max(1, int(lengths_B.max())) if lengths_B.numel() else 1
 

@@ -75,8 +75,8 @@ def _those_of(given: Mapping[str, Tensor], kind: str, none: Tensor) -> Tensor:
     if f"{kind}_values" not in given:
         return none
     values, count = given[f"{kind}_values"], int(given[f"{kind}_lengths"].sum())
-    torch._check(count >= 0)
-    torch._check(count <= values.shape[0])
+    torch._check(count >= 0)  # type: ignore[no-untyped-call]
+    torch._check(count <= values.shape[0])  # type: ignore[no-untyped-call]
     return values.narrow(0, 0, count)
 
 
