@@ -46,8 +46,13 @@ def main() -> None:
                     row[format_], row[f"{format_} refused"] = None, str(error)
             rows.append(row)
             print(row, flush=True)
-    machine.table(rows, ["ranker", *formats])
+    shown = [{"ranker": row["ranker"], **{name: _shown(row[name]) for name in formats}} for row in rows]
+    machine.table(shown, ["ranker", *formats])
     machine.write("exports", {"seed": 0, "rows": rows})
+
+
+def _shown(difference: float | None) -> str:
+    return "refused" if difference is None else f"{difference:.1e}"
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def test_nothing_to_recommend_is_said(client: TestClient) -> None:
     [
         ("k=0", "k: must be greater than or equal to 1"),
         ("k=many", "items is 'many', expected a number"),
+        ("k=1001", "items is '1001', expected a number of at most 1000"),
         ("user=1&features={", "features: is not JSON"),
         ("features=[1]", "features: expected an object"),
         ("session=" + "[" * 5000, "session: "),

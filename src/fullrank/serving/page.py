@@ -16,6 +16,9 @@ from fullrank.serving.page_style import STYLE
 # Known users that the form offers.
 OFFERED = 50
 
+# A longer list is of no use on a page, which is written while other requests wait.
+MOST_ITEMS = 1000
+
 # Fields of the form that hold JSON, with what the form says of them.
 DESCRIBED = {
     "features": 'features of the user, such as {"gender": 1}',
@@ -108,7 +111,8 @@ def _recommend(content: Funnel, asked: Mapping[str, str]) -> str:
     return (
         f"<div class=fields><label>user<input name=user list=users autocomplete=off value='{user}' "
         f"placeholder='anyone{try_one and f',{try_one}'}'></label><datalist id=users>{offered}</datalist>"
-        f"<label>items<input name=k type=number min=1 value='{k}'></label><button>Recommend</button></div>"
+        f"<label>items<input name=k type=number min=1 max={MOST_ITEMS} value='{k}'></label>"
+        "<button>Recommend</button></div>"
         f"<details{opened}><summary>Describe the user</summary>{texts}</details>"
     )
 

@@ -13,8 +13,8 @@ from fullrank.funnel.stages import FINAL, RETRIEVAL
 
 # Candidates that are shown at once, and after a click; a page of thousands is of no use to anyone.
 SHOWN, MOST = 20, 200
-# Ways that are drawn beside those of the list.
-DROPPED_PATHS = 40
+# Ways that are drawn: of what fell out, and of the list.
+DROPPED_PATHS, KEPT_PATHS = 40, 60
 ENCODE = "encode"
 
 
@@ -155,7 +155,10 @@ def _paths(explained: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> str
     kept = [item for item in explained if item["fell_out"] is None]
     dropped = [item for item in explained if item["fell_out"] is not None]
     step = max(1, math.ceil(len(dropped) / DROPPED_PATHS))
-    for item, name in (*((item, "path") for item in dropped[::step]), *((item, "path kept") for item in kept)):
+    for item, name in (
+        *((item, "path") for item in dropped[::step]),
+        *((item, "path kept") for item in kept[:KEPT_PATHS]),
+    ):
         points = [(x(place), y(item["ranks"][s])) for place, s in enumerate(stages) if s in item["ranks"]]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         drawn.append(

@@ -18,7 +18,7 @@ from fullrank.funnel.scorer import Scorer
 from fullrank.serving.bodies import RecommendRequest, ScoreRequest
 from fullrank.serving.description import description_page
 from fullrank.serving.instruments import Instruments
-from fullrank.serving.page import DESCRIBED, SECURITY_POLICY, page, refused
+from fullrank.serving.page import DESCRIBED, MOST_ITEMS, SECURITY_POLICY, page, refused
 from fullrank.serving.page_answer import recommended, scored
 from fullrank.serving.page_card import live, model_card
 
@@ -109,8 +109,8 @@ def _recommend_body(given: Mapping[str, str]) -> dict[str, Any]:
         ValueError: if one is not what it should be.
     """
     user, k = given.get("user", "").strip(), given.get("k", "").strip() or "10"
-    if not _INTEGER.fullmatch(k):
-        raise ValueError(f"items is {k[:40]!r}, expected a number")
+    if not _INTEGER.fullmatch(k) or int(k) > MOST_ITEMS:
+        raise ValueError(f"items is {k[:40]!r}, expected a number of at most {MOST_ITEMS}")
     body: dict[str, Any] = {"k": int(k), "explain": True}
     if user:
         body["user_id"] = int(user) if _INTEGER.fullmatch(user) else user
