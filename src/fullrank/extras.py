@@ -61,6 +61,7 @@ EXTRAS: dict[str, Extra] = {
         },
         by_hand=_TORCHREC,
     ),
+    "onnx": Extra("rankers as ONNX files", {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"}),
     "docs": Extra(
         "the documentation",
         {"mkdocs": "mkdocs", "material": "mkdocs-material", "mkdocstrings": "mkdocstrings"},

@@ -79,7 +79,11 @@ def demo(
 
         task = phase("write", "writing")
         final = next(iter(report["stages"]["final"].values()))
-        about = {"simulated": {"impressions": impressions, "seed": seed}, "ne": final["ne"], "auc": final["auc"]}
+        measured = {name: report[name] for name in ("stages", "calibration_curve") if name in report}
+        about = {
+            "simulated": {"impressions": impressions, "seed": seed},
+            "metrics": {report["split"]: defined(measured)},
+        }
         save_bundle(funnel, out / "bundle", about=about, overwrite=True)
         total = time.perf_counter() - began
         early = {

@@ -18,6 +18,7 @@ from fullrank.cli import (
     demo,
     doctor,
     evaluate,
+    export,
     funnel,
     index,
     inspect,
@@ -50,6 +51,7 @@ app.command("stream")(stream.stream)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("quantize")(quantize.quantize)
+app.command("export")(export.export)
 app.command("prune")(prune.prune)
 app.command("retrieve")(retrieve.retrieve)
 app.command("serve")(serve.serve)

@@ -342,11 +342,14 @@ class EmbeddingCollection(nn.Module):
         if buffer.jagged:
             total = sum(jagged_sizes)
             if len(buffer.jagged) == len(self.jagged):
-                values = batch.jagged_values[:total]
+                whole = len(self.jagged) == len(batch.jagged_keys)
+                values = batch.jagged_values if whole else batch.jagged_values[:total]
             else:
                 values = torch.cat([batch.jagged_values[begins[i] : begins[i] + counts[i]] for i in buffer.jagged])
             offset: Tensor = getattr(self, f"_jagged_offset_{index}")
-            if len(jagged_sizes) > 1:
+            if torch.compiler.is_exporting():
+                offset = torch.cat([one.expand(size) for one, size in zip(offset, jagged_sizes, strict=True)])
+            elif len(jagged_sizes) > 1:
                 offset = offset.repeat_interleave(torch.tensor(jagged_sizes), output_size=total)
             ids.append(values + offset)
         ids += wanted

@@ -10,6 +10,16 @@ import torch
 from torch import Tensor
 
 
+def longest_row(lengths_B: Tensor) -> int:
+    """L, at least 1."""
+    if torch.compiler.is_exporting():
+        # A program does not branch on its input, as it would have to for a size of 0 or 1.
+        longest = int(lengths_B.max())
+        torch._check(longest >= 0)  # type: ignore[no-untyped-call]
+        return longest + 2
+    return max(1, int(lengths_B.max())) if lengths_B.numel() else 1
+
+
 @dataclass(frozen=True)
 class Padding:
     """Where the tokens of jagged rows lie in a padded tensor.
@@ -24,7 +34,7 @@ class Padding:
 
     @classmethod
     def of(cls, lengths_B: Tensor) -> Padding:
-        longest = max(1, int(lengths_B.max())) if lengths_B.numel() else 1
+        longest = longest_row(lengths_B)
         mask_BL = torch.arange(longest, device=lengths_B.device) < lengths_B[:, None]
         return cls(mask_BL, mask_BL.view(-1).nonzero().squeeze(1))
 

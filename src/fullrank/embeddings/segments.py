@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 def row_of(lengths_B: Tensor, count: int) -> Tensor:
     """row_E: the row of each value; `count` is the sum of the lengths."""
+    if torch.compiler.is_exporting():  # of operations that other runtimes have: how many rows end before the value
+        ends_B, none_E = lengths_B.cumsum(0), lengths_B.new_zeros(count + 1)
+        return none_E.scatter_add(0, ends_B, torch.ones_like(ends_B)).cumsum(0)[:-1]
     rows_B = torch.arange(lengths_B.numel(), device=lengths_B.device)
     return torch.repeat_interleave(rows_B, lengths_B, output_size=count)
 

@@ -35,9 +35,12 @@ class Dice(nn.Module):
         self.register_buffer("variance_A", torch.ones(width))
 
     def forward(self, x_EA: Tensor) -> Tensor:
-        standard_EA = nn.functional.batch_norm(
-            x_EA, self.mean_A, self.variance_A, None, None, self.learns(x_EA.shape[0]), self.momentum, self.epsilon
-        )
+        if torch.compiler.is_exporting():  # the same, for any number of rows
+            standard_EA = (x_EA - self.mean_A) * torch.rsqrt(self.variance_A + self.epsilon)
+        else:
+            standard_EA = nn.functional.batch_norm(
+                x_EA, self.mean_A, self.variance_A, None, None, self.learns(x_EA.shape[0]), self.momentum, self.epsilon
+            )
         return x_EA * torch.lerp(self.alpha_A.to(x_EA.dtype), torch.ones_like(x_EA), torch.sigmoid(standard_EA))
 
     def learn(self, mean_A: Tensor, variance_A: Tensor, count: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fullrank.embeddings.padding import Padding
+from fullrank.embeddings.padding import Padding, longest_row
 from fullrank.layers.attention import attend, merge_heads, require_heads, split_heads
 
 # Rows of a batch from which it pays to sort them by length, and into how many groups.
@@ -41,7 +41,9 @@ class LengthGroups:
         groups: default by the number of rows.
         """
         if groups is None:
-            groups = GROUPS if len(lengths_B) >= GROUPED_ROWS else 1
+            # An exported program does not branch on its input.
+            several = not torch.compiler.is_exporting() and len(lengths_B) >= GROUPED_ROWS
+            groups = GROUPS if several else 1
         by_length_B = lengths_B.argsort(stable=True)
         rank_B = torch.empty_like(by_length_B)
         rank_B[by_length_B] = torch.arange(len(rank_B), device=rank_B.device)
@@ -50,12 +52,12 @@ class LengthGroups:
         order_E = group_E.argsort(stable=True)
         place_E = torch.empty_like(order_E)
         place_E[order_E] = torch.arange(len(order_E), device=order_E.device)
-        counts = torch.bincount(group_E, minlength=groups).tolist()
+        counts = [len(order_E)] if groups == 1 else torch.bincount(group_E, minlength=groups).tolist()
         paddings = []
         tokens = torch.split(order_E, counts)
         for group, members_E in enumerate(tokens):
             length_G = lengths_B.index_select(0, by_length_B[group * size : (group + 1) * size])
-            longest = max(1, int(length_G.max())) if length_G.numel() else 1
+            longest = longest_row(length_G)
             mask_GL = torch.arange(longest, device=length_G.device) < length_G[:, None]
             rank_E = rank_B.index_select(0, row_E.index_select(0, members_E)) - group * size
             paddings.append(Padding(mask_GL, rank_E * longest + slot_E.index_select(0, members_E)))

@@ -24,6 +24,8 @@ def sliding_window(
         Shape (B, H, T, E).
     """
     rows, heads, length, width = query_BHTE.shape
+    if torch.compiler.is_exporting():  # a program that does not branch on its input
+        return _banded(query_BHTE, key_BHTE, value_BHTE, window, mask_BT)
     if window >= length - 1:
         return attend(query_BHTE, key_BHTE, value_BHTE, mask_BT)
     size = max(1, window)

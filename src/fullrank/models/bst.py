@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fullrank.batch import Batch
 from fullrank.embeddings.padding import Padding
+from fullrank.embeddings.segments import row_of
 from fullrank.layers.encoder import EncoderLayer, LengthGroups
 from fullrank.layers.histories import Events, FeaturesAndHistories
 from fullrank.layers.mlp import MLP
@@ -77,7 +78,7 @@ class BehaviourTransformer(nn.Module):
         size, total = len(candidate_BC), len(events.channels_EC)
         lengths_B = events.lengths_B
         row_B = torch.arange(size, device=lengths_B.device)
-        row_E = torch.repeat_interleave(row_B, lengths_B, output_size=total)
+        row_E = row_of(lengths_B, total)
         # 1 for the latest event of a row, 2 for the one before it, ...
         since_E = lengths_B.cumsum(0).index_select(0, row_E) - torch.arange(total, device=row_E.device)
         row_T, slot_T = torch.cat([row_B, row_E]), F.pad(since_E, (size, 0))

@@ -54,7 +54,8 @@ class TargetAttention(nn.Module):
 
     def forward(self, query_BD: Tensor, events_ED: Tensor, lengths_B: Tensor) -> Tensor:
         """Pooled history_BD; zero for an empty history."""
-        if events_ED.shape[0] == 0:
+        # An exported program does not branch on its input.
+        if not torch.compiler.is_exporting() and events_ED.shape[0] == 0:
             return torch.zeros_like(query_BD) + 0 * self.score_bias
         score_E = self._scores(query_BD, events_ED, lengths_B) + self.score_bias
         if self.softmax:

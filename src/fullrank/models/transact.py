@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fullrank.batch import Batch
 from fullrank.embeddings.padding import Padding
+from fullrank.embeddings.segments import row_of
 from fullrank.layers.crosses import CrossNetwork
 from fullrank.layers.encoder import EncoderLayer, LengthGroups
 from fullrank.layers.histories import Events, FeaturesAndHistories, latest
@@ -70,7 +71,7 @@ class RecentActions(nn.Module):
         """Shape (B, `width`)."""
         row_B = torch.arange(len(candidate_BD), device=candidate_BD.device)
         lengths_B, channels_EC = events.lengths_B, events.channels_EC
-        row_E = torch.repeat_interleave(row_B, lengths_B, output_size=len(channels_EC))
+        row_E = row_of(lengths_B, len(channels_EC))
         if self.training and self.window_hours:
             assert events.age_E is not None
             hidden_B = _uniform(len(row_B), row_B.device) * (self.window_hours * HOUR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fullrank.serving.pool import Pool
 from fullrank.serving.routes import PATHS, add_routes
 from fullrank.serving.store import EventStore, Feedback
 from fullrank.serving.versions import Versions, opened, target_of
+from fullrank.training.manifest import MANIFEST, Manifest
 
 
 class ServingConfig(BaseModel):
@@ -125,7 +127,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    add_routes(app, live, pool, instruments, events, experiment)
+    add_routes(app, live, pool, instruments, events, experiment, partial(_about, versions))
 
     def told(feedback: Feedback) -> None:
         arm = experiment and experiment.rewarded(feedback.impression, feedback.event.labels)
@@ -166,3 +168,10 @@ def _arm(name: str, bundle: Path | Funnel, items: ItemStore) -> Live:
 def _items(live: Live) -> int:
     content = live.served.content
     return len(content.items) if isinstance(content, Funnel) else 0
+
+
+def _about(versions: Versions | None) -> dict[str, Any]:
+    """What the manifest, which was checked with the bundle, says for people."""
+    if versions is None:
+        return {}
+    return Manifest.model_validate_json((versions.now.bundle / MANIFEST).read_bytes()).about

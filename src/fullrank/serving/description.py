@@ -6,13 +6,14 @@ import json
 from html import escape
 from typing import Any
 
-from fullrank.serving.page import STYLE
+from fullrank.funnel.report_parts import wide
+from fullrank.serving.page_style import STYLE
 
 _MORE = """
-h2{font-size:1.15rem;margin:2rem 0 .25rem}h2 code{font-size:1rem}h3{font-size:.95rem;margin:1rem 0 .25rem}
-table{font-size:.9rem}td,th{text-align:left;vertical-align:top}section{border-top:1px solid #e4e8ee;padding-top:.5rem}
-.wide{overflow-x:auto}pre{overflow-x:auto;padding:.5rem .75rem;background:#f3f5f8;border-radius:4px}
-@media(prefers-color-scheme:dark){section{border-color:#2b333f}pre{background:#1d232c}}
+h2 code{font-size:1.05rem}section{border-top:1px solid var(--line);margin-top:1.5rem}section h2{margin-top:1.25rem}
+td,th,td:first-child{text-align:left;white-space:normal;overflow-wrap:normal}
+pre{overflow-x:auto;padding:.5rem .75rem;background:var(--card);border:1px solid var(--line);border-radius:5px}
+.text{white-space:pre-line}
 """
 
 
@@ -45,7 +46,7 @@ def _operation(method: str, path: str, operation: dict[str, Any], schemas: dict[
         f"<td><code>{escape(_answer(said))}</code></td></tr>"
         for status, said in sorted(operation["responses"].items())
     )
-    parts.append(f'<h3>Answers</h3><div class="wide"><table><tr><th>status<th>when<th>body</tr>{rows}</table></div>')
+    parts.append("<h3>Answers</h3>" + wide("answers", f"<table><tr><th>status<th>when<th>body</tr>{rows}</table>"))
     answered = operation["responses"].get("200", {}).get("content", {}).get("application/json", {}).get("schema")
     if answered:
         parts.append(_fields(answered, schemas))
@@ -77,8 +78,8 @@ def _fields(schema: dict[str, Any], schemas: dict[str, Any], depth: int = 0) -> 
         for part in _objects(field)
         if depth < 4
     )
-    table = f'<div class="wide"><table><tr><th>field<th>type<th></tr>{rows}</table></div>' if rows else ""
-    return f'<p style="white-space:pre-line">{text}</p>{examples}{table}{inside}'
+    table = wide("fields", f"<table><tr><th>field<th>type<th></tr>{rows}</table>") if rows else ""
+    return f'<p class="text">{text}</p>{examples}{table}{inside}'
 
 
 def _resolved(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS = (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 5.0)
@@ -71,3 +75,34 @@ class Instruments:
         self.arm_seconds.labels(arm).observe(seconds)
         if degraded:
             self.arm_degraded.labels(arm).inc()
+
+    def totals(self, name: str) -> dict[tuple[str, ...], float]:
+        """Samples of that name, by the values of their labels."""
+        return {
+            tuple(sample.labels.values()): sample.value
+            for family in self.registry.collect()
+            for sample in family.samples
+            if sample.name == name
+        }
+
+    def quantiles(self, name: str, shares: Sequence[float]) -> dict[str, tuple[int, list[float]]]:
+        """Of a histogram by its one label: observations since the start, and quantiles, straight within a bucket."""
+        buckets: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for (label, bound), count in self.totals(f"{name}_bucket").items():
+            buckets[label].append((float(bound), count))
+        return {
+            label: (int(cumulative[-1][1]), [_quantile(cumulative, share) for share in shares])
+            for label, cumulative in buckets.items()
+            if cumulative[-1][1]
+        }
+
+
+def _quantile(cumulative: Sequence[tuple[float, float]], share: float) -> float:
+    """The share's quantile of counts at or below each bound, the last of which is infinite."""
+    wanted = share * cumulative[-1][1]
+    low, below = 0.0, 0.0
+    for bound, count in cumulative:
+        if count >= wanted:
+            return low if math.isinf(bound) else low + (bound - low) * (wanted - below) / max(count - below, 1e-12)
+        low, below = bound, count
+    return low

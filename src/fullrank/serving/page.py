@@ -1,110 +1,128 @@
-"""The page at `/`: what is served, and a form to try it."""
+"""The page at `/`: a form to ask, what became of the question, and what is served. It works without its script."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
+from fullrank.serving.page_style import STYLE
 
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:3rem auto;padding:0 1rem;color:#1c2430;background:#fff}
-h1{font-size:1.5rem;margin:0 0 .5rem}code,pre,input,textarea{font:14px ui-monospace,monospace}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.25rem}dt{color:#5b6675}dd{margin:0}
-input,textarea{padding:.35rem .5rem;border:1px solid #b6beca;border-radius:4px}input{width:9rem}
-textarea{width:100%;height:16rem;box-sizing:border-box;display:block;margin:.5rem 0 1rem}
-button{padding:.4rem 1rem;border:0;border-radius:4px;background:#2457c5;color:#fff;font:inherit;cursor:pointer}
-label{margin-right:1rem}table{border-collapse:collapse;margin-top:1rem;width:100%}
-td,th{text-align:right;padding:.25rem .75rem;border-bottom:1px solid #e4e8ee}
-td:first-child,th:first-child{text-align:left}
-#problem{color:#a3262a}
-@media(prefers-color-scheme:dark){body{color:#dde3ec;background:#14181f}dt{color:#93a0b3}
-input,textarea{background:#1d232c;color:inherit;border-color:#465063}td,th{border-color:#2b333f}#problem{color:#ff8a8a}}
-"""
+# Known users that the form offers.
+OFFERED = 50
 
-# Fills `path`, and `body` from the form's fields; the rest is the same for both pages.
+# A longer list is of no use on a page, which is written while other requests wait.
+MOST_ITEMS = 1000
+
+# Fields of the form that hold JSON, with what the form says of them.
+DESCRIBED = {
+    "features": 'features of the user, such as {"gender": 1}',
+    "context": 'of the context, such as {"device": 2}',
+    "session": 'what was done just now, such as [{"item_id": 7, "labels": {"click": 1}}]',
+    "filter": 'what items have to be, such as {"any": {"category": [3]}}',
+}
+
+# An answer takes the place of the one before, and numbers are kept fresh; without it the browser loads the page anew.
 _SCRIPT = """
-const [form,table,problem]=["form","table","#problem"].map(name=>document.querySelector(name));
-form.addEventListener("submit",async event=>{
-  event.preventDefault();problem.textContent="";table.replaceChildren();
+const answer=document.getElementById("answer"),form=document.querySelector("form"),now=document.getElementById("live");
+const show=async address=>{
+  answer.setAttribute("aria-busy","true");
   try{
-    const body=request(form);
-    const response=await fetch(path,{method:"POST",headers:{"Content-Type":"application/json"},
-      body:JSON.stringify(body)});
-    const answer=await response.json();
-    if(!response.ok){problem.textContent=answer.detail;return}
-    const row=(cells,tag)=>{const tr=document.createElement("tr");
-      for(const cell of cells){const td=document.createElement(tag);td.textContent=cell;tr.append(td)}table.append(tr)};
-    const number=value=>value===null?"":value.toFixed(4);
-    const tasks=answer.items.length?Object.keys(answer.items[0].predictions):[];
-    row([named?"item":"row","value",...tasks],"th");
-    answer.items.forEach((item,i)=>
-      row([named?item.item_id:i+1,number(item.value),...tasks.map(task=>number(item.predictions[task]))],"td"));
-  }catch(error){problem.textContent=error.message}
+    const text=await(await fetch(address,{headers:{Accept:"text/html"}})).text();
+    const found=new DOMParser().parseFromString(text,"text/html").getElementById("answer");
+    if(!found)throw new Error("the server gave no page");
+    answer.replaceChildren(...found.childNodes);
+    answer.querySelector("[tabindex]")?.focus();
+  }catch(error){
+    const said=document.createElement("p");said.className="problem";said.setAttribute("role","alert");
+    said.textContent="No answer: "+error.message;answer.replaceChildren(said);
+  }
+  answer.removeAttribute("aria-busy");
+};
+form.addEventListener("submit",event=>{
+  event.preventDefault();
+  const given=new URLSearchParams([...new FormData(form)].filter(([,value])=>value.trim()));
+  const address="./?"+given;history.pushState(null,"",address);show(address);
 });
+addEventListener("popstate",()=>location.reload());
+setInterval(async()=>{
+  if(document.hidden)return;
+  try{const found=await fetch("live");if(found.ok)now.innerHTML=await found.text()}catch{}
+},4000);
 """
 
-_RECOMMEND = """
-const path="v1/recommend",named=true;
-const request=form=>{const user=form.user.value.trim(),body={k:Number(form.k.value)};
-  if(user)body.user_id=/^-?\\d{1,15}$/.test(user)?Number(user):user;return body};
-"""
-
-_SCORE = """
-const path="v1/score",named=false;
-const request=form=>({rows:[].concat(JSON.parse(form.rows.value))});
-"""
+# Nothing comes from elsewhere, no script runs but this one, and no other page shows this one in a frame.
+SECURITY_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'; script-src 'sha256-"
+    + base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    + "'"
+)
 
 
-def page(content: Funnel | Scorer) -> str:
-    """A self-contained HTML page."""
-    tasks = ", ".join(label.name for label in content.schema.labels)
-    if isinstance(content, Funnel):
-        facts = {
-            "value": content.value.text,
-            "retrieval": f"{content.retriever.name}, {content.retriever.cost():,} items",
-            **_stages(content),
-            "tasks": tasks,
-            "known users": f"{len(content.users):,}" if content.users is not None else "none",
-        }
-        fields = (
-            "<label>user <input name=user placeholder='any'></label>"
-            "<label>k <input name=k type=number min=1 value=10></label><button>Recommend</button>"
-        )
-        script = _RECOMMEND
-    else:
-        facts = {
-            "model": f"{content.model.name}, {content.model.num_parameters().total:,} parameters",
-            "tasks": tasks,
-            "value": content.value.text,
-            "columns": f"{len(content.columns):,}",
-        }
-        row = json.dumps(blank_row(content), indent=1, ensure_ascii=False)
-        fields = (
-            "<label>a row, or a list of rows; null is missing"
-            f"<textarea name=rows spellcheck=false>{escape(row)}</textarea></label><button>Score</button>"
-        )
-        script = _SCORE
-    rows = "".join(f"<dt>{escape(name)}</dt><dd><code>{escape(value)}</code></dd>" for name, value in facts.items())
+def page(content: Funnel | Scorer, asked: Mapping[str, str], answer: str, card: str, live: str) -> str:
+    """A self-contained HTML page.
+
+    Args:
+        asked: fields of the form as they were filled in.
+        answer: HTML of what was answered; empty where nothing was asked.
+        card: HTML of the model card.
+        live: HTML of the numbers that change.
+    """
+    fields = _recommend(content, asked) if isinstance(content, Funnel) else _score(content, asked)
+    what = "A funnel" if isinstance(content, Funnel) else "A ranker"
     return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>fullrank</title><style>{STYLE}</style><h1>fullrank</h1><dl>{rows}</dl><form>{fields}</form>"
-        "<p id=problem role=alert></p><table></table>"
-        "<p><a href=docs>API</a> · <a href=metrics>metrics</a></p>"
-        f"<script>{script}{_SCRIPT}</script></html>"
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width,initial-scale=1'>"
+        f"<title>fullrank</title><style>{STYLE}</style></head><body><header><h1>fullrank</h1>"
+        "<nav><a href=docs>API</a><a href=metrics>metrics</a></nav></header>"
+        f"<main><p class=soft>{what} at work. Ask it, and see what each part did.</p>"
+        f"<form action='./' method=get>{fields}</form>"
+        f"<section id=answer>{answer}</section>{card}"
+        f"<h2>Since it started</h2><div id=live>{live}</div></main>"
+        f"<script>{_SCRIPT}</script></body></html>"
     )
 
 
-def _stages(funnel: Funnel) -> dict[str, str]:
-    """What each stage after retrieval is, and how many candidates it gets."""
-    handed = (funnel.sizes.retrieve, *funnel.sizes.keeps(len(funnel.early)))
-    rankers = {**funnel.early, "final": funnel.final}
-    return {
-        f"{stage} stage": f"{ranker.name}, {count:,} candidates"
-        for (stage, ranker), count in zip(rankers.items(), handed, strict=True)
-    }
+def refused(status: int, detail: str, wait: str | None) -> str:
+    """What the page says where there is no answer."""
+    again = "" if wait is None else f" Try again in {escape(wait)} s."
+    return (
+        f"<div class=problem role=alert id=list tabindex=-1><b>No answer ({status})</b>: {escape(detail)}.{again}</div>"
+    )
+
+
+def _recommend(content: Funnel, asked: Mapping[str, str]) -> str:
+    known = content.users.ids[:OFFERED] if content.users is not None else []
+    offered = "".join(f"<option value='{escape(str(user))}'>" for user in known)
+    user, k = escape(asked.get("user", "")), escape(asked.get("k", "10"))
+    texts = "".join(
+        f"<label>{escape(said)}<textarea name={name} rows=2 spellcheck=false>{escape(asked.get(name, ''))}</textarea>"
+        "</label>"
+        for name, said in DESCRIBED.items()
+    )
+    opened = " open" if any(asked.get(name, "").strip() for name in DESCRIBED) else ""
+    try_one = f" such as {escape(str(known[0]))}" if known else ""
+    return (
+        f"<div class=fields><label>user<input name=user list=users autocomplete=off value='{user}' "
+        f"placeholder='anyone{try_one and f',{try_one}'}'></label><datalist id=users>{offered}</datalist>"
+        f"<label>items<input name=k type=number min=1 max={MOST_ITEMS} value='{k}'></label>"
+        "<button>Recommend</button></div>"
+        f"<details{opened}><summary>Describe the user</summary>{texts}</details>"
+    )
+
+
+def _score(content: Scorer, asked: Mapping[str, str]) -> str:
+    rows = asked.get("rows") or json.dumps(blank_row(content), indent=1, ensure_ascii=False)
+    return (
+        "<label>a row, or a list of rows, as JSON; null is missing"
+        f"<textarea name=rows spellcheck=false>\n{escape(rows)}</textarea></label><button>Score</button>"
+    )
 
 
 def blank_row(scorer: Scorer) -> dict[str, Any]:

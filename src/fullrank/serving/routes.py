@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import fastapi
 from fastapi import FastAPI, Response
-from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from fullrank.funnel.explaining import explain
@@ -26,12 +26,11 @@ from fullrank.serving.bodies import (
     recommended_json,
 )
 from fullrank.serving.completing import completed, with_events
-from fullrank.serving.description import description_page
 from fullrank.serving.errors import NoCatalogue, refusals
 from fullrank.serving.experiment import OPT_OUT, Experiment
 from fullrank.serving.instruments import Instruments
 from fullrank.serving.live import Live
-from fullrank.serving.page import page
+from fullrank.serving.page_routes import add_page
 from fullrank.serving.pool import Pool
 from fullrank.serving.store import EventStore
 
@@ -39,7 +38,7 @@ from fullrank.serving.store import EventStore
 PATHS = frozenset(
     [
         *("/v1/recommend", "/v1/score", "/v1/feedback", "/v1/items", "/healthz", "/readyz", "/metrics"),
-        *("/", "/docs", "/openapi.json"),
+        *("/", "/live", "/docs", "/openapi.json"),
     ]
 )
 
@@ -57,12 +56,14 @@ def add_routes(
     instruments: Instruments,
     store: EventStore | None = None,
     experiment: Experiment | None = None,
+    about: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
     """Answer from a funnel, or from a single ranker, which has no items to recommend.
 
     Args:
         store: of what users did since the bundle was made.
         experiment: whose arms answer requests for lists; scores are those of `live`.
+        about: what the bundle says of itself, for the page.
     """
     ranking = refusals(400, 408, 413, 415, 422, 429, 500, 503)
 
@@ -184,13 +185,7 @@ def add_routes(
         """Prometheus metrics: requests, latency of each stage, requests in flight."""
         return Response(generate_latest(instruments.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def root() -> HTMLResponse:
-        return HTMLResponse(page(live.served.content))
-
-    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(description_page(app.openapi()))
+    add_page(app, live, about, instruments, recommend, score)
 
 
 def _client(request: fastapi.Request) -> str:
