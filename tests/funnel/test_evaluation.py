@@ -84,11 +84,11 @@ def test_an_early_stage_is_held_against_the_final_one_on_all_candidates(funnel: 
     early = funnel.early
     try:
         funnel.early = {"early": funnel.final}
-        prepared, funnel._prepared = funnel._prepared, {}
+        prepared, funnel.prepared = funnel.prepared, {}
         twin = evaluate_funnel(funnel, dataset, requests=100)["early_recall"]["stages"]["early"]
         assert twin == {"top_10": 1.0, "kendall": pytest.approx(1.0), "consistency": 1.0}
     finally:
-        funnel.early, funnel._prepared = early, prepared
+        funnel.early, funnel.prepared = early, prepared
 
 
 def test_a_dataset_with_other_vocabularies_is_refused(funnel: Funnel, dataset: Dataset, tmp_path: Path) -> None:

@@ -47,18 +47,18 @@ def newest(dataset: Dataset, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_request_is_answered_by_its_newest_events(funnel: Funnel, dataset: Dataset, looked_at: list[int]) -> None:
-    whole = funnel.recommend([Request("s", history())], 5)[0]
+    whole = funnel.recommend([Request("of long histories", history())], 5)[0]
     assert looked_at == [1, 20, 20, 20]  # the id of the user, and what is read of the history
-    assert whole == funnel.recommend([Request("s", newest(dataset, history()))], 5)[0]
-    assert whole != funnel.recommend([Request("s")], 5)[0]
+    assert whole == funnel.recommend([Request("of long histories", newest(dataset, history()))], 5)[0]
+    assert whole != funnel.recommend([Request("of long histories")], 5)[0]
 
 
 def test_so_is_text_as_a_log_has_it(funnel: Funnel, dataset: Dataset, looked_at: list[int]) -> None:
     separator = next(sequence.separator for sequence in dataset.schema.sequences)
     text = {name: separator.join(map(str, list.copy(events))) for name, events in history(100_000).items()}
-    expected = funnel.recommend([Request("s", newest(dataset, history()))], 5)[0]
+    expected = funnel.recommend([Request("of long histories", newest(dataset, history()))], 5)[0]
     looked_at.clear()
-    assert funnel.recommend([Request("s", text)], 5)[0] == expected
+    assert funnel.recommend([Request("of long histories", text)], 5)[0] == expected
     assert max(looked_at) <= 20
 
 
@@ -74,7 +74,7 @@ def test_fields_of_a_history_that_differ_in_length_are_refused_however_long(funn
     values["history.age"] = [1.0] * (LENGTH - 1)
     message = '"history.age" has 999,999 events, "history.item" has 1,000,000'
     with pytest.raises(ValueError, match=message):
-        funnel.recommend([Request("s", values)], 5)
+        funnel.recommend([Request("of long histories", values)], 5)
     with pytest.raises(ValueError, match=f"row 2: {message}"):
         funnel.scorer.score([{}, values])
 
