@@ -343,13 +343,16 @@ def test_requests_at_the_same_time_get_their_own_answers(client: TestClient, fun
     def ask(user: int | str) -> Any:
         answer = client.post("/v1/recommend", json={"user_id": user})
         assert answer.json()["request_id"] == answer.headers["x-request-id"]
-        return answer.json()["items"]
+        return answer.json()
 
     expected = {user: ask(user) for user in users}
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(ask, users * 5))
     for user, answer in zip(users * 5, answers, strict=True):
-        assert answer == expected[user]
+        for name in ("candidates", "degraded"):
+            assert answer[name] == expected[user][name]
+        for found, item in zip(answer["items"], expected[user]["items"], strict=True):
+            assert found == {**item, "value": approx(item["value"]), "predictions": approx(item["predictions"])}
 
 
 def test_a_saved_bundle_is_served_and_a_changed_one_is_not(funnel: Funnel, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -109,8 +110,12 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await pool.start(lambda: check_answers(live.served.content))
+        # What stays as long as the server need not be looked through for garbage again and again.
+        gc.collect()
+        gc.freeze()
         yield
         pool.stop()
+        gc.unfreeze()
         if versions is not None:
             versions.stop()
         for each in (live, *beside):

@@ -24,7 +24,7 @@ class Instruments:
         )
         self.stage_seconds = Histogram(
             "fullrank_stage_seconds",
-            "Encoding of the request, and each stage of the funnel.",
+            "Encoding of requests, and each stage of the funnel; of a pass, which may make several lists.",
             ("stage",),
             registry=self.registry,
             buckets=SECONDS,
@@ -34,6 +34,12 @@ class Instruments:
             "Lists for which a stage was late or failed, and another order stood in.",
             ("stage",),
             registry=self.registry,
+        )
+        self.together = Histogram(
+            "fullrank_lists_together",
+            "Lists made in one pass of the funnel.",
+            registry=self.registry,
+            buckets=(1, 2, 4, 8, 16, 32),
         )
         self.in_flight = Gauge("fullrank_requests_in_flight", "Requests being served.", registry=self.registry)
         self.rows = Gauge("fullrank_rows_admitted", "Rows to be scored that were let in.", registry=self.registry)

@@ -127,19 +127,27 @@ class Limits:
         async def replay() -> Message:
             return pending.pop() if pending else await receive()
 
-        leaving = asyncio.ensure_future(_disconnected(receive))
-        # Who sent a request and left at once is noticed before the body is parsed.
-        await asyncio.sleep(0)
-        serving = asyncio.ensure_future(self.app(scope, replay, send))
+        # The application runs in this task: a task of its own for it would cost as much as all other layers together.
+        own, left = asyncio.current_task(), False
+        assert own is not None
+
+        async def watch() -> None:
+            nonlocal left
+            await _disconnected(receive)
+            left = True
+            own.cancel()
+
+        leaving = asyncio.ensure_future(watch())
         try:
-            await asyncio.wait({leaving, serving}, return_when=asyncio.FIRST_COMPLETED)
-            if not serving.done():
-                raise ConnectionAbortedError
-            serving.result()
+            # Who sent a request and left at once is noticed before the body is parsed.
+            await asyncio.sleep(0)
+            await self.app(scope, replay, send)
+        except asyncio.CancelledError:
+            if left and not own.uncancel():
+                raise ConnectionAbortedError from None
+            raise
         finally:
-            for task in (leaving, serving):
-                task.cancel()
-            await asyncio.gather(leaving, serving, return_exceptions=True)
+            leaving.cancel()
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body; None if it is too large.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import fastapi
 from fastapi import FastAPI, Response
@@ -13,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from fullrank.funnel.explaining import explain
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import ScoredItem
+from fullrank.serving.batching import Batcher
 from fullrank.serving.bodies import (
     RecommendRequest,
     RecommendResponse,
@@ -49,6 +51,23 @@ SLACK = 0.5
 ROWS_AT_ONCE = 1024
 
 
+class _Asked(NamedTuple):
+    """A request for a list.
+
+    Attributes:
+        source: what answers it, of an experiment that of its arm.
+        counts: whether its answer counts in the experiment.
+        ends: when it has to be there, as `time.perf_counter` reads then.
+    """
+
+    body: RecommendRequest
+    source: Live
+    arm: str | None
+    counts: bool
+    ends: float
+    request_id: str
+
+
 def add_routes(
     app: FastAPI,
     live: Live,
@@ -67,6 +86,49 @@ def add_routes(
     """
     ranking = refusals(400, 408, 413, 415, 422, 429, 500, 503)
 
+    def lists(asked: Sequence[_Asked]) -> list[bytes]:
+        """The answers to requests of one source and one `k`, made in one pass."""
+        seconds: dict[str, float] = {}
+
+        def observe(stage: str, spent: float) -> None:
+            seconds[stage] = seconds.get(stage, 0.0) + spent
+            instruments.observe_stage(stage, spent)
+
+        k, ends = asked[0].body.k, min(each.ends for each in asked)
+        left = None if math.isinf(ends) else max(0.0, 1000 * (ends - time.perf_counter()))
+        requests, began = [completed(each.body, store) for each in asked], time.perf_counter()
+        with asked[0].source.reading() as (funnel, version, changes):
+            assert isinstance(funnel, Funnel)
+            lists = funnel.recommend(requests, k, observe, deadline_ms=left)
+            # What is to be explained comes alone.
+            explained = explain(funnel, requests[0], k) if asked[0].body.explain else None
+        spent = time.perf_counter() - began
+        answers = []
+        for each, found in zip(asked, lists, strict=True):
+            for stage in found.degraded:
+                instruments.degraded.labels(stage).inc()
+            if experiment is not None and each.arm is not None:
+                instruments.observe_arm(each.arm, spent, degraded=bool(found.degraded))
+                if each.counts:
+                    experiment.answered(each.arm, each.body.user_id, each.request_id)
+            said = {
+                "items": [recommended_json(item) for item in found.items],
+                "candidates": found.candidates,
+                "degraded": found.degraded,
+                "request_id": each.request_id,
+                "model_version": version,
+                "index_version": changes,
+                "arm": None if each.body.experiment == OPT_OUT else each.arm,
+                "timings": {stage: round(1000 * taken, 3) for stage, taken in seconds.items()},
+            }
+            if explained is not None:
+                said["explained"] = [explained_json(item) for item in explained]
+            answers.append(encoded(said))
+        instruments.together.observe(len(asked))
+        return answers
+
+    batcher = Batcher(pool, lists)
+
     @app.post(
         "/v1/recommend", response_model=RecommendResponse, tags=["ranking"], responses={**ranking, **refusals(404)}
     )
@@ -81,50 +143,18 @@ def add_routes(
             source = experiment.arms[arm]
         elif body.experiment not in (None, OPT_OUT):
             raise ValueError("experiment: this server has none; start it with --arm NAME=BUNDLE:SHARE")
-        arrived = time.perf_counter()
-
-        def work() -> bytes:
-            seconds: dict[str, float] = {}
-
-            def observe(stage: str, spent: float) -> None:
-                seconds[stage] = seconds.get(stage, 0.0) + spent
-                instruments.observe_stage(stage, spent)
-
-            left = body.deadline_ms
-            if left is not None:
-                left = max(0.0, left - 1000 * (time.perf_counter() - arrived))
-            request, began = completed(body, store), time.perf_counter()
-            with source.reading() as (funnel, version, changes):
-                assert isinstance(funnel, Funnel)
-                found = funnel.recommend([request], body.k, observe, deadline_ms=left)[0]
-                explained = explain(funnel, request, body.k) if body.explain else []
-            for stage in found.degraded:
-                instruments.degraded.labels(stage).inc()
-            if experiment is not None and arm is not None:
-                instruments.observe_arm(arm, time.perf_counter() - began, degraded=bool(found.degraded))
-                if counts:
-                    experiment.answered(arm, body.user_id, asked.state.request_id)
-            said = {
-                "items": [recommended_json(item) for item in found.items],
-                "candidates": found.candidates,
-                "degraded": found.degraded,
-                "request_id": asked.state.request_id,
-                "model_version": version,
-                "index_version": changes,
-                "arm": None if body.experiment == OPT_OUT else arm,
-                "timings": {stage: round(1000 * spent, 3) for stage, spent in seconds.items()},
-            }
-            if body.explain:
-                said["explained"] = [explained_json(item) for item in explained]
-            return encoded(said)
-
         rows = min(len(known.items), max(body.k, known.sizes.finalists(len(known.early))))
         if body.explain:
             rows += (len(known.early) + 1) * known.sizes.retrieve
         asked.state.said = {"rows": rows} if arm is None else {"rows": rows, "arm": arm}
-        seconds = None if body.deadline_ms is None else body.deadline_ms / 1000 + SLACK
+        seconds, ends = None, math.inf
+        if body.deadline_ms is not None:
+            seconds, ends = body.deadline_ms / 1000 + SLACK, time.perf_counter() + body.deadline_ms / 1000
+        one = _Asked(body, source, arm, counts, ends, asked.state.request_id)
         async with pool.admitted(rows, _client(asked), seconds) as admitted:
-            return answer(await admitted.piece(work, rows))
+            if body.explain or body.filter is not None:
+                return answer(await admitted.piece(lambda: lists([one])[0], rows))
+            return answer(await batcher(one, rows, kind=(id(source), body.k), dropped=admitted.deadline, ends=ends))
 
     @app.post("/v1/score", response_model=ScoreResponse, tags=["ranking"], responses=ranking)
     async def score(body: ScoreRequest, asked: fastapi.Request) -> Response:
