@@ -138,17 +138,7 @@ def with_catalogue_of(frozen_at: Path, fresh: Funnel) -> Funnel:
     """The models of a bundle with the catalogue of a fresh funnel, whose active items are indexed."""
     frozen = load_bundle(frozen_at)
     assert isinstance(frozen, Funnel)
-    funnel = Funnel(
-        encoders=frozen.encoders,
-        items=fresh.items,
-        users=fresh.users,
-        context=frozen.context,
-        retriever=frozen.retriever,
-        early=frozen.early,
-        final=frozen.final,
-        value=frozen.value.text,
-        sizes=frozen.sizes,
-    )
+    funnel = frozen.with_parts(items=fresh.items, users=fresh.users)
     funnel.index_active()
     return funnel
 

@@ -45,15 +45,9 @@ def slow(funnel: Funnel, dataset: Dataset, clock: Clock, monkeypatch: pytest.Mon
     monkeypatch.setattr("fullrank.funnel.funnel.AT_ONCE", AT_ONCE)
     torch.manual_seed(0)
     fine = RankerSpec.of({"name": "lr", "embedding_init": 0.5}).build(dataset.schema)
-    made = Funnel(
-        encoders=funnel.encoders,
-        items=funnel.items,
-        users=funnel.users,
-        context=funnel.context,
+    made = funnel.with_parts(
         retriever=copy.copy(funnel.retriever),
         early={**funnel.early, "fine": fine},
-        final=funnel.final,
-        value=funnel.value.text,
         sizes=StageSizes(retrieve=60, keep=(40, 20)),
     )
     made.clock = clock

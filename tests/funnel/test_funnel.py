@@ -15,17 +15,7 @@ from fullrank.funnel.catalogue import Catalogue, all_rows, usual_context, with_m
 
 
 def copy_of(funnel: Funnel, sizes: StageSizes, value: str | None = None) -> Funnel:
-    return Funnel(
-        encoders=funnel.encoders,
-        items=funnel.items,
-        users=funnel.users,
-        context=funnel.context,
-        retriever=funnel.retriever,
-        early=funnel.early,
-        final=funnel.final,
-        value=value or funnel.value.text,
-        sizes=sizes,
-    )
+    return funnel.with_parts(sizes=sizes, value=value or funnel.value.text)
 
 
 def test_scores_are_those_of_the_final_model_on_the_rows_of_the_log(funnel: Funnel, dataset: Dataset) -> None:

@@ -30,14 +30,7 @@ from fullrank.training import run as runs
 
 
 def with_slate(funnel: Funnel, slate: dict[str, Any], value: str | None = None) -> Funnel:
-    return Funnel(
-        encoders=funnel.encoders,
-        items=funnel.items,
-        users=funnel.users,
-        context=funnel.context,
-        retriever=funnel.retriever,
-        early=funnel.early,
-        final=funnel.final,
+    return funnel.with_parts(
         value=value or funnel.value.text,
         sizes=StageSizes(retrieve=1000, keep=1000),
         slate=SlateConfig.model_validate(slate),

@@ -60,17 +60,7 @@ def registered() -> Iterator[None]:
 
 
 def made(funnel: Funnel, early: Mapping[str, Ranker], sizes: StageSizes, retriever: Retriever | None = None) -> Funnel:
-    made = Funnel(
-        encoders=funnel.encoders,
-        items=funnel.items,
-        users=funnel.users,
-        context=funnel.context,
-        retriever=retriever or funnel.retriever,
-        early=early,
-        final=funnel.final,
-        value=funnel.value.text,
-        sizes=sizes,
-    )
+    made = funnel.with_parts(early=early, sizes=sizes, retriever=retriever or funnel.retriever)
     if retriever is not None:
         made.index_active()
     return made

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import polars as pl
 import torch
@@ -32,7 +32,7 @@ from fullrank.funnel.deadline import (
     log,
     score_in_time,
 )
-from fullrank.funnel.ranking import RankedItem, Ranking, Recommendation, Terms, below, is_whole
+from fullrank.funnel.ranking import RankedItem, Ranking, Recommendation, Terms, below, in_front, is_whole
 from fullrank.funnel.requests import Request, RequestEncoder
 from fullrank.funnel.rules import EMPTY
 from fullrank.funnel.scorer import Observe, ScoredItem, Scorer, trust_ids
@@ -115,6 +115,30 @@ class Funnel:
         self._make_slate = SlateMaker(self.slate, items, self.scorer)
         self._draws = torch.Generator()
         self._draws.seed()
+
+    def with_parts(self, **parts: Any) -> Self:
+        """A funnel of the same parts but these, made anew.
+
+        Args:
+            parts: arguments of the constructor.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        own = {
+            "encoders": self.encoders,
+            "items": self.items,
+            "users": self.users,
+            "context": self.context,
+            "retriever": self.retriever,
+            "early": self.early,
+            "final": self.final,
+            "value": self.value.text,
+            "sizes": self.sizes,
+            "slate": self.slate,
+            "deadlines": self.deadlines,
+        }
+        return type(self)(**{**own, **parts})
 
     def with_slate(self, slate: SlateConfig) -> Self:
         """A funnel of the same stages that makes its lists in another way.
@@ -428,34 +452,25 @@ class Funnel:
     @torch.inference_mode()
     def searched(self, users: Batch, count: int, terms: Terms) -> SearchResult:
         """What retrieval finds for users, of what may be recommended to them."""
-        more = 0 if terms.excluded_UE is None else terms.excluded_UE.shape[1]
-        found = self._searched(users, count + more, terms.allowed_I)
-        if terms.excluded_UE is None:
+        allowed_I, filters = terms.allowed_I, self.retriever.filters
+        asked = count if terms.excluded_UE is None else count + terms.excluded_UE.shape[1]
+        if allowed_I is None:
+            found = self.retriever.search(users, asked)
+        elif filters:
+            found = self.retriever.search(users, asked, allowed=self.items.keys_I[allowed_I])
+        else:
+            # One that cannot filter ranks all that it has.
+            found = self.retriever.search(users, len(self.items))
+        if terms.excluded_UE is None and (allowed_I is None or filters):
             return found
         rows_UC = self.items.places(found.item_keys_BK)
-        out_UC = terms.out(rows_UC)
-        order_UC = out_UC.to(torch.int8).argsort(dim=1, stable=True)[:, :count]
-        out_UC = out_UC.gather(1, order_UC)
+        kept_UC = ~terms.out(rows_UC)
+        if allowed_I is not None:
+            kept_UC &= allowed_I[rows_UC]
+        order_UC, none_UC = in_front(kept_UC, count)
         return SearchResult(
-            found.item_keys_BK.gather(1, order_UC).masked_fill(out_UC, NO_ITEM),
-            found.scores_BK.gather(1, order_UC).masked_fill(out_UC, -torch.inf),
-            found.cost_B,
-        )
-
-    def _searched(self, users: Batch, count: int, allowed_I: Tensor | None) -> SearchResult:
-        if allowed_I is None:
-            return self.retriever.search(users, count)
-        if self.retriever.filters:
-            return self.retriever.search(users, count, allowed=self.items.keys_I[allowed_I])
-        # One that cannot filter ranks all that it has.
-        found = self.retriever.search(users, len(self.items))
-        rows_BK = self.items.places(found.item_keys_BK)
-        kept_BK = (rows_BK != NO_ROW) & allowed_I[rows_BK]
-        order_BK = (~kept_BK).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
-        there_BK = kept_BK.gather(1, order_BK)
-        return SearchResult(
-            found.item_keys_BK.gather(1, order_BK).masked_fill_(~there_BK, NO_ITEM),
-            found.scores_BK.gather(1, order_BK).masked_fill_(~there_BK, -torch.inf),
+            found.item_keys_BK.gather(1, order_UC).masked_fill(none_UC, NO_ITEM),
+            found.scores_BK.gather(1, order_UC).masked_fill(none_UC, -torch.inf),
             found.cost_B,
         )
 

@@ -84,13 +84,27 @@ class ItemEncoder:
             return "bid: the items of this bundle have bids, expected a number >= 0"
         return None
 
+    def faults(self, states: Mapping[str, ItemState]) -> dict[str, str]:
+        """What is wrong with ids, bids and features, of those with something wrong, in their order."""
+        found = {name: fault for name, state in states.items() if (fault := self.fault(name, state)) is not None}
+        good = {name: state for name, state in states.items() if name not in found}
+        try:
+            self.encode(good)
+        except ValueError:
+            # One by one, to tell whose fault it is.
+            for name, state in good.items():
+                try:
+                    self.encode({name: state})
+                except ValueError as error:
+                    found[name] = str(error)
+        return {name: found[name] for name in states if name in found}
+
     def check(self, name: str, state: ItemState) -> None:
         """Raises:
         ValueError: if the id, a feature or the bid is none that this catalogue can have; names it.
         """
-        if fault := self.fault(name, state):
+        if fault := self.faults({name: state}).get(name):
             raise ValueError(fault)
-        self.encode({name: state})
 
     def encode(self, states: Mapping[str, ItemState]) -> pl.DataFrame:
         """Rows of the catalogue, one for each state; what a state does not give is missing.

@@ -64,16 +64,4 @@ def with_rankers(content: Funnel | Scorer, rankers: Mapping[str, Ranker]) -> Fun
     final = early.pop(FINAL)
     if isinstance(content, Scorer):
         return Scorer(content.encoders, final, content.value.text)
-    return Funnel(
-        encoders=content.encoders,
-        items=content.items,
-        users=content.users,
-        context=content.context,
-        retriever=content.retriever,
-        early=early,
-        final=final,
-        value=content.value.text,
-        sizes=content.sizes,
-        slate=content.slate,
-        deadlines=content.deadlines,
-    )
+    return content.with_parts(early=early, final=final)

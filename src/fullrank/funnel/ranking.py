@@ -99,9 +99,8 @@ class Terms(NamedTuple):
         rows_UC = rows_UC[:, : count + more]
         if not more:
             return rows_UC
-        out_UC = self.out(rows_UC)
-        order_UC = out_UC.to(torch.int8).argsort(dim=1, stable=True)[:, :count]
-        return rows_UC.gather(1, order_UC).masked_fill(out_UC.gather(1, order_UC), NO_ROW)
+        order_UC, none_UC = in_front(~self.out(rows_UC), count)
+        return rows_UC.gather(1, order_UC).masked_fill(none_UC, NO_ROW)
 
 
 @dataclass(frozen=True)
@@ -130,6 +129,12 @@ class Recommendation:
     items: list[RankedItem]
     candidates: dict[str, int]
     degraded: tuple[str, ...] = ()
+
+
+def in_front(kept_UC: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first places that are kept, in their order, up to `count`, and where there is none behind the last."""
+    order_UC = (~kept_UC).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+    return order_UC, ~kept_UC.gather(1, order_UC)
 
 
 def is_whole(items_UC: Tensor) -> bool:

@@ -6,15 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from fullrank.data.dataset import Dataset
 from fullrank.funnel.bundle import save_bundle
 from fullrank.funnel.evaluation import evaluate_funnel
 from fullrank.funnel.stages import RETRIEVAL
-from fullrank.funnel.training import FunnelConfig, train_funnel, written_out
+from fullrank.funnel.training import config_of, train_funnel
 from fullrank.funnel.true_value import world_of
-from fullrank.training.recipe import Recipe, explain
+from fullrank.training.recipe import Recipe
 from fullrank.training.result import learning_curves
 from fullrank.training.run import Progress, Report, defined
 
@@ -30,16 +28,12 @@ def run_funnel(
     progress: Progress | None = None,
 ) -> Report:
     """Train the stages of a recipe's section `funnel`, evaluate them, and save them as `<directory>/bundle`."""
-    section = written_out(recipe.funnel)
     if start is not None:
         raise ValueError(
             f"{source} trains a funnel, and only a single ranker can go on from a bundle: leave out --from, and train "
             "the funnel anew on the later log"
         )
-    try:
-        config = FunnelConfig.model_validate(section)
-    except ValidationError as error:
-        raise ValueError(explain(error, f"{source}: funnel", FunnelConfig, section, separator=".")) from None
+    config = config_of(recipe, source)
 
     def tell(stage: str, step: int, steps: int, loss: float) -> None:
         if progress is not None:

@@ -8,7 +8,6 @@ from typing import Any, Literal, Self
 
 import polars as pl
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from fullrank.data import atomic
@@ -20,15 +19,15 @@ from fullrank.funnel.bundle import load_bundle, save_bundle
 from fullrank.funnel.catalogue import ACTIVE, BID, Catalogue, usual_context
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.stages import FINAL
-from fullrank.funnel.training import FunnelConfig, written_out
+from fullrank.funnel.training import FunnelConfig, config_of
 from fullrank.models import Ranker
 from fullrank.retrieval import Retriever
 from fullrank.retrieval.base import Items
 from fullrank.schema import Role, Schema
 from fullrank.training.growing import same_settings
-from fullrank.training.learner import Fitted, check_training, fresh_ranker
+from fullrank.training.learner import Fitted, check_training, fresh_ranker, have_grown
 from fullrank.training.manifest import read_manifest
-from fullrank.training.recipe import Recipe, explain
+from fullrank.training.recipe import Recipe
 from fullrank.training.saving import load_ranker
 
 TIME = KEY_COLUMNS["timestamp"]
@@ -62,11 +61,7 @@ class FunnelLearner:
 
     @classmethod
     def begin(cls, recipe: Recipe, encoders: Encoders, start: Path | None, source: str, place: Path) -> Self:
-        section = written_out(recipe.funnel)
-        try:
-            config = FunnelConfig.model_validate(section)
-        except ValidationError as error:
-            raise ValueError(explain(error, f"{source}: funnel", FunnelConfig, section, separator=".")) from None
+        config = config_of(recipe, source)
         learner = cls(config, recipe, encoders, source, place)
         for name, settings in learner._settings().items():
             check_training(settings.training, f"funnel.{name}.training")
@@ -106,10 +101,8 @@ class FunnelLearner:
                 )
 
     def grow(self, encoders: Encoders) -> bool:
-        if encoders.agrees_with(self.encoders):
+        if not have_grown(self.encoders, encoders):
             return False
-        if not encoders.extends(self.encoders):
-            raise ValueError("the log has other encoders than before, which mean other things by the same ids")
         self.encoders = encoders
         for fitted in self.rankers.values():
             fitted.grow(encoders.schema)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 
 import polars as pl
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fullrank.data.dataset import Dataset
 from fullrank.embeddings import EmbeddingOptimizer
@@ -24,6 +24,7 @@ from fullrank.models import Ranker, RankerSpec
 from fullrank.registry import Spec
 from fullrank.retrieval import RetrieverSpec
 from fullrank.training import TrainerConfig, TrainingResult
+from fullrank.training.recipe import Recipe, explain
 from fullrank.training.run import fit_ranker
 from fullrank.training.run_directory import STAGES
 
@@ -152,6 +153,22 @@ class FunnelConfig(BaseModel):
         if len(known) < len(keeps):
             raise ValueError("each of several early stages needs a keep: how many items it hands on")
         return StageSizes(retrieve=self.sizes.retrieve, keep=known if several else known[0])
+
+
+def config_of(recipe: Recipe, source: str) -> FunnelConfig:
+    """The section `funnel` of a recipe.
+
+    Args:
+        source: where the recipe comes from, for messages.
+
+    Raises:
+        ValueError: if it is wrong, one line per wrong field.
+    """
+    section = written_out(recipe.funnel)
+    try:
+        return FunnelConfig.model_validate(section)
+    except ValidationError as error:
+        raise ValueError(explain(error, f"{source}: funnel", FunnelConfig, section, separator=".")) from None
 
 
 def written_out(section: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fullrank.serving.bodies import Problem, Strict, answer, encoded
+from fullrank.serving.bodies import Problem, Strict, answer, encoded, problem_answer
 from fullrank.serving.errors import NoVersion, refusals
 from fullrank.serving.versions import Versions
 
@@ -42,7 +42,7 @@ class Bearer:
             await self.app(scope, receive, send)
             return
         detail = "expected the header Authorization: Bearer TOKEN, with the token that the server was started with"
-        response = answer(encoded({"detail": detail, "request_id": scope["state"]["request_id"]}), 401)
+        response = problem_answer(scope["state"]["request_id"], 401, detail)
         response.headers["WWW-Authenticate"] = "Bearer"
         await response(scope, receive, send)
 

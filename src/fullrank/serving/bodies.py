@@ -263,3 +263,8 @@ def encoded(value: Any) -> bytes:
 def answer(content: bytes, status: int = 200) -> Response:
     """Encoded JSON as it is: FastAPI would first validate every item of it again."""
     return Response(content, status_code=status, media_type="application/json")
+
+
+def problem_answer(request_id: str, status: int, detail: str) -> Response:
+    """A `Problem` as an answer."""
+    return answer(encoded({"detail": detail, "request_id": request_id}), status)

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from fullrank.serving.bodies import Problem, answer, encoded
+from fullrank.serving.bodies import Problem, problem_answer
 from fullrank.serving.pool import Overloaded, Stopping, TooLate
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,21 @@ class NoItem(Exception):
     """There is no item of this id."""
 
 
+# What is refused for one reason only.
+_PLAIN: dict[type[Exception], tuple[int, str]] = {
+    NoCatalogue: (404, "this bundle has no catalogue of items to recommend; POST /v1/score scores rows"),
+    NoVersion: (404, "no other bundle has been served"),
+    NoExperiment: (404, "this server has no experiment: start it with --arm NAME=BUNDLE:SHARE"),
+    NoItem: (404, "there is no item of this id"),
+    NoStore: (404, "this server keeps no events: start it with --store DIR"),
+    TooLate: (503, "the deadline passed before the answer was ready; try again"),
+    Stopping: (503, "the server is starting or stopping; try again"),
+}
+
+
 def problem(request: Request, status: int, detail: str) -> Response:
-    """The answer to what cannot be served, a `Problem`."""
-    return answer(encoded({"detail": detail, "request_id": request.state.request_id}), status)
+    """The answer to what cannot be served."""
+    return problem_answer(request.state.request_id, status, detail)
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -94,25 +106,12 @@ def add_handlers(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    @app.exception_handler(NoCatalogue)
-    async def no_catalogue(request: Request, error: NoCatalogue) -> Response:
-        return problem(request, 404, "this bundle has no catalogue of items to recommend; POST /v1/score scores rows")
+    for kind, said in _PLAIN.items():
 
-    @app.exception_handler(NoVersion)
-    async def no_version(request: Request, error: NoVersion) -> Response:
-        return problem(request, 404, "no other bundle has been served")
+        async def plain(request: Request, error: Exception, said: tuple[int, str] = said) -> Response:
+            return problem(request, *said)
 
-    @app.exception_handler(NoExperiment)
-    async def no_experiment(request: Request, error: NoExperiment) -> Response:
-        return problem(request, 404, "this server has no experiment: start it with --arm NAME=BUNDLE:SHARE")
-
-    @app.exception_handler(NoItem)
-    async def no_item(request: Request, error: NoItem) -> Response:
-        return problem(request, 404, "there is no item of this id")
-
-    @app.exception_handler(NoStore)
-    async def no_store(request: Request, error: NoStore) -> Response:
-        return problem(request, 404, "this server keeps no events: start it with --store DIR")
+        app.add_exception_handler(kind, plain)
 
     @app.exception_handler(OSError)
     async def full(request: Request, error: OSError) -> Response:
@@ -124,14 +123,6 @@ def add_handlers(app: FastAPI) -> None:
         response = problem(request, 429, f"too much work is waiting; try again in {error.retry_after} s")
         response.headers["Retry-After"] = str(error.retry_after)
         return response
-
-    @app.exception_handler(TooLate)
-    async def too_late(request: Request, error: TooLate) -> Response:
-        return problem(request, 503, "the deadline passed before the answer was ready; try again")
-
-    @app.exception_handler(Stopping)
-    async def stopping(request: Request, error: Stopping) -> Response:
-        return problem(request, 503, "the server is starting or stopping; try again")
 
 
 _EXPECTED = {

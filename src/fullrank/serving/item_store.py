@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from fullrank.funnel.item_changes import ItemState
-from fullrank.serving.store import PATIENCE
+from fullrank.serving.sqlite import connected, prepare, transaction
 
 VERSION = 1
 _TABLES = """
@@ -33,17 +33,10 @@ class ItemStore:
         place = ":memory:" if directory is None else directory / "items.sqlite"
         self._lock = threading.Lock()
         try:
-            self._connection = sqlite3.connect(place, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            # A commit waits until the disk has it.
-            self._connection.execute("PRAGMA synchronous=FULL")
-            self._connection.executescript(_TABLES)
-            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-            self._connection.execute(f"PRAGMA user_version={version or VERSION}")
+            self._connection = connected(place, any_thread=True)
+            prepare(self._connection, place, _TABLES, VERSION)
         except sqlite3.Error as error:
             raise ValueError(f"{place} cannot be used as a store of items: {error}") from None
-        if version not in (0, VERSION):
-            raise ValueError(f"{place}: version is {version}, this release reads {VERSION}")
 
     def change(self, names: Iterable[str], of: Callable[[Mapping[str, ItemState]], Mapping[str, ItemState]]) -> int:
         """Replace states by what `of` makes of the present ones, at once. Once this returns they are on disk.
@@ -56,18 +49,13 @@ class ItemStore:
         """
         with self._lock:
             try:
-                self._connection.execute("BEGIN IMMEDIATE")
-                try:
+                with transaction(self._connection):
                     last = self._last()
                     for name, state in of(self._of(names)).items():
                         last += 1
                         self._connection.execute(
                             "INSERT OR REPLACE INTO items VALUES (?, ?, ?)", (name, last, state.model_dump_json())
                         )
-                except BaseException:
-                    self._connection.execute("ROLLBACK")
-                    raise
-                self._connection.execute("COMMIT")
             except sqlite3.Error as error:
                 raise OSError(f"the store of items cannot be written: {error}") from None
         return last

@@ -179,20 +179,11 @@ def _faults(items: list[ItemBody], encoder: ItemEncoder) -> list[str | None]:
             fault = "item_id: expected 1 to 1000 characters, none of them NUL"
         elif name in seen:
             fault = "item_id: is in this request already"
-        faults.append(fault or encoder.fault(name, _state(item)))
+        faults.append(fault)
         seen.add(name)
-    good = {str(item.item_id): _state(item) for item, fault in zip(items, faults, strict=True) if fault is None}
-    try:
-        encoder.encode(good)
-    except ValueError:
-        # One by one, to tell whose fault it is.
-        for place, item in enumerate(items):
-            if faults[place] is None:
-                try:
-                    encoder.encode({str(item.item_id): _state(item)})
-                except ValueError as error:
-                    faults[place] = str(error)
-    return faults
+    named = [(str(item.item_id), item, fault) for item, fault in zip(items, faults, strict=True)]
+    found = encoder.faults({name: _state(item) for name, item, fault in named if fault is None})
+    return [fault or found.get(name) for name, _, fault in named]
 
 
 def _state(item: ItemBody) -> ItemState:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import secrets
@@ -13,6 +12,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fullrank.serving.bodies import problem_answer
 from fullrank.serving.instruments import Instruments
 
 log = logging.getLogger(__name__)
@@ -73,8 +73,10 @@ class Limits:
             await send(message)
 
         async def refuse(code: int, detail: str) -> None:
+            response = problem_answer(request_id, code, detail)
             # What is left of the body is not waited for.
-            await _answer(watched, code, detail, request_id)
+            response.headers["Connection"] = "close"
+            await response(scope, receive, watched)
 
         self.instruments.in_flight.inc()
         try:
@@ -182,14 +184,3 @@ def _request_id(scope: Scope) -> str:
         if name == REQUEST_ID.encode() and _WELL_FORMED.fullmatch(value):
             return str(value.decode())
     return secrets.token_hex(8)
-
-
-async def _answer(send: Send, status: int, detail: str, request_id: str) -> None:
-    content = json.dumps({"detail": detail, "request_id": request_id}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(content)).encode()),
-        (b"connection", b"close"),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})

@@ -219,17 +219,7 @@ def _add_expiring(expiring: list[tuple[float, str]], states: dict[str, ItemState
 
 def _encodable(changed: ChangedItems, states: dict[str, ItemState]) -> dict[str, ItemState]:
     """Without those that this bundle cannot have, as after a change of its schema."""
-    faults = {name: changed.encoder.fault(name, state) for name, state in states.items()}
-    good = {name: state for name, state in states.items() if faults[name] is None}
-    try:
-        changed.encoder.encode(good)
-    except ValueError:
-        for name, state in good.items():
-            try:
-                changed.encoder.encode({name: state})
-            except ValueError as error:
-                faults[name] = str(error)
+    faults = changed.encoder.faults(states)
     for name, fault in faults.items():
-        if fault is not None:
-            log.warning("item %s is left as the bundle has it: %s", name, fault)
-    return {name: state for name, state in states.items() if faults[name] is None}
+        log.warning("item %s is left as the bundle has it: %s", name, fault)
+    return {name: state for name, state in states.items() if name not in faults}

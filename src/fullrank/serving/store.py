@@ -8,21 +8,19 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from fullrank.funnel.recent_events import Event
+from fullrank.serving.sqlite import connected, prepare, transaction
 
 # Events of a user that a request looks at.
 RECENT = 1000
 # Writes that share a transaction, which waits for the disk once.
 TOGETHER = 256
-# Seconds to wait for another process that writes.
-PATIENCE = 30.0
-
 VERSION = 1
 _TABLES = """
 CREATE TABLE IF NOT EXISTS events (
@@ -78,15 +76,10 @@ class EventStore:
         self._local = threading.local()
         self._writes: SimpleQueue[_Write | None] = SimpleQueue()
         try:
-            with closing(self._connection()) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")
-                connection.executescript(_TABLES)
-                (version,) = connection.execute("PRAGMA user_version").fetchone()
-                connection.execute(f"PRAGMA user_version={version or VERSION}")
+            with closing(connected(self.path)) as connection:
+                prepare(connection, self.path, _TABLES, VERSION)
         except sqlite3.Error as error:
             raise ValueError(f"{self.path} cannot be used as a store of events: {error}") from None
-        if version not in (0, VERSION):
-            raise ValueError(f"{self.path}: version is {version}, this release reads {VERSION}")
         self._thread = threading.Thread(target=self._write, name="events", daemon=True)
         self._thread.start()
 
@@ -99,7 +92,7 @@ class EventStore:
     def recent(self, user: int | str, since: int | None = None, limit: int = RECENT) -> list[Event]:
         """The last events of a user after a time, oldest first; of equal times in the order in which they came."""
         if not hasattr(self._local, "reader"):
-            self._local.reader = self._connection()
+            self._local.reader = connected(self.path)
         rows = self._local.reader.execute(
             "SELECT item, time, labels, features FROM events WHERE user = ? AND time > ? "
             "ORDER BY time DESC, number DESC LIMIT ?",
@@ -116,8 +109,8 @@ class EventStore:
         Returns:
             how many events there were.
         """
-        with closing(self._connection()) as connection:
-            with _transaction(connection):
+        with closing(connected(self.path)) as connection:
+            with transaction(connection):
                 count = connection.execute("DELETE FROM events WHERE user = ?", (str(user),)).rowcount
                 connection.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (digest(user),))
             # What was written before would else stay in the journal for a while.
@@ -126,12 +119,12 @@ class EventStore:
 
     def forgotten(self) -> set[str]:
         """Digests of the users that were deleted."""
-        with closing(self._connection()) as connection:
+        with closing(connected(self.path)) as connection:
             return {found for (found,) in connection.execute("SELECT digest FROM forgotten")}
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Every event as a row of a log, in order of time."""
-        with closing(self._connection()) as connection:
+        with closing(connected(self.path)) as connection:
             rows = connection.execute(
                 "SELECT user, item, time, labels, features, event_id, impression FROM events ORDER BY time, number"
             )
@@ -145,15 +138,8 @@ class EventStore:
         self._writes.put(None)
         self._thread.join()
 
-    def _connection(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
-        # A commit waits until the disk has it.
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA secure_delete=ON")
-        return connection
-
     def _write(self) -> None:
-        with closing(self._connection()) as connection:
+        with closing(connected(self.path)) as connection:
             while True:
                 writes = [self._writes.get()]
                 while len(writes) < TOGETHER and writes[-1] is not None:
@@ -167,7 +153,7 @@ class EventStore:
 
     def _commit(self, connection: sqlite3.Connection, writes: Sequence[_Write]) -> None:
         try:
-            with _transaction(connection):
+            with transaction(connection):
                 found = [[_insert(connection, feedback) for feedback in write.feedbacks] for write in writes]
         except sqlite3.Error as error:
             for write in writes:
@@ -197,14 +183,3 @@ def _insert(connection: sqlite3.Connection, feedback: Feedback) -> bool:
     columns = "event_id, user, item, time, labels, features, impression"
     sql = f"INSERT OR IGNORE INTO events ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"
     return connection.execute(sql, row).rowcount == 1
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
-    connection.execute("COMMIT")

@@ -145,10 +145,8 @@ class RankerLearner:
         return cls(fitted, encoders, source)
 
     def grow(self, encoders: Encoders) -> bool:
-        if encoders.agrees_with(self.encoders):
+        if not have_grown(self.encoders, encoders):
             return False
-        if not encoders.extends(self.encoders):
-            raise ValueError("the log has other encoders than before, which mean other things by the same ids")
         self.encoders = encoders
         self.fitted.grow(encoders.schema)
         return True
@@ -170,6 +168,19 @@ class RankerLearner:
 
     def opened(self, bundle: Path) -> Ranker:
         return load_model(bundle)
+
+
+def have_grown(known: Encoders, encoders: Encoders) -> bool:
+    """Whether encoders have ids beside those that are known.
+
+    Raises:
+        ValueError: if they mean other things by these.
+    """
+    if encoders.agrees_with(known):
+        return False
+    if not encoders.extends(known):
+        raise ValueError("the log has other encoders than before, which mean other things by the same ids")
+    return True
 
 
 def fresh_ranker(spec: RankerSpec, encoders: Encoders, seed: int) -> Ranker:
