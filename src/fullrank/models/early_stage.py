@@ -86,8 +86,8 @@ class EarlyStageRanker(Ranker):
         else:
             self.head = Float32Linear(width, self.num_tasks)
             tasks_TT = torch.eye(self.num_tasks)
-            columns_VT = torch.cat([tasks_TT.repeat_interleave(config.output_dim, 0), tasks_TT])
-            self.register_buffer("_columns_VT", columns_VT, persistent=False)
+            tasks_TV = torch.cat([tasks_TT.repeat_interleave(config.output_dim, 1), tasks_TT], 1)
+            self.register_buffer("_tasks_TV", tasks_TV, persistent=False)
         self.item_head = Float32Linear(width, self.num_tasks, bias=False)
         for layer in self.children():
             if isinstance(layer, nn.Linear):
@@ -122,11 +122,12 @@ class EarlyStageRanker(Ranker):
         user_UW = self.towers.users(users)
         if self.config.interaction == "mlp":
             return self._meet(user_UW, items_UPV)
-        # One matrix product: u_t in the rows of a_t and 1 in that of b_t, in the column of task t.
+        # One matrix product: in the row of task t, u_t in the columns of a_t and 1 in that of b_t. The few rows stand on
+        # the left, which is three times as fast as the transposed product.
         side_UV = torch.cat([user_UW, user_UW.new_ones(len(user_UW), self.num_tasks)], 1)
-        logits_UPT: Tensor = items_UPV @ (side_UV[:, :, None] * self.get_buffer("_columns_VT"))
+        logits_UTP: Tensor = (side_UV[:, None] * self.get_buffer("_tasks_TV")) @ items_UPV.mT
         own_UT: Tensor = self.head(user_UW)
-        return logits_UPT + own_UT[:, None]
+        return logits_UTP.mT + own_UT[:, None]
 
     def _prepared(self, item_IW: Tensor) -> Tensor:
         """a, W_a a for `mlp`, and b(a) or W_l a, side by side: shape (I, V)."""
