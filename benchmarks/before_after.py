@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import process_tree
 from benchmarks.machine import table, write
-from benchmarks.serving_latency import free_port, running
+from benchmarks.serving.load import ask, free_port, running
 
 HERE = Path(__file__).parents[1]
 CLI = [sys.executable, "-c", "from fullrank.cli.main import main; main()"]
@@ -111,10 +111,8 @@ class Checkout:
         if not demo.exists():
             self.output([*CLI, "demo", "--impressions", "100000", "--out", str(demo), "--json"])
         port = free_port()
-        ask = [sys.executable, "-m", "benchmarks.serving_latency", "--role", "load", "--port", str(port)]
-        ask += ["--connections", str(connections), "--seconds", str(seconds)]
         with running([*CLI, "serve", str(demo / "bundle"), "--port", str(port)], port, self.environment):
-            found = json.loads(subprocess.run(ask, cwd=HERE, capture_output=True, text=True, check=True).stdout)
+            found = ask(port, "--connections", str(connections), "--seconds", str(seconds))
         if found["failures"]:
             raise RuntimeError(f"{found['failures']} of {found['requests']} requests failed")
         return float(found["per_second"])

@@ -15,7 +15,9 @@ users, items and enough rows: iPinYou's sample has 442 clicks, the census tables
 
 Settings were chosen on seed 100 of the planted task, the learning rate after a first run of the others at twice of it,
 and once for MovieLens. With --long the planted task is trained out: twice the epochs and twice the learning rate, where
-seed 100 no longer improves; a short budget says what a loss buys early, the long one what a model can hold. Recall k/n: share of the best k by the final value among the best n by the early one, k = 10.
+seed 100 no longer improves; a short budget says what a loss buys early, the long one what a model can hold.
+
+Recall k/n: share of the best k by the final value among the best n by the early one, k = 10.
 CPU seconds are of the process. Lists for the pair-wise loss are of 64 candidates, since its cost goes by their square.
 With --keep a long measurement can be cut into parts.
 """
@@ -45,6 +47,7 @@ from fullrank.data.splits import PARTS
 from fullrank.funnel import DistillConfig, Distilled, Funnel, StageSizes
 from fullrank.funnel.catalogue import Catalogue, all_rows, usual_context, with_market
 from fullrank.funnel.distillation import MixedBatches, candidate_lists
+from fullrank.funnel.stages import FINAL
 from fullrank.metrics import ads_recall, kendall_tau, pair_consistency, value_recall
 from fullrank.models import Ranker, RankerSpec
 from fullrank.models.base import RankerOutput
@@ -333,7 +336,7 @@ def movielens(source: Path, seed: int, scratch: Path) -> dict[str, Any]:
     assert teacher.users is not None
     chosen = torch.randperm(len(teacher.users), generator=torch.Generator().manual_seed(seed))[:500].sort().values
     everything_UI = torch.arange(len(teacher.items)).expand(len(chosen), -1)
-    final_UI = teacher.judge(teacher.users.rows.take(chosen), everything_UI)[1].double()
+    final_UI = teacher.values_of(FINAL, teacher.users.rows.take(chosen), everything_UI).double()
     results, models = arms(setting, {every: final, ("like",): alone}, final_UI, chosen.tolist(), 100)
     return {
         "seed": seed,

@@ -1,0 +1,1 @@
+"""What the server answers, how fast, in how much memory and for how long, beside servers written by hand."""
