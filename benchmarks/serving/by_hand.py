@@ -39,7 +39,7 @@ def build_index(bundle: Path, out: Path) -> None:
     """FAISS' graph over the vectors of a bundle's items, in a file."""
     retriever = load_bundle(bundle).retriever
     assert isinstance(retriever, TwoTower)
-    vectors = retriever.vectors.vectors_ID.numpy()
+    vectors = retriever.vectors.contents()[1].numpy()
     index = faiss.IndexHNSWFlat(vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = BUILD
     index.add(vectors)
@@ -63,13 +63,19 @@ class Pipeline:
         self.users = {name: funnel.users.rows.take(torch.tensor([row])) for row, name in enumerate(funnel.users.ids)}
         self.stranger = funnel.encode.stranger
 
-    def recall(self, users: int = 200) -> float:
-        """Share of the best items by the exact inner product that the graph finds."""
+    def recall(self, users: int = 200) -> dict[str, float]:
+        """Share of the best items by the exact inner product that the graph, and the bundle's own index, find."""
         queries = torch.cat([self.retriever.user_vectors(row) for row in list(self.users.values())[:users]])
-        exact = self.retriever.vectors.search(queries, self.retrieve).item_keys_BK.numpy()
-        _, found = self.index.search(queries.numpy(), self.retrieve)
-        keys = self.retriever.vectors.keys_I.numpy()
-        return float(np.mean([len(set(keys[f]) & set(e)) / self.retrieve for f, e in zip(found, exact, strict=True)]))
+        keys_I, vectors_ID = self.retriever.vectors.contents()
+        exact = keys_I[(queries @ vectors_ID.T).topk(self.retrieve, 1).indices].numpy()
+        found = {
+            "peers": keys_I.numpy()[self.index.search(queries.numpy(), self.retrieve)[1]],
+            "fullrank": self.retriever.vectors.search(queries, self.retrieve).item_keys_BK.numpy(),
+        }
+        return {
+            name: float(np.mean([len(set(a) & set(b)) / self.retrieve for a, b in zip(rows, exact, strict=True)]))
+            for name, rows in found.items()
+        }
 
     @torch.no_grad()
     def recommend(self, questions: Sequence[Question]) -> list[list[Entry]]:
@@ -130,7 +136,7 @@ def main() -> None:
 
     @app.get("/recall")
     def recall() -> dict[str, float]:
-        return {"recall": pipeline.recall()}
+        return pipeline.recall()
 
     @app.post("/v1/recommend")
     def recommend(question: Question) -> list[Entry]:

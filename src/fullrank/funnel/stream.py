@@ -152,7 +152,7 @@ class FunnelLearner:
         with Scratch() as place:
             dataset = written(place / "recent", self.encoders, [pl.read_parquet(path) for path in self.recent])
             self.context = usual_context(dataset)
-            self.retriever = self.config.retrieval.build(schema)
+            self.retriever = self.config.retriever(schema)
             self.retriever.fit(dataset)
 
     def _index(self, catalogue: Catalogue, *, anew: bool) -> None:

@@ -22,7 +22,10 @@ from fullrank.funnel.stages import FINAL, RETRIEVAL, StageSizes, check_names
 from fullrank.funnel.value import ValueFormula, default_formula, formula_names
 from fullrank.models import Ranker, RankerSpec
 from fullrank.registry import Spec
-from fullrank.retrieval import RetrieverSpec
+from fullrank.retrieval import Retriever, RetrieverSpec, VectorRetriever
+from fullrank.retrieval.vectors import VectorIndexSpec
+from fullrank.retrieval.vectors.snapshot import SnapshotIndex
+from fullrank.schema import Schema
 from fullrank.training import TrainerConfig, TrainingResult
 from fullrank.training.recipe import Recipe, explain
 from fullrank.training.run import fit_ranker
@@ -135,6 +138,17 @@ class FunnelConfig(BaseModel):
         said[FINAL] = self.final.deadline_ms
         return {stage: milliseconds for stage, milliseconds in said.items() if milliseconds is not None}
 
+    def retriever(self, schema: Schema) -> Retriever:
+        """What retrieves, not fitted; an index that searches approximately is tuned to what it will be asked for."""
+        config = self.retrieval.config
+        if isinstance(config, VectorRetriever.Config) and isinstance(config.index.config, SnapshotIndex.Config):
+            index = config.index.config
+            if "results" not in index.model_fields_set:
+                index = index.model_copy(update={"results": self.sizes.retrieve})
+            spec = VectorIndexSpec(name=config.index.name, config=index)
+            config = config.model_copy(update={"index": spec})
+        return RetrieverSpec(name=self.retrieval.name, config=config).build(schema)
+
     @property
     def stage_sizes(self) -> StageSizes:
         """`sizes`, with what the early stages say of themselves.
@@ -239,7 +253,7 @@ def train_funnel(
 
     if progress is not None:
         progress(RETRIEVAL, 0, 0, float("nan"))
-    retriever = config.retrieval.build(schema)
+    retriever = config.retriever(schema)
     retriever.fit(dataset, progress=report(RETRIEVAL))
     results: dict[str, TrainingResult] = {}
 

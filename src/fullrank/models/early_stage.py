@@ -122,8 +122,8 @@ class EarlyStageRanker(Ranker):
         user_UW = self.towers.users(users)
         if self.config.interaction == "mlp":
             return self._meet(user_UW, items_UPV)
-        # One matrix product: in the row of task t, u_t in the columns of a_t and 1 in that of b_t. The few rows stand on
-        # the left, which is three times as fast as the transposed product.
+        # One matrix product: in the row of task t, u_t in the columns of a_t and 1 in that of b_t. The few rows stand
+        # on the left, where they cost a third.
         side_UV = torch.cat([user_UW, user_UW.new_ones(len(user_UW), self.num_tasks)], 1)
         logits_UTP: Tensor = (side_UV[:, None] * self.get_buffer("_tasks_TV")) @ items_UPV.mT
         own_UT: Tensor = self.head(user_UW)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fullrank.extras import installed
 from fullrank.retrieval.vectors.registry import VECTOR_INDEXES
-from fullrank.retrieval.vectors.snapshot import RESULTS, Snapshot, SnapshotIndex
+from fullrank.retrieval.vectors.snapshot import Snapshot, SnapshotIndex
 
-# Those that were never far from the best at a recall of .95 (benchmarks.retrieval.dot_products), and what each needs.
-LIBRARIES = {"scann": "scann", "faiss_ivf_sq8": "faiss-cpu"}
+# Those that were never far from the best at a recall of .95 (benchmarks.retrieval.dot_products), and what each needs;
+# where many results are asked for, four bits of all items beat bytes of some.
+LIBRARIES = {"scann": "scann", "faiss_ivf_sq8": "faiss-cpu", "faiss_4bit": "faiss-cpu"}
 WITHOUT = "ivf"
 ALL = "exact"
 
@@ -79,11 +80,12 @@ class AutoIndex(SnapshotIndex):
             return
         queries_QD = self.queries() if queries_QD is None else queries_QD
         batches = [queries_QD[:rows] for rows in BATCHES]
-        k = min(RESULTS, self.live_S.numel())
+        k = min(self.config.results, self.live_S.numel())
         times = {ALL: [_seconds(snapshot.scan, batch_BD, k) for batch_BD in batches]}
         for name, library in snapshot.library.items():
             index = self.indexes[name]
-            index.snapshot, index.live_S = Snapshot(snapshot.keys_S, snapshot.scan, library), self.live_S
+            index.snapshot = Snapshot(snapshot.keys_S, snapshot.scan, library)
+            index.live_S, index.live = self.live_S, self.live
             index.tune(queries_QD)
             times[name] = [_seconds(index.answer, batch_BD, k) for batch_BD in batches]
         self.ways = chosen(times)

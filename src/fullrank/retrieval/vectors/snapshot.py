@@ -21,8 +21,8 @@ from fullrank.retrieval.exact import ExactIndex
 from fullrank.retrieval.vectors.base import VectorIndex, check_added, merged, places_of
 from fullrank.retrieval.vectors.scan import Scan
 
-# Typical queries that an effort is chosen by, and results asked of each.
-QUERIES, RESULTS = 100, 100
+# Typical queries that an effort is chosen by.
+QUERIES = 100
 
 # Share of the snapshot that may be returned, below which all of it is scored, and below which its vectors are copied
 # out for that: see docs/vector-indexes.md.
@@ -56,19 +56,22 @@ class SnapshotIndex(VectorIndex):
 
     Attributes:
         effort: what searches spend; None while there is no snapshot.
-        recall: share of the 100 best items that typical queries find with it.
+        recall: share of the best items that typical queries find with it.
     """
 
     class Config(VectorIndex.Config):
         """Hyper-parameters.
 
         Attributes:
-            recall: share of the 100 best items that searches should find; the effort of a search follows from it.
+            recall: share of the best items that searches should find; the effort of a search follows from it.
+            results: how many best items; what is enough for 100 may find little more than half of 1,000. A funnel puts
+                what its retrieval hands on.
             exact_below: number of items up to which there is no snapshot, and all are scored.
             rebuild: share of items added or removed since the snapshot was built, at which it is built anew.
         """
 
         recall: float = Field(default=0.95, gt=0, lt=1)
+        results: int = Field(default=100, ge=1)
         exact_below: int = Field(default=20_000, ge=1)
         rebuild: float = Field(default=0.2, gt=0, lt=1)
 
@@ -82,6 +85,7 @@ class SnapshotIndex(VectorIndex):
         self.tail = ExactIndex(self.width)
         self.snapshot: Snapshot | None = None
         self.live_S = torch.zeros(0, dtype=torch.bool)
+        self.live = 0
         self.effort: int | None = None
         self.recall = 1.0
 
@@ -107,7 +111,7 @@ class SnapshotIndex(VectorIndex):
         """Items that a search scores, about."""
 
     def __len__(self) -> int:
-        return len(self.tail) + int(self.live_S.sum())
+        return len(self.tail) + self.live
 
     def contents(self) -> tuple[Tensor, Tensor]:
         if self.snapshot is None:
@@ -135,11 +139,11 @@ class SnapshotIndex(VectorIndex):
         self.tail.remove(keys[~frozen_A])
         live_S = self.live_S.clone()
         live_S[place_A[frozen_A]] = False
-        self.live_S = live_S
+        self.live_S, self.live = live_S, int(live_S.sum())
         self._rebuild_if_due()
 
     def _rebuild_if_due(self) -> None:
-        changed = len(self.tail) + int((~self.live_S).sum())
+        changed = len(self.tail) + self.live_S.numel() - self.live
         if self.snapshot is None and len(self.tail) <= self.config.exact_below:
             return
         if self.snapshot is None or changed > self.config.rebuild * self.live_S.numel():
@@ -154,7 +158,7 @@ class SnapshotIndex(VectorIndex):
             return
         vectors_ID = vectors_ID.float().contiguous()
         self.snapshot = Snapshot(keys_I, Scan(vectors_ID), self._build(vectors_ID))
-        self.live_S = torch.ones(keys_I.numel(), dtype=torch.bool)
+        self.live_S, self.live = torch.ones(keys_I.numel(), dtype=torch.bool), keys_I.numel()
         self.tune()
 
     def queries(self) -> Tensor:
@@ -175,7 +179,7 @@ class SnapshotIndex(VectorIndex):
             return
         queries_QD = self.queries() if queries_QD is None else queries_QD
         size = self.live_S.numel()
-        k = min(RESULTS, size)
+        k = min(self.config.results, size)
         _, best_QK = self.snapshot.scan(queries_QD, k)
         for effort in self._efforts(size):
             self.effort = effort
@@ -217,20 +221,21 @@ class SnapshotIndex(VectorIndex):
             pairs = zip(queries_BD, allowed, strict=True)
             alone = [self.search(query_D[None], k, allowed=own_A) for query_D, own_A in pairs]
             return _stacked(alone) if alone else self.search(queries_BD, k)
-        live_S = self.live_S
+        live_S, live = self.live_S, self.live
         if allowed is not None:
             place_A = places_of(allowed, self.snapshot.keys_S)
             live_S = torch.zeros_like(live_S)
             live_S[place_A[place_A >= 0]] = True
             live_S &= self.live_S
-        found = self._search(self.snapshot, queries_BD, k, live_S)
+            live = int(live_S.sum())
+        found = self._search(self.snapshot, queries_BD, k, live_S, live)
         if len(self.tail):
             found = merged(found, self.tail.search(queries_BD, k, allowed=allowed), k)
         return found
 
-    def _search(self, snapshot: Snapshot, queries_BD: Tensor, k: int, live_S: Tensor) -> SearchResult:
-        """Among the items of the snapshot that may be returned."""
-        rows, size, count = queries_BD.shape[0], live_S.numel(), int(live_S.sum())
+    def _search(self, snapshot: Snapshot, queries_BD: Tensor, k: int, live_S: Tensor, count: int) -> SearchResult:
+        """Among the items of the snapshot that may be returned, `count` of them."""
+        rows, size = queries_BD.shape[0], live_S.numel()
         k = min(k, count)
         if not k:
             nothing = torch.zeros((rows, 0))
