@@ -183,7 +183,7 @@ def test_deltas_of_a_funnel_are_taken_up_without_a_request_less(place: Path, fun
         before, after = (state_of(each.rankers) for each in last[number - 1 : number + 1])
         position = write_delta(place / f"{number}", before, after, position, schema=funnel.schema, until=5)
     save_bundle(last[2], place / "full")
-    users, item = (3, 5, 9999), {"item_id": 1000, "bid": 2.5}
+    users, items = (3, 5, 9999), [{"item_id": 1000 + number, "bid": 2.5 - number} for number in (0, 1)]
     with served(place) as client:
         began = [asked(client, user_id=user, k=10)["items"] for user in users]
         stop, answers = threading.Event(), []
@@ -197,7 +197,7 @@ def test_deltas_of_a_funnel_are_taken_up_without_a_request_less(place: Path, fun
         try:
             point(place, 2, "one", ("1",))
             until(lambda: bool(answers) and answers[-1].json()["model_version"] == f"{base}+1")
-            assert client.post("/v1/items", json={"items": [item]}).status_code == 201
+            assert client.post("/v1/items", json={"items": items[:1]}).status_code == 201
             point(place, 3, "one", ("1", "2"))
             until(lambda: answers[-1].json()["model_version"] == f"{base}+2")
         finally:
@@ -209,18 +209,19 @@ def test_deltas_of_a_funnel_are_taken_up_without_a_request_less(place: Path, fun
         for answer in answers:
             lists.setdefault(answer.json()["model_version"], set()).add(json.dumps(answer.json()["items"]))
         assert len(lists[base]) == len(lists[f"{base}+2"]) == 1 and lists[base] != lists[f"{base}+2"]
+        assert client.post("/v1/items", json={"items": items[1:]}).status_code == 201
         found = [asked(client, user_id=user, k=10)["items"] for user in users]
-        assert "fullrank_items 81.0" in client.get("/metrics").text
+        assert "fullrank_items 82.0" in client.get("/metrics").text
         assert told(client, "rollback") == ("rolled back", f"{base}+1")
         assert told(client, "reload") == ("swapped", f"{base}+2")
         assert [asked(client, user_id=user, k=10)["items"] for user in users] == found
     for name, expected in (("full", found), ("one", began)):
         with served(place / name) as client:
             if name == "full":
-                client.post("/v1/items", json={"items": [item]})
+                client.post("/v1/items", json={"items": items})
             assert [asked(client, user_id=user, k=10)["items"] for user in users] == expected
     with served(place) as again:  # from the bundle and both deltas at once
-        again.post("/v1/items", json={"items": [item]})
+        again.post("/v1/items", json={"items": items})
         assert [asked(again, user_id=user, k=10)["items"] for user in users] == found
 
 
