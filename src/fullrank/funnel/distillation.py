@@ -41,7 +41,7 @@ class DistillConfig(BaseModel):
     the stage's training says, and some lists below; the weights are those of the last epoch.
 
     Attributes:
-        requests: rows of the training part, drawn at random, that lists are made for.
+        requests: rows of the training part, or of a window of a stream, drawn at random, that lists are made for.
         candidates: of each list, drawn from all that retrieval hands on.
         random: share of them drawn from all items that may be retrieved instead.
         lists_per_batch: lists whose candidates each batch of impressions has below it.
