@@ -201,14 +201,19 @@ class MixedBatches:
 
 
 def with_lists(impressions: Batch, number: int, lists: CandidateLists, count: int, seed: int) -> Batch:
-    """The batch of this number with `count` lists below: a piece of an endless row of permutations."""
-    size, first = len(lists), number * count
+    """The batch of this number with `count` lists below."""
+    return _below(impressions, lists.batch(lists_of_batch(len(lists), number, count, seed)))
+
+
+def lists_of_batch(size: int, number: int, count: int, seed: int) -> Tensor:
+    """Which of `size` lists: a piece of an endless row of permutations."""
+    first = number * count
     chosen: list[Tensor] = []
     for turn in range(first // size, (first + count - 1) // size + 1):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
         order = torch.randperm(size, generator=generator)
         chosen.append(order[max(0, first - turn * size) : first + count - turn * size])
-    return _below(impressions, lists.batch(torch.cat(chosen)))
+    return torch.cat(chosen)
 
 
 def _below(impressions: Batch, pairs: Batch) -> Batch:
