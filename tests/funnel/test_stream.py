@@ -148,7 +148,7 @@ def test_killed_it_goes_on_to_the_same(
                 stream(recipe(log.path, **SETTINGS[name]), tmp_path / "out", source="recipe")
                 ended = True
             except Killed:
-                at += 41
+                at += 61
         if read_pointer(tmp_path / "out") is not None:
             pointer = read_pointer(tmp_path / "out")
             assert pointer is not None
