@@ -15,7 +15,16 @@ from fullrank.data.dataset import Dataset
 from fullrank.data.loader import Loader
 from fullrank.funnel import DistillConfig, Distilled, Funnel, FunnelConfig, train_funnel
 from fullrank.funnel.catalogue import NO_ROW
-from fullrank.funnel.distillation import BID_OF, PLACE, SOFT, VALUE, CandidateLists, MixedBatches, candidate_lists
+from fullrank.funnel.distillation import (
+    BID_OF,
+    PLACE,
+    SOFT,
+    VALUE,
+    CandidateLists,
+    MixedBatches,
+    candidate_lists,
+    lists_of_batch,
+)
 from fullrank.funnel.rank_losses import RANK_LOSSES, listwise, pairwise
 from fullrank.models import Ranker, RankerSpec
 from fullrank.training import Callback, Trainer, TrainerConfig
@@ -144,7 +153,7 @@ def test_a_batch_has_its_impressions_first_and_then_whole_lists(dataset: Dataset
     mixed = MixedBatches(Loader(dataset, "train", 128, shuffle=True), lists, 5)
     plain = next(iter(Loader(dataset, "train", 128, shuffle=True)))
     batch = next(iter(mixed))
-    chosen = lists.batch(mixed._chosen(0))
+    chosen = lists.batch(lists_of_batch(len(lists), 0, 5, seed=0))
     assert len(batch) == 128 + len(chosen)
     assert torch.equal(batch[:128].ids_BF, plain.ids_BF) and torch.equal(batch[:128].labels_BT, plain.labels_BT)
     assert bool((batch.extra[PLACE][:128] == -1).all()) and bool(batch.extra[SOFT][:128].isnan().all())
@@ -153,9 +162,8 @@ def test_a_batch_has_its_impressions_first_and_then_whole_lists(dataset: Dataset
     assert batch.extra[PLACE].max() < 5 * 24
 
 
-def test_every_list_comes_as_often_as_any_other(dataset: Dataset, lists: CandidateLists) -> None:
-    mixed = MixedBatches(Loader(dataset, "train", 128), lists, 7)
-    seen = torch.cat([mixed._chosen(number) for number in range(40)])
+def test_every_list_comes_as_often_as_any_other() -> None:
+    seen = torch.cat([lists_of_batch(40, number, 7, seed=0) for number in range(40)])
     assert torch.equal(seen.bincount(minlength=40), torch.full((40,), 7))
     assert not torch.equal(seen[:40], seen[40:80])
 

@@ -46,6 +46,7 @@ KINDS = [
     for bottom in ("shared_bottom", "mmoe", "ple")
     for interaction in ("mlp", "product")
 ]
+CHAIN = {"chain": {"hide": "click"}}
 every_kind = pytest.mark.parametrize("config", KINDS, ids=lambda kind: "-".join(kind.values()))
 
 
@@ -54,7 +55,7 @@ def made(config: dict[str, Any]) -> EarlyStageRanker:
     return EarlyStageRanker.from_config(SCHEMA, {"embedding_init": 0.5, **config}).eval()
 
 
-@every_kind
+@pytest.mark.parametrize("config", [*KINDS, *({**kind, **CHAIN} for kind in KINDS[:2])])
 def test_scoring_precomputed_items_equals_the_forward_pass_on_pairs(config: dict[str, Any]) -> None:
     model = made(config)
     users, items = random_batch(3, 0), random_batch(7, 1)
@@ -148,6 +149,56 @@ def test_a_task_without_an_observed_label_costs_nothing_and_moves_nothing_of_its
     for head in (model.head, model.item_head):
         assert head.weight.grad is not None
         assert bool((head.weight.grad[1] == 0).all()) and bool((head.weight.grad[0] != 0).any())
+
+
+@pytest.mark.parametrize("interaction", ["mlp", "product"])
+def test_in_a_chain_the_probability_of_a_task_is_that_of_it_and_the_one_before(interaction: str) -> None:
+    alone, chained = made({"interaction": interaction}), made({"interaction": interaction, **CHAIN})
+    chained.load_state_dict(alone.state_dict())
+    batch = random_batch(200, 4)
+    for scale in (1.0, 300.0):
+        for model in (alone, chained):
+            model.head.bias.data = torch.tensor([-0.1, 0.4]) * scale
+            model.item_head.weight.data *= scale
+        given_BT, both_BT = (model(batch).logits_BT.double() for model in (alone, chained))
+        assert torch.equal(both_BT[:, 0], given_BT[:, 0]) and bool(both_BT.isfinite().all())
+        expected_B = torch.sigmoid(given_BT).prod(1)
+        assert torch.allclose(torch.sigmoid(both_BT[:, 1]), expected_B, atol=1e-6)
+        assert bool((both_BT[:, 1] <= both_BT[:, 0]).all())
+    # The loss of the second task moves the first one too, by the derivative of -log(1 - p q).
+    a, b = torch.tensor(0.3, requires_grad=True), torch.tensor(-1.2, requires_grad=True)
+    p, q = torch.sigmoid(a), torch.sigmoid(b)
+    logit = chained._joint(torch.stack([a, b]))[1]
+    found = torch.autograd.grad(torch.nn.functional.softplus(logit), (a, b), retain_graph=True)
+    expected = torch.autograd.grad(-torch.log(1 - p * q), (a, b))
+    assert torch.allclose(torch.stack(found), torch.stack(expected))
+
+
+def test_a_chain_starts_at_the_base_rates_of_all_tasks() -> None:
+    """Also one of three tasks, given in any order."""
+    schema = SCHEMA.model_copy(update={"labels": tuple(Label(name=name) for name in ("review", "click", "buy"))})
+    chain = {"review": "buy", "buy": "click"}
+    model = EarlyStageRanker.from_config(schema, {"embedding_init": 0.0, "chain": chain}).eval()
+    batch = example_batch(schema, 100)
+    batch.labels_BT[:] = 0
+    for task, count in ((0, 2), (1, 40), (2, 10)):
+        batch.labels_BT[:count, task] = 1
+    model.start_at_base_rate(batch)
+    for weight in (model.item_head.weight, model.head.weight):
+        weight.data.zero_()
+    assert torch.allclose(torch.sigmoid(model(batch).logits_BT[0]), torch.tensor([0.02, 0.4, 0.1]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        ({"click": "hide", "hide": "click"}, "would have to happen before itself"),
+        ({"hide": "view"}, 'there is no binary label "view"; the schema has click, hide'),
+    ],
+)
+def test_a_chain_that_cannot_be_is_refused(chain: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made({"chain": chain})
 
 
 def test_experts_without_layers_are_refused() -> None:

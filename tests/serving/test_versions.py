@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from fastapi.testclient import TestClient
 from fullrank.funnel import Funnel, save_bundle
 from fullrank.funnel.scorer import Scorer
 from fullrank.serving import create_app
-from fullrank.training.deltas import Position, position_of, write_delta
+from fullrank.training.deltas import Position, position_of, state_of, write_delta
 from fullrank.training.publishing import POINTER, Pointer, write_pointer
 
 TOKEN = "secret"
@@ -160,3 +162,108 @@ def test_deltas_are_applied_beside_what_is_served(funnel: Funnel, tmp_path: Path
     with served(tmp_path) as again:
         assert again.post("/v1/score", json=body).json() == after != before
     assert all(torch.equal(value, funnel.final.state_dict()[key]) for key, value in states[0].items())
+
+
+def moved(funnel: Funnel, by: float) -> Funnel:
+    """The funnel with tables and other matrices of all its rankers moved."""
+    rankers = {name: copy.deepcopy(ranker) for name, ranker in funnel.rankers.items()}
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in state_of(rankers).values():
+            if value.is_floating_point() and value.ndim == 2:
+                value += by * torch.randn(value.shape, generator=draw)
+    return funnel.with_rankers(rankers)
+
+
+def test_deltas_of_a_funnel_are_taken_up_without_a_request_less(place: Path, funnel: Funnel) -> None:
+    """Beside them items change; what is answered at the end is what a server of the funnel saved in full says."""
+    last = [funnel, moved(funnel, 0.1), moved(funnel, 0.2)]
+    position, base = position_of(place / "one"), position_of(place / "one").base[:12]
+    for number in (1, 2):
+        before, after = (state_of(each.rankers) for each in last[number - 1 : number + 1])
+        position = write_delta(place / f"{number}", before, after, position, schema=funnel.schema, until=5)
+    save_bundle(last[2], place / "full")
+    users, items = (3, 5, 9999), [{"item_id": 1000 + number, "bid": 2.5 - number} for number in (0, 1)]
+    with served(place) as client:
+        began = [asked(client, user_id=user, k=10)["items"] for user in users]
+        stop, answers = threading.Event(), []
+
+        def ask() -> None:
+            while not stop.is_set() and len(answers) < 5000:
+                answers.append(client.post("/v1/recommend", json={"user_id": 3, "k": 10}))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            point(place, 2, "one", ("1",))
+            until(lambda: bool(answers) and answers[-1].json()["model_version"] == f"{base}+1")
+            assert client.post("/v1/items", json={"items": items[:1]}).status_code == 201
+            point(place, 3, "one", ("1", "2"))
+            until(lambda: answers[-1].json()["model_version"] == f"{base}+2")
+        finally:
+            stop.set()
+            asking.join(10)
+        assert {answer.status_code for answer in answers} == {200}
+        # No answer is of half a delta: with one catalogue each version gives one list.
+        lists: dict[str, set[str]] = {}
+        for answer in answers:
+            lists.setdefault(answer.json()["model_version"], set()).add(json.dumps(answer.json()["items"]))
+        assert len(lists[base]) == len(lists[f"{base}+2"]) == 1 and lists[base] != lists[f"{base}+2"]
+        assert client.post("/v1/items", json={"items": items[1:]}).status_code == 201
+        found = [asked(client, user_id=user, k=10)["items"] for user in users]
+        assert "fullrank_items 82.0" in client.get("/metrics").text
+        assert told(client, "rollback") == ("rolled back", f"{base}+1")
+        assert told(client, "reload") == ("swapped", f"{base}+2")
+        assert [asked(client, user_id=user, k=10)["items"] for user in users] == found
+    for name, expected in (("full", found), ("one", began)):
+        with served(place / name) as client:
+            if name == "full":
+                client.post("/v1/items", json={"items": items})
+            assert [asked(client, user_id=user, k=10)["items"] for user in users] == expected
+    with served(place) as again:  # from the bundle and both deltas at once
+        again.post("/v1/items", json={"items": items})
+        assert [asked(again, user_id=user, k=10)["items"] for user in users] == found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("gap", "is delta 2, and the model has had 0"),
+        ("foreign", "is for another bundle"),
+        ("grown", "with another schema"),
+        ("flip", "does not match its hash"),
+        ("stage", "the model has no tensor for"),
+        ("nan", "has a NaN or infinite number"),
+    ],
+)
+def test_a_bad_delta_of_a_funnel_is_refused_and_the_next_bundle_is_taken(
+    change: str, message: str, place: Path, funnel: Funnel, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, position = state_of(funnel.rankers), position_of(place / "one")
+    name = next(name for name in good if name.startswith("early|") and good[name].ndim == 2)
+    new = {**good, name: good[name] + (torch.nan if change == "nan" else 0.1)}
+    if change == "gap":
+        position = Position(position.base, 1, "0" * 64)
+    elif change == "foreign":
+        position = position_of(place / "two")
+    elif change == "stage":
+        good, new = ({each.replace("early|", "first|"): value for each, value in all_.items()} for all_ in (good, new))
+    schema = funnel.schema
+    if change == "grown":
+        schema = schema.model_copy(update={"labels": schema.labels[:1]})
+    write_delta(place / "delta", good, new, position, schema=schema, until=5)
+    if change == "flip":
+        tensors = place / "delta" / "tensors.safetensors"
+        tensors.write_bytes(tensors.read_bytes()[:-1] + bytes([tensors.read_bytes()[-1] ^ 1]))
+    one, two = (position_of(place / each).base[:12] for each in ("one", "two"))
+    with served(place) as client:
+        before = asked(client, k=10)["items"]
+        point(place, 2, "one", ("delta",))
+        outcome, version = told(client, "reload")
+        assert message in outcome and version == one
+        lines = [record.getMessage() for record in caplog.records if "is refused" in record.getMessage()]
+        assert lines and all(message in line and "\n" not in line for line in lines)
+        now = asked(client, k=10)
+        assert now["model_version"] == one and now["items"] == before
+        point(place, 3, "two")
+        assert told(client, "reload")[1] == asked(client)["model_version"] == two

@@ -37,7 +37,7 @@ class Publishing:
         self.publisher.publish(self.learner, "a", 1, "window a", {})
         self.publisher.point()
         self._learn(2)
-        self.publisher.delta(self.learner.judged, 2)
+        self.publisher.delta(self.learner, 2)
         self._learn(3)
 
     def _learn(self, seed: int) -> None:
@@ -45,7 +45,7 @@ class Publishing:
 
     def next(self, what: str) -> None:
         if what == "delta":
-            self.publisher.delta(self.learner.judged, 3)
+            self.publisher.delta(self.learner, 3)
         else:
             self.publisher.publish(self.learner, "b", 3, "window b", {})
             self.publisher.point()

@@ -22,7 +22,6 @@ from fullrank.funnel.scorer import Scorer
 from fullrank.funnel.searcher import Searcher
 from fullrank.funnel.slate import SlateConfig
 from fullrank.funnel.stages import FINAL, RETRIEVAL, StageSizes, check_names
-from fullrank.models import Ranker
 from fullrank.retrieval import RETRIEVERS, Retriever
 from fullrank.schema import Role, Schema, describe_errors
 from fullrank.training.manifest import MANIFEST, Stage, read_manifest, write_manifest
@@ -56,11 +55,11 @@ def save_bundle(
         value = content.value.text
         save_model(content.model, path, content.encoders, value=value, about=about, overwrite=overwrite)
         return
-    rankers = [stage_of(name, ranker) for name, ranker in _rankers(content).items()]
+    rankers = [stage_of(name, ranker) for name, ranker in content.rankers.items()]
     stages = [_retrieval_stage(content.retriever), *rankers]
     with atomic.new_directory(path, overwrite=overwrite) as partial:
         _write_retrieval(content, partial)
-        for name, ranker in _rankers(content).items():
+        for name, ranker in content.rankers.items():
             write_weights(ranker, partial / f"{name}.safetensors")
         atomic.write_text(partial / CANARY, canary_text(content))
         sizes, slate = content.sizes.model_dump(mode="json"), content.slate.model_dump(mode="json")
@@ -79,10 +78,6 @@ def write_sizes(path: Path, sizes: StageSizes) -> None:
     sizes.keeps(len(manifest.stages) - 2)
     changed = manifest.model_copy(update={"sizes": sizes.model_dump(mode="json")})
     atomic.write_text(path / MANIFEST, changed.model_dump_json(indent=2) + "\n")
-
-
-def _rankers(funnel: Funnel) -> dict[str, Ranker]:
-    return {**funnel.early, FINAL: funnel.final}
 
 
 def _retrieval_stage(retriever: Retriever) -> Stage:

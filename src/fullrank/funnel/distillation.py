@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import polars as pl
 import torch
@@ -41,7 +41,7 @@ class DistillConfig(BaseModel):
     the stage's training says, and some lists below; the weights are those of the last epoch.
 
     Attributes:
-        requests: rows of the training part, drawn at random, that lists are made for.
+        requests: rows of the training part, or of a window of a stream, drawn at random, that lists are made for.
         candidates: of each list, drawn from all that retrieval hands on.
         random: share of them drawn from all items that may be retrieved instead.
         lists_per_batch: lists whose candidates each batch of impressions has below it.
@@ -119,10 +119,18 @@ def candidate_lists(
         teacher: its retriever holds the items that may be retrieved.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = dataset.rows(split)
-    chosen = torch.randperm(rows, generator=generator)[: config.requests].sort().values
+    chosen = chosen_rows(dataset.rows(split), config.requests, generator)
     frame = dataset.scan(split).with_row_index("__row").filter(pl.col("__row").is_in(chosen.tolist())).collect()
-    users = batch_from_frame(frame, dataset.schema)
+    return lists_for(teacher, batch_from_frame(frame, dataset.schema), config, generator)
+
+
+def chosen_rows(rows: int, requests: int, generator: torch.Generator) -> Tensor:
+    """Places of random rows, in their order."""
+    return torch.randperm(rows, generator=generator)[:requests].sort().values
+
+
+def lists_for(teacher: Funnel, users: Batch, config: DistillConfig, generator: torch.Generator) -> CandidateLists:
+    """A list for each row of `users`, see `candidate_lists`."""
     active_I = teacher.items.active_I
     drawn = round(config.candidates * config.random)
     lists, predictions, values = [], [], []
@@ -189,17 +197,23 @@ class MixedBatches:
         for batch in self.impressions:
             state = self.impressions.state()
             number = state["epoch"] * len(self) + state["batch"] - 1
-            yield _below(batch, self.lists.batch(self._chosen(number)))
+            yield with_lists(batch, number, self.lists, self.lists_per_batch, self.impressions.seed)
 
-    def _chosen(self, number: int) -> Tensor:
-        """Lists of a batch: a piece of an endless row of permutations."""
-        size, first = len(self.lists), number * self.lists_per_batch
-        chosen: list[Tensor] = []
-        for turn in range(first // size, (first + self.lists_per_batch - 1) // size + 1):
-            generator = torch.Generator().manual_seed(self.impressions.seed * 1_000_003 + turn)
-            order = torch.randperm(size, generator=generator)
-            chosen.append(order[max(0, first - turn * size) : first + self.lists_per_batch - turn * size])
-        return torch.cat(chosen)
+
+def with_lists(impressions: Batch, number: int, lists: CandidateLists, count: int, seed: int) -> Batch:
+    """The batch of this number with `count` lists below."""
+    return _below(impressions, lists.batch(lists_of_batch(len(lists), number, count, seed)))
+
+
+def lists_of_batch(size: int, number: int, count: int, seed: int) -> Tensor:
+    """Which of `size` lists: a piece of an endless row of permutations."""
+    first = number * count
+    chosen: list[Tensor] = []
+    for turn in range(first // size, (first + count - 1) // size + 1):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
+        order = torch.randperm(size, generator=generator)
+        chosen.append(order[max(0, first - turn * size) : first + count - turn * size])
+    return torch.cat(chosen)
 
 
 def _below(impressions: Batch, pairs: Batch) -> Batch:
@@ -260,12 +274,19 @@ class Distilled(Ranker):
 
     config: Config
 
-    def __init__(self, schema: Schema, config: Config) -> None:
+    def __init__(self, schema: Schema, config: Config, student: Ranker | None = None) -> None:
+        """`student` is one that is there already, of the settings that the config says."""
         super().__init__(schema, config)
-        self.student = config.student.build(schema)
+        self.student = config.student.build(schema) if student is None else student
         self.formula = ValueFormula(config.value or default_formula(schema), formula_names(schema))
         binary = torch.tensor([label.kind == "binary" for label in schema.labels])
         self.register_buffer("_binary_T", binary, persistent=False)
+
+    @classmethod
+    def around(cls, student: Ranker, distill: DistillConfig, value: str | None) -> Self:
+        """What makes a ranker that is there already learn so."""
+        spec = RankerSpec(name=student.name, config=student.config)
+        return cls(student.schema, cls.Config(student=spec, distill=distill, value=value), student)
 
     def forward(self, batch: Batch) -> RankerOutput:
         output: RankerOutput = self.student(batch)

@@ -93,9 +93,7 @@ class Funnel:
         self.users = users
         self.context = context
         self.retriever = retriever
-        self.early = {"early": early} if isinstance(early, Ranker) else dict(early)
-        self.scorer = Scorer(encoders, final, value)
-        self.final = final
+        self._take_rankers({"early": early} if isinstance(early, Ranker) else early, final, value)
         self.value = self.scorer.value
         self.sizes = sizes or StageSizes()
         self.encode = RequestEncoder(encoders, users, context, items)
@@ -104,17 +102,22 @@ class Funnel:
         self.sizes.keeps(len(self.early))
         self.deadlines = check_deadlines(deadlines or {}, [RETRIEVAL, *self.early, FINAL])
         self.clock: Clock = time.perf_counter
-        self.prepared: dict[str, tuple[TwoSided, Tensor]] = {}
-        for name, ranker in self.early.items():
-            trust_ids(ranker.eval())
-            if isinstance(ranker, TwoSided):
-                self.prepared[name] = ranker, _item_vectors(ranker, items.rows.batch)
         bid_I = items.bid_I
         self._bid_I = None if bid_I is None else bid_I.float()
         self.slate = slate or SlateConfig()
         self._make_slate = SlateMaker(self.slate, items, self.scorer)
         self._draws = torch.Generator()
         self._draws.seed()
+
+    def _take_rankers(self, early: Mapping[str, Ranker], final: Ranker, value: str | None) -> None:
+        """Take over rankers, and all that follows from them alone."""
+        self.early, self.final = dict(early), final
+        self.scorer = Scorer(self.encoders, final, value)
+        self.prepared: dict[str, tuple[TwoSided, Tensor]] = {}
+        for name, ranker in self.early.items():
+            trust_ids(ranker.eval())
+            if isinstance(ranker, TwoSided):
+                self.prepared[name] = ranker, _item_vectors(ranker, self.items.rows.batch)
 
     def with_parts(self, **parts: Any) -> Self:
         """A funnel of the same parts but these, made anew.
@@ -139,6 +142,18 @@ class Funnel:
             "deadlines": self.deadlines,
         }
         return type(self)(**{**own, **parts})
+
+    @property
+    def rankers(self) -> dict[str, Ranker]:
+        """Of all stages after retrieval, in order."""
+        return {**self.early, FINAL: self.final}
+
+    def with_rankers(self, rankers: Mapping[str, Ranker]) -> Self:
+        """A funnel of the same catalogue, index and settings with other rankers of the same stages."""
+        other = copy.copy(self)
+        other._take_rankers({name: rankers[name] for name in self.early}, rankers[FINAL], self.value.text)
+        other._make_slate = SlateMaker(self.slate, self.items, other.scorer)
+        return other
 
     def with_slate(self, slate: SlateConfig) -> Self:
         """A funnel of the same stages that makes its lists in another way.

@@ -33,6 +33,13 @@ class EarlyStageRanker(Ranker):
     and W₂, touch a pair, at T·D or about W·H multiplications. What else is the user's is computed once per request,
     what is the item's once per model.
 
+    A task may happen only where another does, as a conversion after a click. In a `chain` its z_t is the log-odds given
+    that one, and what is predicted is the probability of both, as in ESMM (arXiv 1804.07931):
+
+        p_t = σ(z_t) p_s    for the task t after s
+
+    Both are learnt from all impressions, with a label of t that is 0 where s did not happen.
+
     The paper's abstract names one multi-task model for all components of the final score; its body was not available,
     so towers and interactions are this library's reading.
     """
@@ -52,6 +59,7 @@ class EarlyStageRanker(Ranker):
             num_experts: shared experts of `mmoe`, and of each level of `ple`.
             num_task_experts: further ones of each task and level, of `ple`.
             num_levels: levels of experts, of `ple`.
+            chain: binary tasks that happen only where another does, each with that one: `{conversion: click}`.
         """
 
         embedding_init: InitStd = 0.01
@@ -63,6 +71,7 @@ class EarlyStageRanker(Ranker):
         num_experts: int = Field(default=3, ge=1)
         num_task_experts: int = Field(default=1, ge=0)
         num_levels: int = Field(default=1, ge=1)
+        chain: dict[str, str] = Field(default={})
 
         @model_validator(mode="after")
         def _experts_have_layers(self) -> Self:
@@ -70,10 +79,37 @@ class EarlyStageRanker(Ranker):
                 raise ValueError(f"bottom {self.bottom} needs hidden: the widths of an expert's layers")
             return self
 
+        @model_validator(mode="after")
+        def _chain_has_a_beginning(self) -> Self:
+            for task in self.chain:
+                self.links(task)
+            return self
+
+        def links(self, task: str) -> int:
+            """How many tasks have to happen before this one can.
+
+            Raises:
+                ValueError: if a task would have to happen before itself.
+            """
+            seen = [task]
+            while (before := self.chain.get(seen[-1])) is not None:
+                if before in seen:
+                    raise ValueError(f'chain: "{before}" would have to happen before itself')
+                seen.append(before)
+            return len(seen) - 1
+
     config: Config
 
     def __init__(self, schema: Schema, config: Config) -> None:
         super().__init__(schema, config)
+        labels = [label.name for label in schema.labels]
+        binary = [label.name for label in schema.labels if label.kind == "binary"]
+        for task in (*config.chain, *config.chain.values()):
+            if task not in binary:
+                raise ValueError(f'chain: there is no binary label "{task}"; the schema has {", ".join(binary)}')
+        # Places of tasks and of those before them, in the order in which they happen.
+        tasks = sorted(config.chain, key=config.links)
+        self._chain = [(labels.index(task), labels.index(config.chain[task])) for task in tasks]
         one_for_all = config.bottom == "shared_bottom" and config.interaction == "mlp"
         width, hidden = config.output_dim * (1 if one_for_all else self.num_tasks), config.interaction_hidden
         self.width = width
@@ -108,6 +144,16 @@ class EarlyStageRanker(Ranker):
     def output_biases(self) -> list[Tensor]:
         return [self.head.bias]
 
+    @torch.no_grad()
+    def start_at_base_rate(self, batch: Batch) -> None:
+        before_T = self.head.bias.clone()
+        super().start_at_base_rate(batch)
+        started_T = (before_T == 0) & (self.head.bias != 0)
+        rate_T = torch.sigmoid(self.head.bias.double())
+        for task, first in self._chain:
+            if bool(started_T[task] & started_T[first] & (rate_T[task] < rate_T[first])):
+                self.head.bias[task] = torch.logit(rate_T[task] / rate_T[first])
+
     def forward(self, batch: Batch) -> RankerOutput:
         user_BW, item_BW = self.towers(batch)
         items_B1V = self._prepared(item_BW)[:, None]
@@ -127,7 +173,7 @@ class EarlyStageRanker(Ranker):
         side_UV = torch.cat([user_UW, user_UW.new_ones(len(user_UW), self.num_tasks)], 1)
         logits_UTP: Tensor = (side_UV[:, None] * self.get_buffer("_tasks_TV")) @ items_UPV.mT
         own_UT: Tensor = self.head(user_UW)
-        return logits_UTP.mT + own_UT[:, None]
+        return self._joint(logits_UTP.mT + own_UT[:, None])
 
     def _prepared(self, item_IW: Tensor) -> Tensor:
         """a, W_a a for `mlp`, and b(a) or W_l a, side by side: shape (I, V)."""
@@ -140,8 +186,20 @@ class EarlyStageRanker(Ranker):
         pair_UPW = item_UPW * user_UW[:, None]
         if self.config.interaction == "product":
             logits_UPT: Tensor = pair_UPW.view(*own_UPT.shape, -1).sum(-1) + own_UPT + self.head(user_UW)[:, None]
-            return logits_UPT
+            return self._joint(logits_UPT)
         hidden_UPH = items_UPV[..., self.width : -self.num_tasks] + self.from_user(user_UW)[:, None]
         hidden_UPH = hidden_UPH + self.from_pair(pair_UPW)
-        logits_UPT = self.head(torch.relu(hidden_UPH)) + own_UPT
-        return logits_UPT
+        return self._joint(self.head(torch.relu(hidden_UPH)) + own_UPT)
+
+    def _joint(self, logits_UPT: Tensor) -> Tensor:
+        """The same with the log-odds of tasks in a chain, which are given the one before, as those of both.
+
+        1 / (σ(a) σ(b)) - 1 = e^-a + e^-b + e^-(a + b), the odds against both.
+        """
+        if not self._chain:
+            return logits_UPT
+        columns = list(logits_UPT.unbind(-1))
+        for task, first in self._chain:
+            a_UP, b_UP = columns[first], columns[task]
+            columns[task] = -torch.logsumexp(torch.stack([-a_UP, -b_UP, -a_UP - b_UP]), 0)
+        return torch.stack(columns, -1)

@@ -16,6 +16,7 @@ from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.item_changes import ChangedItems, ItemEncoder, ItemState
 from fullrank.funnel.scorer import Scorer
 from fullrank.serving.item_store import ItemStore
+from fullrank.training.deltas import Position
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class Live:
         self._waiting: list[tuple[int, Future[None]]] = []
         # One thread changes what is served at a time.
         self._changing = threading.Lock()
+        self._served: Served
         self._serve(content, version)
         self._thread = threading.Thread(target=self._run, name="items", daemon=True)
         self._thread.start()
@@ -132,6 +134,20 @@ class Live:
     def replace(self, content: Funnel | Scorer, version: str) -> None:
         """Serve another bundle, with all changes of items applied, from the next request on."""
         self._serve(content, version)
+
+    def update(
+        self, newer: Callable[[Funnel | Scorer], tuple[Funnel | Scorer, Position]], version: str
+    ) -> tuple[Funnel | Scorer, Position]:
+        """Serve what `newer` makes of what is served, from the next request on; what it raises changes nothing.
+
+        It may have other models, not another catalogue: changes of items wait until it is there.
+        """
+        with self._changing:
+            content, position = newer(self._served.content)
+            if self._changed is not None and isinstance(content, Funnel):
+                self._changed.funnel = content
+            self._served = Served(content, version, self._served.changes)
+        return content, position
 
     def stop(self) -> None:
         """Apply nothing more."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 import time
@@ -11,11 +10,12 @@ from typing import NamedTuple
 
 from fullrank.funnel.bundle import load_bundle
 from fullrank.funnel.canary import check_answers
+from fullrank.funnel.deltas import with_deltas
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
 from fullrank.serving.instruments import Instruments
 from fullrank.serving.live import Live
-from fullrank.training.deltas import Position, apply_delta, position_of
+from fullrank.training.deltas import Position, position_of
 from fullrank.training.manifest import MANIFEST
 from fullrank.training.publishing import POINTER, read_pointer
 
@@ -78,34 +78,17 @@ def target_of(place: Path) -> Target:
     return Target(place / pointer.bundle, pointer.base, deltas, pointer.until)
 
 
-def opened(target: Target, before: Opened | None = None) -> Opened:
+def opened(target: Target) -> Opened:
     """Open a bundle with its deltas, and ask it for a few answers.
-
-    Args:
-        before: what is served. If the target is what it is and more deltas, they are applied to a copy of it.
 
     Raises:
         ValueError: if a part is missing, damaged, or does not fit the others, or it does not answer as it should.
     """
-    known = 0 if before is None else len(before.target.deltas)
-    if (
-        before is not None
-        and isinstance(before.content, Scorer)
-        and (before.target.bundle, before.target.base) == (target.bundle, target.base)
-        and target.deltas[:known] == before.target.deltas
-    ):
-        old, position = before.content, before.position
-        content: Funnel | Scorer = Scorer(old.encoders, copy.deepcopy(old.model), old.value.text)
-    else:
-        known = 0
-        content, position = load_bundle(target.bundle), position_of(target.bundle)
-        if position.base != target.base:
-            raise ValueError(f"{target.bundle} is another bundle than the one that the pointer means: it was changed")
-    if target.deltas[known:]:
-        if isinstance(content, Funnel):
-            raise ValueError(f"{target.bundle} is a funnel, which takes no deltas")
-        for delta in target.deltas[known:]:
-            position = apply_delta(content.model, delta, position)
+    content, position = load_bundle(target.bundle), position_of(target.bundle)
+    if position.base != target.base:
+        raise ValueError(f"{target.bundle} is another bundle than the one that the pointer means: it was changed")
+    if target.deltas:
+        content, position = with_deltas(content, target.deltas, position)
     check_answers(content, None if target.deltas else target.bundle)
     return Opened(target, content, position)
 
@@ -155,10 +138,8 @@ class Versions:
                 return "unchanged"
             self._seen = target
             try:
-                found = opened(target, self._now)
                 before = self._held()
-                assert found.content is not None
-                self.live.replace(found.content, target.version)
+                found = self._served(target)
             except (ValueError, OSError, RuntimeError) as error:
                 return self._refused(target, str(error), True)
             self._before, self._now = before, _light(found)
@@ -166,6 +147,22 @@ class Versions:
             self._tell()
             log.info("serving %s", target.version)
             return "swapped"
+
+    def _served(self, target: Target) -> Opened:
+        """Serve a target. If it is what is served and more deltas, they are applied to a copy of that."""
+        now, known = self._now, len(self._now.target.deltas)
+        if (now.target.bundle, now.target.base) != target[:2] or target.deltas[:known] != now.target.deltas:
+            found = opened(target)
+            assert found.content is not None
+            self.live.replace(found.content, target.version)
+            return found
+
+        def newer(content: Funnel | Scorer) -> tuple[Funnel | Scorer, Position]:
+            content, position = with_deltas(content, target.deltas[known:], now.position)
+            check_answers(content)
+            return content, position
+
+        return Opened(target, *self.live.update(newer, target.version))
 
     def roll_back(self) -> bool:
         """Serve what was served before the last swap; false if there is nothing. Calling it twice goes forth again.

@@ -3,7 +3,8 @@
 A delta is a directory of two files. `delta.json` names the bundle that it is for, the delta before it, and the hash of
 `tensors.safetensors`, in which `rows|<name>` and `values|<name>` are the rows of a tensor of the model's state that are
 others now, and `whole|<name>` is all of one. A bundle and its deltas, in order, are the model that was trained, bit for
-bit, whatever kinds of tables it has.
+bit, whatever kinds of tables it has. Of a funnel, a delta has the tensors of all its rankers, each under
+`<stage>|<name>`.
 """
 
 # Shapes: R rows of a tensor, M changed ones.
@@ -55,7 +56,7 @@ class Delta(BaseModel):
         base: identity of the bundle: the SHA-256 of its manifest.
         number: 1 for the first delta after the bundle.
         previous: identity of the delta before: the SHA-256 of its `delta.json`; None for the first.
-        table_schema: SHA-256 of the schema of the model.
+        table_schema: SHA-256 of the schema of the model, or of all rankers of the funnel.
         until: events up to this second are learnt.
         rows: how many rows of each tensor changed.
         tensors: what `tensors.safetensors` has to be.
@@ -77,6 +78,13 @@ class Delta(BaseModel):
 def position_of(bundle: Path) -> Position:
     """Where a model is that was loaded from a bundle and has had no delta."""
     return Position(describe_file(bundle / MANIFEST).sha256)
+
+
+def state_of(model: Ranker | Mapping[str, Ranker]) -> dict[str, Tensor]:
+    """The state of a ranker, or of rankers by the names of their stages: what deltas are about."""
+    if isinstance(model, Ranker):
+        return dict(model.state_dict())
+    return {f"{stage}|{name}": value for stage, own in model.items() for name, value in own.state_dict().items()}
 
 
 def changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -176,8 +184,8 @@ def read_delta(path: Path) -> tuple[Delta, str]:
 
 
 @torch.no_grad()
-def apply_delta(model: Ranker, path: Path, position: Position) -> Position:
-    """Put a delta into a model, in place; the model's position after it.
+def apply_delta(model: Ranker | Mapping[str, Ranker], path: Path, position: Position) -> Position:
+    """Put a delta into a ranker, or the rankers of a funnel by stage, in place; their position after it.
 
     A delta that the model has had already changes nothing. Nothing is changed either when one is refused.
 
@@ -190,7 +198,8 @@ def apply_delta(model: Ranker, path: Path, position: Position) -> Position:
     about, identity = read_delta(path)
     if about.base != position.base:
         raise ValueError(f"{path} is for another bundle than the one that the model was loaded from")
-    if about.table_schema != _schema_hash(model.schema):
+    rankers = {"": model} if isinstance(model, Ranker) else model
+    if any(about.table_schema != _schema_hash(ranker.schema) for ranker in rankers.values()):
         raise ValueError(f"{path} is for a model with another schema")
     if identity == position.last or about.number < position.number:
         return position
@@ -199,7 +208,7 @@ def apply_delta(model: Ranker, path: Path, position: Position) -> Position:
             f"{path} is delta {about.number}, and the model has had {position.number}: expected number "
             f"{position.number + 1}, made after the model's last one"
         )
-    state = model.state_dict()
+    state = state_of(model)
     tensors = _read_tensors(path, about, state)
     for key, value in tensors.items():
         what, _, name = key.partition("|")
@@ -207,13 +216,16 @@ def apply_delta(model: Ranker, path: Path, position: Position) -> Position:
             state[name].copy_(value)
         elif what == "rows":
             state[name].index_copy_(0, value, tensors[f"values|{name}"])
-    collections = [module for module in model.modules() if isinstance(module, EmbeddingCollection)]
-    if any(collection.optimizer.storage != "float32" for collection in collections):
-        model.load_state_dict(state)  # which is a copy of what is stored
-        return Position(position.base, about.number, identity)
-    for collection in collections:
-        for kind in collection.kinds.values():
-            kind.load_state_dict(kind.state_dict())  # so that it looks at what it keeps beside its rows
+    for stage, ranker in rankers.items():
+        collections = [module for module in ranker.modules() if isinstance(module, EmbeddingCollection)]
+        if any(collection.optimizer.storage != "float32" for collection in collections):
+            start = f"{stage}|" if stage else ""
+            # Which is a copy of what is stored.
+            ranker.load_state_dict({key[len(start) :]: state[key] for key in state if key.startswith(start)})
+            continue
+        for collection in collections:
+            for kind in collection.kinds.values():
+                kind.load_state_dict(kind.state_dict())  # so that it looks at what it keeps beside its rows
     return Position(position.base, about.number, identity)
 
 

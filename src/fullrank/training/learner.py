@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -20,6 +20,7 @@ from fullrank.models import Ranker, RankerSpec
 from fullrank.schema import OUT_OF_VOCABULARY_ID, Schema
 from fullrank.training.codes import give_codes
 from fullrank.training.config import TrainerConfig
+from fullrank.training.deltas import state_of
 from fullrank.training.engine import LocalEngine
 from fullrank.training.growing import grown, grown_optimizers
 from fullrank.training.recipe import Recipe
@@ -33,11 +34,11 @@ class Learner(Protocol):
 
     Attributes:
         judged: the ranker whose metrics decide on a rollback.
-        deltas: whether bundles can be brought up to date by deltas of `judged`.
+        is_whole: whether it can be saved at this moment; it always can when a window is over.
     """
 
     judged: Ranker
-    deltas: bool
+    is_whole: bool
 
     @classmethod
     def begin(cls, recipe: Recipe, encoders: Encoders, start: Path | None, source: str, place: Path) -> Self:
@@ -56,6 +57,9 @@ class Learner(Protocol):
 
     def end_window(self, begin: int) -> None:
         """Do what is done once a window, which began at this second, before it is published."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """What deltas bring up to date: the state of all that is trained, see `deltas.state_of`."""
 
     def state(self) -> dict[str, Tensor]:
         """What else than its bundle it takes to go on."""
@@ -96,8 +100,12 @@ class Fitted:
         if not self.is_new:
             self.engine.load(grown_optimizers(state, before, self.model, self.engine.state()))
 
-    def learn(self, rows: pl.DataFrame, seed: int) -> int:
-        """One pass over rows; how many were left aside: a single row has no variance for batch norm."""
+    def learn(self, rows: pl.DataFrame, seed: int, below: Callable[[Batch, int], Batch] | None = None) -> int:
+        """One pass over rows; how many were left aside: a single row has no variance for batch norm.
+
+        Args:
+            below: makes of a batch and its number one with more rows.
+        """
         training = self.training.model_copy(update={"seed": seed, "keep_checkpoints": 0, "tensorboard": False})
         if training.shuffle:
             rows = rows[np.random.default_rng(seed).permutation(rows.height)]
@@ -106,6 +114,8 @@ class Fitted:
             batches[-2:] = [Batch.cat(batches[-2:])]
         if len(batches[0]) == 1 and any(isinstance(module, _BatchNorm) for module in self.model.modules()):
             return 1
+        if below is not None:
+            batches = [below(batch, number) for number, batch in enumerate(batches)]
         Trainer(training, self.embedding, engine=self.engine).fit(self.model, batches, warm_start=not self.is_new)
         self.is_new = False
         return 0
@@ -123,7 +133,7 @@ class Fitted:
 class RankerLearner:
     """A single ranker: the section `model` of a recipe."""
 
-    deltas = True
+    is_whole = True
 
     def __init__(self, fitted: Fitted, encoders: Encoders, source: str) -> None:
         self.fitted, self.encoders, self.source = fitted, encoders, source
@@ -155,6 +165,9 @@ class RankerLearner:
         return self.fitted.learn(rows, seed)
 
     def end_window(self, begin: int) -> None: ...
+
+    def weights(self) -> dict[str, Tensor]:
+        return state_of(self.fitted.model)
 
     def state(self) -> dict[str, Tensor]:
         return self.fitted.state()
@@ -207,6 +220,13 @@ def check_training(training: TrainerConfig, place: str) -> None:
 
 def batches_of(rows: pl.DataFrame, schema: Schema, size: int, extra: tuple[str, ...] = ()) -> Iterator[Batch]:
     """Encoded rows in their order; ids that came after the schema are out of vocabulary."""
+    frame = with_known_ids(rows, schema)
+    for begin in range(0, frame.height, size):
+        yield batch_from_frame(frame[begin : begin + size], schema, extra=extra)
+
+
+def with_known_ids(rows: pl.DataFrame, schema: Schema) -> pl.DataFrame:
+    """Encoded rows in which ids that came after the schema are out of vocabulary."""
     tables = schema.embedded()
     later = []
     for name, feature in tables.items():
@@ -217,6 +237,4 @@ def batches_of(rows: pl.DataFrame, schema: Schema, size: int, extra: tuple[str, 
         ids = pl.element() if is_list else pl.col(name)
         known = pl.when(ids < feature.num_embeddings).then(ids).otherwise(pl.lit(OUT_OF_VOCABULARY_ID, pl.Int32))
         later.append(pl.col(name).list.eval(known) if is_list else known.alias(name))
-    frame = rows.with_columns(later)
-    for begin in range(0, frame.height, size):
-        yield batch_from_frame(frame[begin : begin + size], schema, extra=extra)
+    return rows.with_columns(later)

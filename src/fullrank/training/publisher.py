@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fullrank.models import Ranker
 from fullrank.training.deltas import position_of, write_delta
 from fullrank.training.learner import Learner
 from fullrank.training.publishing import BUNDLES, DELTAS, Pointer, prune, write_pointer
@@ -71,7 +70,7 @@ class Publisher:
         about = {"recipe": self.source, "window": record} if record else {"recipe": self.source}
         learner.save(self.bundle(name), about)
         self.serve(name, until, reason)
-        self.remember(learner.judged)
+        self.remember(learner)
 
     def serve(self, name: str, until: int, reason: str) -> None:
         """Take note of the bundle that is to be pointed to."""
@@ -79,20 +78,20 @@ class Publisher:
         state.bundle, state.until, state.reason, state.number = name, until, reason, state.number + 1
         self.position, self.paths = position_of(self.bundle(name)), []
 
-    def remember(self, model: Ranker) -> None:
+    def remember(self, learner: Learner) -> None:
         """Take note of the weights of the bundle, for the deltas after it."""
         assert self.state.bundle is not None
         self.position, self.paths = position_of(self.bundle(self.state.bundle)), []
         if self.with_deltas:
-            self.weights = _copied(model)
+            self.weights = _copied(learner)
 
-    def delta(self, model: Ranker, until: int) -> None:
+    def delta(self, learner: Learner, until: int) -> None:
         """Write what has changed since the last delta, and point to it."""
         state = self.state
         path = f"{DELTAS}/{state.bundle}/{self.position.number + 1:06d}"
-        weights = _copied(model)
+        weights = _copied(learner)
         self.position = write_delta(
-            self.directory / path, self.weights, weights, self.position, schema=model.schema, until=until
+            self.directory / path, self.weights, weights, self.position, schema=learner.judged.schema, until=until
         )
         self.weights = weights
         self.paths.append(path)
@@ -120,5 +119,5 @@ class Publisher:
         prune(self.directory, keep, needed)
 
 
-def _copied(model: Ranker) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+def _copied(learner: Learner) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in learner.weights().items()}

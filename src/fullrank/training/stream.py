@@ -210,7 +210,7 @@ class _Stream:
             assert self.state.bundle is not None
             self.learner = self._learner(None)
             self.learner.load(self.publisher.bundle(self.state.bundle), found.tensors())
-            self.publisher.remember(self.learner.judged)
+            self.publisher.remember(self.learner)
             self._tidy()
 
     def _open_log(self, start: Path | None) -> Log:
@@ -274,8 +274,6 @@ class _Stream:
 
     def _begin(self) -> None:
         self.learner = self._learner(self.start)
-        if self.config.delta is not None and not self.learner.deltas:
-            raise ValueError(f"{self.source}: stream.delta is for a single ranker; a funnel is published whole")
         if self.start is not None:
             self.publisher.publish(self.learner, "0-start", 0, f"started from {self.start.name}", {})
             self._commit()
@@ -291,8 +289,9 @@ class _Stream:
         # What the window is learnt on top of, as the last checkpoint has it.
         self.base = None if state.bundle is None else (state.windows, state.bundle, state.until)
         grew = self.learner.grow(self.encoders)
-        if grew and self.config.delta is not None and state.bundle is not None:
-            # Deltas are between models of the same tables.
+        # What deltas may be for. They are between models of the same tables.
+        self.has_base = state.bundle is not None and (not grew or self.learner.is_whole)
+        if grew and self.config.delta is not None and self.has_base:
             self.publisher.publish(self.learner, f"{window.name}-ids", state.until, "new ids", {})
             self.publisher.point()
         labels = self.learner.judged.schema.labels
@@ -317,8 +316,8 @@ class _Stream:
                 self.paired.update(served[:, 0], older[:, 0], labels)
         if self.config.delta is not None:
             self._learn(at, pl.concat([timely, late]))
-            if self.state.bundle is not None:  # there is one that a delta can be for
-                self.publisher.delta(self.learner.judged, at + self.config.step)
+            if self.has_base:
+                self.publisher.delta(self.learner, at + self.config.step)
                 self.deltas += 1
 
     def _rows(self, at: int) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -1,0 +1,37 @@
+"""A funnel, or a single ranker, that is brought up to date by the deltas of a stream."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+from fullrank.funnel.funnel import Funnel
+from fullrank.funnel.scorer import Scorer
+from fullrank.training.deltas import Position, apply_delta
+
+
+def with_deltas(
+    content: Funnel | Scorer, deltas: Sequence[Path], position: Position
+) -> tuple[Funnel | Scorer, Position]:
+    """The same with deltas applied, and its position after them; `content` stays as it is, and can be asked meanwhile.
+
+    Of a funnel, all rankers are brought up to date, and items are looked at anew by the early stages that do so
+    beforehand. The catalogue and the index are the same: those change with the next bundle.
+
+    Args:
+        deltas: directories, in order.
+        position: of `content`, see `fullrank.training.deltas`.
+
+    Raises:
+        ValueError: as `apply_delta`.
+    """
+    if isinstance(content, Scorer):
+        model = copy.deepcopy(content.model)
+        for delta in deltas:
+            position = apply_delta(model, delta, position)
+        return Scorer(content.encoders, model, content.value.text), position
+    rankers = copy.deepcopy(content.rankers)
+    for delta in deltas:
+        position = apply_delta(rankers, delta, position)
+    return content.with_rankers(rankers), position
