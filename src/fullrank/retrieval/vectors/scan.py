@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,7 +129,7 @@ class Scan:
         """
         if not self.vectors_ID.shape[0]:
             place_BM = place_BM[:, :0]
-        place_BM = place_BM.sort(1).values
+        place_BM = torch.from_numpy(np.sort(place_BM.numpy(), axis=1))
         none_BM = place_BM < 0
         none_BM[:, 1:] |= place_BM[:, 1:] == place_BM[:, :-1]
         place_BM = place_BM.clamp_min(0)
@@ -174,6 +175,10 @@ def top_k(scores_BI: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if found is not None:
             return found
     if count <= SORT_ALL_BELOW:
+        large = rows * count > FEW and scores_BI.dtype == torch.float32 and scores_BI.device.type == "cpu"
+        if large and not bool(scores_BI.isnan().any()):
+            place_BK = _first_places(scores_BI, k)
+            return scores_BI.gather(1, place_BK), place_BK
         sorted_BI, place_BI = scores_BI.sort(dim=1, descending=True, stable=True)
         return sorted_BI[:, :k], place_BI[:, :k]
     scores_BK, place_BK = scores_BI.topk(k, dim=1)
@@ -189,7 +194,24 @@ def top_k(scores_BI: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 # Up to here one stable sort is cheaper than a selection and the check for ties that it needs.
 SORT_ALL_BELOW = 4096
+# Scores up to which PyTorch's sort is not slower.
+FEW = 1500
 SAMPLE_EVERY = 16
+
+
+def _first_places(scores_BI: Tensor, k: int) -> Tensor:
+    """Places of the k largest, largest first, ties by smaller place.
+
+    A float32's bits, those below the sign turned over where it is set, are an integer of the same order. With the place
+    in the lower half of 64 bits no two are equal, and NumPy sorts integers with vector instructions, ten times faster
+    than a stable sort of floats.
+    """
+    last = scores_BI.shape[1] - 1
+    bits_BI = (scores_BI + 0.0).numpy().view(np.int32)  # -0.0 is 0.0
+    keys_BI = (bits_BI ^ ((bits_BI >> 31) & 0x7FFFFFFF)).astype(np.int64) << 32
+    keys_BI |= np.arange(last, -1, -1)
+    keys_BI.sort(axis=1)
+    return torch.from_numpy(last - (keys_BI[:, : -k - 1 : -1] & 0xFFFFFFFF))
 
 
 def _top_k_of_one(scores_I: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
