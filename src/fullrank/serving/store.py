@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
+from fullrank.data.forgotten import EVENTS, digest
 from fullrank.funnel.recent_events import Event
 from fullrank.serving.sqlite import connected, prepare, transaction
 
@@ -72,7 +72,7 @@ class EventStore:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / "events.sqlite"
+        self.path = directory / EVENTS
         self._local = threading.local()
         self._writes: SimpleQueue[_Write | None] = SimpleQueue()
         try:
@@ -161,11 +161,6 @@ class EventStore:
             return
         for write, new in zip(writes, found, strict=True):
             write.result.set_result(new)
-
-
-def digest(user: int | str) -> str:
-    """What stands for a user of whom nothing else may be kept."""
-    return hashlib.sha256(str(user).encode()).hexdigest()
 
 
 def _insert(connection: sqlite3.Connection, feedback: Feedback) -> bool:
