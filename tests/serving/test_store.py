@@ -46,11 +46,11 @@ def test_of_a_user_who_was_forgotten_no_file_knows_anything(tmp_path: Path) -> N
     store.append([click(name, item, item) for item in range(200)]).result()
     store.append([click("other", 1, 1)]).result()
     assert any(name.encode() in file.read_bytes() for file in tmp_path.iterdir())
-    assert store.forget(name) == 200 and store.recent(name) == []
+    assert store.forget(name) == (200, 0) and store.recent(name) == []
     assert not any(name.encode() in file.read_bytes() for file in tmp_path.iterdir())
     assert store.forgotten() == {digest(name)}
     assert [row["user_id"] for row in store.events()] == ["other"]
-    assert store.forget(name) == 0
+    assert store.forget(name) == (0, 0)
 
 
 def test_many_threads_write_and_read_what_they_wrote(tmp_path: Path) -> None:

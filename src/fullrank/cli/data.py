@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fullrank.cli.export_log import export
 from fullrank.cli.options import ImportOption
 from fullrank.cli.rollout import rollout
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 
 app.command()(rollout)
+app.command()(export)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 SeparatorOption = Annotated[
