@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from queue import Empty, Full, Queue
 from typing import Any, NamedTuple
 
+from fullrank.data.encoders import Encoders
 from fullrank.funnel.decoded import Decoder
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.requests import Request
@@ -17,7 +19,11 @@ from fullrank.serving.store import EventStore, Impression, ShownItem
 log = logging.getLogger(__name__)
 
 # Lists that may wait for the disk, and those that are written at once.
-ROOM, TOGETHER = 4096, 64
+ROOM, TOGETHER = 4096, 256
+# Seconds for which lists are gathered: many at once take far less of the processor than one after another.
+GATHERING = 0.25
+# Bundles that are served at the same time, as arms of an experiment are.
+BUNDLES = 4
 
 
 class AnsweredList(NamedTuple):
@@ -48,7 +54,8 @@ class ImpressionLog:
     def __init__(self, store: EventStore, instruments: Instruments, room: int = ROOM) -> None:
         self._store, self._instruments = store, instruments
         self._waiting: Queue[AnsweredList | None] = Queue(room)
-        self._decoders: tuple[Funnel, Decoder, Decoder] | None = None
+        self._decoders = lru_cache(BUNDLES)(_decoders)
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="impressions", daemon=True)
         self._thread.start()
 
@@ -61,12 +68,15 @@ class ImpressionLog:
 
     def close(self) -> None:
         """Write what was given."""
+        self._closing.set()
         self._waiting.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         while True:
             taken = [self._waiting.get()]
+            if taken[-1] is not None and self._waiting.qsize() < TOGETHER:
+                self._closing.wait(GATHERING)
             while len(taken) < TOGETHER and taken[-1] is not None:
                 try:
                     taken.append(self._waiting.get_nowait())
@@ -91,10 +101,7 @@ class ImpressionLog:
     def _rows(self, lists: Sequence[AnsweredList]) -> list[Impression]:
         """Lists of one funnel, with raw features."""
         funnel = lists[0].funnel
-        if self._decoders is None or self._decoders[0] is not funnel:
-            encoders = funnel.encoders
-            self._decoders = funnel, Decoder(encoders, {"user", "context"}), Decoder(encoders, {"item"})
-        _, of_askers, of_items = self._decoders
+        of_askers, of_items = self._decoders(funnel.encoders)
         askers = of_askers(funnel.encode([answered.request for answered in lists]))
         places = funnel.items.find([item for answered in lists for item, _ in answered.items])
         items = of_items(funnel.items.rows.take(places))
@@ -113,6 +120,11 @@ class ImpressionLog:
             )
             for answered, asker in zip(lists, askers, strict=True)
         ]
+
+
+def _decoders(encoders: Encoders) -> tuple[Decoder, Decoder]:
+    """Of users and contexts, and of items."""
+    return Decoder(encoders, {"user", "context"}), Decoder(encoders, {"item"})
 
 
 def _with_given(decoded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

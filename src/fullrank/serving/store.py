@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -172,22 +172,6 @@ class EventStore:
             # What was written before would else stay in the journal for a while.
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return Deleted(int(count), int(lists))
-
-    def forgotten(self) -> set[str]:
-        """Digests of the users that were deleted."""
-        with closing(connected(self.path)) as connection:
-            return {found for (found,) in connection.execute("SELECT digest FROM forgotten")}
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Every event as a row of a log, in order of time."""
-        with closing(connected(self.path)) as connection:
-            rows = connection.execute(
-                "SELECT user, item, time, labels, features, event_id, impression FROM events ORDER BY time, number"
-            )
-            for user, item, time, labels, features, event_id, impression in rows:
-                row = {"user_id": user, "item_id": item, "timestamp": time}
-                row |= {**json.loads(features), **json.loads(labels)}
-                yield {**row, "event_id": event_id, "impression_id": impression}
 
     def close(self) -> None:
         """Write what was given."""
