@@ -30,6 +30,7 @@ from fullrank.serving.impressions import AnsweredList, ImpressionLog
 from fullrank.serving.instruments import Instruments
 from fullrank.serving.log_export import export_log
 from fullrank.serving.store import EventStore, Feedback, Impression, ShownItem
+from fullrank.training.stream import stream
 
 NOW = 1_700_000_000
 KEPT = ["propensity", "slate", "slot"]
@@ -218,6 +219,38 @@ def test_the_command_exports_what_imports(store: EventStore, exploring: Path, tm
     assert Dataset.open(Path(data)).scan("train").select("propensity").collect()["propensity"].to_list() == [0.5] * 38
     again = CliRunner().invoke(app, words)
     assert isinstance(again.exception, ValueError) and "exists already" in str(again.exception)
+
+
+def test_a_stream_goes_on_from_the_bundle_with_what_it_showed(
+    store: EventStore, exploring: Path, tmp_path: Path
+) -> None:
+    log, before = tmp_path / "log", None
+    log.mkdir()
+    for name in "abc":
+        begin = NOW + 5000 * "abc".index(name)
+        lists = [shown(f"{name}{k}", begin + 50 * k, k % 9, 60 + k % 9, user=k % 4) for k in range(100)]
+        clicks = [click(begin + 50 * k, k % 9, f"{name}{k}", user=k % 4) for k in range(0, 100, 3)]
+        store.append(lists).result()
+        store.append(clicks).result()
+        export_log(store.path.parent, exploring, log / f"{name}.parquet", after=before, wait=0, now=begin + 5000)
+        before = log / f"{name}.parquet"
+    store.forget(3)
+    training = {"batch_size": 256}
+    final = {"model": {"name": "din", "hidden": [16], "embedding_dim": 8}, "training": training}
+    recipe = {
+        "data": {
+            "dataset": str(tmp_path / "none"),
+            "source": {"format": "parquet", "path": str(log), "forgotten": str(store.path.parent)},
+        },
+        "funnel": {"early": {"training": training}, "final": final, "sizes": {"retrieve": 50, "keep": 20}},
+        "stream": {"arrivals": True, "window": 5000, "rollback": None},
+    }
+    report = stream(recipe, tmp_path / "out", start=exploring)
+    assert [window["rows"] for window in report.windows] == [150, 150]
+    assert report.counts["forgotten"] == 150 and report.counts["rows"] == 450
+    assert report.pointer is not None
+    fresh = load_bundle(tmp_path / "out" / report.pointer.bundle)
+    assert isinstance(fresh, Funnel) and len(fresh.recommend([Request(1)], 5)[0].items) == 5
 
 
 def test_times_choose_rows(store: EventStore, exploring: Path) -> None:
