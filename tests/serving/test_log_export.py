@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import polars as pl
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from fullrank.cli.main import app
 from fullrank.data.dataset import Dataset
-from fullrank.data.encoders import Encoders
 from fullrank.data.forgotten import digest, forgotten_users
-from fullrank.data.loader import partial_batch
 from fullrank.funnel import Funnel, Request, load_bundle, save_bundle
-from fullrank.funnel.decoded import Decoder
 from fullrank.funnel.off_policy import evaluate_off_policy
 from fullrank.funnel.recent_events import Event
 from fullrank.funnel.slate import PolicySpec
-from fullrank.schema import Schema
 from fullrank.serving import create_app
 from fullrank.serving.impressions import AnsweredList, ImpressionLog
 from fullrank.serving.instruments import Instruments
@@ -33,6 +33,7 @@ from fullrank.serving.store import EventStore, Feedback, Impression, ShownItem
 from fullrank.training.stream import stream
 
 NOW = 1_700_000_000
+Listening = Callable[[FastAPI], AbstractContextManager[str]]
 KEPT = ["propensity", "slate", "slot"]
 
 
@@ -59,7 +60,7 @@ def served(exploring: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
     with TestClient(create_app(exploring, store=store, log_impressions=True)) as client:
         for number in range(150):
             user = [number % 60, f"stranger {number % 7}", None][number % 3]
-            body = {"user_id": user, "k": 4, "context": {"device": number % 3}}
+            body = {"user_id": user, "k": 4, "context": {"device": number % 5}}  # the log has no device 4
             answers.append(client.post("/v1/recommend", json=body).json())
             if number % 3 < 2 and number % 2:
                 item = chance.choice(answers[-1]["items"])["item_id"]
@@ -83,6 +84,8 @@ def test_every_list_is_kept_once_as_it_was_answered(served: Served, tmp_path: Pa
     by_list = log.sort("slot").group_by("impression_id").agg(pl.struct("item_id", "propensity"))
     kept = {name: [(row["item_id"], row["propensity"]) for row in rows] for name, rows in by_list.iter_rows()}
     assert kept == shown
+    devices = {answer["request_id"]: str(number % 5) for number, answer in enumerate(served.answers)}
+    assert dict(log.select("impression_id", "device").unique().iter_rows()) == devices
     assert log["click"].sum() == found.labels["click"] == 50
     assert log["event_id"].n_unique() == 600 and log["slate"].n_unique() == 150
     assert set(log["model_version"]) == {served.answers[0]["model_version"]}
@@ -100,46 +103,6 @@ def test_the_logging_policy_earned_what_was_earned(served: Served, tmp_path: Pat
     assert same["largest_weight"] == pytest.approx(1, rel=1e-5) and same["slates"] == 150
     greedy = evaluate_off_policy(funnel, dataset, "train", reward="click", policy=PolicySpec.of("greedy"))
     assert greedy["ips"]["value"] >= 0 and greedy["largest_weight"] > 1
-
-
-def test_decoded_rows_are_encoded_to_what_they_were(funnel: Funnel) -> None:
-    encoders = funnel.encoders
-    events = [Event(item, NOW + item, {"click": 1.0}) for item in range(5)]
-    rows = funnel.encode([Request(3), Request(7, events=events), Request("nobody", {"device": 1})])
-    raw = Decoder(encoders, {"user", "context"})(rows)
-    again = partial_batch(encoders.transform(pl.DataFrame(raw), allow_missing=True), encoders.schema)
-    assert again.numeric_BN.equal(rows.numeric_BN) or encoders.schema.numeric_columns == ("price",)
-    assert again.jagged_values.equal(rows.jagged_values) and again.event_values.equal(rows.event_values)
-    differ = again.ids_BF[:2] != rows.ids_BF[:2]
-    items = [f.role == "item" for f in encoders.schema.categorical]
-    assert not differ[:, [not item for item in items]].any()
-    shown = funnel.items.rows.batch
-    raw = Decoder(encoders, {"item"})(shown)
-    again = partial_batch(encoders.transform(pl.DataFrame(raw), allow_missing=True), encoders.schema)
-    assert again.ids_BF[:, items].equal(shown.ids_BF[:, items]) and again.numeric_BN.equal(shown.numeric_BN)
-
-
-@pytest.mark.parametrize(
-    ("feature", "values"),
-    [
-        ({"kind": "categorical", "encoding": "raw"}, ["7", "a text", None, "007"]),
-        ({"kind": "categorical", "encoding": "identity", "num_embeddings": 9}, ["0", "8", "3"]),
-        ({"kind": "categorical", "encoding": "log2_bucket"}, [None, "-3", "0", "1", "2", "3", "17", "4000"]),
-        ({"kind": "categorical", "encoding": "quantile", "num_embeddings": 6}, [None, *map(str, range(40))]),
-        ({"kind": "multi_categorical"}, [["a", "b"], [], ["b"]]),
-        ({"kind": "numeric", "encoding": "scalar", "transform": "standard"}, [1.5, -2.25, 1e6]),
-        ({"kind": "numeric", "encoding": "scalar", "transform": "none", "missing_indicator": True}, [1.5, None, 0.0]),
-        ({"kind": "numeric"}, [float(k % 7) for k in range(50)]),
-    ],
-)
-def test_every_encoding_but_a_hash_comes_back(feature: dict[str, Any], values: list[Any]) -> None:
-    schema = Schema.model_validate({"features": [{"name": "x", "role": "user", **feature}], "labels": [{"name": "y"}]})
-    frame = pl.DataFrame({"x": values, "y": [1.0] * len(values)})
-    encoders = Encoders.fit(schema, [frame])
-    before = encoders.transform(frame)
-    raw = Decoder(encoders, {"user"})(partial_batch(before, encoders.schema))
-    after = encoders.transform(pl.DataFrame(raw, infer_schema_length=None, strict=False), allow_missing=True)
-    assert after.equals(before.drop("y"))
 
 
 @pytest.fixture
@@ -269,6 +232,32 @@ def test_of_a_forgotten_user_nothing_is_exported_or_kept_any_more(store: EventSt
     found, rows = exported(store, exploring, "log.parquet", now=NOW + 10**6)
     assert [row[0] for row in rows] == ["b/0", "c/0"] and found.forgotten == 1
     assert forgotten_users(store.path.parent) == {digest(1)}
+
+
+def test_what_nobody_waited_for_was_shown_to_nobody(
+    exploring: Path, listening: Listening, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, entered, release = Funnel.recommend, threading.Event(), threading.Event()
+
+    def slow(self: Funnel, requests: Any, *rest: Any, **named: Any) -> Any:
+        if requests[0].user_id == 7:
+            entered.set()
+            release.wait(20)
+        return ask(self, requests, *rest, **named)
+
+    monkeypatch.setattr(Funnel, "recommend", slow)
+    app = create_app(exploring, store=tmp_path / "store", log_impressions=True)
+    with listening(app) as url, httpx.Client(base_url=url) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/recommend", json={"user_id": 7}, timeout=0.5)
+        assert entered.wait(10)
+        deadline = time.monotonic() + 10
+        while "fullrank_requests_in_flight 1.0" not in client.get("/metrics").text and time.monotonic() < deadline:
+            time.sleep(0.05)  # the one that asks for it is in flight
+        release.set()
+        assert client.post("/v1/recommend", json={"user_id": 8}).status_code == 200
+    found = export_log(tmp_path / "store", exploring, tmp_path / "log.parquet", wait=0, now=int(time.time()) + 1000)
+    assert found.lists == 1 and set(pl.read_parquet(tmp_path / "log.parquet")["user_id"]) == {"8"}
 
 
 def test_lists_without_room_are_dropped_and_counted(store: EventStore, funnel: Funnel) -> None:
