@@ -107,7 +107,7 @@ def test_a_bad_bundle_is_refused_and_the_old_one_stays(place: Path, caplog: pyte
 def test_rolling_back_holds_until_there_is_another_bundle(place: Path) -> None:
     one, two = (position_of(place / name).base[:12] for name in ("one", "two"))
     with served(place) as client:
-        versions = client.app.state.versions  # type: ignore[attr-defined]
+        versions = client.app.state.versions["control"]  # type: ignore[attr-defined]
         assert client.post("/v1/admin/rollback").status_code == 404
         point(place, 2, "two")
         until(lambda: asked(client)["model_version"] == two)

@@ -39,7 +39,12 @@ def serve(
         int, typer.Option("--rows", min=1, help="Rows to be scored that may wait; more is answered with 429.")
     ] = 100_000,
     store: Annotated[
-        Path | None, typer.Option("--store", help="Directory to keep what users do: POST /v1/feedback.")
+        str | None,
+        typer.Option(
+            "--store",
+            metavar="DIR|URL",
+            help="Directory to keep what users do, POST /v1/feedback; redis://HOST:PORT/DATABASE for several hosts.",
+        ),
     ] = None,
     token: Annotated[
         str | None,
@@ -79,9 +84,9 @@ def serve(
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            versions = app.state.versions
-            if versions is not None and hasattr(signal, "SIGHUP"):
-                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, versions.look_soon)
+            if hasattr(signal, "SIGHUP"):
+                looks = [versions.look_soon for versions in app.state.versions.values()]
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: [look() for look in looks])
             if as_json:
                 print(json.dumps({"url": place, "bundle": str(bundle), "process": os.getpid()}), flush=True)
             else:

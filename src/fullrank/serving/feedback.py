@@ -15,7 +15,8 @@ from fullrank.funnel.recent_events import Event
 from fullrank.schema import Schema
 from fullrank.serving.bodies import Id, Number, Scalar, Strict, answer, encoded
 from fullrank.serving.errors import NoStore, refusals
-from fullrank.serving.store import EventStore, Feedback
+from fullrank.serving.store import Feedback
+from fullrank.serving.stores import UserEvents
 
 # Seconds by which a sender's clock may be ahead.
 SKEW = 300
@@ -74,7 +75,7 @@ class Forgotten(Strict):
 def add_feedback(
     app: FastAPI,
     schema: Schema,
-    store: EventStore | None,
+    store: UserEvents | None,
     told: Callable[[Feedback], None] | None = None,
 ) -> None:
     """Routes that write to the store; without one they say so.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.item_changes import ChangedItems, ItemEncoder, ItemState
 from fullrank.funnel.scorer import Scorer
-from fullrank.serving.item_store import ItemStore
+from fullrank.serving.stores import ItemStates
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Live:
         self,
         content: Funnel | Scorer,
         version: str,
-        store: ItemStore,
+        store: ItemStates,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.store = store
@@ -165,7 +165,14 @@ class Live:
                 if self._stopped:
                     return
             begin = time.monotonic()
-            if self._apply():
+            try:
+                applied = self._apply()
+            except OSError as error:
+                log.error("changes of items are not seen now: %s", error)
+                with self._wake:
+                    self._wake.wait_for(lambda: self._stopped, LOOK)
+                continue
+            if applied:
                 with self._wake:
                     # In a large catalogue a change takes a while; then others get the processor as long.
                     self._wake.wait_for(lambda: self._stopped, min(PAUSE, time.monotonic() - begin))

@@ -117,10 +117,13 @@ class Versions:
         place: a bundle, or the directory of a stream.
         first: what is served already.
         live: where it is served.
+        control: whether the metrics about the model are of this one, not of another arm.
     """
 
-    def __init__(self, place: Path, first: Opened, live: Live, instruments: Instruments) -> None:
-        self.place, self.live, self._instruments = place, live, instruments
+    def __init__(
+        self, place: Path, first: Opened, live: Live, instruments: Instruments, *, control: bool = True
+    ) -> None:
+        self.place, self.live, self._instruments, self._control = place, live, instruments, control
         self._now = _light(first)
         self._before: Opened | None = None
         # What was looked at last, good or not; not to be opened again until the directory wants something else.
@@ -214,6 +217,8 @@ class Versions:
         return reason
 
     def _tell(self) -> None:
+        if not self._control:
+            return
         target = self._now.target
         self._instruments.model.clear()
         self._instruments.model.labels(target.version).set(1)
