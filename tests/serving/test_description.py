@@ -34,7 +34,7 @@ def test_every_endpoint_answers_as_it_is_described(
         ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120)
         assert ran.returncode == 0, ran.stdout + ran.stderr
         operations = sum(len(of_path) for of_path in app.openapi()["paths"].values())
-        assert f"Tested: {operations}" in ran.stdout
+    assert f"Tested: {operations}" in ran.stdout
 
 
 def test_an_unsupported_method_is_told_all_that_are(funnel: Funnel) -> None:
