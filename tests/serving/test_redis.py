@@ -8,21 +8,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from fastapi.testclient import TestClient
 
-from fullrank.funnel import Funnel
+from fullrank.data.forgotten import digest, forgotten_users
+from fullrank.funnel import Funnel, save_bundle
 from fullrank.funnel.item_changes import ItemState
 from fullrank.funnel.recent_events import Event
 from fullrank.serving import create_app
-from fullrank.serving.store import Feedback, digest
+from fullrank.serving.log_export import export_log
+from fullrank.serving.store import Feedback, Impression, ShownItem
+from fullrank.serving.stores import opened_events
 
 pytest.importorskip("redis")
 
 from fullrank.serving.redis_item_store import RedisItemStore
-from fullrank.serving.redis_store import READ_SECONDS, WRITE_SECONDS, RedisStore
+from fullrank.serving.redis_server import READ_SECONDS, WRITE_SECONDS
+from fullrank.serving.redis_store import RedisStore
 
 
 def test_what_was_acknowledged_survives_a_kill_of_redis(start_redis: Callable[[], Any]) -> None:
@@ -47,7 +53,9 @@ def test_nothing_is_lost_between_processes_that_write_at_once(redis_url: str) ->
 import sys
 from fullrank.funnel.recent_events import Event
 from fullrank.serving.redis_store import RedisStore
-from fullrank.serving.store import Feedback
+from fullrank.serving.log_export import export_log
+from fullrank.serving.store import Feedback, Impression, ShownItem
+from fullrank.serving.stores import opened_events
 
 def written(store, own):
     # Half of the events have names that the other process has too.
@@ -68,9 +76,8 @@ if __name__ == "__main__":
     assert other.stdout is not None and other.stdout.readline() == "ready\n"
     assert other.stdin is not None and other.stdin.write("go\n") and other.stdin.flush() is None
     new = own["written"](store, "b") + int(other.communicate(timeout=60)[0])
-    rows = list(store.events())
-    assert new == len(rows) == len({row["event_id"] for row in rows}) == 600
-    assert all(len(store.recent(user)) == sum(row["user_id"] == str(user) for row in rows) for user in range(7))
+    kept = [event.item_id for user in range(7) for event in store.recent(user)]
+    assert new == len(kept) == len(set(kept)) == 600
 
 
 def test_of_a_user_who_was_forgotten_redis_soon_knows_nothing(start_redis: Callable[[], Any]) -> None:
@@ -82,13 +89,44 @@ def test_of_a_user_who_was_forgotten_redis_soon_knows_nothing(start_redis: Calla
     def known() -> bool:
         return any(name.encode() in file.read_bytes() for file in redis.place.rglob("*") if file.is_file())
 
-    assert known() and store.forget(name) == 200 and store.recent(name) == []
+    assert known() and store.forget(name) == (200, 0) and store.recent(name) == []
     deadline = time.monotonic() + 10
     while known():
         assert time.monotonic() < deadline, "it stays in the append-only file"
         time.sleep(0.05)
-    assert store.forgotten() == {digest(name)} and store.forget(name) == 0
+    assert forgotten_users(redis.url) == {digest(name)} and store.forget(name) == (0, 0)
     assert store.append([Feedback(name, Event(1, 1, {}), f"{name}1")]).result() == [True]
+
+
+def test_exports_are_those_of_a_directory(funnel: Funnel, redis_url: str, tmp_path: Path) -> None:
+    save_bundle(funnel, tmp_path / "bundle")
+    places: list[Path | str] = [tmp_path / "store", redis_url]
+    stores = [opened_events(place) for place in places]
+
+    def exported(name: str, **how: Any) -> list[Any]:
+        found = []
+        for number, place in enumerate(places):
+            out = tmp_path / f"{name}{number}.parquet"
+            after = None if name == "a" else tmp_path / f"a{number}.parquet"
+            said = export_log(place, tmp_path / "bundle", out, after=after, window=50, **how)
+            found.append((said, pl.read_parquet(out).sort("event_id").rows()))
+        assert found[0] == found[1]
+        return list(found[0][1])
+
+    for begin in (1000, 2000):
+        items = [ShownItem(item, 0.5, {"bid": 2.0}) for item in (3, "4")]
+        users = [1, "a:b", None]
+        lists = [Impression(f"{begin}{k}", users[k % 3], begin + k, "v", {"device": 2}, items) for k in range(9)]
+        clicks = [Feedback(1, Event("4", begin + k, {"click": 1.0}), f"{begin + k}", f"{begin}{k}") for k in range(4)]
+        clicks.append(Feedback("a:b", Event(7, begin, {"click": 1.0}, {"device": 1}), f"own {begin}"))
+        news = [[store.append(lists).result(), store.append(clicks).result()] for store in stores]
+        # Again: what has a name is known, a list by its request.
+        again = [[store.append(lists).result(), store.append(clicks[-1:]).result()] for store in stores]
+        assert news[0] == news[1] == [[True] * 9, [True] * 5] and again[0] == again[1] == [[False] * 9, [False]]
+    assert len(exported("a", now=1000, wait=-100)) + len(exported("b", now=9000)) == 2 * 19
+    assert {store.forget("a:b") for store in stores} == {(2, 6)}
+    assert [store.append(lists[1:2]).result() for store in stores] == [[False], [False]]
+    assert len(exported("c", now=9000, since=2000)) == 13
 
 
 def test_without_redis_lists_go_on_and_say_so_and_feedback_waits_for_it(
@@ -159,11 +197,11 @@ def test_a_redis_that_may_forget_is_warned_of(redis_url: str, caplog: pytest.Log
     from redis import Redis
 
     with Redis.from_url(redis_url) as redis, caplog.at_level(logging.WARNING):
-        RedisStore(redis_url)
+        opened_events(redis_url)
         assert not caplog.records
         redis.config_set("appendfsync", "everysec")
         redis.config_set("maxmemory-policy", "allkeys-lru")
-        RedisStore(redis_url)
+        opened_events(redis_url)
         redis.config_set("appendfsync", "always")
         redis.config_set("maxmemory-policy", "noeviction")
     first, second = (record.getMessage() for record in caplog.records)

@@ -13,6 +13,7 @@ import torch
 from streams import HOUR, START, KillAt, Killed, files
 
 from fullrank.data.encoders import Encoders
+from fullrank.serving.store import EventStore
 from fullrank.training.publishing import open_current
 from fullrank.training.stream import StreamReport, stream
 
@@ -53,9 +54,13 @@ class Room:
         at = written or START + 48 * HOUR
         os.utime(self.log / name, (at, at))
 
-    def run(self, embedding: str = "adagrad", *, format: str = "parquet", **settings: Any) -> StreamReport:
+    def run(
+        self, embedding: str = "adagrad", *, format: str = "parquet", forgotten: Path | None = None, **settings: Any
+    ) -> StreamReport:
         torch.set_num_threads(1)
         source = {"format": format, "path": str(self.log), "schema_file": str(self.place / "schema.json")}
+        if forgotten is not None:
+            source["forgotten"] = str(forgotten)
         recipe = {
             "data": {"dataset": str(self.place / "data"), "source": source},
             "model": {"name": "deepfm", "hidden": [8], "embedding_dim": 4},
@@ -181,3 +186,18 @@ def test_new_ids_get_rows_and_a_kill_between_files_changes_nothing(
     assert files(killed.out) == files(whole.out)
     with torch.no_grad():
         assert all(bool(value.isfinite().all()) for value in served.state_dict().values())
+
+
+def test_arriving_rows_of_forgotten_users_are_left_out_and_counted(room: Room, tmp_path: Path) -> None:
+    store = EventStore(tmp_path / "store")
+    room.write("a.parquet", clicks(0))
+    assert room.run(forgotten=tmp_path / "store").counts["forgotten"] == 0
+    store.forget("u3")
+    room.write("b.parquet", clicks(1).filter(pl.col("user") == "u3"))  # nobody is left in this file
+    room.write("c.parquet", clicks(2))
+    gone = clicks(2).filter(pl.col("user") == "u3").height
+    counts = room.run(forgotten=tmp_path / "store").counts
+    assert counts["forgotten"] == 2 * gone and counts["rows"] == 180 - gone
+    again = room.run(forgotten=tmp_path / "store")
+    assert again.counts == counts and again.windows == []
+    store.close()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fullrank.cli.export_log import export
 from fullrank.cli.options import ImportOption
 from fullrank.cli.rollout import rollout
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 
 app.command()(rollout)
+app.command()(export)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 SeparatorOption = Annotated[
@@ -108,6 +110,12 @@ def import_(
     max_bad: Annotated[
         float, typer.Option("--max-bad", help="Share of bad rows above which the import fails.")
     ] = 0.001,
+    forgotten: Annotated[
+        str | None,
+        typer.Option(
+            "--forgotten", metavar="STORE", help="Leave out users whom this store of `fullrank serve` is to forget."
+        ),
+    ] = None,
     imports: ImportOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -118,6 +126,7 @@ def import_(
     """
     from pydantic import ValidationError
 
+    from fullrank.data.forgotten import forgotten_users
     from fullrank.data.importing import import_dataset
     from fullrank.data.splits import SplitSpec
     from fullrank.registry import import_modules
@@ -155,6 +164,7 @@ def import_(
             keep=tuple(dict.fromkeys(keep or ())),
             max_bad=max_bad,
             overwrite=overwrite,
+            forgotten=() if forgotten is None else forgotten_users(forgotten),
             progress=show,
         )
     _report(dataset, time.perf_counter() - began, as_json=as_json)
@@ -356,6 +366,7 @@ def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
             "published": dataset.published,
             "derived": dataset.derived,
             "new_ids": dataset.new_ids,
+            "forgotten": dataset.forgotten,
             "seconds": round(seconds, 3),
         }
         print(json.dumps(summary))
@@ -379,6 +390,8 @@ def _report(dataset: Dataset, seconds: float, *, as_json: bool) -> None:
         )
     for reason, count in dataset.rejected.items():
         table.add_row(f"rejected: {reason}", f"{count:,}")
+    if dataset.forgotten is not None:
+        table.add_row("rows of forgotten users, left out", f"{dataset.forgotten:,}")
     if dataset.out_of_order:
         table.add_row("rows older than the row before", f"{dataset.out_of_order:,}")
     if dataset.validation is not None:

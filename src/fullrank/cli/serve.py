@@ -46,6 +46,10 @@ def serve(
             help="Directory to keep what users do, POST /v1/feedback; redis://HOST:PORT/DATABASE for several hosts.",
         ),
     ] = None,
+    log_impressions: Annotated[
+        bool,
+        typer.Option("--log-impressions", help="Keep in the store what is shown too, for `fullrank data export`."),
+    ] = False,
     token: Annotated[
         str | None,
         typer.Option("--token", envvar="FULLRANK_TOKEN", help="What requests for /v1 have to send as bearer token."),
@@ -94,7 +98,16 @@ def serve(
 
     with listening, _noted(access_log) as note:
         settings, arms = ServingConfig(workers=workers, rows=rows), dict(map(_arm, arm or ()))
-        app = create_app(bundle, settings, store=store, token=token, arms=arms, salt=salt, note=note)
+        app = create_app(
+            bundle,
+            settings,
+            store=store,
+            token=token,
+            arms=arms,
+            salt=salt,
+            log_impressions=log_impressions,
+            note=note,
+        )
         listener = Listener(fileno=listening.detach())
         config = uvicorn.Config(
             app,

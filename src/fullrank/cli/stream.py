@@ -66,7 +66,8 @@ def _print(report: dict[str, Any], judge: str) -> None:
     waiting = counts["rows"] - counts["trained"] - counts["left_aside"] - counts["rolled_back"]
     print(
         f"{counts['windows']:,} windows so far: {counts['trained']:,} events learnt, {counts['late']:,} of them late, "
-        f"{counts['refused']:,} refused, {counts['rolled_back']:,} rolled back; "
+        f"{counts['refused']:,} refused, {counts['rolled_back']:,} rolled back, "
+        f"{counts['forgotten']:,} left out of forgotten users; "
         f"{waiting:,} wait for the end of a window",
         file=sys.stderr,
     )

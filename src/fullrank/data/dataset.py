@@ -49,6 +49,7 @@ class Dataset:
         published: by the name of a source file that has the layout of a public benchmark: its `benchmark`, the `part`
             of it that the file's rows are (None for none), and its `md5`.
         validation: where the validation rows come from, if the source came in files.
+        forgotten: rows that an import left out because their users are to be forgotten; None if it did not ask.
         new_ids: by table: how many an import that extends the encoders of an earlier log added.
         later: of the id columns, the ids of values that `schema` does not know because they came later; they are read
             as out of vocabulary. See `as_known_to`.
@@ -65,6 +66,7 @@ class Dataset:
         self.published: dict[str, dict[str, Any]] = manifest.get("published", {})
         self.validation: str | None = manifest.get("validation")
         self.derived: dict[str, dict[str, int]] = manifest.get("derived", {})
+        self.forgotten: int | None = manifest.get("forgotten")
         self.new_ids: dict[str, int] = manifest.get("new_ids", {})
         self.later: dict[str, range] = {}
         self._whole: Dataset | None = None
@@ -128,6 +130,7 @@ class Dataset:
         keep: Collection[str] = (),
         max_bad: float = 0.001,
         overwrite: bool = False,
+        forgotten: Collection[str] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> Self:
         """A dataset of a table in memory or of a log in a file, made as `fullrank data import` makes it.
@@ -149,6 +152,7 @@ class Dataset:
             keep: further columns to have in the dataset; see `import_dataset`.
             max_bad: share of bad rows above which it fails.
             overwrite: replace an existing dataset at `path`.
+            forgotten: digests of users whose rows are left out; see `import_dataset`.
             progress: called with the number of good and bad rows read so far.
 
         Raises:
@@ -161,7 +165,7 @@ class Dataset:
         if isinstance(frame, (str, Path)):
             place = Path(frame)
             if (place / "dataset.json").is_file():
-                if schema or labels or keys or path or like or extend or split or options or keep:
+                if schema or labels or keys or path or like or extend or split or options or keep or forgotten:
                     raise ValueError(f"{place} is a dataset already: its labels, keys, columns and split are made")
                 return cls.open(place)
             if not place.exists():
@@ -211,6 +215,7 @@ class Dataset:
                 progress=progress,
                 earlier=earlier,
                 row_name="row",
+                forgotten=forgotten,
             )
             dataset = cls.open(out)
         except BaseException:

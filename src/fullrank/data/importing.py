@@ -31,6 +31,7 @@ def import_dataset(
     keep: Collection[str] = (),
     max_bad: float = 0.001,
     overwrite: bool = False,
+    forgotten: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Read a log, set its bad rows aside, split it, fit encoders on the training part, and write a dataset.
@@ -55,6 +56,7 @@ def import_dataset(
             row.
         max_bad: share of bad rows above which the import fails.
         overwrite: replace an existing dataset.
+        forgotten: digests of users whose rows are left out; see `data.forgotten.forgotten_users`.
         progress: called with the number of good and bad rows read so far.
 
     Raises:
@@ -90,6 +92,7 @@ def import_dataset(
         progress=progress,
         earlier=earlier,
         report=report,
+        forgotten=forgotten,
     )
     report.unlink(missing_ok=True)
     return Dataset.open(out)

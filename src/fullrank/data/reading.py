@@ -13,6 +13,7 @@ from fullrank.data import atomic
 from fullrank.data.building import DatasetBuilder, Earlier, encoded_columns
 from fullrank.data.checks import check
 from fullrank.data.chunk import Chunk
+from fullrank.data.forgotten import NobodyLeft, is_forgotten
 from fullrank.data.formats.base import Format, SplitsRows
 from fullrank.data.formats.lines import ENCODING_CURE
 from fullrank.data.formats.published import fingerprints
@@ -37,6 +38,7 @@ def read_log(
     earlier: Earlier | None = None,
     row_name: str = "line",
     report: Path | None = None,
+    forgotten: Collection[str] = (),
 ) -> None:
     """Read the log at `path`, set its bad rows aside, split it, fit encoders on the training part, and write it all.
 
@@ -50,6 +52,8 @@ def read_log(
     if not 0 <= max_bad <= 1:
         raise ValueError(f"max_bad is {max_bad}, expected a share from 0 to 1")
     _check_kept(keep, schema)
+    if forgotten and schema.keys.user_id is None:
+        raise ValueError(f"{path}: the schema names no user_id, and so nobody whose rows are to be left out")
     split = split or SplitSpec()
     files = source.parts(path)
     if files is None and split.kind is None and isinstance(source, SplitsRows):
@@ -67,16 +71,21 @@ def read_log(
         extra = [*keep, split_column] if split_column is not None else list(keep)
         published = fingerprints([path] if files is None else files.values())
         builder = DatasetBuilder(partial, schema)
-        stored = schema.stored
+        stored, left_out = schema.stored, 0
         for part, file in ({"": path} if given is None else given.files).items():
             checked = _checked(source.chunks(file, stored, extra), stored, split_column, keep)
             for raw, chunk, bad in prefetched(checked):
                 builder.rejected.add(raw.rejected)
                 builder.rejected.add(bad)
                 parts = _split_rows(chunk, split, kind) if given is None else given.parts(part, chunk)
+                if forgotten and (gone := is_forgotten(chunk.keys["user_id"], forgotten)).any():
+                    left_out += int(gone.sum())
+                    chunk, parts = chunk.take(np.flatnonzero(~gone)), None if parts is None else parts[~gone]
                 builder.add(chunk, parts)
                 if progress is not None:
                     progress(builder.rows, builder.rejected.count)
+        if left_out and not builder.rows:
+            raise NobodyLeft(path, left_out)
         builder.reject_duplicates()
         _check_rejected(path, builder, max_bad, row_name, report)
         about: dict[str, Any] = {
@@ -86,6 +95,8 @@ def read_log(
         }
         if given is not None:
             about["validation"] = given.source
+        if forgotten:
+            about["forgotten"] = left_out
         if published:
             about["published"] = {name: vars(found) for name, found in published.items()}
         builder.write(valid=split.valid, test=split.test, about=about, earlier=earlier)

@@ -73,7 +73,7 @@ class FunnelLearner:
                 not same_settings(learner.rankers[name].model, own.model) for name, own in learner._settings().items()
             ):
                 raise ValueError(f"{start} has other models than the recipe: they must agree")
-            learner.grow(encoders)
+            # The first window lets it grow: until then the bundle is published as it is.
         return learner
 
     def _settings(self) -> dict[str, Any]:
@@ -118,6 +118,8 @@ class FunnelLearner:
         rows, self.rows = pl.concat(self.rows), []
         self._remember(rows, begin)
         schema, self.windows = self.encoders.schema, self.windows + 1
+        if self.items.height and SEEN not in self.items.columns:
+            self.items = _as_seen(self.items, begin)
         self.items = _with_last(self.items, rows, schema, "item")
         if schema.keys.user_id is not None:
             self.users = _with_last(self.users, rows, schema, "user")
@@ -239,3 +241,9 @@ def _with_last(known: pl.DataFrame, rows: pl.DataFrame, schema: Schema, role: Ro
         return last.sort(key)
     both = pl.concat([known.select(last.columns), last], how="vertical_relaxed")
     return both.unique(key, keep="last", maintain_order=True).sort(key)
+
+
+def _as_seen(items: pl.DataFrame, time: int) -> pl.DataFrame:
+    """The items of a bundle that no stream made, which does not say when they were shown: the active ones now."""
+    active = pl.col(ACTIVE) if ACTIVE in items.columns else pl.lit(True)
+    return items.with_columns(pl.when(active).then(pl.lit(time, pl.Int64)).otherwise(pl.lit(0, pl.Int64)).alias(SEEN))

@@ -21,6 +21,7 @@ from fullrank.serving.admin import Bearer, add_admin, describe_token
 from fullrank.serving.errors import add_handlers
 from fullrank.serving.experiment import CONTROL, Experiment, add_experiment
 from fullrank.serving.feedback import add_feedback
+from fullrank.serving.impressions import ImpressionLog
 from fullrank.serving.instruments import Instruments
 from fullrank.serving.items import add_items
 from fullrank.serving.limits import Limits
@@ -68,6 +69,7 @@ def create_app(
     token: str | None = None,
     arms: Mapping[str, tuple[Path | Funnel, float]] | None = None,
     salt: str = "",
+    log_impressions: bool = False,
     note: Callable[[dict[str, Any]], None] | None = None,
 ) -> FastAPI:
     """The application that serves a bundle. A single ranker scores rows; a funnel recommends and scores items too.
@@ -79,11 +81,13 @@ def create_app(
             is kept of them.
         arms: other bundles of funnels by name, each with the share of users that it answers.
         salt: of the split; another one splits users independently.
+        log_impressions: keep in the store the lists that are answered, with propensities and features.
         note: told what the access log says of each request.
 
     Raises:
         ValueError: if the directory holds no store, Redis does not answer, or the bundle cannot be opened, see
-            `load_bundle`, or does not answer as it should, see `check_answers`.
+            `load_bundle`, or does not answer as it should, see `check_answers`; or lists are to be logged without a
+            store or a funnel.
     """
     config = config or ServingConfig()
     torch.set_num_threads(config.torch_threads)
@@ -94,10 +98,14 @@ def create_app(
         assert not isinstance(bundle, Path)
         content, version = bundle, "unsaved"
         check_answers(content)
+    if log_impressions and (store is None or not isinstance(content, Funnel)):
+        need = "a store, --store DIR" if store is None else "a funnel, and this bundle is a single ranker"
+        raise ValueError(f"--log-impressions needs {need}")
     events = None if store is None else opened_events(store)
     items = opened_items(store)
     live = Live(content, version, items)
     instruments = Instruments()
+    impressions = ImpressionLog(events, instruments) if log_impressions and events is not None else None
     experiment, others = None, dict[str, tuple[Live, Opened | None]]()
     if arms:
         reward = next((label.name for label in content.schema.labels if label.kind == "binary"), "")
@@ -127,6 +135,8 @@ def create_app(
         for served in (live, *beside):
             served.stop()
         items.close()
+        if impressions is not None:
+            impressions.close()
         if events is not None:
             events.close()
 
@@ -138,7 +148,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    add_routes(app, live, pool, instruments, events, experiment, partial(_about, versions))
+    add_routes(app, live, pool, instruments, events, experiment, partial(_about, versions), impressions)
 
     def told(feedback: Feedback) -> None:
         arm = experiment and experiment.rewarded(feedback.impression, feedback.event.labels)

@@ -20,6 +20,12 @@ from fullrank.serving.stores import UserEvents
 
 # Seconds by which a sender's clock may be ahead.
 SKEW = 300
+# What a request to forget somebody leaves to be done.
+PENDING = [
+    "the bundle, until one that was trained without this user is served: import its log again with "
+    "--forgotten STORE (data.source.forgotten in a recipe), the directory of this store, and train",
+    "logs that were exported before, which imports with --forgotten STORE read without this user",
+]
 # What may be in a batch.
 MOST_EVENTS = 1000
 
@@ -66,9 +72,16 @@ class FeedbackResponse(Strict):
 
 
 class Forgotten(Strict):
-    """What was deleted of a user, and what is left to be done."""
+    """What was deleted of a user, and what is left to be done.
+
+    Attributes:
+        events: that the user sent.
+        impressions: lists that the user was shown.
+        pending: in words.
+    """
 
     events: int
+    impressions: int
     pending: list[str]
 
 
@@ -143,6 +156,5 @@ def add_feedback(
         """Delete what the store has of a user, for good, and leave the user out of later trainings."""
         if store is None:
             raise NoStore
-        count = await asyncio.get_running_loop().run_in_executor(None, store.forget, user_id)
-        pending = ["the bundle, until one that was trained without this user is served"]
-        return answer(encoded({"events": count, "pending": pending}))
+        deleted = await asyncio.get_running_loop().run_in_executor(None, store.forget, user_id)
+        return answer(encoded({**deleted._asdict(), "pending": PENDING}))

@@ -59,6 +59,11 @@ class Instruments:
         )
         self.items = Gauge("fullrank_items", "Items of the catalogue that is served.", registry=self.registry)
 
+        self.impressions = Counter("fullrank_impressions", "Lists kept in the store.", registry=self.registry)
+        self.impressions_dropped = Counter(
+            "fullrank_impressions_dropped", "Lists that the store had no room or time for.", registry=self.registry
+        )
+
         self.arm_requests = Counter("fullrank_arm_requests", "Lists by arm.", ("arm",), registry=self.registry)
         self.arm_degraded = Counter(
             "fullrank_arm_degraded",

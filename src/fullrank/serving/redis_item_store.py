@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from fullrank.funnel.item_changes import ItemState
-from fullrank.serving.redis_store import PREFIX, Server
+from fullrank.serving.redis_server import PREFIX, Server
 
 # An item's state with its number before it, and the items by the number of their state.
 _STATES, _NUMBERS = f"{PREFIX}items", f"{PREFIX}items_by_number"

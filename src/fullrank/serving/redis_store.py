@@ -1,137 +1,64 @@
-"""What users did since the bundle was made, in a Redis that several hosts share."""
+"""What users were shown and what they did, in a Redis that several hosts share."""
 
 from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
-from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit
+from pathlib import Path
+from typing import Any
 
-from fullrank.extras import needs
+from fullrank.data.forgotten import EVENTS, REDIS_KEY, digest
 from fullrank.funnel.recent_events import Event
-from fullrank.serving.store import RECENT, Feedback, digest
-
-Result = TypeVar("Result")
+from fullrank.serving.redis_server import PREFIX, Server
+from fullrank.serving.sqlite import connected, transaction
+from fullrank.serving.store import RECENT, Deleted, EventStore, Feedback, Impression
 
 log = logging.getLogger(__name__)
 
-# Seconds that an answer waits for what Redis knows of its user, and a sender for what it writes.
-READ_SECONDS, WRITE_SECONDS = 0.25, 2.0
-# Seconds after a failure in which Redis is not asked again: while it hangs, requests do not all wait for it.
-PAUSE = 1.0
 # Writes on their way at the same time, which wait for one disk together.
 WRITERS = 8
-VERSION = "1"
-# All keys begin so.
-PREFIX = "fullrank:"
-_IDS, _NUMBER, _FORGOTTEN, _EVENTS = (PREFIX + name for name in ("event_ids", "number", "forgotten", "events:"))
+_EVENT_IDS, _EVENT_NUMBER = f"{PREFIX}event_ids", f"{PREFIX}event_number"
+_LIST_IDS, _LIST_NUMBER = f"{PREFIX}list_ids", f"{PREFIX}list_number"
+# Of each user; lists of nobody have the second name alone.
+_EVENTS_OF, _LISTS = f"{PREFIX}events:", f"{PREFIX}lists"
 
-# A user's events are a sorted set by time, of texts that begin with their number, by which equal times are sorted.
-# KEYS: ids, number, then that of each event's user. ARGV: for each event id, time, text.
+# A user's events, and lists, are a sorted set by time, of texts that begin with their number, by which equal times are
+# sorted. KEYS: ids, number, forgotten, then that of each row's user. ARGV: for each row id, time, text, and the digest
+# of a user who must not be forgotten for it to be kept.
 _APPEND = """
 local new = {}
-for place = 1, #KEYS - 2 do
-  local id, time, text = unpack(ARGV, 3 * place - 2, 3 * place)
-  if id ~= '' and redis.call('HSETNX', KEYS[1], id, 1) == 0 then
+for place = 1, #KEYS - 3 do
+  local id, time, text, user = unpack(ARGV, 4 * place - 3, 4 * place)
+  if user ~= '' and redis.call('SISMEMBER', KEYS[3], user) == 1 then
+    new[place] = 0
+  elseif id ~= '' and redis.call('HSETNX', KEYS[1], id, 1) == 0 then
     new[place] = 0
   else
-    redis.call('ZADD', KEYS[place + 2], time, string.format('%016d ', redis.call('INCR', KEYS[2])) .. text)
+    redis.call('ZADD', KEYS[place + 3], time, string.format('%016d ', redis.call('INCR', KEYS[2])) .. text)
     new[place] = 1
   end
 end
 return new
 """
-# KEYS: the user's, ids, forgotten. ARGV: the user's digest.
+# KEYS: the user's events and their ids, lists and their ids, forgotten. ARGV: the user's digest.
 _FORGET = """
-local texts = redis.call('ZRANGE', KEYS[1], 0, -1)
-for _, text in ipairs(texts) do
-  local id = cjson.decode(string.sub(text, 18))[1]
-  if id ~= cjson.null then redis.call('HDEL', KEYS[2], id) end
+local counts = {}
+for place = 1, 3, 2 do
+  local texts = redis.call('ZRANGE', KEYS[place], 0, -1)
+  for _, text in ipairs(texts) do
+    local id = cjson.decode(string.sub(text, 18))[1]
+    if id ~= cjson.null then redis.call('HDEL', KEYS[place + 1], id) end
+  end
+  redis.call('DEL', KEYS[place])
+  counts[#counts + 1] = #texts
 end
-redis.call('DEL', KEYS[1])
-redis.call('SADD', KEYS[3], ARGV[1])
-return #texts
+redis.call('SADD', KEYS[5], ARGV[1])
+return counts
 """
-
-
-class Server:
-    """A Redis that is asked for a bounded time, and after a failure is left alone for a moment.
-
-    Args:
-        url: as the package redis takes it: `redis://[user:password@]host:port/database`, `rediss://` by TLS.
-
-    Attributes:
-        place: the address for people, without a password.
-        reads, writes: clients, which differ in how long they wait.
-
-    Raises:
-        ValueError: if it does not answer, or another release's data is there.
-        MissingExtra: if the package redis is not installed.
-    """
-
-    def __init__(self, url: str) -> None:
-        with needs("redis", "--store redis://"):
-            import redis
-            from redis.backoff import NoBackoff
-            from redis.retry import Retry
-        self._fault = redis.RedisError
-        parts = urlsplit(url)
-        self.place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        # A write whose answer was lost may have been done: who sent it decides whether it is sent again.
-        how: dict[str, Any] = {"decode_responses": True, "retry": Retry(NoBackoff(), 0)}
-        try:
-            # The types of the package say what a client answers, decoded or not, at once or not, all in one.
-            self.reads, self.writes = [
-                cast(Any, redis.Redis.from_url(url, socket_timeout=wait, socket_connect_timeout=wait, **how))
-                for wait in (READ_SECONDS, WRITE_SECONDS)
-            ]
-            self.writes.set(f"{PREFIX}version", VERSION, nx=True)
-            found = self.writes.get(f"{PREFIX}version")
-        except (ValueError, redis.RedisError) as error:
-            raise ValueError(f"{self.place} cannot be used as a store: {error}") from None
-        if found != VERSION:
-            raise ValueError(f"{self.place}: version is {found}, this release reads {VERSION}")
-        self._down_until = 0.0
-
-    def asked(self, ask: Callable[[], Result]) -> Result:
-        """Raises:
-        OSError: if Redis does not answer, refuses, or failed a moment ago.
-        """
-        if time.monotonic() < self._down_until:
-            raise OSError(f"{self.place} did not answer a moment ago")
-        try:
-            return ask()
-        except self._fault as error:
-            self._down_until = time.monotonic() + PAUSE
-            raise OSError(f"{self.place} failed: {error}") from None
-
-    def warn_if_forgetful(self) -> None:
-        """Log what an acknowledgement does not mean here."""
-        try:
-            found: dict[str, str] = self.writes.config_get("append*", "maxmemory-policy")
-        except self._fault as error:
-            log.warning("%s does not say whether it keeps what it acknowledges: %s", self.place, error)
-            return
-        if (found.get("appendonly"), found.get("appendfsync")) != ("yes", "always"):
-            log.warning(
-                "%s may lose what it acknowledged when it is killed: appendonly is %s and appendfsync %s, "
-                "expected yes and always",
-                self.place,
-                found.get("appendonly"),
-                found.get("appendfsync"),
-            )
-        if found.get("maxmemory-policy", "").startswith("allkeys"):
-            log.warning(
-                "%s drops events when it is full: maxmemory-policy is %s", self.place, found["maxmemory-policy"]
-            )
-
-    def close(self) -> None:
-        self.reads.close()
-        self.writes.close()
 
 
 class RedisStore:
@@ -149,34 +76,29 @@ class RedisStore:
     """
 
     def __init__(self, url: str) -> None:
-        self._server = Server(url)
-        self._server.warn_if_forgetful()
-        self._append = self._server.writes.register_script(_APPEND)
-        self._forget = self._server.writes.register_script(_FORGET)
+        self.server = Server(url)
+        self._append = self.server.writes.register_script(_APPEND)
+        self._forget = self.server.writes.register_script(_FORGET)
         self._threads = ThreadPoolExecutor(WRITERS, thread_name_prefix="events")
 
-    def append(self, feedbacks: Sequence[Feedback]) -> Future[list[bool]]:
-        """Keep events, all or none. The result, which of them are new, is there when Redis has them; else an `OSError`,
-        after which they may be there or not: those with an `event_id` can be sent again."""
-        keys, values = [_IDS, _NUMBER], list[str | int]()
-        for feedback in feedbacks:
-            event = feedback.event
-            keys.append(_key(feedback.user_id))
-            said = [
-                feedback.event_id,
-                str(event.item_id),
-                dict(event.labels),
-                dict(event.features),
-                feedback.impression,
-            ]
-            values += [feedback.event_id or "", event.time, json.dumps(said, separators=(",", ":"))]
-        return self._threads.submit(self._server.asked, lambda: [new == 1 for new in self._append(keys, values)])
+    def append(self, rows: Sequence[Feedback] | Sequence[Impression]) -> Future[list[bool]]:
+        """Keep events, or impressions, all or none. The result, which of them are new, is there when Redis has them;
+        else an `OSError`, after which they may be there or not: those with an id can be sent again. Impressions of a
+        user who was forgotten are not kept."""
+        are_lists = bool(rows) and isinstance(rows[0], Impression)
+        keys = [_LIST_IDS, _LIST_NUMBER, REDIS_KEY] if are_lists else [_EVENT_IDS, _EVENT_NUMBER, REDIS_KEY]
+        values: list[str | int] = []
+        for row in rows:
+            key, written = _event(row) if isinstance(row, Feedback) else _list(row)
+            keys.append(key)
+            values += written
+        return self._threads.submit(self.server.asked, lambda: [new == 1 for new in self._append(keys, values)])
 
     def recent(self, user: int | str, since: int | None = None, limit: int = RECENT) -> list[Event]:
         """The last events of a user after a time, oldest first; of equal times in the order in which they came."""
         after = "-inf" if since is None else f"({since}"
-        found = self._server.asked(
-            lambda: self._server.reads.zrevrangebyscore(_key(user), "+inf", after, 0, limit, withscores=True)
+        found = self.server.asked(
+            lambda: self.server.reads.zrevrangebyscore(f"{_EVENTS_OF}{user}", "+inf", after, 0, limit, withscores=True)
         )
         events = []
         for text, when in reversed(found):
@@ -184,41 +106,78 @@ class RedisStore:
             events.append(Event(item, int(when), labels, features))
         return events
 
-    def forget(self, user: int | str) -> int:
-        """Delete a user's events, and remember, by a digest, that the user is to be left out of later trainings.
-
-        Redis is asked to write its append-only file anew, without them; it does so in the background.
+    def forget(self, user: int | str) -> Deleted:
+        """Delete a user's events and impressions, and remember, by a digest, that the user is to be left out of later
+        trainings. Redis is asked to write its append-only file anew, without them; it does so in the background.
 
         Returns:
-            how many events there were.
+            how many events and impressions there were.
         """
-        count = self._server.asked(lambda: self._forget([_key(user), _IDS, _FORGOTTEN], [digest(user)]))
+        keys = [f"{_EVENTS_OF}{user}", _EVENT_IDS, f"{_LISTS}:{user}", _LIST_IDS, REDIS_KEY]
+        counts = self.server.asked(lambda: self._forget(keys, [digest(user)]))
         try:
-            self._server.asked(self._server.writes.bgrewriteaof)
+            self.server.asked(self.server.writes.bgrewriteaof)
         except OSError as error:
             log.warning("what was deleted may stay in Redis's append-only file: %s", error)
-        return int(count)
+        return Deleted(*map(int, counts))
 
-    def forgotten(self) -> set[str]:
-        """Digests of the users that were deleted."""
-        return set(self._server.asked(lambda: self._server.writes.smembers(_FORGOTTEN)))
+    def copy(self, directory: Path) -> None:
+        """Make a store of a directory with what is here now. What comes meanwhile is left out, so that an export of a
+        later copy can go on from one of this.
 
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Every event as a row of a log, in order of time; all are held in memory to be sorted."""
-        server, found = self._server, list[tuple[int, str, str]]()
-        for key in server.asked(lambda: set(server.writes.scan_iter(f"{_EVENTS}*", count=1000))):
-            texts = server.asked(partial(server.writes.zrange, key, 0, -1, withscores=True))
-            found += [(int(when), text, key.removeprefix(_EVENTS)) for text, when in texts]
-        for when, text, user in sorted(found):
-            event_id, item, labels, features, impression = json.loads(text[17:])
-            row = {"user_id": user, "item_id": item, "timestamp": when, **features, **labels}
-            yield {**row, "event_id": event_id, "impression_id": impression}
+        Raises:
+            OSError: if Redis fails.
+        """
+        EventStore(directory).close()
+        with closing(connected(directory / EVENTS)) as connection, transaction(connection):
+            numbers = self.server.asked(lambda: self.server.writes.mget(_LIST_NUMBER, _EVENT_NUMBER))
+            last_list, last_event = (int(number or 0) for number in numbers)
+            for user, number, when, row in self._rows(_LISTS, last_list):
+                request_id, version, features, items = row
+                shown = (number, request_id, user, when, version, json.dumps(features), json.dumps(items))
+                connection.execute("INSERT OR IGNORE INTO impressions VALUES (?, ?, ?, ?, ?, ?, ?)", shown)
+            for user, number, when, row in self._rows(_EVENTS_OF, last_event):
+                event_id, item, labels, features, impression = row
+                event = (number, event_id, user, item, when, json.dumps(labels), json.dumps(features), impression)
+                connection.execute("INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)", event)
+            for gone in self.server.asked(lambda: self.server.writes.smembers(REDIS_KEY)):
+                connection.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (gone,))
 
     def close(self) -> None:
         """Write what was given."""
         self._threads.shutdown()
-        self._server.close()
+        self.server.close()
+
+    def _rows(self, prefix: str, last: int) -> Iterator[tuple[str | None, int, int, list[Any]]]:
+        """User, number, time and content of what is under the keys of a prefix, up to a number, some of it twice."""
+        redis = self.server.writes
+        keys = self.server.asked(lambda: set(redis.scan_iter(f"{prefix}*", count=1000)))
+        for key in keys:
+            _, named, user = key.removeprefix(PREFIX).partition(":")
+            cursor, begun = 0, False
+            while cursor or not begun:
+                cursor, found = self.server.asked(partial(redis.zscan, key, cursor, count=1000))
+                begun = True
+                for text, when in found:
+                    if (number := int(text[:16])) <= last:
+                        yield (user if named else None), number, int(when), json.loads(text[17:])
 
 
-def _key(user: int | str) -> str:
-    return f"{_EVENTS}{user}"
+def _event(feedback: Feedback) -> tuple[str, list[str | int]]:
+    """Key, id, time and text of an event, which is kept whoever the user is."""
+    event = feedback.event
+    said = [feedback.event_id, str(event.item_id), dict(event.labels), dict(event.features), feedback.impression]
+    return f"{_EVENTS_OF}{feedback.user_id}", [feedback.event_id or "", event.time, _text(said), ""]
+
+
+def _list(shown: Impression) -> tuple[str, list[str | int]]:
+    """Likewise of a list, with the digest of its user."""
+    items = [(str(item), propensity, dict(features)) for item, propensity, features in shown.items]
+    user = shown.user_id
+    key, gone = (_LISTS, "") if user is None else (f"{_LISTS}:{user}", digest(user))
+    said = [shown.request_id, shown.version, dict(shown.features), items]
+    return key, [shown.request_id, shown.time, _text(said), gone]
+
+
+def _text(said: list[Any]) -> str:
+    return json.dumps(said, separators=(",", ":"))

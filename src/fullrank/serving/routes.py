@@ -30,6 +30,7 @@ from fullrank.serving.bodies import (
 from fullrank.serving.completing import Completed, completed, with_events
 from fullrank.serving.errors import NoCatalogue, refusals
 from fullrank.serving.experiment import OPT_OUT, Experiment
+from fullrank.serving.impressions import AnsweredList, ImpressionLog
 from fullrank.serving.instruments import Instruments
 from fullrank.serving.live import Live
 from fullrank.serving.page_routes import add_page
@@ -68,6 +69,13 @@ class _Asked(NamedTuple):
     request_id: str
 
 
+class _Made(NamedTuple):
+    """An answer, and what is to be kept of it."""
+
+    content: bytes
+    shown: AnsweredList | None
+
+
 def add_routes(
     app: FastAPI,
     live: Live,
@@ -76,6 +84,7 @@ def add_routes(
     store: UserEvents | None = None,
     experiment: Experiment | None = None,
     about: Callable[[], Mapping[str, Any]] = dict,
+    impressions: ImpressionLog | None = None,
 ) -> None:
     """Answer from a funnel, or from a single ranker, which has no items to recommend.
 
@@ -83,10 +92,11 @@ def add_routes(
         store: of what users did since the bundle was made.
         experiment: whose arms answer; rows, and who has no id, are scored by `live`.
         about: what the bundle says of itself, for the page.
+        impressions: keeps the lists that are answered, but for those that are explained.
     """
     ranking = refusals(400, 408, 413, 415, 422, 429, 500, 503)
 
-    def lists(asked: Sequence[_Asked]) -> list[bytes]:
+    def lists(asked: Sequence[_Asked]) -> list[_Made]:
         """The answers to requests of one source and one `k`, made in one pass."""
         seconds: dict[str, float] = {}
 
@@ -124,7 +134,12 @@ def add_routes(
             }
             if explained is not None:
                 said["explained"] = [explained_json(item) for item in explained]
-            answers.append(encoded(said))
+            shown = None
+            if impressions is not None and explained is None:
+                items = [(item.item_id, item.propensity) for item in found.items if item.item_id is not None]
+                then = int(time.time()) if request.request.time is None else request.request.time
+                shown = AnsweredList(funnel, version, request.request, each.request_id, then, items)
+            answers.append(_Made(encoded(said), shown))
         instruments.together.observe(len(asked))
         return answers
 
@@ -158,8 +173,14 @@ def add_routes(
         one = _Asked(body, source, arm, counts, ends, asked.state.request_id)
         async with pool.admitted(rows, _client(asked), seconds) as admitted:
             if body.explain or body.filter is not None:
-                return answer(await admitted.piece(lambda: lists([one])[0], rows))
-            return answer(await batcher(one, rows, kind=(id(source), body.k), dropped=admitted.deadline, ends=ends))
+                made = await admitted.piece(lambda: lists([one])[0], rows)
+            else:
+                kind = (id(source), body.k)
+                made = await batcher(one, rows, kind=kind, dropped=admitted.deadline, ends=ends)
+        # Whoever left before is not shown it: then this is not reached.
+        if impressions is not None and made.shown is not None:
+            impressions.add(made.shown)
+        return answer(made.content)
 
     @app.post("/v1/score", response_model=ScoreResponse, tags=["ranking"], responses=ranking)
     async def score(body: ScoreRequest, asked: fastapi.Request) -> Response:

@@ -1,12 +1,11 @@
-"""What users did since the bundle was made, on disk: acknowledged events survive a kill."""
+"""What users were shown and what they did, on disk: acknowledged events survive a kill."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
+from fullrank.data.forgotten import EVENTS, digest
 from fullrank.funnel.recent_events import Event
 from fullrank.serving.sqlite import connected, prepare, transaction
 
@@ -34,6 +34,18 @@ CREATE TABLE IF NOT EXISTS events (
     impression TEXT
 );
 CREATE INDEX IF NOT EXISTS events_of_user ON events (user, time, number);
+CREATE INDEX IF NOT EXISTS events_of_impression ON events (impression);
+CREATE TABLE IF NOT EXISTS impressions (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    request_id TEXT UNIQUE NOT NULL,
+    user TEXT,
+    time INTEGER NOT NULL,
+    version TEXT NOT NULL,
+    features TEXT NOT NULL,
+    items TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS impressions_of_user ON impressions (user);
+CREATE INDEX IF NOT EXISTS impressions_by_time ON impressions (time);
 CREATE TABLE IF NOT EXISTS forgotten (digest TEXT PRIMARY KEY);
 """
 
@@ -55,13 +67,54 @@ class Feedback:
     impression: str | None = None
 
 
+class ShownItem(NamedTuple):
+    """An item of a list.
+
+    Attributes:
+        propensity: what it was drawn with, given those above.
+        features: raw values by column of the log.
+    """
+
+    item_id: int | str
+    propensity: float
+    features: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Impression:
+    """A list that was answered.
+
+    Attributes:
+        request_id: of its answer: another one with the same is not kept.
+        user_id: None if nobody was named.
+        time: in seconds since 1970.
+        version: of the bundle.
+        features: raw values of the user and the context, by column of the log.
+        items: from above.
+    """
+
+    request_id: str
+    user_id: int | str | None
+    time: int
+    version: str
+    features: Mapping[str, Any]
+    items: Sequence[ShownItem]
+
+
 class _Write(NamedTuple):
-    feedbacks: Sequence[Feedback]
+    rows: Sequence[Feedback] | Sequence[Impression]
     result: Future[list[bool]]
 
 
+class Deleted(NamedTuple):
+    """How much there was of a user who was forgotten."""
+
+    events: int
+    impressions: int
+
+
 class EventStore:
-    """Events in an SQLite file of a directory, which several processes may use.
+    """Events and impressions in an SQLite file of a directory, which several processes may use.
 
     Writes of requests at the same time share a transaction and one wait for the disk. Reads are those of what was
     acknowledged. What is deleted is overwritten.
@@ -72,7 +125,7 @@ class EventStore:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / "events.sqlite"
+        self.path = directory / EVENTS
         self._local = threading.local()
         self._writes: SimpleQueue[_Write | None] = SimpleQueue()
         try:
@@ -83,10 +136,11 @@ class EventStore:
         self._thread = threading.Thread(target=self._write, name="events", daemon=True)
         self._thread.start()
 
-    def append(self, feedbacks: Sequence[Feedback]) -> Future[list[bool]]:
-        """Keep events. The result, which of them are new, is there when the disk has them; else an `OSError`."""
+    def append(self, rows: Sequence[Feedback] | Sequence[Impression]) -> Future[list[bool]]:
+        """Keep events, or impressions. The result, which of them are new, is there when the disk has them; else an
+        `OSError`. Impressions of a user who was forgotten are not kept."""
         result: Future[list[bool]] = Future()
-        self._writes.put(_Write(feedbacks, result))
+        self._writes.put(_Write(rows, result))
         return result
 
     def recent(self, user: int | str, since: int | None = None, limit: int = RECENT) -> list[Event]:
@@ -110,35 +164,21 @@ class EventStore:
             for item, time, labels, features in reversed(rows)
         ]
 
-    def forget(self, user: int | str) -> int:
-        """Delete a user's events, and remember, by a digest, that the user is to be left out of later trainings.
+    def forget(self, user: int | str) -> Deleted:
+        """Delete a user's events and impressions, and remember, by a digest, that the user is to be left out of later
+        trainings.
 
         Returns:
-            how many events there were.
+            how many events and impressions there were.
         """
         with closing(connected(self.path)) as connection:
             with transaction(connection):
                 count = connection.execute("DELETE FROM events WHERE user = ?", (str(user),)).rowcount
+                lists = connection.execute("DELETE FROM impressions WHERE user = ?", (str(user),)).rowcount
                 connection.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (digest(user),))
             # What was written before would else stay in the journal for a while.
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        return int(count)
-
-    def forgotten(self) -> set[str]:
-        """Digests of the users that were deleted."""
-        with closing(connected(self.path)) as connection:
-            return {found for (found,) in connection.execute("SELECT digest FROM forgotten")}
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Every event as a row of a log, in order of time."""
-        with closing(connected(self.path)) as connection:
-            rows = connection.execute(
-                "SELECT user, item, time, labels, features, event_id, impression FROM events ORDER BY time, number"
-            )
-            for user, item, time, labels, features, event_id, impression in rows:
-                row = {"user_id": user, "item_id": item, "timestamp": time}
-                row |= {**json.loads(features), **json.loads(labels)}
-                yield {**row, "event_id": event_id, "impression_id": impression}
+        return Deleted(int(count), int(lists))
 
     def close(self) -> None:
         """Write what was given."""
@@ -161,7 +201,7 @@ class EventStore:
     def _commit(self, connection: sqlite3.Connection, writes: Sequence[_Write]) -> None:
         try:
             with transaction(connection):
-                found = [[_insert(connection, feedback) for feedback in write.feedbacks] for write in writes]
+                found = [[_insert(connection, row) for row in write.rows] for write in writes]
         except sqlite3.Error as error:
             for write in writes:
                 write.result.set_exception(OSError(f"{self.path} cannot be written: {error}"))
@@ -170,14 +210,11 @@ class EventStore:
             write.result.set_result(new)
 
 
-def digest(user: int | str) -> str:
-    """What stands for a user of whom nothing else may be kept."""
-    return hashlib.sha256(str(user).encode()).hexdigest()
-
-
-def _insert(connection: sqlite3.Connection, feedback: Feedback) -> bool:
-    """Whether the event is new."""
-    event = feedback.event
+def _insert(connection: sqlite3.Connection, new: Feedback | Impression) -> bool:
+    """Whether it is new."""
+    if isinstance(new, Impression):
+        return _insert_impression(connection, new)
+    feedback, event = new, new.event
     row = (
         feedback.event_id,
         str(feedback.user_id),
@@ -189,4 +226,27 @@ def _insert(connection: sqlite3.Connection, feedback: Feedback) -> bool:
     )
     columns = "event_id, user, item, time, labels, features, impression"
     sql = f"INSERT OR IGNORE INTO events ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+    return connection.execute(sql, row).rowcount == 1
+
+
+def _insert_impression(connection: sqlite3.Connection, impression: Impression) -> bool:
+    user = impression.user_id
+    row = (
+        impression.request_id,
+        None if user is None else str(user),
+        impression.time,
+        impression.version,
+        json.dumps(dict(impression.features), ensure_ascii=False),
+        json.dumps(
+            [(str(item), propensity, dict(features)) for item, propensity, features in impression.items],
+            ensure_ascii=False,
+        ),
+        None if user is None else digest(user),
+    )
+    columns = "request_id, user, time, version, features, items"
+    # A list of a user may still wait here when the user is forgotten.
+    sql = (
+        f"INSERT OR IGNORE INTO impressions ({columns}) SELECT ?1, ?2, ?3, ?4, ?5, ?6 "
+        "WHERE NOT EXISTS (SELECT 1 FROM forgotten WHERE digest = ?7)"
+    )
     return connection.execute(sql, row).rowcount == 1

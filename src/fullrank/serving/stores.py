@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fullrank.funnel.item_changes import ItemState
 from fullrank.funnel.recent_events import Event
 from fullrank.serving.item_store import ItemStore
-from fullrank.serving.store import RECENT, EventStore, Feedback
+from fullrank.serving.store import RECENT, Deleted, EventStore, Feedback, Impression
 
 
 class UserEvents(Protocol):
     """What `EventStore` and `RedisStore` do; each call raises `OSError` if the store cannot be read or written."""
 
-    def append(self, feedbacks: Sequence[Feedback]) -> Future[list[bool]]: ...
+    def append(self, rows: Sequence[Feedback] | Sequence[Impression]) -> Future[list[bool]]: ...
     def recent(self, user: int | str, since: int | None = None, limit: int = RECENT) -> list[Event]: ...
-    def forget(self, user: int | str) -> int: ...
-    def forgotten(self) -> set[str]: ...
-    def events(self) -> Iterator[dict[str, Any]]: ...
+    def forget(self, user: int | str) -> Deleted: ...
     def close(self) -> None: ...
 
 
@@ -39,11 +37,13 @@ def opened_events(place: Path | str) -> UserEvents:
     Raises:
         ValueError: if it cannot be used.
     """
-    if not _is_url(place):
+    if not is_url(place):
         return EventStore(Path(place))
     from fullrank.serving.redis_store import RedisStore
 
-    return RedisStore(str(place))
+    store = RedisStore(str(place))
+    store.server.warn_if_forgetful()
+    return store
 
 
 def opened_items(place: Path | str | None) -> ItemStates:
@@ -52,14 +52,14 @@ def opened_items(place: Path | str | None) -> ItemStates:
     Raises:
         ValueError: if it cannot be used.
     """
-    if place is None or not _is_url(place):
+    if place is None or not is_url(place):
         return ItemStore(None if place is None else Path(place))
     from fullrank.serving.redis_item_store import RedisItemStore
 
     return RedisItemStore(str(place))
 
 
-def _is_url(place: Path | str) -> bool:
+def is_url(place: Path | str) -> bool:
     """Raises:
     ValueError: if it is the URL of something else.
     """

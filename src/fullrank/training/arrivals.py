@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from fullrank.data import atomic
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
+from fullrank.data.forgotten import NobodyLeft
 from fullrank.data.formats import open_format
 from fullrank.data.formats.base import Sampled
 from fullrank.data.importing import import_dataset
@@ -133,7 +134,8 @@ class Log(Protocol):
         """Let go of slices before this second: they are trained, and a checkpoint says so."""
 
     def counts(self) -> dict[str, int]:
-        """Rows taken up, those refused, and how many of the former were late."""
+        """Rows taken up, those refused, those left out because their users are to be forgotten, and how many of the
+        first were late."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to know."""
@@ -164,7 +166,7 @@ class Replay:
         self._piece.forget(before)
 
     def counts(self) -> dict[str, int]:
-        return {"rows": self._piece.rows, "refused": 0, "late": 0}
+        return {"rows": self._piece.rows, "refused": 0, "forgotten": 0, "late": 0}
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -212,7 +214,7 @@ class Arrivals:
         self.files: list[str] = done["files"]
         self.columns: dict[str, str] | None = done["columns"]
         self.watermark: int | None = done["watermark"]
-        self._counts = {"rows": 0, "refused": 0, "late": 0, **done["counts"]}
+        self._counts = {"rows": 0, "refused": 0, "forgotten": 0, "late": 0, **done["counts"]}
         self._pieces: dict[int, Piece] = {}
         place.mkdir(parents=True, exist_ok=True)
         atomic.clear_leftovers(place, "*", alone=True)
@@ -251,7 +253,9 @@ class Arrivals:
         self.taken = number
         if piece.rows:
             self.watermark = max(piece.last, self.watermark if self.watermark is not None else piece.last)
-        for name, more in {"rows": piece.rows, "refused": piece.refused, "late": piece.late}.items():
+        forgotten = dataset.forgotten or 0
+        taken = {"rows": piece.rows, "refused": piece.refused, "forgotten": forgotten, "late": piece.late}
+        for name, more in taken.items():
             self._counts[name] += more
         return True
 
@@ -271,18 +275,24 @@ class Arrivals:
         out = self.place / f"{number:06d}"
         if schema is None and self.source.schema_file is not None:
             schema = Schema.read(self.source.schema_file)
-        import_dataset(
-            self.source.format,
-            file,
-            out,
-            schema=schema if like is None else None,
-            split=SplitSpec(kind="none"),
-            like=like,
-            extend=like is not None and self.config.extend,
-            keep=self.data.extra,
-            max_bad=self.source.max_bad,
-            overwrite=True,
-        )
+        try:
+            import_dataset(
+                self.source.format,
+                file,
+                out,
+                schema=schema if like is None else None,
+                split=SplitSpec(kind="none"),
+                like=like,
+                extend=like is not None and self.config.extend,
+                keep=self.data.extra,
+                max_bad=self.source.max_bad,
+                overwrite=True,
+                forgotten=self.source.forgotten_users(),
+            )
+        except NobodyLeft as error:
+            self._counts["forgotten"] += error.rows
+            self.files.append(file.name)
+            return self._import(number)
         return True
 
     @property

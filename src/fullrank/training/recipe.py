@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fullrank.data.forgotten import forgotten_users
 from fullrank.data.splits import SplitSpec
 from fullrank.embeddings import EmbeddingOptimizer
 from fullrank.models import RankerSpec
@@ -40,6 +41,8 @@ class ImportSpec(Section):
         schema_file: for formats that do not bring a schema.
         split: how rows become training, validation and test rows; default that of the format.
         max_bad: share of bad rows above which the import fails.
+        forgotten: directory of a server's store, or URL of its Redis: rows of users that it was told to forget are left
+            out.
     """
 
     format: str
@@ -47,6 +50,11 @@ class ImportSpec(Section):
     schema_file: Annotated[Path, AfterValidator(here_or_shipped)] | None = None
     split: SplitSpec | None = None
     max_bad: float = Field(default=0.001, ge=0, le=1)
+    forgotten: Path | str | None = None
+
+    def forgotten_users(self) -> frozenset[str]:
+        """Digests of the users whose rows are left out, as of now."""
+        return frozenset() if self.forgotten is None else forgotten_users(self.forgotten)
 
 
 class DataSpec(Section):

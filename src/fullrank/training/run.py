@@ -408,6 +408,7 @@ def open_dataset(data: DataSpec, progress: Progress | None = None) -> Dataset:
             split=source.split,
             keep=_kept(data.extra, schema),
             max_bad=source.max_bad,
+            forgotten=source.forgotten_users(),
             progress=show,
         )
         return_freed_memory()
