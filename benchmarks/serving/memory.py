@@ -67,7 +67,9 @@ def prepare(bundle: Path, items: int, users: int) -> None:
     encoders = dataset.encoders
     for table, count in (("user_id", users), ("item_id", items)):
         names = pl.Series("value", range(count)).cast(pl.String)
-        encoders = encoders.with_values(table, names.filter(~names.is_in(encoders.vocabularies[table].values.implode())))
+        encoders = encoders.with_values(
+            table, names.filter(~names.is_in(encoders.vocabularies[table].values.implode()))
+        )
     raw = {
         "item_id": range(items),
         "category": rng.integers(0, 50, items),

@@ -200,6 +200,7 @@ def load_bundle(path: Path, mapped: Path | None = None) -> Funnel | Scorer:
     retriever = _retriever(path, manifest.stages[0], schema)
     if arrays is not None:
         arrays.hold(modules_of(retriever))
+        arrays.hold_halves(retriever)
     has_users = "users.parquet" in manifest.files
     funnel = Funnel(
         encoders=encoders,

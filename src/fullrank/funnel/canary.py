@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 

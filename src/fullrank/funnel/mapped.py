@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -22,9 +23,13 @@ from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
 from fullrank.funnel.stages import FINAL, RETRIEVAL
 from fullrank.retrieval.base import Retriever
+from fullrank.retrieval.exact import ExactIndex
+from fullrank.retrieval.vector_retriever import VectorRetriever
+from fullrank.retrieval.vectors.scan import Scan
 from fullrank.schema import Schema
 
-_TABLES, _MODULES, _VECTORS = "vocabularies.json", "modules.safetensors", "item_vectors.safetensors"
+_TABLES, _MODULES = "vocabularies.json", "modules.safetensors"
+_VECTORS, _HALVES = "item_vectors.safetensors", "halves.safetensors"
 _INDEX = ("hashes", "ids", "first")
 
 
@@ -42,6 +47,7 @@ class MappedArrays:
         self.directory = directory
         self.item_vectors = load_file(directory / _VECTORS)
         self._modules = load_file(directory / _MODULES)
+        self._halves = load_file(directory / _HALVES)
 
     def vocabularies(self) -> dict[str, Vocabulary]:
         """Those of the encoders, by table."""
@@ -55,11 +61,17 @@ class MappedArrays:
 
     def catalogue(self, name: str, schema: Schema) -> Catalogue:
         """That of `items` or `users`."""
-        tensors = load_file(self.directory / f"{name}.safetensors")
+        tensors: dict[str, Any] = load_file(self.directory / f"{name}.safetensors")
         starts = {key.removeprefix("starts."): tensors.pop(key) for key in list(tensors) if key.startswith("starts.")}
         keys_I = tensors.pop("keys")
         batch = Batch(jagged_keys=schema.jagged_keys, event_keys=schema.event_number_keys, **tensors)
         return Catalogue(_read_frame(self.directory / f"{name}.arrow"), keys_I, RowGather(batch, starts))
+
+    def hold_halves(self, retriever: Retriever) -> None:
+        """Give an exact index its vectors in bfloat16, if that is what it scores first."""
+        scan = _scan(retriever)
+        if scan is not None and self._halves:
+            scan.hold_halves((self._halves["half"], self._halves["norm"], self._halves["lost"]))
 
     def hold(self, modules: Mapping[str, nn.Module]) -> None:
         """Put the mapped tensors in the place of the modules' own, which are equal."""
@@ -85,22 +97,36 @@ def write_arrays(content: Funnel | Scorer, directory: Path) -> None:
         _write_frame(frame, partial / f"vocabulary-{place}.arrow")
         _write({key: torch.from_numpy(value) for key, value in arrays.items()}, partial / f"vocabulary-{place}")
     vectors: dict[str, Tensor] = {}
+    halves: dict[str, Tensor] = {}
     if isinstance(content, Funnel):
         modules = {**content.early, FINAL: content.final, **modules_of(content.retriever)}
+        scan = _scan(content.retriever)
+        found = None if scan is None else scan.halves()
+        if found is not None:
+            halves = dict(zip(("half", "norm", "lost"), found, strict=True))
         vectors = {stage: vectors_IV for stage, (_, vectors_IV) in content.prepared.items()}
         _write_catalogue(content.items, content.items.frame, partial / "items")
         if content.users is not None:
             _write_catalogue(content.users, _of_users(content.users.frame), partial / "users")
     else:
         modules = {FINAL: content.model}
+    _write(halves, partial / _HALVES)
     _write(vectors, partial / _VECTORS)
-    _write({f"{name}.{key}": tensor for name, each in modules.items() for key, tensor in _tensors(each).items()}, partial / _MODULES)
+    _write(
+        {f"{name}.{key}": tensor for name, each in modules.items() for key, tensor in _tensors(each).items()},
+        partial / _MODULES,
+    )
     os.rename(partial, directory)
 
 
 def modules_of(retriever: Retriever) -> dict[str, nn.Module]:
     """The networks of a retriever, by names that no stage has."""
     return {f"{RETRIEVAL}.{name}": part for name, part in vars(retriever).items() if isinstance(part, nn.Module)}
+
+
+def _scan(retriever: Retriever) -> Scan | None:
+    index = retriever.vectors if isinstance(retriever, VectorRetriever) else None
+    return index.scan if isinstance(index, ExactIndex) else None
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -124,9 +150,7 @@ def _of_users(frame: pl.DataFrame) -> pl.DataFrame:
     """What is read of it beside the features: ids, and when events happened, in seconds that fit into 32 bits."""
     id_column, times = frame.columns[0], [name for name in frame.columns if name.startswith(times_column(""))]
     small = [
-        pl.col(name).cast(pl.List(pl.UInt32))
-        for name in times
-        if frame[name].explode().is_between(0, 2**32 - 1).all()
+        pl.col(name).cast(pl.List(pl.UInt32)) for name in times if frame[name].explode().is_between(0, 2**32 - 1).all()
     ]
     return frame.select(id_column, *times).with_columns(small)
 

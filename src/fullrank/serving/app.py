@@ -28,8 +28,10 @@ from fullrank.serving.limits import Limits
 from fullrank.serving.live import Live
 from fullrank.serving.pool import Pool
 from fullrank.serving.routes import PATHS, add_routes
+from fullrank.serving.shared import Shared
+from fullrank.serving.shared_versions import SharedVersions, opened_alike
 from fullrank.serving.store import EventStore, Feedback
-from fullrank.serving.versions import Versions, opened, target_of
+from fullrank.serving.versions import Versions, give_back, opened, target_of
 from fullrank.training.manifest import MANIFEST, Manifest
 
 
@@ -69,6 +71,7 @@ def create_app(
     arms: Mapping[str, tuple[Path | Funnel, float]] | None = None,
     salt: str = "",
     note: Callable[[dict[str, Any]], None] | None = None,
+    shared: Shared | None = None,
 ) -> FastAPI:
     """The application that serves a bundle. A single ranker scores rows; a funnel recommends and scores items too.
 
@@ -79,14 +82,20 @@ def create_app(
         arms: other bundles of funnels by name, each with the share of users that it answers.
         salt: of the split; another one splits users independently.
         note: told what the access log says of each request.
+        shared: with the other processes of the server that run the same application; `bundle` is then a directory.
 
     Raises:
-        ValueError: if the directory holds no store, or the bundle cannot be opened, see `load_bundle`, or does not
-            answer as it should, see `check_answers`.
+        ValueError: if there are arms beside other processes, which would count apart, the directory holds no store, or
+            the bundle cannot be opened, see `load_bundle`, or does not answer as it should, see `check_answers`.
     """
     config = config or ServingConfig()
     torch.set_num_threads(config.torch_threads)
-    first = opened(target_of(bundle)) if isinstance(bundle, Path) else None
+    if shared is not None and arms:
+        raise ValueError("--arm counts what comes of the arms in one process: it cannot be given with --processes")
+    if not isinstance(bundle, Path):
+        first = None
+    else:
+        first = opened(target_of(bundle)) if shared is None else opened_alike(bundle, shared)
     if first is not None and first.content is not None:
         content, version = first.content, first.target.version
     else:
@@ -94,9 +103,9 @@ def create_app(
         content, version = bundle, "unsaved"
         check_answers(content)
     events = None if store is None else EventStore(store)
-    items = ItemStore(store)
+    items = ItemStore(store if shared is None else store or shared.directory)
     live = Live(content, version, items)
-    instruments = Instruments()
+    instruments = Instruments(None if shared is None else shared.metrics)
     experiment = None
     if arms:
         reward = next((label.name for label in content.schema.labels if label.kind == "binary"), "")
@@ -104,7 +113,13 @@ def create_app(
         experiment = Experiment(live, others, salt, reward)
     beside = [] if experiment is None else [each for each in experiment.arms.values() if each is not live]
     instruments.items.set_function(lambda: _items(live))
-    versions = Versions(bundle, first, live, instruments) if isinstance(bundle, Path) and first is not None else None
+    versions = None
+    if isinstance(bundle, Path) and first is not None:
+        versions = (
+            Versions(bundle, first, live, instruments)
+            if shared is None
+            else SharedVersions(bundle, first, live, instruments, shared)
+        )
     pool = Pool(config.workers, config.rows, config.share, config.seconds, instruments)
 
     @asynccontextmanager
@@ -113,6 +128,8 @@ def create_app(
         # What stays as long as the server need not be looked through for garbage again and again.
         gc.collect()
         gc.freeze()
+        if shared is not None:
+            give_back()
         yield
         pool.stop()
         gc.unfreeze()
