@@ -95,7 +95,7 @@ def serve(
             from fullrank.serving.processes import Processes
             from fullrank.serving.shared import Shared
         import_modules(imports or (), "--import")
-        note = stack.enter_context(_noted(access_log))
+        note = stack.enter_context(_noted(access_log, several=processes > 1))
         shared = None if scratch is None else Shared(scratch, imports or ())
 
         def said() -> None:
@@ -149,8 +149,8 @@ def serve(
 
 
 @contextmanager
-def _noted(place: str | None) -> Iterator[Callable[[dict[str, Any]], None] | None]:
-    """What writes the access log.
+def _noted(place: str | None, *, several: bool) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """What writes the access log; of several processes it says which one answered.
 
     Raises:
         ValueError: if it cannot be written there.
@@ -163,7 +163,7 @@ def _noted(place: str | None) -> Iterator[Callable[[dict[str, Any]], None] | Non
             file = sys.stderr if place == "-" else stack.enter_context(open(place, "a", encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"--access-log {place} cannot be written: {error.strerror}") from None
-        yield partial(_write, file)
+        yield partial(_write, file, several)
 
 
 def _arm(text: str) -> tuple[str, tuple[Path, float]]:
@@ -181,10 +181,13 @@ def _arm(text: str) -> tuple[str, tuple[Path, float]]:
     return name, (Path(bundle), number)
 
 
-def _write(file: TextIO, said: dict[str, Any]) -> None:
+def _write(file: TextIO, several: bool, said: dict[str, Any]) -> None:
     """A line of the access log. A log that cannot be written any more does not stop the answers."""
+    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **said}
+    if several:
+        line["process"] = os.getpid()
     with suppress(OSError):
-        print(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **said}), file=file, flush=True)
+        print(json.dumps(line), file=file, flush=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from prometheus_client import Counter
 from prometheus_client.multiprocess import mark_process_dead
 
@@ -70,6 +71,8 @@ class Processes:
 
     def run(self) -> int:
         """Run until a signal ends it, SIGTERM or SIGINT, or the first process fails to start; the exit code."""
+        # PyTorch imports another 60 MB to open a bundle; here they are shared.
+        torch.zeros(1, device="meta").mul(1.0)
         # What is there already is not looked through for garbage by the forks: pages that are not touched stay shared.
         gc.collect()
         gc.freeze()
