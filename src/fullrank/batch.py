@@ -204,7 +204,7 @@ _LISTS = tuple((each.name, each.metadata["lengths"]) for each in fields(Batch) i
 class RowGather:
     """A batch to take rows from again and again: where each row's ids begin is computed once.
 
-    Ids of lists may be held as int32, in half the memory; what is taken has them as int64.
+    Whole numbers may be held as int32, in half the memory; what is taken has them as int64.
 
     Attributes:
         starts: by field of lists, where in it the values of each key and row begin.
@@ -220,7 +220,7 @@ class RowGather:
     def take(self, rows_P: Tensor) -> Batch:
         """The given rows, in the given order; rows may repeat."""
         return self.batch._changed(
-            lambda column: column.index_select(0, rows_P),
+            lambda column: _wide(column.index_select(0, rows_P)),
             lambda name, values, lengths_KB: _gather(values, self.starts[name], lengths_KB, rows_P),
         )
 
@@ -241,7 +241,7 @@ def _starts(lengths_KB: Tensor) -> Tensor:
 
 
 def _gather(values: Tensor, starts_KB: Tensor, lengths_KB: Tensor, rows_P: Tensor) -> tuple[Tensor, Tensor]:
-    lengths_KP = lengths_KB.index_select(1, rows_P)
+    lengths_KP = _wide(lengths_KB.index_select(1, rows_P))
     if not lengths_KB.numel():
         return _wide(values[:0]), lengths_KP
     if lengths_KB.shape[1] == 1:

@@ -138,12 +138,15 @@ def _write_catalogue(catalogue: Catalogue, frame: pl.DataFrame, path: Path) -> N
     they have to be."""
     rows = catalogue.rows
     tensors = {name: value for name, value in vars(rows.batch).items() if isinstance(value, Tensor)}
-    ids = tensors["jagged_values"]
-    if not ids.numel() or int(ids.max()) < 2**31:
-        tensors["jagged_values"] = ids.int()
     starts = {f"starts.{name}": value for name, value in rows.starts.items()}
-    _write({"keys": catalogue.keys_I, **tensors, **starts}, path)
+    narrow = {name: _narrow(tensor) for name, tensor in {**tensors, **starts}.items()}
+    _write({"keys": catalogue.keys_I, **narrow}, path)
     _write_frame(frame, path.with_suffix(".arrow"))
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    fits = tensor.dtype == torch.int64 and (not tensor.numel() or int(tensor.abs().max()) < 2**31)
+    return tensor.int() if fits else tensor
 
 
 def _of_users(frame: pl.DataFrame) -> pl.DataFrame:
