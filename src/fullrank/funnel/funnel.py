@@ -62,6 +62,7 @@ class Funnel:
         slate: how a list is made of the final stage's values; default the largest first.
         deadlines: milliseconds by stage that it may take for the users of one pass; one that cannot finish hands on
             what it was handed, in that order, behind what it has scored.
+        item_vectors: by early stage that looks at items beforehand, what it saw; default: it looks now.
 
     Attributes:
         clock: what deadlines and times are read from.
@@ -86,6 +87,7 @@ class Funnel:
         sizes: StageSizes | None = None,
         slate: SlateConfig | None = None,
         deadlines: Mapping[str, float] | None = None,
+        item_vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.encoders = encoders
         self.schema = encoders.schema
@@ -108,7 +110,8 @@ class Funnel:
         for name, ranker in self.early.items():
             trust_ids(ranker.eval())
             if isinstance(ranker, TwoSided):
-                self.prepared[name] = ranker, _item_vectors(ranker, items.rows.batch)
+                known_IV = (item_vectors or {}).get(name)
+                self.prepared[name] = ranker, _item_vectors(ranker, items.rows.batch) if known_IV is None else known_IV
         bid_I = items.bid_I
         self._bid_I = None if bid_I is None else bid_I.float()
         self.slate = slate or SlateConfig()

@@ -28,9 +28,11 @@ from fullrank.serving.limits import Limits
 from fullrank.serving.live import Live
 from fullrank.serving.pool import Pool
 from fullrank.serving.routes import PATHS, add_routes
+from fullrank.serving.shared import Shared
+from fullrank.serving.shared_versions import SharedVersions, opened_alike
 from fullrank.serving.store import Feedback
 from fullrank.serving.stores import ItemStates, opened_events, opened_items
-from fullrank.serving.versions import Opened, Versions, opened, target_of
+from fullrank.serving.versions import Opened, Versions, give_back, opened, target_of
 from fullrank.training.manifest import MANIFEST, Manifest
 
 
@@ -71,6 +73,7 @@ def create_app(
     salt: str = "",
     log_impressions: bool = False,
     note: Callable[[dict[str, Any]], None] | None = None,
+    shared: Shared | None = None,
 ) -> FastAPI:
     """The application that serves a bundle. A single ranker scores rows; a funnel recommends and scores items too.
 
@@ -83,15 +86,21 @@ def create_app(
         salt: of the split; another one splits users independently.
         log_impressions: keep in the store the lists that are answered, with propensities and features.
         note: told what the access log says of each request.
+        shared: with the other processes of the server that run the same application; `bundle` is then a directory.
 
     Raises:
-        ValueError: if the directory holds no store, Redis does not answer, or the bundle cannot be opened, see
-            `load_bundle`, or does not answer as it should, see `check_answers`; or lists are to be logged without a
-            store or a funnel.
+        ValueError: if there are arms beside other processes, which would count apart, the directory holds no store,
+            Redis does not answer, or the bundle cannot be opened, see `load_bundle`, or does not answer as it should,
+            see `check_answers`; or lists are to be logged without a store or a funnel.
     """
     config = config or ServingConfig()
     torch.set_num_threads(config.torch_threads)
-    first = opened(target_of(bundle)) if isinstance(bundle, Path) else None
+    if shared is not None and arms:
+        raise ValueError("--arm counts what comes of the arms in one process: it cannot be given with --processes")
+    if not isinstance(bundle, Path):
+        first = None
+    else:
+        first = opened(target_of(bundle)) if shared is None else opened_alike(bundle, shared)
     if first is not None and first.content is not None:
         content, version = first.content, first.target.version
     else:
@@ -102,9 +111,9 @@ def create_app(
         need = "a store, --store DIR" if store is None else "a funnel, and this bundle is a single ranker"
         raise ValueError(f"--log-impressions needs {need}")
     events = None if store is None else opened_events(store)
-    items = opened_items(store)
+    items = opened_items(store if shared is None else store or shared.directory)
     live = Live(content, version, items)
-    instruments = Instruments()
+    instruments = Instruments(None if shared is None else shared.metrics)
     impressions = ImpressionLog(events, instruments) if log_impressions and events is not None else None
     experiment, others = None, dict[str, tuple[Live, Opened | None]]()
     if arms:
@@ -113,7 +122,13 @@ def create_app(
         experiment = Experiment(live, {name: (others[name][0], arms[name][1]) for name in arms}, salt, reward)
     beside = [] if experiment is None else [each for each in experiment.arms.values() if each is not live]
     instruments.items.set_function(lambda: _items(live))
-    versions = Versions(bundle, first, live, instruments) if isinstance(bundle, Path) and first is not None else None
+    versions = None
+    if isinstance(bundle, Path) and first is not None:
+        versions = (
+            Versions(bundle, first, live, instruments)
+            if shared is None
+            else SharedVersions(bundle, first, live, instruments, shared)
+        )
     watched = {} if versions is None else {CONTROL: versions}
     for name, (arm, _) in (arms or {}).items():
         arm_live, arm_first = others[name]
@@ -127,6 +142,8 @@ def create_app(
         # What stays as long as the server need not be looked through for garbage again and again.
         gc.collect()
         gc.freeze()
+        if shared is not None:
+            give_back()
         yield
         pool.stop()
         gc.unfreeze()

@@ -247,7 +247,7 @@ def add_routes(
     )
     async def metrics() -> Response:
         """Prometheus metrics: requests, latency of each stage, requests in flight."""
-        return Response(generate_latest(instruments.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(instruments), media_type=CONTENT_TYPE_LATEST)
 
     add_page(app, live, about, instruments, recommend, score)
 

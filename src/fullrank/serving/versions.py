@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import logging
 import threading
-import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fullrank.funnel.bundle import load_bundle
 from fullrank.funnel.canary import check_answers
@@ -18,6 +18,9 @@ from fullrank.serving.live import Live
 from fullrank.training.deltas import Position, apply_delta, position_of
 from fullrank.training.manifest import MANIFEST
 from fullrank.training.publishing import POINTER, read_pointer
+
+if TYPE_CHECKING:
+    from fullrank.serving.shared import Shared
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +81,12 @@ def target_of(place: Path) -> Target:
     return Target(place / pointer.bundle, pointer.base, deltas, pointer.until)
 
 
-def opened(target: Target, before: Opened | None = None) -> Opened:
+def opened(target: Target, before: Opened | None = None, shared: Shared | None = None) -> Opened:
     """Open a bundle with its deltas, and ask it for a few answers.
 
     Args:
         before: what is served. If the target is what it is and more deltas, they are applied to a copy of it.
+        shared: with other processes, whose arrays are mapped, also those of what is served already.
 
     Raises:
         ValueError: if a part is missing, damaged, or does not fit the others, or it does not answer as it should.
@@ -90,6 +94,7 @@ def opened(target: Target, before: Opened | None = None) -> Opened:
     known = 0 if before is None else len(before.target.deltas)
     if (
         before is not None
+        and shared is None
         and isinstance(before.content, Scorer)
         and (before.target.bundle, before.target.base) == (target.bundle, target.base)
         and target.deltas[:known] == before.target.deltas
@@ -98,7 +103,8 @@ def opened(target: Target, before: Opened | None = None) -> Opened:
         content: Funnel | Scorer = Scorer(old.encoders, copy.deepcopy(old.model), old.value.text)
     else:
         known = 0
-        content, position = load_bundle(target.bundle), position_of(target.bundle)
+        arrays = None if shared is None else shared.arrays(target.bundle, target.base)
+        content, position = load_bundle(target.bundle, arrays), position_of(target.bundle)
         if position.base != target.base:
             raise ValueError(f"{target.bundle} is another bundle than the one that the pointer means: it was changed")
     if target.deltas[known:]:
@@ -107,7 +113,16 @@ def opened(target: Target, before: Opened | None = None) -> Opened:
         for delta in target.deltas[known:]:
             position = apply_delta(content.model, delta, position)
     check_answers(content, None if target.deltas else target.bundle)
+    if shared is not None:
+        give_back()
     return Opened(target, content, position)
+
+
+def give_back() -> None:
+    """Give the system the memory that was needed for a while, where the C library keeps it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Versions:
@@ -158,15 +173,10 @@ class Versions:
                 return "unchanged"
             self._seen = target
             try:
-                found = opened(target, self._now)
-                before = self._held()
-                assert found.content is not None
-                self.live.replace(found.content, target.version)
+                self._swap(self._opened(target))
             except (ValueError, OSError, RuntimeError) as error:
                 return self._refused(target, str(error), True)
-            self._before, self._now = before, _light(found)
             self._instruments.swaps.labels("swapped").inc()
-            self._tell()
             log.info("serving %s", target.version)
             return "swapped"
 
@@ -178,11 +188,8 @@ class Versions:
         with self._changing:
             if self._before is None or self._before.content is None:
                 return False
-            before = self._held()
-            self.live.replace(self._before.content, self._before.target.version)
-            self._now, self._before = _light(self._before), before
+            self._swap(self._before)
             self._instruments.swaps.labels("rolled_back").inc()
-            self._tell()
             return True
 
     def look_soon(self) -> None:
@@ -194,19 +201,31 @@ class Versions:
         self._look_now.set()
         self._thread.join()
 
-    def _held(self) -> Opened:
-        """What is served, to be held on to."""
-        return self._now._replace(content=self.live.served.content)
+    def _swap(self, found: Opened) -> None:
+        """Serve something else, and hold on to what was served."""
+        assert found.content is not None
+        before = self._now._replace(content=self.live.served.content)
+        self.live.replace(found.content, found.target.version)
+        self._before, self._now = before, _light(found)
+        self._tell()
 
     def _watch(self) -> None:
         while not self._stop.is_set():
             asked = self._look_now.wait(LOOK)
             self._look_now.clear()
-            if not self._stop.is_set() and (asked or (self.place / POINTER).is_file()):
+            if not self._stop.is_set():
                 try:
-                    self.look(again=asked)
+                    self._glance(asked)
                 except Exception:
                     log.exception("%s could not be looked at", self.place)
+
+    def _glance(self, asked: bool) -> None:
+        """What the thread does every second, and when it is asked to."""
+        if asked or (self.place / POINTER).is_file():
+            self.look(again=asked)
+
+    def _opened(self, target: Target) -> Opened:
+        return opened(target, self._now)
 
     def _refused(self, seen: Target | str, reason: str, is_new: bool) -> str:
         reason = reason.splitlines()[0]
@@ -217,12 +236,8 @@ class Versions:
         return reason
 
     def _tell(self) -> None:
-        if not self._control:
-            return
-        target = self._now.target
-        self._instruments.model.clear()
-        self._instruments.model.labels(target.version).set(1)
-        self._instruments.model_age.set_function(lambda: time.time() - target.until)
+        if self._control:
+            self._instruments.serve_model(self._now.target.version, self._now.target.until)
 
 
 def _light(found: Opened) -> Opened:
