@@ -23,7 +23,7 @@ SKEW = 300
 # What a request to forget somebody leaves to be done.
 PENDING = [
     "the bundle, until one that was trained without this user is served: import its log again with "
-    "--forgotten STORE (data.source.forgotten in a recipe), the directory of this store, and train",
+    "--forgotten STORE (data.source.forgotten in a recipe), this store, and train",
     "logs that were exported before, which imports with --forgotten STORE read without this user",
 ]
 # What may be in a batch.
