@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +12,6 @@ from fullrank.funnel.requests import Request, Shown
 from fullrank.retrieval.filters import ItemFilter
 from fullrank.serving.bodies import RecommendRequest, Seen
 from fullrank.serving.stores import UserEvents
-
-log = logging.getLogger(__name__)
 
 # What `exclude_seen` calls an event of any label.
 IMPRESSION = "impression"
@@ -42,8 +39,7 @@ def with_events(request: Request, store: UserEvents | None, session: Sequence[Ev
     if store is not None and request.user_id is not None:
         try:
             known = store.recent(request.user_id)
-        except OSError as error:
-            log.error("what the user did is left out: %s", error)
+        except OSError:
             degraded = [STORE]
     events = [*known, *session]
     if not events:

@@ -167,8 +167,8 @@ class Live:
             begin = time.monotonic()
             try:
                 applied = self._apply()
-            except OSError as error:
-                log.error("changes of items are not seen now: %s", error)
+            except OSError:
+                # The store has failed, and said so.
                 with self._wake:
                     self._wake.wait_for(lambda: self._stopped, LOOK)
                 continue

@@ -37,7 +37,7 @@ class RedisItemStore:
         """
         wanted = list(names)
         for _ in range(TRIES):
-            last = self._server.asked(lambda: self._changed(wanted, of))
+            last = self._server.write(lambda: self._changed(wanted, of))
             if last is not None:
                 return last
         raise OSError(f"{self._server.place}: items are changed by others all the time")
@@ -48,7 +48,7 @@ class RedisItemStore:
         Raises:
             OSError: if Redis does not answer.
         """
-        found = self._server.asked(
+        found = self._server.write(
             lambda: self._server.writes.zrangebyscore(_NUMBERS, f"({number}", "+inf", withscores=True)
         )
         last = int(found[-1][1]) if found else number
@@ -61,7 +61,7 @@ class RedisItemStore:
             OSError: if Redis does not answer.
         """
         wanted = list(names)
-        texts = self._server.asked(lambda: self._server.writes.hmget(_STATES, wanted)) if wanted else []
+        texts = self._server.write(lambda: self._server.writes.hmget(_STATES, wanted)) if wanted else []
         return _states(wanted, texts)
 
     def close(self) -> None:

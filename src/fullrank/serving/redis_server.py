@@ -60,18 +60,29 @@ class Server:
             raise ValueError(f"{self.place} cannot be used as a store: {error}") from None
         if found != VERSION:
             raise ValueError(f"{self.place}: version is {found}, this release reads {VERSION}")
-        self._down_until = 0.0
+        # Apart, because a read is waited for a far shorter time.
+        self._down_until = {"reads": 0.0, "writes": 0.0}
 
-    def asked(self, ask: Callable[[], Result]) -> Result:
-        """Raises:
-        OSError: if Redis does not answer, refuses, or failed a moment ago.
+    def read(self, ask: Callable[[], Result]) -> Result:
+        """What `reads` answers.
+
+        Raises:
+            OSError: if Redis does not answer, refuses, or failed a moment ago.
         """
-        if time.monotonic() < self._down_until:
-            raise OSError(f"{self.place} did not answer a moment ago")
+        return self._asked("reads", ask)
+
+    def write(self, ask: Callable[[], Result]) -> Result:
+        """What `writes` answers, likewise."""
+        return self._asked("writes", ask)
+
+    def _asked(self, which: str, ask: Callable[[], Result]) -> Result:
+        if time.monotonic() < self._down_until[which]:
+            raise OSError(f"{self.place} failed a moment ago")
         try:
             return ask()
         except self._fault as error:
-            self._down_until = time.monotonic() + PAUSE
+            self._down_until[which] = time.monotonic() + PAUSE
+            log.error("%s failed: %s", self.place, error)
             raise OSError(f"{self.place} failed: {error}") from None
 
     def warn_if_forgetful(self) -> None:

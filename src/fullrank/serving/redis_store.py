@@ -92,12 +92,12 @@ class RedisStore:
             key, written = _event(row) if isinstance(row, Feedback) else _list(row)
             keys.append(key)
             values += written
-        return self._threads.submit(self.server.asked, lambda: [new == 1 for new in self._append(keys, values)])
+        return self._threads.submit(self.server.write, lambda: [new == 1 for new in self._append(keys, values)])
 
     def recent(self, user: int | str, since: int | None = None, limit: int = RECENT) -> list[Event]:
         """The last events of a user after a time, oldest first; of equal times in the order in which they came."""
         after = "-inf" if since is None else f"({since}"
-        found = self.server.asked(
+        found = self.server.read(
             lambda: self.server.reads.zrevrangebyscore(f"{_EVENTS_OF}{user}", "+inf", after, 0, limit, withscores=True)
         )
         events = []
@@ -114,9 +114,9 @@ class RedisStore:
             how many events and impressions there were.
         """
         keys = [f"{_EVENTS_OF}{user}", _EVENT_IDS, f"{_LISTS}:{user}", _LIST_IDS, REDIS_KEY]
-        counts = self.server.asked(lambda: self._forget(keys, [digest(user)]))
+        counts = self.server.write(lambda: self._forget(keys, [digest(user)]))
         try:
-            self.server.asked(self.server.writes.bgrewriteaof)
+            self.server.write(self.server.writes.bgrewriteaof)
         except OSError as error:
             log.warning("what was deleted may stay in Redis's append-only file: %s", error)
         return Deleted(*map(int, counts))
@@ -130,7 +130,7 @@ class RedisStore:
         """
         EventStore(directory).close()
         with closing(connected(directory / EVENTS)) as connection, transaction(connection):
-            numbers = self.server.asked(lambda: self.server.writes.mget(_LIST_NUMBER, _EVENT_NUMBER))
+            numbers = self.server.write(lambda: self.server.writes.mget(_LIST_NUMBER, _EVENT_NUMBER))
             last_list, last_event = (int(number or 0) for number in numbers)
             for user, number, when, row in self._rows(_LISTS, last_list):
                 request_id, version, features, items = row
@@ -140,7 +140,7 @@ class RedisStore:
                 event_id, item, labels, features, impression = row
                 event = (number, event_id, user, item, when, json.dumps(labels), json.dumps(features), impression)
                 connection.execute("INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)", event)
-            for gone in self.server.asked(lambda: self.server.writes.smembers(REDIS_KEY)):
+            for gone in self.server.write(lambda: self.server.writes.smembers(REDIS_KEY)):
                 connection.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (gone,))
 
     def close(self) -> None:
@@ -151,12 +151,12 @@ class RedisStore:
     def _rows(self, prefix: str, last: int) -> Iterator[tuple[str | None, int, int, list[Any]]]:
         """User, number, time and content of what is under the keys of a prefix, up to a number, some of it twice."""
         redis = self.server.writes
-        keys = self.server.asked(lambda: set(redis.scan_iter(f"{prefix}*", count=1000)))
+        keys = self.server.write(lambda: set(redis.scan_iter(f"{prefix}*", count=1000)))
         for key in keys:
             _, named, user = key.removeprefix(PREFIX).partition(":")
             cursor, begun = 0, False
             while cursor or not begun:
-                cursor, found = self.server.asked(partial(redis.zscan, key, cursor, count=1000))
+                cursor, found = self.server.write(partial(redis.zscan, key, cursor, count=1000))
                 begun = True
                 for text, when in found:
                     if (number := int(text[:16])) <= last:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 from fullrank.data.forgotten import EVENTS, digest
 from fullrank.funnel.recent_events import Event
 from fullrank.serving.sqlite import connected, prepare, transaction
+
+log = logging.getLogger(__name__)
 
 # Events of a user that a request looks at.
 RECENT = 1000
@@ -158,6 +161,7 @@ class EventStore:
                 (str(user), -(2**62) if since is None else since, limit),
             ).fetchall()
         except sqlite3.Error as error:
+            log.error("%s cannot be read: %s", self.path, error)
             raise OSError(f"{self.path} cannot be read: {error}") from None
         return [
             Event(item, time, json.loads(labels), json.loads(features))
