@@ -202,11 +202,17 @@ _LISTS = tuple((each.name, each.metadata["lengths"]) for each in fields(Batch) i
 
 
 class RowGather:
-    """A batch to take rows from again and again: where each row's ids begin is computed once."""
+    """A batch to take rows from again and again: where each row's ids begin is computed once.
 
-    def __init__(self, batch: Batch) -> None:
+    Whole numbers may be held as int32, in half the memory; what is taken has them as int64.
+
+    Attributes:
+        starts: by field of lists, where in it the values of each key and row begin.
+    """
+
+    def __init__(self, batch: Batch, starts: dict[str, Tensor] | None = None) -> None:
         self.batch = batch
-        self._starts = {values: _starts(getattr(batch, lengths)) for values, lengths in _LISTS}
+        self.starts = starts or {values: _starts(getattr(batch, lengths)) for values, lengths in _LISTS}
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -214,18 +220,18 @@ class RowGather:
     def take(self, rows_P: Tensor) -> Batch:
         """The given rows, in the given order; rows may repeat."""
         return self.batch._changed(
-            lambda column: column.index_select(0, rows_P),
-            lambda name, values, lengths_KB: _gather(values, self._starts[name], lengths_KB, rows_P),
+            lambda column: _wide(column.index_select(0, rows_P)),
+            lambda name, values, lengths_KB: _gather(values, self.starts[name], lengths_KB, rows_P),
         )
 
     def jagged(self, rows_P: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Ids and lengths of the given rows for keys `first` to `last`, the latter left out."""
-        lengths_KB, starts_KB = self.batch.jagged_lengths_KB[first:last], self._starts["jagged_values"][first:last]
+        lengths_KB, starts_KB = self.batch.jagged_lengths_KB[first:last], self.starts["jagged_values"][first:last]
         return _gather(self.batch.jagged_values, starts_KB, lengths_KB, rows_P)
 
     def events(self, rows_P: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Numbers of events, likewise."""
-        lengths_KB, starts_KB = self.batch.event_lengths_EB[first:last], self._starts["event_values"][first:last]
+        lengths_KB, starts_KB = self.batch.event_lengths_EB[first:last], self.starts["event_values"][first:last]
         return _gather(self.batch.event_values, starts_KB, lengths_KB, rows_P)
 
 
@@ -235,18 +241,22 @@ def _starts(lengths_KB: Tensor) -> Tensor:
 
 
 def _gather(values: Tensor, starts_KB: Tensor, lengths_KB: Tensor, rows_P: Tensor) -> tuple[Tensor, Tensor]:
-    lengths_KP = lengths_KB.index_select(1, rows_P)
+    lengths_KP = _wide(lengths_KB.index_select(1, rows_P))
     if not lengths_KB.numel():
-        return values[:0], lengths_KP
+        return _wide(values[:0]), lengths_KP
     if lengths_KB.shape[1] == 1:
         # One row against many: its values repeat as they are.
         bounds = zip(starts_KB[:, 0].tolist(), lengths_KB[:, 0].tolist(), strict=True)
-        return torch.cat([values[start : start + n].repeat(rows_P.numel()) for start, n in bounds]), lengths_KP
+        return _wide(torch.cat([values[start : start + n].repeat(rows_P.numel()) for start, n in bounds])), lengths_KP
     wanted = lengths_KP.reshape(-1)
     # Value j of the result, in the row that begins at result place b and at source place s, is source value s + j - b.
     shift = starts_KB.index_select(1, rows_P).reshape(-1) - (wanted.cumsum(0) - wanted)
     places = torch.repeat_interleave(shift, wanted)
-    return values.index_select(0, places + torch.arange(places.numel(), device=places.device)), lengths_KP
+    return _wide(values.index_select(0, places + torch.arange(places.numel(), device=places.device))), lengths_KP
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.long() if values.dtype == torch.int32 else values
 
 
 def _jagged(keys: tuple[str, ...], values: Tensor, lengths_KB: Tensor, key: str) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ EXTRAS: dict[str, Extra] = {
     "serve": Extra(
         "HTTP service", {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
     ),
+    "redis": Extra("what users did, for servers of several hosts", {"redis": "redis"}),
     "retrieval": Extra("FAISS, for large catalogues and as a baseline", {"faiss": "faiss-cpu"}),
     "ann": Extra("USearch and ScaNN, further indexes of vectors", {"usearch": "usearch", "scann": "scann"}),
     "hnswlib": Extra("hnswlib, built from source", {"hnswlib": "hnswlib"}),
@@ -76,6 +77,7 @@ EXTRAS: dict[str, Extra] = {
             "pytest": "pytest",
             "pytest_cov": "pytest-cov",
             "ruff": "ruff",
+            "schemathesis": "schemathesis",
             "sklearn": "scikit-learn",
         },
     ),

@@ -19,6 +19,8 @@ from fullrank.funnel.requests import Request
 from fullrank.funnel.training import EarlyConfig, FinalConfig
 from fullrank.retrieval import TwoTower
 from fullrank.schema import Schema
+from fullrank.serving.store import Feedback
+from fullrank.serving.stores import opened_events
 from fullrank.training import TrainerConfig
 
 TRAINING = TrainerConfig(batch_size=64, epochs=1)
@@ -81,24 +83,32 @@ def funnel(tmp_path_factory: pytest.TempPathFactory) -> Funnel:
     return loaded
 
 
-def test_a_request_has_the_history_that_the_trainer_would_compute(funnel: Funnel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", ["in memory", "sqlite", "redis"])
+def test_a_request_has_the_history_that_the_trainer_would_compute(
+    funnel: Funnel, tmp_path: Path, kept: str, request: pytest.FixtureRequest
+) -> None:
     frame = log()
     save_bundle(funnel, tmp_path / "bundle")
     whole = Dataset.from_frame(frame, like=tmp_path / "bundle", split=SplitSpec(kind="none"), path=tmp_path / "whole")
     encoded = whole.scan("train").collect()
-    seen: dict[str, list[tuple[int, Event]]] = {}
+    seen: dict[str, list[Event]] = {}
     for row in frame.filter(pl.col("time") > END).iter_rows(named=True):
         event = Event(row["item"], row["time"], {"click": row["click"]}, {key: row[key] for key in ("device", "brand")})
-        seen.setdefault(row["user"], []).append((row["time"], event))
+        seen.setdefault(row["user"], []).append(event)
+    if kept != "in memory":
+        store = opened_events(tmp_path if kept == "sqlite" else request.getfixturevalue("redis_url"))
+        for user, events in seen.items():
+            store.append([Feedback(user, event) for event in events]).result()
+        seen = {user: store.recent(user) for user in seen}
+        store.close()
     later = [place for place, time in enumerate(frame["time"]) if time > END]
     assert len(later) > 200
     compared = 0
     for place in later[::3]:
         row = frame.row(place, named=True)
         # What happens at the same time or later is known to the server too, and no business of this request.
-        events = [event for _, event in seen[row["user"]]]
         features: dict[str, Any] = {"country": row["country"], "device": row["device"]}
-        served = funnel.encode([Request(row["user"], features, events, row["time"])])
+        served = funnel.encode([Request(row["user"], features, seen[row["user"]], row["time"])])
         trained = batch_from_frame(encoded[place], funnel.schema)
         for key in funnel.schema.jagged_keys:
             assert torch.equal(served.jagged(key)[0], trained.jagged(key)[0]), (key, row)

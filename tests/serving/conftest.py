@@ -36,7 +36,8 @@ def listening() -> Listening:
 
     @contextmanager
     def serve(app: FastAPI) -> Iterator[str]:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
+        # Made from its number, it knows that it speaks TCP: else no answer would be sent at once.
+        with socket.socket(fileno=socket.create_server(("127.0.0.1", 0)).detach()) as listener:
             server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
             thread.start()

@@ -82,6 +82,31 @@ def test_each_user_is_answered_by_the_arm_of_the_hash(client: TestClient, funnel
         assert plain.get("/v1/experiment").status_code == 404
 
 
+def test_scores_are_those_of_the_users_arm(funnel: Funnel) -> None:
+    arms = {"once": (funnel.with_parts(value="click"), 0.3), "twice": (funnel.with_parts(value="2 * click"), 0.3)}
+    times = {"once": 1, "twice": 2}
+    with TestClient(create_app(funnel, arms=arms, salt="s")) as client:
+
+        def arm_of_score(**body: Any) -> Any:
+            said = client.post("/v1/score", json=body).json()
+            (item,) = said["items"]
+            found = item["value"] / item["predictions"]["click"]
+            assert all((found == pytest.approx(factor)) == (said["arm"] == arm) for arm, factor in times.items())
+            return said["arm"]
+
+        for user in range(20):
+            assert arm_of_score(user_id=user, item_ids=[3]) == asked(client, user)["arm"]
+        assert {arm_of_score(user_id=user, item_ids=[3]) for user in range(20)} == {"control", *times}
+        for _ in range(5):
+            assert arm_of_score(item_ids=[3]) == arm_of_score(rows=[{"bid": 3.0}]) == "control"
+        assert arm_of_score(user_id=1, item_ids=[3], experiment="twice") == "twice"
+        assert arm_of_score(rows=[{"bid": 3.0}], experiment="once") == "once"
+        assert arm_of_score(user_id=1, item_ids=[3], experiment="none") is None
+        assert client.post("/v1/score", json={"item_ids": [3], "experiment": "twic"}).status_code == 422
+        # Only lists are counted.
+        assert sum(arm["lists"] for arm in client.get("/v1/experiment").json()["arms"]) == 20
+
+
 def test_rewards_are_those_of_the_list_that_they_name(client: TestClient) -> None:
     split = [asked(client, user) for user in range(40)]
     asked(client, 5, experiment="varied")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,24 @@ import pytest
 from fullrank.data.forgotten import digest, forgotten_users
 from fullrank.funnel.recent_events import Event
 from fullrank.serving.store import EventStore, Feedback
+from fullrank.serving.stores import UserEvents, opened_events
+
+Open = Callable[[], UserEvents]
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+    """Opens the same store, again and again."""
+    place = tmp_path if request.param == "sqlite" else request.getfixturevalue("redis_url")
+    return lambda: opened_events(place)
 
 
 def click(user: int | str, item: int | str, time: int, event_id: str | None = None) -> Feedback:
     return Feedback(user, Event(item, time, {"click": 1.0}, {"device": 2}), event_id, "i1")
 
 
-def test_events_come_back_in_order_of_time_then_of_arrival(tmp_path: Path) -> None:
-    store = EventStore(tmp_path)
+def test_events_come_back_in_order_of_time_then_of_arrival(opened: Open) -> None:
+    store = opened()
     assert (
         store.append([click(7, 1, 50), click(7, "b", 40), click("8", 3, 45), click("7", 4, 50)]).result() == [True] * 4
     )
@@ -31,11 +42,11 @@ def test_events_come_back_in_order_of_time_then_of_arrival(tmp_path: Path) -> No
     assert [event.item_id for event in store.recent("7", limit=2)] == ["1", "4"]
     assert store.recent("nobody") == []
     store.close()
-    assert len(EventStore(tmp_path).recent(8)) == 1
+    assert len(opened().recent(8)) == 1
 
 
-def test_a_repeat_is_counted_once(tmp_path: Path) -> None:
-    store = EventStore(tmp_path)
+def test_a_repeat_is_counted_once(opened: Open) -> None:
+    store = opened()
     assert store.append([click(1, 1, 5, "a"), click(1, 1, 5, "a"), click(1, 1, 5)]).result() == [True, False, True]
     assert store.append([click(2, 9, 6, "a")]).result() == [False]
     assert len(store.recent(1)) == 2 and store.recent(2) == []
@@ -53,8 +64,8 @@ def test_of_a_user_who_was_forgotten_no_file_knows_anything(tmp_path: Path) -> N
     assert store.forget(name) == (0, 0)
 
 
-def test_many_threads_write_and_read_what_they_wrote(tmp_path: Path) -> None:
-    store = EventStore(tmp_path)
+def test_many_threads_write_and_read_what_they_wrote(opened: Open) -> None:
+    store = opened()
     wrong: list[int] = []
 
     def work(user: int) -> None:

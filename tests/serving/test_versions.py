@@ -109,7 +109,7 @@ def test_a_bad_bundle_is_refused_and_the_old_one_stays(place: Path, caplog: pyte
 def test_rolling_back_holds_until_there_is_another_bundle(place: Path) -> None:
     one, two = (position_of(place / name).base[:12] for name in ("one", "two"))
     with served(place) as client:
-        versions = client.app.state.versions  # type: ignore[attr-defined]
+        versions = client.app.state.versions["control"]  # type: ignore[attr-defined]
         assert client.post("/v1/admin/rollback").status_code == 404
         point(place, 2, "two")
         until(lambda: asked(client)["model_version"] == two)
@@ -119,6 +119,30 @@ def test_rolling_back_holds_until_there_is_another_bundle(place: Path) -> None:
         versions.roll_back()
         versions.look_soon()
         until(lambda: asked(client)["model_version"] == two)
+
+
+def test_a_swap_is_of_one_arm(place: Path, tmp_path: Path, funnel: Funnel) -> None:
+    one, two = (position_of(place / name).base[:12] for name in ("one", "two"))
+    other = tmp_path / "other"
+    for name in ("one", "two"):
+        save_bundle(funnel, other / name, about={"name": name})
+    point(other, 1, "one")
+    app = create_app(place, token=TOKEN, arms={"new": (other, 0.5), "still": (place / "one", 0.1)})
+    with TestClient(app, headers={"Authorization": f"Bearer {TOKEN}"}) as client:
+
+        def versions() -> list[str]:
+            return [asked(client, experiment=arm)["model_version"] for arm in ("control", "new", "still")]
+
+        assert versions() == [one, one, one]
+        point(other, 2, "two")
+        until(lambda: versions() == [one, two, one])
+        assert told(client, "rollback?arm=new") == ("rolled back", one) and versions() == [one, one, one]
+        assert told(client, "reload?arm=new") == ("swapped", two)
+        assert told(client, "reload") == ("unchanged", one) and told(client, "reload?arm=still") == ("unchanged", one)
+        for wrong in ("rollback", "rollback?arm=still", "rollback?arm=nwe", "reload?arm=nwe"):
+            assert client.post(f"/v1/admin/{wrong}").status_code == 404
+        # The metrics are of the control.
+        assert f'fullrank_model{{version="{one}"}} 1.0' in client.get("/metrics").text
 
 
 def test_without_the_token_nobody_is_answered(place: Path) -> None:
@@ -152,15 +176,16 @@ def test_deltas_are_applied_beside_what_is_served(funnel: Funnel, tmp_path: Path
     assert isinstance(position, Position) and position.number == 2
     body = {"rows": [{"price": 3.0}, {}]}
     with served(tmp_path) as client:
-        before = client.post("/v1/score", json=body).json()
+        before = client.post("/v1/score", json=body).json()["items"]
         for number in (1, 2):
             point(tmp_path, 1 + number, "bundle", tuple(f"{n}" for n in range(1, number + 1)))
-            assert told(client, "reload") == ("swapped", f"{position.base[:12]}+{number}")
-        after = client.post("/v1/score", json=body).json()
+            # The thread that looks every second may have been the first.
+            assert told(client, "reload")[1] == f"{position.base[:12]}+{number}"
+        after = client.post("/v1/score", json=body).json()["items"]
         told(client, "rollback")
-        assert client.post("/v1/score", json=body).json() not in (before, after)
+        assert client.post("/v1/score", json=body).json()["items"] not in (before, after)
     with served(tmp_path) as again:
-        assert again.post("/v1/score", json=body).json() == after != before
+        assert again.post("/v1/score", json=body).json()["items"] == after != before
     assert all(torch.equal(value, funnel.final.state_dict()[key]) for key, value in states[0].items())
 
 

@@ -111,7 +111,7 @@ def import_(
         float, typer.Option("--max-bad", help="Share of bad rows above which the import fails.")
     ] = 0.001,
     forgotten: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--forgotten", metavar="STORE", help="Leave out users whom this store of `fullrank serve` is to forget."
         ),

@@ -12,7 +12,7 @@ from fullrank.extras import needs
 
 
 def export(
-    store: Annotated[Path, typer.Argument(help="The directory of `fullrank serve --store`.")],
+    store: Annotated[str, typer.Argument(help="What `fullrank serve --store` has: a directory, or redis://...")],
     like: Annotated[Path, typer.Option("--like", help="A bundle or a dataset, whose schema names the columns.")],
     out: Annotated[Path, typer.Option("--out", help="The Parquet file to make.")],
     after: Annotated[

@@ -86,7 +86,7 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
-        message = _message(error)
+        message = message_of(error)
         if message is None:
             raise
         if message:
@@ -95,7 +95,7 @@ def main() -> None:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _message(error: Exception) -> str | None:
+def message_of(error: Exception) -> str | None:
     """What to tell the user; None for an error that is ours."""
     if hasattr(error, "format_message"):  # a wrong option or argument, by Typer
         message = str(error.format_message()).rstrip(".")

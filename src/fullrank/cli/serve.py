@@ -18,10 +18,12 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from fullrank.cli.options import ImportOption
+from fullrank.data.scratch import Scratch
 from fullrank.extras import needs
 
-# Of a request's head from its first byte, of an answer that is not read, and from a signal to stop to the end.
-HEADER_SECONDS, WRITE_SECONDS, GRACE_SECONDS = 10.0, 20.0, 20
+# Of a request's head from its first byte, of an answer that is not read, and from a signal to stop to the end; after
+# how many more a process of several that has not ended is killed.
+HEADER_SECONDS, WRITE_SECONDS, GRACE_SECONDS, KILL_SECONDS = 10.0, 20.0, 20, 5
 
 
 def serve(
@@ -35,11 +37,22 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")] = 8000,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Requests scored at the same time.")] = 2,
+    processes: Annotated[
+        int,
+        typer.Option(
+            "--processes", min=1, help="Processes that answer, and share the memory of the bundle; Linux if above 1."
+        ),
+    ] = 1,
     rows: Annotated[
         int, typer.Option("--rows", min=1, help="Rows to be scored that may wait; more is answered with 429.")
     ] = 100_000,
     store: Annotated[
-        Path | None, typer.Option("--store", help="Directory to keep what users do: POST /v1/feedback.")
+        str | None,
+        typer.Option(
+            "--store",
+            metavar="DIR|URL",
+            help="Directory to keep what users do, POST /v1/feedback; redis://HOST:PORT/DATABASE for several hosts.",
+        ),
     ] = None,
     log_impressions: Annotated[
         bool,
@@ -68,56 +81,95 @@ def serve(
 
     Example: fullrank serve runs/demo/bundle --port 8000
     """
+    if processes > 1 and sys.platform != "linux":
+        raise ValueError("--processes needs Linux; elsewhere, start several servers behind a proxy")
+    if processes > 1 and arm:
+        raise ValueError("--arm counts what comes of the arms in one process: it cannot be given with --processes")
     # Before PyTorch is loaded and the bundle read, which may take long: a port in use is known at once.
     listening = _listen(host, port)
-    with needs("serve", "serving"):
-        import uvicorn
-
-        from fullrank.registry import import_modules
-        from fullrank.serving import ServingConfig, create_app
-        from fullrank.serving.connections import Listener, protocol
-    import_modules(imports or (), "--import")
     shown = f"[{host}]" if ":" in host else host
     place = f"http://{shown}:{listening.getsockname()[1]}"
+    with ExitStack() as stack:
+        stack.enter_context(listening)
+        scratch = stack.enter_context(Scratch()) if processes > 1 else None
+        if scratch is not None:
+            # Read when the metrics are first imported.
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(scratch / "metrics")
+        with needs("serve", "serving"):
+            import uvicorn
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            versions = app.state.versions
-            if versions is not None and hasattr(signal, "SIGHUP"):
-                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, versions.look_soon)
+            from fullrank.registry import import_modules
+            from fullrank.serving import ServingConfig, create_app
+            from fullrank.serving.connections import Listener, protocol
+            from fullrank.serving.processes import Processes
+            from fullrank.serving.shared import Shared
+        import_modules(imports or (), "--import")
+        note = stack.enter_context(_noted(access_log, several=processes > 1))
+        shared = None if scratch is None else Shared(scratch, imports or ())
+
+        def said() -> None:
             if as_json:
                 print(json.dumps({"url": place, "bundle": str(bundle), "process": os.getpid()}), flush=True)
             else:
                 print(f"serving {bundle} on {place} (Ctrl-C stops)", file=sys.stderr, flush=True)
 
-    with listening, _noted(access_log) as note:
-        settings, arms = ServingConfig(workers=workers, rows=rows), dict(map(_arm, arm or ()))
-        app = create_app(
-            bundle,
-            settings,
-            store=store,
-            token=token,
-            arms=arms,
-            salt=salt,
-            log_impressions=log_impressions,
-            note=note,
-        )
-        listener = Listener(fileno=listening.detach())
-        config = uvicorn.Config(
-            app,
-            http=protocol(listener, header_seconds=HEADER_SECONDS, write_seconds=WRITE_SECONDS),
-            ws="none",
-            log_level="error",
-            access_log=False,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-        )
-        Server(config).run(sockets=[listener])
+        def answer(ready: Callable[[], None]) -> None:
+            settings, arms = ServingConfig(workers=workers, rows=rows), dict(map(_arm, arm or ()))
+            app = create_app(
+                bundle,
+                settings,
+                store=store,
+                token=token,
+                arms=arms,
+                salt=salt,
+                log_impressions=log_impressions,
+                note=note,
+                shared=shared,
+            )
+
+            class Server(uvicorn.Server):
+                async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                    await super().startup(sockets)
+                    if hasattr(signal, "SIGHUP"):
+                        looks = [versions.look_soon for versions in app.state.versions.values()]
+                        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: [look() for look in looks])
+                    ready()
+
+            listener = Listener(fileno=listening.detach(), in_turn=processes > 1)
+            config = uvicorn.Config(
+                app,
+                http=protocol(listener, header_seconds=HEADER_SECONDS, write_seconds=WRITE_SECONDS),
+                ws="none",
+                log_level="error",
+                access_log=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+            )
+            Server(config).run(sockets=[listener])
+
+        def worked(ready: Callable[[], None]) -> int:
+            from fullrank.cli.main import message_of
+
+            try:
+                answer(ready)
+            except Exception as error:
+                message = message_of(error)
+                if message is None:
+                    raise
+                print(f"fullrank: {message}", file=sys.stderr)
+                return 2
+            return 0
+
+        if shared is None:
+            answer(said)
+            return
+        grace = GRACE_SECONDS + KILL_SECONDS
+        code = Processes(processes, worked, listening, said, grace=grace, metrics=shared.metrics).run()
+    raise typer.Exit(code)
 
 
 @contextmanager
-def _noted(place: str | None) -> Iterator[Callable[[dict[str, Any]], None] | None]:
-    """What writes the access log.
+def _noted(place: str | None, *, several: bool) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """What writes the access log; of several processes it says which one answered.
 
     Raises:
         ValueError: if it cannot be written there.
@@ -130,7 +182,7 @@ def _noted(place: str | None) -> Iterator[Callable[[dict[str, Any]], None] | Non
             file = sys.stderr if place == "-" else stack.enter_context(open(place, "a", encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"--access-log {place} cannot be written: {error.strerror}") from None
-        yield partial(_write, file)
+        yield partial(_write, file, several)
 
 
 def _arm(text: str) -> tuple[str, tuple[Path, float]]:
@@ -148,10 +200,13 @@ def _arm(text: str) -> tuple[str, tuple[Path, float]]:
     return name, (Path(bundle), number)
 
 
-def _write(file: TextIO, said: dict[str, Any]) -> None:
+def _write(file: TextIO, several: bool, said: dict[str, Any]) -> None:
     """A line of the access log. A log that cannot be written any more does not stop the answers."""
+    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **said}
+    if several:
+        line["process"] = os.getpid()
     with suppress(OSError):
-        print(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **said}), file=file, flush=True)
+        print(json.dumps(line), file=file, flush=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -235,8 +235,11 @@ class Encoders:
         atomic.write_text(directory / "encoders.json", stored.model_dump_json(indent=1) + "\n")
 
     @classmethod
-    def load(cls, directory: Path) -> Encoders:
+    def load(cls, directory: Path, vocabularies: Mapping[str, Vocabulary] | None = None) -> Encoders:
         """Read what `save` wrote. Runs no code from the files.
+
+        Args:
+            vocabularies: all of them, if they were read before.
 
         Raises:
             ValueError: if a file is missing, damaged, of another version, or does not fit the schema.
@@ -255,11 +258,11 @@ class Encoders:
             stored = _Stored.model_validate_json(text)
         except ValidationError as error:
             raise ValueError(describe_errors(error, str(path)).splitlines()[0]) from None
-        vocabularies = {}
-        for table, name in stored.vocabularies.items():
+        for name in stored.vocabularies.values():
             if Path(name).name != name or name in ("", ".", ".."):
                 raise ValueError(f'{path}: vocabulary file "{name}" lies outside the directory')
-            vocabularies[table] = _read_vocabulary(directory / name)
+        if vocabularies is None:
+            vocabularies = {table: _read_vocabulary(directory / name) for table, name in stored.vocabularies.items()}
         sizes = stored.table_schema.tables()
         for table, vocabulary in vocabularies.items():
             if sizes.get(table) != len(vocabulary):

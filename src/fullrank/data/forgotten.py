@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-# The file of a store.
-EVENTS = "events.sqlite"
+from fullrank.extras import needs
+
+# The file of a store, and of one in a Redis the set of digests.
+EVENTS, REDIS_KEY = "events.sqlite", "fullrank:forgotten"
 
 
 class NobodyLeft(ValueError):
@@ -29,15 +31,17 @@ def digest(user: int | str) -> str:
     return hashlib.sha256(str(user).encode()).hexdigest()
 
 
-def forgotten_users(store: Path) -> frozenset[str]:
+def forgotten_users(store: Path | str) -> frozenset[str]:
     """Digests of the users that a server's store was told to forget.
 
     Args:
-        store: the directory of `fullrank serve --store`.
+        store: the directory of `fullrank serve --store`, or the URL of its Redis.
 
     Raises:
         ValueError: if it holds no store.
     """
+    if str(store).startswith(("redis://", "rediss://")):
+        return _in_redis(str(store))
     file = Path(store) / EVENTS
     if not file.is_file():
         raise ValueError(f"{store} is no store of `fullrank serve --store`: it has no {EVENTS}")
@@ -46,6 +50,16 @@ def forgotten_users(store: Path) -> frozenset[str]:
             return frozenset(found for (found,) in connection.execute("SELECT digest FROM forgotten"))
     except sqlite3.Error as error:
         raise ValueError(f"{file} cannot be read as a store of events: {error}") from None
+
+
+def _in_redis(url: str) -> frozenset[str]:
+    with needs("redis", "a store at redis://"):
+        import redis
+    try:
+        with redis.Redis.from_url(url, decode_responses=True, socket_timeout=10, socket_connect_timeout=10) as asked:
+            return frozenset(map(str, asked.smembers(REDIS_KEY)))
+    except (ValueError, redis.RedisError) as error:
+        raise ValueError(f"the store at redis:// cannot be read: {error}") from None
 
 
 def is_forgotten(users: pl.Series, forgotten: Collection[str]) -> npt.NDArray[np.bool_]:

@@ -19,6 +19,8 @@ from fullrank.schema import FIRST_VOCABULARY_ID, MISSING_ID, OUT_OF_VOCABULARY_I
 MOST_VALUES = 1 << 22
 # Parts into which counts in files are cut, to be merged one at a time.
 _PARTS_BITS = 5
+# Hashes in order, the id of each, and where the hashes with the same highest bits begin.
+_Index = tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32], npt.NDArray[np.int32]]
 _NO_COUNTS = pl.DataFrame(schema={"value": pl.String, "count": pl.Int64})
 
 
@@ -29,23 +31,34 @@ class Vocabulary:
     call.
     Two of a million values share a hash with probability 3e-8; they would share a row.
 
+    Args:
+        index: of another vocabulary of the same values; default: it is made.
+
     Attributes:
         values: text, most frequent first, equals in order of text; behind them, likewise, those that a later log added.
         counts: how often each was seen in training, int64, of the log that it came with.
     """
 
-    def __init__(self, values: pl.Series, counts: pl.Series) -> None:
+    def __init__(self, values: pl.Series, counts: pl.Series, index: _Index | None = None) -> None:
         self.values = values
         self.counts = counts
-        hashes = hash_series(values)
+        self._shift = np.uint64(64 - max(len(values).bit_length(), 1))
+        self._hashes, self._ids, self._first = self._made_index() if index is None else index
+
+    def _made_index(self) -> _Index:
+        hashes = hash_series(self.values)
         order = np.argsort(hashes, kind="stable")
         # One more of the highest hash, so that looking for any hash ends.
-        self._hashes = np.append(hashes[order], np.uint64(2**64 - 1))
-        self._ids = np.append(order + FIRST_VOCABULARY_ID, OUT_OF_VOCABULARY_ID).astype(np.int32)
+        hashes = np.append(hashes[order], np.uint64(2**64 - 1))
+        ids = np.append(order + FIRST_VOCABULARY_ID, OUT_OF_VOCABULARY_ID).astype(np.int32)
         # Where the hashes with the same highest bits begin; there is less than one value for each such beginning.
-        self._shift = np.uint64(64 - max(len(values).bit_length(), 1))
         beginnings = np.arange(1 << (64 - int(self._shift)), dtype=np.uint64) << self._shift
-        self._first = np.searchsorted(self._hashes, beginnings).astype(np.int32)
+        return hashes, ids, np.searchsorted(hashes, beginnings).astype(np.int32)
+
+    @property
+    def index(self) -> _Index:
+        """What values are found by, for a vocabulary of the same values."""
+        return self._hashes, self._ids, self._first
 
     def __len__(self) -> int:
         """Rows of the table, reserved ids included."""

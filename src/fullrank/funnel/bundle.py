@@ -17,11 +17,13 @@ from fullrank.funnel.canary import CANARY, canary_text
 from fullrank.funnel.catalogue import ACTIVE, BID, Catalogue
 from fullrank.funnel.deadline import check_deadlines
 from fullrank.funnel.funnel import Funnel
+from fullrank.funnel.mapped import MappedArrays, modules_of
 from fullrank.funnel.requests import Request
 from fullrank.funnel.scorer import Scorer
 from fullrank.funnel.searcher import Searcher
 from fullrank.funnel.slate import SlateConfig
 from fullrank.funnel.stages import FINAL, RETRIEVAL, StageSizes, check_names
+from fullrank.models import Ranker
 from fullrank.retrieval import RETRIEVERS, Retriever
 from fullrank.schema import Role, Schema, describe_errors
 from fullrank.training.manifest import MANIFEST, Stage, read_manifest, write_manifest
@@ -139,21 +141,28 @@ def load_searcher(path: Path) -> Searcher:
     )
 
 
-def load_bundle(path: Path) -> Funnel | Scorer:
+def load_bundle(path: Path, mapped: Path | None = None) -> Funnel | Scorer:
     """Open a bundle: check every file, then build the funnel, or the scorer if it has a final stage only.
+
+    Args:
+        mapped: directory that `write_arrays` has written of this bundle: large arrays are mapped from there.
 
     Raises:
         ValueError: as `read_manifest`, or if the parts do not fit together.
     """
     path = Path(path)
     manifest = read_manifest(path)
+    arrays = None if mapped is None else MappedArrays(mapped)
     names = [stage.stage for stage in manifest.stages]
     if names == [RETRIEVAL]:
         raise ValueError(f"{path} is the bundle of a retriever alone: ask it with `fullrank retrieve`")
     if names == [FINAL]:
         require_files(path, manifest, ["schema.json", WEIGHTS])
-        schema, encoders = _encoders(path)
-        return Scorer(encoders, load_ranker(path, manifest.stages[0], schema, path / WEIGHTS), manifest.value)
+        schema, encoders = _encoders(path, arrays)
+        ranker = load_ranker(path, manifest.stages[0], schema, path / WEIGHTS)
+        if arrays is not None:
+            arrays.hold({FINAL: ranker})
+        return Scorer(encoders, ranker, manifest.value)
     for place, name in ((0, RETRIEVAL), (-1, FINAL)):
         if name not in names:
             raise ValueError(f"{path / MANIFEST}: no stage {name}")
@@ -178,23 +187,30 @@ def load_bundle(path: Path) -> Funnel | Scorer:
     for name in manifest.files:
         if "/" not in name and name.endswith(".safetensors") and name not in weights.values():
             raise ValueError(f"{path / name} belongs to no stage of {MANIFEST}")
-    schema, encoders = _encoders(path)
-    rankers = {
-        stage.stage: load_ranker(path, stage, schema, path / weights[stage.stage]) for stage in manifest.stages[1:]
-    }
+    schema, encoders = _encoders(path, arrays)
+    rankers: dict[str, Ranker] = {}
+    for stage in manifest.stages[1:]:
+        rankers[stage.stage] = load_ranker(path, stage, schema, path / weights[stage.stage])
+        if arrays is not None:
+            arrays.hold({stage.stage: rankers[stage.stage]})
+    retriever = _retriever(path, manifest.stages[0], schema)
+    if arrays is not None:
+        arrays.hold(modules_of(retriever))
+        arrays.hold_halves(retriever)
     has_users = "users.parquet" in manifest.files
     funnel = Funnel(
         encoders=encoders,
-        items=_catalogue(path / "items.parquet", schema, "item"),
-        users=_catalogue(path / "users.parquet", schema, "user") if has_users else None,
+        items=_catalogue(path / "items.parquet", schema, "item", arrays),
+        users=_catalogue(path / "users.parquet", schema, "user", arrays) if has_users else None,
         context=_context(path / "context.parquet", schema),
-        retriever=_retriever(path, manifest.stages[0], schema),
+        retriever=retriever,
         early={name: rankers[name] for name in early},
         final=rankers[FINAL],
         value=manifest.value,
         sizes=sizes,
         slate=slate,
         deadlines=deadlines,
+        item_vectors=None if arrays is None else arrays.item_vectors,
     )
     found = funnel.retriever.search(funnel.encode([Request()]), len(funnel.items))
     found_keys = found.item_keys_BK[found.found_BK]
@@ -205,8 +221,9 @@ def load_bundle(path: Path) -> Funnel | Scorer:
     return funnel
 
 
-def _encoders(path: Path) -> tuple[Schema, Encoders]:
-    schema, encoders = Schema.read(path / "schema.json"), Encoders.load(path / "encoders")
+def _encoders(path: Path, arrays: MappedArrays | None = None) -> tuple[Schema, Encoders]:
+    schema = Schema.read(path / "schema.json")
+    encoders = Encoders.load(path / "encoders", None if arrays is None else arrays.vocabularies())
     if encoders.schema != schema:
         raise ValueError(f"{path}: schema.json and encoders differ")
     return schema, encoders
@@ -231,7 +248,9 @@ def _retriever(path: Path, stage: Stage, schema: Schema) -> Retriever:
     return retriever
 
 
-def _catalogue(path: Path, schema: Schema, role: Role) -> Catalogue:
+def _catalogue(path: Path, schema: Schema, role: Role, arrays: MappedArrays | None = None) -> Catalogue:
+    if arrays is not None:
+        return arrays.catalogue(path.stem, schema)
     frame = _frame(path)
     _check_columns(path, frame, schema.select({role}))
     if role == "item" and schema.keys.bid is not None and not frame.schema.get(BID, pl.String()).is_numeric():

@@ -6,8 +6,8 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fullrank.funnel.funnel import Funnel
@@ -112,9 +112,11 @@ def check_answers(content: Funnel | Scorer, bundle: Path | None = None) -> None:
 
 
 def _requests(funnel: Funnel) -> list[Request]:
-    known: list[Any] = [] if funnel.users is None else funnel.users.ids
-    step = max(1, len(known) // USERS)
-    return [Request(), *(Request(user) for user in known[::step][:USERS])]
+    users = funnel.users
+    if users is None:
+        return [Request()]
+    rows = torch.arange(0, len(users), max(1, len(users) // USERS))[:USERS]
+    return [Request(), *(Request(user) for user in users.ids_of(rows))]
 
 
 def _fault(items: Sequence[ScoredItem]) -> str | None:

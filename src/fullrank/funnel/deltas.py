@@ -12,7 +12,7 @@ from fullrank.training.deltas import Position, apply_delta
 
 
 def with_deltas(
-    content: Funnel | Scorer, deltas: Sequence[Path], position: Position
+    content: Funnel | Scorer, deltas: Sequence[Path], position: Position, *, in_place: bool = False
 ) -> tuple[Funnel | Scorer, Position]:
     """The same with deltas applied, and its position after them; `content` stays as it is, and can be asked meanwhile.
 
@@ -22,16 +22,17 @@ def with_deltas(
     Args:
         deltas: directories, in order.
         position: of `content`, see `fullrank.training.deltas`.
+        in_place: its rankers are written to; `content` is not to be used any more.
 
     Raises:
         ValueError: as `apply_delta`.
     """
     if isinstance(content, Scorer):
-        model = copy.deepcopy(content.model)
+        model = content.model if in_place else copy.deepcopy(content.model)
         for delta in deltas:
             position = apply_delta(model, delta, position)
         return Scorer(content.encoders, model, content.value.text), position
-    rankers = copy.deepcopy(content.rankers)
+    rankers = content.rankers if in_place else copy.deepcopy(content.rankers)
     for delta in deltas:
         position = apply_delta(rankers, delta, position)
     return content.with_rankers(rankers), position

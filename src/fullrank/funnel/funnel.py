@@ -62,6 +62,7 @@ class Funnel:
         slate: how a list is made of the final stage's values; default the largest first.
         deadlines: milliseconds by stage that it may take for the users of one pass; one that cannot finish hands on
             what it was handed, in that order, behind what it has scored.
+        item_vectors: by early stage that looks at items beforehand, what it saw; default: it looks now.
 
     Attributes:
         clock: what deadlines and times are read from.
@@ -86,6 +87,7 @@ class Funnel:
         sizes: StageSizes | None = None,
         slate: SlateConfig | None = None,
         deadlines: Mapping[str, float] | None = None,
+        item_vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.encoders = encoders
         self.schema = encoders.schema
@@ -93,7 +95,8 @@ class Funnel:
         self.users = users
         self.context = context
         self.retriever = retriever
-        self._take_rankers({"early": early} if isinstance(early, Ranker) else early, final, value)
+        stages = {"early": early} if isinstance(early, Ranker) else early
+        self._take_rankers(stages, final, value, item_vectors or {})
         self.value = self.scorer.value
         self.sizes = sizes or StageSizes()
         self.encode = RequestEncoder(encoders, users, context, items)
@@ -109,7 +112,13 @@ class Funnel:
         self._draws = torch.Generator()
         self._draws.seed()
 
-    def _take_rankers(self, early: Mapping[str, Ranker], final: Ranker, value: str | None) -> None:
+    def _take_rankers(
+        self,
+        early: Mapping[str, Ranker],
+        final: Ranker,
+        value: str | None,
+        item_vectors: Mapping[str, Tensor],
+    ) -> None:
         """Take over rankers, and all that follows from them alone."""
         self.early, self.final = dict(early), final
         self.scorer = Scorer(self.encoders, final, value)
@@ -117,7 +126,10 @@ class Funnel:
         for name, ranker in self.early.items():
             trust_ids(ranker.eval())
             if isinstance(ranker, TwoSided):
-                self.prepared[name] = ranker, _item_vectors(ranker, self.items.rows.batch)
+                known_IV = item_vectors.get(name)
+                if known_IV is None:
+                    known_IV = _item_vectors(ranker, self.items.rows.batch)
+                self.prepared[name] = ranker, known_IV
 
     def with_parts(self, **parts: Any) -> Self:
         """A funnel of the same parts but these, made anew.
@@ -151,7 +163,7 @@ class Funnel:
     def with_rankers(self, rankers: Mapping[str, Ranker]) -> Self:
         """A funnel of the same catalogue, index and settings with other rankers of the same stages."""
         other = copy.copy(self)
-        other._take_rankers({name: rankers[name] for name in self.early}, rankers[FINAL], self.value.text)
+        other._take_rankers({name: rankers[name] for name in self.early}, rankers[FINAL], self.value.text, {})
         other._make_slate = SlateMaker(self.slate, self.items, other.scorer)
         return other
 

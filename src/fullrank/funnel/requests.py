@@ -85,8 +85,13 @@ class RequestEncoder:
             number = [schema.numeric_columns.index(name) for name in context.columns if name in schema.numeric_columns]
             names = [feature.name for feature in schema.categorical]
             ids = [names.index(name) for name in context.columns if name in names]
-            row.numeric_BN[:, number] = self.stranger.numeric_BN[:, number]
-            row.ids_BF[:, ids] = self.stranger.ids_BF[:, ids]
+            for column_U, value in (
+                *((row.numeric_BN[:, place], self.stranger.numeric_BN[0, place]) for place in number),
+                *((row.ids_BF[:, place], self.stranger.ids_BF[0, place]) for place in ids),
+            ):
+                # Pages that other processes share stay shared if nothing is written to them.
+                if bool((column_U != value).any()):
+                    column_U.fill_(value)
             self.known_rows = users.rows
         self.pending = set() if users is None else rows_with_pending(users, schema)
         given = schema.select({"user", "context"})

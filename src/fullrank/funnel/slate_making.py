@@ -116,7 +116,7 @@ class SlateMaker:
         if by is None or by == schema.keys.item_id:
             return torch.arange(len(self.items))
         place = [feature.name for feature in schema.categorical].index(by)
-        id_I = self.items.rows.batch.ids_BF[:, place]
+        id_I = self.items.rows.batch.ids_BF[:, place].long()
         # Ids that stand for no value: missing, and in a vocabulary unknown.
         first = {"vocabulary": FIRST_VOCABULARY_ID, "identity": 0}
         return id_I.masked_fill(id_I < first.get(schema.categorical[place].encoding, MISSING_ID + 1), NO_GROUP)

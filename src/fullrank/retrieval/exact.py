@@ -78,6 +78,16 @@ class ExactIndex(VectorIndex):
         self.keys_I = keys
         self._hold(vectors[order].contiguous())
 
+    def restore(self, state: dict[str, Tensor]) -> None:
+        keys_I, vectors_ID = state["keys"], state["vectors"]
+        check_added(keys_I, vectors_ID, self.width)
+        if vectors_ID.dtype == torch.float32 and bool((keys_I[1:] > keys_I[:-1]).all()):
+            # As they were saved: they need not be sorted, and what is mapped from a file stays there.
+            self.keys_I = keys_I
+            self._hold(vectors_ID)
+        else:
+            super().restore(state)
+
     def remove(self, keys: Tensor) -> None:
         places = places_of(keys, self.keys_I)
         if bool((places < 0).any()):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Response
@@ -11,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fullrank.serving.bodies import Problem, Strict, answer, encoded, problem_answer
 from fullrank.serving.errors import NoVersion, refusals
+from fullrank.serving.experiment import CONTROL
 from fullrank.serving.versions import Versions
 
 
@@ -18,10 +21,12 @@ class Swapped(Strict):
     """What is served now.
 
     Attributes:
+        arm: of the experiment, that was asked for.
         outcome: `swapped`, `rolled back`, `unchanged`, or why a new bundle was refused.
         model_version: of the bundle.
     """
 
+    arm: str
     outcome: str
     model_version: str
 
@@ -69,20 +74,30 @@ def describe_token(app: FastAPI) -> None:
     app.openapi = described  # type: ignore[method-assign]
 
 
-def add_admin(app: FastAPI, versions: Versions | None) -> None:
-    """Routes that change what is served."""
+def add_admin(app: FastAPI, versions: Mapping[str, Versions]) -> None:
+    """Routes that change what is served.
 
-    @app.post("/v1/admin/reload", response_model=Swapped, tags=["operation"], responses=refusals(404, 500, 503))
-    async def reload() -> Response:
-        """Look now whether there is another bundle; also at one that was refused or rolled back before."""
-        if versions is None:
-            raise NoVersion
-        outcome = await asyncio.get_running_loop().run_in_executor(None, lambda: versions.look(again=True))
-        return answer(encoded({"outcome": outcome, "model_version": versions.now.version}))
+    Args:
+        versions: by arm, of those that were opened from a directory.
+    """
 
-    @app.post("/v1/admin/rollback", response_model=Swapped, tags=["operation"], responses=refusals(404, 500, 503))
-    async def rollback() -> Response:
-        """Serve again what was served before the last swap, until there is yet another bundle."""
-        if versions is None or not await asyncio.get_running_loop().run_in_executor(None, versions.roll_back):
+    def of(arm: str) -> Versions:
+        if arm not in versions:
             raise NoVersion
-        return answer(encoded({"outcome": "rolled back", "model_version": versions.now.version}))
+        return versions[arm]
+
+    def swapped(arm: str, outcome: str) -> Response:
+        return answer(encoded({"arm": arm, "outcome": outcome, "model_version": versions[arm].now.version}))
+
+    @app.post("/v1/admin/reload", response_model=Swapped, tags=["operation"], responses=refusals(404, 422, 500, 503))
+    async def reload(arm: str = CONTROL) -> Response:
+        """Look now whether an arm has another bundle; also at one that was refused or rolled back before."""
+        look = partial(of(arm).look, again=True)
+        return swapped(arm, await asyncio.get_running_loop().run_in_executor(None, look))
+
+    @app.post("/v1/admin/rollback", response_model=Swapped, tags=["operation"], responses=refusals(404, 422, 500, 503))
+    async def rollback(arm: str = CONTROL) -> Response:
+        """Serve again what an arm served before its last swap, until there is yet another bundle."""
+        if not await asyncio.get_running_loop().run_in_executor(None, of(arm).roll_back):
+            raise NoVersion
+        return swapped(arm, "rolled back")

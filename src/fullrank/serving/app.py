@@ -19,18 +19,20 @@ from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
 from fullrank.serving.admin import Bearer, add_admin, describe_token
 from fullrank.serving.errors import add_handlers
-from fullrank.serving.experiment import Experiment, add_experiment
+from fullrank.serving.experiment import CONTROL, Experiment, add_experiment
 from fullrank.serving.feedback import add_feedback
 from fullrank.serving.impressions import ImpressionLog
 from fullrank.serving.instruments import Instruments
-from fullrank.serving.item_store import ItemStore
 from fullrank.serving.items import add_items
 from fullrank.serving.limits import Limits
 from fullrank.serving.live import Live
 from fullrank.serving.pool import Pool
 from fullrank.serving.routes import PATHS, add_routes
-from fullrank.serving.store import EventStore, Feedback
-from fullrank.serving.versions import Versions, opened, target_of
+from fullrank.serving.shared import Shared
+from fullrank.serving.shared_versions import SharedVersions, opened_alike
+from fullrank.serving.store import Feedback
+from fullrank.serving.stores import ItemStates, opened_events, opened_items
+from fullrank.serving.versions import Opened, Versions, give_back, opened, target_of
 from fullrank.training.manifest import MANIFEST, Manifest
 
 
@@ -65,31 +67,40 @@ def create_app(
     bundle: Path | Funnel | Scorer,
     config: ServingConfig | None = None,
     *,
-    store: Path | None = None,
+    store: Path | str | None = None,
     token: str | None = None,
     arms: Mapping[str, tuple[Path | Funnel, float]] | None = None,
     salt: str = "",
     log_impressions: bool = False,
     note: Callable[[dict[str, Any]], None] | None = None,
+    shared: Shared | None = None,
 ) -> FastAPI:
     """The application that serves a bundle. A single ranker scores rows; a funnel recommends and scores items too.
 
     Args:
         bundle: its directory, or that of a stream, whose pointer is followed.
         token: that requests for `/v1` have to carry; with one, bundles can be looked for and rolled back by a request.
-        store: directory of what users do while it is served; without one nothing is kept of them.
+        store: directory of what users do while it is served, or URL of a Redis, for several hosts; without one nothing
+            is kept of them.
         arms: other bundles of funnels by name, each with the share of users that it answers.
         salt: of the split; another one splits users independently.
         log_impressions: keep in the store the lists that are answered, with propensities and features.
         note: told what the access log says of each request.
+        shared: with the other processes of the server that run the same application; `bundle` is then a directory.
 
     Raises:
-        ValueError: if the directory holds no store, or the bundle cannot be opened, see `load_bundle`, or does not
-            answer as it should, see `check_answers`; or lists are to be logged without a store or a funnel.
+        ValueError: if there are arms beside other processes, which would count apart, the directory holds no store,
+            Redis does not answer, or the bundle cannot be opened, see `load_bundle`, or does not answer as it should,
+            see `check_answers`; or lists are to be logged without a store or a funnel.
     """
     config = config or ServingConfig()
     torch.set_num_threads(config.torch_threads)
-    first = opened(target_of(bundle)) if isinstance(bundle, Path) else None
+    if shared is not None and arms:
+        raise ValueError("--arm counts what comes of the arms in one process: it cannot be given with --processes")
+    if not isinstance(bundle, Path):
+        first = None
+    else:
+        first = opened(target_of(bundle)) if shared is None else opened_alike(bundle, shared)
     if first is not None and first.content is not None:
         content, version = first.content, first.target.version
     else:
@@ -99,19 +110,30 @@ def create_app(
     if log_impressions and (store is None or not isinstance(content, Funnel)):
         need = "a store, --store DIR" if store is None else "a funnel, and this bundle is a single ranker"
         raise ValueError(f"--log-impressions needs {need}")
-    events = None if store is None else EventStore(store)
-    items = ItemStore(store)
+    events = None if store is None else opened_events(store)
+    items = opened_items(store if shared is None else store or shared.directory)
     live = Live(content, version, items)
-    instruments = Instruments()
+    instruments = Instruments(None if shared is None else shared.metrics)
     impressions = ImpressionLog(events, instruments) if log_impressions and events is not None else None
-    experiment = None
+    experiment, others = None, dict[str, tuple[Live, Opened | None]]()
     if arms:
         reward = next((label.name for label in content.schema.labels if label.kind == "binary"), "")
-        others = {name: (_arm(name, arm, items), share) for name, (arm, share) in arms.items()}
-        experiment = Experiment(live, others, salt, reward)
+        others = {name: _arm(name, arm, items) for name, (arm, _) in arms.items()}
+        experiment = Experiment(live, {name: (others[name][0], arms[name][1]) for name in arms}, salt, reward)
     beside = [] if experiment is None else [each for each in experiment.arms.values() if each is not live]
     instruments.items.set_function(lambda: _items(live))
-    versions = Versions(bundle, first, live, instruments) if isinstance(bundle, Path) and first is not None else None
+    versions = None
+    if isinstance(bundle, Path) and first is not None:
+        versions = (
+            Versions(bundle, first, live, instruments)
+            if shared is None
+            else SharedVersions(bundle, first, live, instruments, shared)
+        )
+    watched = {} if versions is None else {CONTROL: versions}
+    for name, (arm, _) in (arms or {}).items():
+        arm_live, arm_first = others[name]
+        if isinstance(arm, Path) and arm_first is not None:
+            watched[name] = Versions(arm, arm_first, arm_live, instruments, control=False)
     pool = Pool(config.workers, config.rows, config.share, config.seconds, instruments)
 
     @asynccontextmanager
@@ -120,13 +142,15 @@ def create_app(
         # What stays as long as the server need not be looked through for garbage again and again.
         gc.collect()
         gc.freeze()
+        if shared is not None:
+            give_back()
         yield
         pool.stop()
         gc.unfreeze()
-        if versions is not None:
-            versions.stop()
-        for each in (live, *beside):
+        for each in watched.values():
             each.stop()
+        for served in (live, *beside):
+            served.stop()
         items.close()
         if impressions is not None:
             impressions.close()
@@ -151,9 +175,9 @@ def create_app(
     add_feedback(app, content.schema, events, told)
     add_items(app, live, beside)
     add_experiment(app, experiment)
-    app.state.versions = versions
+    app.state.versions = watched
     if token is not None:
-        add_admin(app, versions)
+        add_admin(app, watched)
         app.add_middleware(Bearer, token=token)
         describe_token(app)
     add_handlers(app)
@@ -168,15 +192,13 @@ def create_app(
     return app
 
 
-def _arm(name: str, bundle: Path | Funnel, items: ItemStore) -> Live:
-    if isinstance(bundle, Path):
-        found = opened(target_of(bundle))
-        content, version = found.content, found.target.version
-    else:
-        content, version = bundle, "unsaved"
+def _arm(name: str, bundle: Path | Funnel, items: ItemStates) -> tuple[Live, Opened | None]:
+    """What serves an arm, and how it was opened."""
+    first = opened(target_of(bundle)) if isinstance(bundle, Path) else None
+    content = bundle if first is None else first.content
     if not isinstance(content, Funnel):
         raise ValueError(f"--arm {name}: {bundle} is a single ranker, and an experiment is about lists")
-    return Live(content, version, items)
+    return Live(content, "unsaved" if first is None else first.target.version, items), first
 
 
 def _items(live: Live) -> int:

@@ -124,10 +124,12 @@ class ScoreRequest(Asker):
         item_ids: items of the catalogue, or new ones.
         rows: instead of all else: raw values of user, item and context features by column name, as in the log. What
             is left out is missing.
+        experiment: an arm to be answered by, or `none` for the control; default the user's arm, for rows the control.
     """
 
     item_ids: list[Id] | None = Field(default=None, min_length=1, max_length=10_000)
     rows: list[dict[str, Scalar | list[Scalar]]] | None = Field(default=None, min_length=1, max_length=10_000)
+    experiment: str | None = Field(default=None, max_length=100)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -185,7 +187,7 @@ class RecommendResponse(Strict):
         items: best first. One that a late final stage did not come to has a null value and no predictions, and stands
             behind the others.
         candidates: how many each stage was handed.
-        degraded: stages that were late or failed.
+        degraded: stages that were late or failed; `store` if what the user did could not be read.
         request_id: as in the header; feedback on the list names it as `impression_id`.
         model_version: of the bundle.
         index_version: number of changes to its items since it was opened.
@@ -206,9 +208,17 @@ class RecommendResponse(Strict):
 
 
 class ScoreResponse(Strict):
-    """Items, or rows, in the order of the request."""
+    """Attributes:
+    items: or rows, in the order of the request.
+    degraded: `store` if what the user did could not be read.
+    model_version: of the bundle.
+    arm: of the experiment; null if there is none, or the request takes no part.
+    """
 
     items: list[Item]
+    degraded: list[str]
+    model_version: str
+    arm: str | None
 
 
 class Problem(Strict):
@@ -267,4 +277,8 @@ def answer(content: bytes, status: int = 200) -> Response:
 
 def problem_answer(request_id: str, status: int, detail: str) -> Response:
     """A `Problem` as an answer."""
-    return answer(encoded({"detail": detail, "request_id": request_id}), status)
+    response = answer(encoded({"detail": detail, "request_id": request_id}), status)
+    if status == 503:
+        # It has to do with this moment, or with this process.
+        response.headers["Retry-After"] = "1"
+    return response

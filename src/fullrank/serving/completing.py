@@ -5,44 +5,63 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from fullrank.funnel.recent_events import Event
 from fullrank.funnel.requests import Request, Shown
 from fullrank.retrieval.filters import ItemFilter
 from fullrank.serving.bodies import RecommendRequest, Seen
-from fullrank.serving.store import EventStore
+from fullrank.serving.stores import UserEvents
 
 # What `exclude_seen` calls an event of any label.
 IMPRESSION = "impression"
+# What `degraded` calls the store.
+STORE = "store"
 
 
-def with_events(request: Request, store: EventStore | None, session: Sequence[Event] = ()) -> Request:
+class Completed(NamedTuple):
+    """Attributes:
+    request: as the funnel takes it.
+    degraded: `[STORE]` if the store could not be asked; the bundle and the session are what is known then.
+    """
+
+    request: Request
+    degraded: list[str]
+
+
+def with_events(request: Request, store: UserEvents | None, session: Sequence[Event] = ()) -> Completed:
     """The request with what its user did since the bundle was made.
 
     In a log, a row knows what happened before its own second. A request comes in the second after the last event at the
     earliest, so that an event that was acknowledged counts in the next answer.
     """
-    known = [] if store is None or request.user_id is None else store.recent(request.user_id)
+    known, degraded = list[Event](), list[str]()
+    if store is not None and request.user_id is not None:
+        try:
+            known = store.recent(request.user_id)
+        except OSError:
+            degraded = [STORE]
     events = [*known, *session]
     if not events:
-        return request
-    return replace(request, events=events, time=max(int(time.time()), max(event.time for event in events) + 1))
+        return Completed(request, degraded)
+    last = max(event.time for event in events)
+    return Completed(replace(request, events=events, time=max(int(time.time()), last + 1)), degraded)
 
 
-def completed(body: RecommendRequest, store: EventStore | None) -> Request:
-    """A request for a list as the funnel takes it.
+def completed(body: RecommendRequest, store: UserEvents | None) -> Completed:
+    """A request for a list, with what is known of who asks.
 
     Raises:
         ValueError: if the filter is none.
     """
     now = int(time.time())
     session = [Event(event.item_id, now - event.seconds_ago, event.labels) for event in body.session]
-    request = with_events(body.request(), store, session)
+    request, degraded = with_events(body.request(), store, session)
     exclude: list[int | str] = list(body.exclude_ids)
     if body.exclude_seen is not None:
         exclude += _seen(request.events, body.exclude_seen, now)
     impressions = [event for event in request.events if not any(event.labels.values())]
-    return replace(
+    request = replace(
         request,
         shown=[
             *(Shown(item.item_id, item.seconds_ago) for item in body.shown),
@@ -51,6 +70,7 @@ def completed(body: RecommendRequest, store: EventStore | None) -> Request:
         exclude=exclude,
         filter=None if body.filter is None else ItemFilter.of(body.filter.model_dump()),
     )
+    return Completed(request, degraded)
 
 
 def _seen(events: Sequence[Event], seen: Seen, now: int) -> list[int | str]:

@@ -23,10 +23,14 @@ class Listener(socket.socket):
 
     Without a bound, clients that keep connections open take all files that the process may open, and `accept` itself
     fails, over and over.
+
+    Args:
+        in_turn: whether other processes accept from the same socket: after each connection it is another's turn.
     """
 
-    def __init__(self, *, fileno: int) -> None:
+    def __init__(self, *, fileno: int, in_turn: bool = False) -> None:
         super().__init__(fileno=fileno)
+        self._in_turn, self._had_turn = in_turn, False
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         free = files - RESERVED_FILES if files >= 0 else MOST_CONNECTIONS
         self.most = max(1, min(MOST_CONNECTIONS, free))
@@ -36,8 +40,12 @@ class Listener(socket.socket):
         """The next connection for which there is room.
 
         Raises:
-            BlockingIOError: if nobody else waits.
+            BlockingIOError: if nobody else waits, or another process shall have its turn.
         """
+        if self._in_turn:
+            self._had_turn = not self._had_turn
+            if not self._had_turn:
+                raise BlockingIOError
         while True:
             connection, address = super().accept()
             if self.open < self.most:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from fullrank.serving.bodies import Problem, problem_answer
 from fullrank.serving.pool import Overloaded, Stopping, TooLate
@@ -27,16 +28,16 @@ _REFUSALS = {
     422: "A field is wrong; `detail` names it.",
     429: "Too much work is waiting; `Retry-After` says for how many seconds.",
     500: "A fault of the server.",
-    503: "The server is starting or stopping, or the deadline passed.",
+    503: "The server is starting or stopping, the store failed, or the deadline passed.",
 }
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What `responses` says of these statuses."""
     described: dict[int | str, dict[str, Any]] = {s: {"model": Problem, "description": _REFUSALS[s]} for s in statuses}
-    if 429 in described:
+    for status in {429, 503} & described.keys():
         header = {"description": "Seconds to wait.", "schema": {"type": "integer"}, "required": True}
-        described[429]["headers"] = {"Retry-After": header}
+        described[status]["headers"] = {"Retry-After": header}
     return described
 
 
@@ -49,7 +50,7 @@ class NoCatalogue(Exception):
 
 
 class NoVersion(Exception):
-    """There is no other bundle."""
+    """There is no other bundle, or no such arm."""
 
 
 class NoExperiment(Exception):
@@ -63,7 +64,7 @@ class NoItem(Exception):
 # What is refused for one reason only.
 _PLAIN: dict[type[Exception], tuple[int, str]] = {
     NoCatalogue: (404, "this bundle has no catalogue of items to recommend; POST /v1/score scores rows"),
-    NoVersion: (404, "no other bundle has been served"),
+    NoVersion: (404, "there is no such arm, or no other bundle has been served by it"),
     NoExperiment: (404, "this server has no experiment: start it with --arm NAME=BUNDLE:SHARE"),
     NoItem: (404, "there is no item of this id"),
     NoStore: (404, "this server keeps no events: start it with --store DIR"),
@@ -104,6 +105,13 @@ def add_handlers(app: FastAPI) -> None:
         detail = "the body is not JSON, is nested too deeply, or has too long a number" if vague else str(error.detail)
         response = problem(request, error.status_code, detail)
         response.headers.update(error.headers or {})
+        if error.status_code == 405:
+            # FastAPI names the methods of one route only; a path may have several.
+            allowed: set[str] = set()
+            for route in app.routes:
+                if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+                    allowed |= route.methods or set()
+            response.headers["Allow"] = ", ".join(sorted(allowed))
         return response
 
     for kind, said in _PLAIN.items():
@@ -116,7 +124,7 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(OSError)
     async def full(request: Request, error: OSError) -> Response:
         log.error("request %s: %s", request.state.request_id, error)
-        return problem(request, 503, "the store cannot be written; try again")
+        return problem(request, 503, "the store cannot be read or written; try again")
 
     @app.exception_handler(Overloaded)
     async def overloaded(request: Request, error: Overloaded) -> Response:

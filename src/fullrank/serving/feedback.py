@@ -15,14 +15,15 @@ from fullrank.funnel.recent_events import Event
 from fullrank.schema import Schema
 from fullrank.serving.bodies import Id, Number, Scalar, Strict, answer, encoded
 from fullrank.serving.errors import NoStore, refusals
-from fullrank.serving.store import EventStore, Feedback
+from fullrank.serving.store import Feedback
+from fullrank.serving.stores import UserEvents
 
 # Seconds by which a sender's clock may be ahead.
 SKEW = 300
 # What a request to forget somebody leaves to be done.
 PENDING = [
     "the bundle, until one that was trained without this user is served: import its log again with "
-    "--forgotten STORE (data.source.forgotten in a recipe), the directory of this store, and train",
+    "--forgotten STORE (data.source.forgotten in a recipe), this store, and train",
     "logs that were exported before, which imports with --forgotten STORE read without this user",
 ]
 # What may be in a batch.
@@ -87,7 +88,7 @@ class Forgotten(Strict):
 def add_feedback(
     app: FastAPI,
     schema: Schema,
-    store: EventStore | None,
+    store: UserEvents | None,
     told: Callable[[Feedback], None] | None = None,
 ) -> None:
     """Routes that write to the store; without one they say so.

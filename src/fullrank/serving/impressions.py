@@ -14,7 +14,8 @@ from fullrank.funnel.decoded import Decoder
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.requests import Request
 from fullrank.serving.instruments import Instruments
-from fullrank.serving.store import EventStore, Impression, ShownItem
+from fullrank.serving.store import Impression, ShownItem
+from fullrank.serving.stores import UserEvents
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class ImpressionLog:
         room: lists that may wait.
     """
 
-    def __init__(self, store: EventStore, instruments: Instruments, room: int = ROOM) -> None:
+    def __init__(self, store: UserEvents, instruments: Instruments, room: int = ROOM) -> None:
         self._store, self._instruments = store, instruments
         self._waiting: Queue[AnsweredList | None] = Queue(room)
         self._decoders = lru_cache(BUNDLES)(_decoders)

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 
 SECONDS = (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 5.0)
 
 
 class Instruments:
-    """Counters of one application; each has a registry of its own, so that several can live in one process."""
+    """Counters of one application; each has a registry of its own, so that several can live in one process.
 
-    def __init__(self) -> None:
+    Args:
+        shared: directory in which the processes of a server count, by `prometheus_client`'s multiprocess mode: what is
+            read is the sum over all of them, those that have ended included.
+    """
+
+    def __init__(self, shared: Path | None = None) -> None:
         self.registry = CollectorRegistry()
+        self._shared = shared
+        self._model: tuple[str, float] | None = None
         self.requests = Counter(
             "fullrank_requests", "Requests by path and HTTP status.", ("path", "status"), registry=self.registry
         )
@@ -41,16 +52,19 @@ class Instruments:
             registry=self.registry,
             buckets=(1, 2, 4, 8, 16, 32),
         )
-        self.in_flight = Gauge("fullrank_requests_in_flight", "Requests being served.", registry=self.registry)
-        self.rows = Gauge("fullrank_rows_admitted", "Rows to be scored that were let in.", registry=self.registry)
+        self.in_flight = Gauge(
+            "fullrank_requests_in_flight", "Requests being served.", registry=self.registry, multiprocess_mode="livesum"
+        )
+        self.rows = Gauge(
+            "fullrank_rows_admitted",
+            "Rows to be scored that were let in.",
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
         self.refused = Counter(
             "fullrank_requests_refused", "Requests answered with 429 because too much waited.", registry=self.registry
         )
 
-        self.model = Gauge("fullrank_model", "1 for the version that is served.", ("version",), registry=self.registry)
-        self.model_age = Gauge(
-            "fullrank_model_age_seconds", "Since the last event that the model has learnt.", registry=self.registry
-        )
         self.swaps = Counter(
             "fullrank_swaps",
             "Bundles that came while serving: swapped, refused, rolled_back.",
@@ -87,11 +101,34 @@ class Instruments:
         if degraded:
             self.arm_degraded.labels(arm).inc()
 
+    def serve_model(self, version: str, until: float) -> None:
+        """Say which version is served, and up to which second it has learnt."""
+        self._model = version, until
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics; what processes count is added up, and what they serve is as this one has it."""
+        summed: dict[str, Metric] = {}
+        if self._shared is not None:
+            kinds = ("counter", "histogram", "gauge_livesum")
+            files = [file for kind in kinds for file in self._shared.glob(f"{kind}_*.db") if file.stat().st_size]
+            summed = {metric.name: metric for metric in MultiProcessCollector.merge(map(str, files))}  # type: ignore[no-untyped-call]
+        for metric in self.registry.collect():
+            yield summed.pop(metric.name, metric)
+        # Of the process that answers to none of these requests, which replaces others.
+        yield from summed.values()
+        model = GaugeMetricFamily("fullrank_model", "1 for the version that is served.", labels=["version"])
+        age = GaugeMetricFamily("fullrank_model_age_seconds", "Since the last event that the model has learnt.")
+        if self._model is not None:
+            version, until = self._model
+            model.add_metric([version], 1)
+            age.add_metric([], time.time() - until)
+        yield from (model, age)
+
     def totals(self, name: str) -> dict[tuple[str, ...], float]:
         """Samples of that name, by the values of their labels."""
         return {
             tuple(sample.labels.values()): sample.value
-            for family in self.registry.collect()
+            for family in self.collect()
             for sample in family.samples
             if sample.name == name
         }

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.item_changes import ChangedItems, ItemEncoder, ItemState
 from fullrank.funnel.scorer import Scorer
-from fullrank.serving.item_store import ItemStore
+from fullrank.serving.stores import ItemStates
 from fullrank.training.deltas import Position
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Live:
         self,
         content: Funnel | Scorer,
         version: str,
-        store: ItemStore,
+        store: ItemStates,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.store = store
@@ -181,7 +181,14 @@ class Live:
                 if self._stopped:
                     return
             begin = time.monotonic()
-            if self._apply():
+            try:
+                applied = self._apply()
+            except OSError:
+                # The store has failed, and said so.
+                with self._wake:
+                    self._wake.wait_for(lambda: self._stopped, LOOK)
+                continue
+            if applied:
                 with self._wake:
                     # In a large catalogue a change takes a while; then others get the processor as long.
                     self._wake.wait_for(lambda: self._stopped, min(PAUSE, time.monotonic() - begin))

@@ -10,7 +10,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,10 @@ from fullrank.data import atomic
 from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.data.forgotten import EVENTS, digest, forgotten_users
 from fullrank.data.hashing import hash_text
+from fullrank.data.scratch import Scratch
 from fullrank.schema import EventNumber, Label, MultiCategorical, Numeric, Schema, Sequence
 from fullrank.serving.sqlite import connected
+from fullrank.serving.stores import is_url
 
 # Seconds after an impression in which feedback counts as what came of it.
 WINDOW = 86_400
@@ -65,7 +67,7 @@ class Exported(NamedTuple):
 
 
 def export_log(
-    store: Path,
+    store: Path | str,
     like: Path,
     out: Path,
     *,
@@ -87,7 +89,7 @@ def export_log(
     and the features that it said.
 
     Args:
-        store: directory of `fullrank serve --store`.
+        store: directory of `fullrank serve --store`, or the URL of its Redis, which is copied first.
         like: a bundle or a dataset, whose schema names the columns.
         out: the Parquet file to make.
         after: what an earlier export wrote: begin where it ended.
@@ -107,7 +109,7 @@ def export_log(
     cut = (int(time.time()) if now is None else now) - (window if wait is None else wait)
     cut = cut if until is None else min(cut, until)
     gone = forgotten_users(store)
-    with closing(connected(Path(store) / EVENTS)) as connection:
+    with _on_disk(store) as place, closing(connected(place / EVENTS)) as connection:
         try:
             connection.execute("BEGIN")  # one view of the store, whatever is written meanwhile
             end = Position(
@@ -127,6 +129,20 @@ def export_log(
             raise ValueError(f"{store} cannot be read as a store of impressions: {error}") from None
     labels = {label.name: log.labels[label.name] for label in schema.labels}
     return Exported(rows, labels=labels, waiting=waiting, **{name: log.counts[name] for name in COUNTED})
+
+
+@contextmanager
+def _on_disk(store: Path | str) -> Iterator[Path]:
+    """The directory of a store; that of a copy for one in a Redis."""
+    if not is_url(store):
+        yield Path(store)
+        return
+    from fullrank.serving.redis_store import RedisStore
+
+    with Scratch() as place:
+        with closing(RedisStore(str(store))) as redis:
+            redis.copy(place)
+        yield place
 
 
 class _Log:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+import torch
+
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
 from fullrank.serving.page_style import STYLE
@@ -98,7 +100,7 @@ def refused(status: int, detail: str, wait: str | None) -> str:
 
 
 def _recommend(content: Funnel, asked: Mapping[str, str]) -> str:
-    known = content.users.ids[:OFFERED] if content.users is not None else []
+    known = content.users.ids_of(torch.arange(len(content.users))[:OFFERED]) if content.users is not None else []
     offered = "".join(f"<option value='{escape(str(user))}'>" for user in known)
     user, k = escape(asked.get("user", "")), escape(asked.get("k", "10"))
     texts = "".join(

@@ -27,7 +27,7 @@ from fullrank.serving.bodies import (
     item_json,
     recommended_json,
 )
-from fullrank.serving.completing import completed, with_events
+from fullrank.serving.completing import Completed, completed, with_events
 from fullrank.serving.errors import NoCatalogue, refusals
 from fullrank.serving.experiment import OPT_OUT, Experiment
 from fullrank.serving.impressions import AnsweredList, ImpressionLog
@@ -35,7 +35,7 @@ from fullrank.serving.instruments import Instruments
 from fullrank.serving.live import Live
 from fullrank.serving.page_routes import add_page
 from fullrank.serving.pool import Pool
-from fullrank.serving.store import EventStore
+from fullrank.serving.stores import UserEvents
 
 # Those that metrics tell apart.
 PATHS = frozenset(
@@ -81,7 +81,7 @@ def add_routes(
     live: Live,
     pool: Pool,
     instruments: Instruments,
-    store: EventStore | None = None,
+    store: UserEvents | None = None,
     experiment: Experiment | None = None,
     about: Callable[[], Mapping[str, Any]] = dict,
     impressions: ImpressionLog | None = None,
@@ -90,7 +90,7 @@ def add_routes(
 
     Args:
         store: of what users did since the bundle was made.
-        experiment: whose arms answer requests for lists; scores are those of `live`.
+        experiment: whose arms answer; rows, and who has no id, are scored by `live`.
         about: what the bundle says of itself, for the page.
         impressions: keeps the lists that are answered, but for those that are explained.
     """
@@ -109,22 +109,23 @@ def add_routes(
         requests, began = [completed(each.body, store) for each in asked], time.perf_counter()
         with asked[0].source.reading() as (funnel, version, changes):
             assert isinstance(funnel, Funnel)
-            lists = funnel.recommend(requests, k, observe, deadline_ms=left)
+            lists = funnel.recommend([each.request for each in requests], k, observe, deadline_ms=left)
             # What is to be explained comes alone.
-            explained = explain(funnel, requests[0], k) if asked[0].body.explain else None
+            explained = explain(funnel, requests[0].request, k) if asked[0].body.explain else None
         spent = time.perf_counter() - began
         answers = []
         for each, request, found in zip(asked, requests, lists, strict=True):
-            for stage in found.degraded:
+            degraded = [*request.degraded, *found.degraded]
+            for stage in degraded:
                 instruments.degraded.labels(stage).inc()
             if experiment is not None and each.arm is not None:
-                instruments.observe_arm(each.arm, spent, degraded=bool(found.degraded))
+                instruments.observe_arm(each.arm, spent, degraded=bool(degraded))
                 if each.counts:
                     experiment.answered(each.arm, each.body.user_id, each.request_id)
             said = {
                 "items": [recommended_json(item) for item in found.items],
                 "candidates": found.candidates,
-                "degraded": found.degraded,
+                "degraded": degraded,
                 "request_id": each.request_id,
                 "model_version": version,
                 "index_version": changes,
@@ -136,28 +137,32 @@ def add_routes(
             shown = None
             if impressions is not None and explained is None:
                 items = [(item.item_id, item.propensity) for item in found.items if item.item_id is not None]
-                then = int(time.time()) if request.time is None else request.time
-                shown = AnsweredList(funnel, version, request, each.request_id, then, items)
+                then = int(time.time()) if request.request.time is None else request.request.time
+                shown = AnsweredList(funnel, version, request.request, each.request_id, then, items)
             answers.append(_Made(encoded(said), shown))
         instruments.together.observe(len(asked))
         return answers
 
     batcher = Batcher(pool, lists)
 
+    def answering(user: int | str | None, request_id: str, wish: str | None) -> tuple[str | None, bool, Live]:
+        """The arm that answers, if there are any, whether that counts, and what is served there."""
+        if experiment is not None:
+            arm, counts = experiment.chosen(user, request_id, wish)
+            return arm, counts, experiment.arms[arm]
+        if wish not in (None, OPT_OUT):
+            raise ValueError("experiment: this server has none; start it with --arm NAME=BUNDLE:SHARE")
+        return None, False, live
+
     @app.post(
         "/v1/recommend", response_model=RecommendResponse, tags=["ranking"], responses={**ranking, **refusals(404)}
     )
     async def recommend(body: RecommendRequest, asked: fastapi.Request) -> Response:
         """The best items for a user, best first; all there are if `k` is larger than the catalogue."""
-        known = live.served.content
+        arm, counts, source = answering(body.user_id, asked.state.request_id, body.experiment)
+        known = source.served.content
         if not isinstance(known, Funnel):
             raise NoCatalogue
-        arm, counts, source = None, False, live
-        if experiment is not None:
-            arm, counts = experiment.chosen(body.user_id, asked.state.request_id, body.experiment)
-            source = experiment.arms[arm]
-        elif body.experiment not in (None, OPT_OUT):
-            raise ValueError("experiment: this server has none; start it with --arm NAME=BUNDLE:SHARE")
         rows = min(len(known.items), max(body.k, known.sizes.finalists(len(known.early))))
         if body.explain:
             rows += (len(known.early) + 1) * known.sizes.retrieve
@@ -182,15 +187,19 @@ def add_routes(
         """Predictions of the final stage for named items, unknown ones scored as new, or for whole rows."""
         item_ids, rows = body.item_ids, body.rows
         total = len(rows or item_ids or ())
-        asked.state.said = {"rows": total}
+        split = body.experiment or (OPT_OUT if body.user_id is None else None)
+        arm, _, source = answering(body.user_id, asked.state.request_id, split)
+        asked.state.said = {"rows": total} if arm is None else {"rows": total, "arm": arm}
         # The same for all pieces.
-        content = live.served.content
+        content, version, _ = source.served
         funnel, scorer = (content, content.scorer) if isinstance(content, Funnel) else (None, content)
+        known: Completed | None = None
 
         def some(begin: int) -> Callable[[], bytes]:
             end = begin + ROWS_AT_ONCE
 
             def work() -> bytes:
+                nonlocal known
                 scored: list[ScoredItem]
                 if rows is not None:
                     scored = scorer.score(rows[begin:end], instruments.observe_stage, first=begin + 1)
@@ -198,8 +207,8 @@ def add_routes(
                     raise ValueError("item_ids: this bundle has no catalogue of items; give rows")
                 else:
                     assert item_ids is not None
-                    request = with_events(body.request(), store)
-                    scored = funnel.score(request, item_ids[begin:end])
+                    known = known or with_events(body.request(), store)
+                    scored = funnel.score(known.request, item_ids[begin:end])
                 return encoded([item_json(item) for item in scored])[1:-1]
 
             return work
@@ -209,7 +218,11 @@ def add_routes(
                 await admitted.piece(some(begin), min(ROWS_AT_ONCE, total - begin))
                 for begin in range(0, total, ROWS_AT_ONCE)
             ]
-        return answer(b'{"items":[' + b",".join(parts) + b"]}")
+        degraded = known.degraded if known else []
+        for stage in degraded:
+            instruments.degraded.labels(stage).inc()
+        said = {"degraded": degraded, "model_version": version, "arm": None if body.experiment == OPT_OUT else arm}
+        return answer(b'{"items":[' + b",".join(parts) + b"]," + encoded(said)[1:])
 
     @app.get("/healthz", tags=["operation"], responses=refusals(500))
     async def healthz() -> Status:
@@ -234,7 +247,7 @@ def add_routes(
     )
     async def metrics() -> Response:
         """Prometheus metrics: requests, latency of each stage, requests in flight."""
-        return Response(generate_latest(instruments.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(instruments), media_type=CONTENT_TYPE_LATEST)
 
     add_page(app, live, about, instruments, recommend, score)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 from fullrank.data.forgotten import EVENTS, digest
 from fullrank.funnel.recent_events import Event
 from fullrank.serving.sqlite import connected, prepare, transaction
+
+log = logging.getLogger(__name__)
 
 # Events of a user that a request looks at.
 RECENT = 1000
@@ -144,17 +147,25 @@ class EventStore:
         return result
 
     def recent(self, user: int | str, since: int | None = None, limit: int = RECENT) -> list[Event]:
-        """The last events of a user after a time, oldest first; of equal times in the order in which they came."""
-        if not hasattr(self._local, "reader"):
-            self._local.reader = connected(self.path)
-        rows = self._local.reader.execute(
-            "SELECT item, time, labels, features FROM events WHERE user = ? AND time > ? "
-            "ORDER BY time DESC, number DESC LIMIT ?",
-            (str(user), -(2**62) if since is None else since, limit),
-        )
+        """The last events of a user after a time, oldest first; of equal times in the order in which they came.
+
+        Raises:
+            OSError: if the file cannot be read.
+        """
+        try:
+            if not hasattr(self._local, "reader"):
+                self._local.reader = connected(self.path)
+            rows = self._local.reader.execute(
+                "SELECT item, time, labels, features FROM events WHERE user = ? AND time > ? "
+                "ORDER BY time DESC, number DESC LIMIT ?",
+                (str(user), -(2**62) if since is None else since, limit),
+            ).fetchall()
+        except sqlite3.Error as error:
+            log.error("%s cannot be read: %s", self.path, error)
+            raise OSError(f"{self.path} cannot be read: {error}") from None
         return [
             Event(item, time, json.loads(labels), json.loads(features))
-            for item, time, labels, features in reversed(rows.fetchall())
+            for item, time, labels, features in reversed(rows)
         ]
 
     def forget(self, user: int | str) -> Deleted:

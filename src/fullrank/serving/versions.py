@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
-import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fullrank.funnel.bundle import load_bundle
 from fullrank.funnel.canary import check_answers
@@ -18,6 +18,9 @@ from fullrank.serving.live import Live
 from fullrank.training.deltas import Position, position_of
 from fullrank.training.manifest import MANIFEST
 from fullrank.training.publishing import POINTER, read_pointer
+
+if TYPE_CHECKING:
+    from fullrank.serving.shared import Shared
 
 log = logging.getLogger(__name__)
 
@@ -78,19 +81,32 @@ def target_of(place: Path) -> Target:
     return Target(place / pointer.bundle, pointer.base, deltas, pointer.until)
 
 
-def opened(target: Target) -> Opened:
+def opened(target: Target, shared: Shared | None = None) -> Opened:
     """Open a bundle with its deltas, and ask it for a few answers.
+
+    Args:
+        shared: with other processes, whose arrays are mapped, also those of what is served already.
 
     Raises:
         ValueError: if a part is missing, damaged, or does not fit the others, or it does not answer as it should.
     """
-    content, position = load_bundle(target.bundle), position_of(target.bundle)
+    arrays = None if shared is None else shared.arrays(target.bundle, target.base)
+    content, position = load_bundle(target.bundle, arrays), position_of(target.bundle)
     if position.base != target.base:
         raise ValueError(f"{target.bundle} is another bundle than the one that the pointer means: it was changed")
     if target.deltas:
-        content, position = with_deltas(content, target.deltas, position)
+        content, position = with_deltas(content, target.deltas, position, in_place=True)
     check_answers(content, None if target.deltas else target.bundle)
+    if shared is not None:
+        give_back()
     return Opened(target, content, position)
+
+
+def give_back() -> None:
+    """Give the system the memory that was needed for a while, where the C library keeps it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Versions:
@@ -100,10 +116,13 @@ class Versions:
         place: a bundle, or the directory of a stream.
         first: what is served already.
         live: where it is served.
+        control: whether the metrics about the model are of this one, not of another arm.
     """
 
-    def __init__(self, place: Path, first: Opened, live: Live, instruments: Instruments) -> None:
-        self.place, self.live, self._instruments = place, live, instruments
+    def __init__(
+        self, place: Path, first: Opened, live: Live, instruments: Instruments, *, control: bool = True
+    ) -> None:
+        self.place, self.live, self._instruments, self._control = place, live, instruments, control
         self._now = _light(first)
         self._before: Opened | None = None
         # What was looked at last, good or not; not to be opened again until the directory wants something else.
@@ -138,31 +157,12 @@ class Versions:
                 return "unchanged"
             self._seen = target
             try:
-                before = self._held()
-                found = self._served(target)
+                self._serve(target)
             except (ValueError, OSError, RuntimeError) as error:
                 return self._refused(target, str(error), True)
-            self._before, self._now = before, _light(found)
             self._instruments.swaps.labels("swapped").inc()
-            self._tell()
             log.info("serving %s", target.version)
             return "swapped"
-
-    def _served(self, target: Target) -> Opened:
-        """Serve a target. If it is what is served and more deltas, they are applied to a copy of that."""
-        now, known = self._now, len(self._now.target.deltas)
-        if (now.target.bundle, now.target.base) != target[:2] or target.deltas[:known] != now.target.deltas:
-            found = opened(target)
-            assert found.content is not None
-            self.live.replace(found.content, target.version)
-            return found
-
-        def newer(content: Funnel | Scorer) -> tuple[Funnel | Scorer, Position]:
-            content, position = with_deltas(content, target.deltas[known:], now.position)
-            check_answers(content)
-            return content, position
-
-        return Opened(target, *self.live.update(newer, target.version))
 
     def roll_back(self) -> bool:
         """Serve what was served before the last swap; false if there is nothing. Calling it twice goes forth again.
@@ -172,11 +172,8 @@ class Versions:
         with self._changing:
             if self._before is None or self._before.content is None:
                 return False
-            before = self._held()
-            self.live.replace(self._before.content, self._before.target.version)
-            self._now, self._before = _light(self._before), before
+            self._swap(self._before)
             self._instruments.swaps.labels("rolled_back").inc()
-            self._tell()
             return True
 
     def look_soon(self) -> None:
@@ -188,19 +185,57 @@ class Versions:
         self._look_now.set()
         self._thread.join()
 
+    def _serve(self, target: Target) -> None:
+        """Serve a target, and hold on to what was served. If it is that and more deltas, they are applied to a copy."""
+        if not self._goes_on(target):
+            self._swap(self._opened(target))
+            return
+        now, before = self._now, self._held()
+
+        def newer(content: Funnel | Scorer) -> tuple[Funnel | Scorer, Position]:
+            content, position = with_deltas(content, target.deltas[len(now.target.deltas) :], now.position)
+            check_answers(content)
+            return content, position
+
+        self._note(before, Opened(target, *self.live.update(newer, target.version)))
+
+    def _goes_on(self, target: Target) -> bool:
+        """Whether a target is what is served, and more deltas."""
+        now = self._now.target
+        return (now.bundle, now.base) == target[:2] and target.deltas[: len(now.deltas)] == now.deltas
+
+    def _swap(self, found: Opened) -> None:
+        """Serve something else, and hold on to what was served."""
+        assert found.content is not None
+        before = self._held()
+        self.live.replace(found.content, found.target.version)
+        self._note(before, found)
+
     def _held(self) -> Opened:
-        """What is served, to be held on to."""
+        """What is served, with its content."""
         return self._now._replace(content=self.live.served.content)
+
+    def _note(self, before: Opened, found: Opened) -> None:
+        self._before, self._now = before, _light(found)
+        self._tell()
 
     def _watch(self) -> None:
         while not self._stop.is_set():
             asked = self._look_now.wait(LOOK)
             self._look_now.clear()
-            if not self._stop.is_set() and (asked or (self.place / POINTER).is_file()):
+            if not self._stop.is_set():
                 try:
-                    self.look(again=asked)
+                    self._glance(asked)
                 except Exception:
                     log.exception("%s could not be looked at", self.place)
+
+    def _glance(self, asked: bool) -> None:
+        """What the thread does every second, and when it is asked to."""
+        if asked or (self.place / POINTER).is_file():
+            self.look(again=asked)
+
+    def _opened(self, target: Target) -> Opened:
+        return opened(target)
 
     def _refused(self, seen: Target | str, reason: str, is_new: bool) -> str:
         reason = reason.splitlines()[0]
@@ -211,10 +246,8 @@ class Versions:
         return reason
 
     def _tell(self) -> None:
-        target = self._now.target
-        self._instruments.model.clear()
-        self._instruments.model.labels(target.version).set(1)
-        self._instruments.model_age.set_function(lambda: time.time() - target.until)
+        if self._control:
+            self._instruments.serve_model(self._now.target.version, self._now.target.until)
 
 
 def _light(found: Opened) -> Opened:

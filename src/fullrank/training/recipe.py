@@ -41,7 +41,8 @@ class ImportSpec(Section):
         schema_file: for formats that do not bring a schema.
         split: how rows become training, validation and test rows; default that of the format.
         max_bad: share of bad rows above which the import fails.
-        forgotten: directory of a server's store: rows of the users that it was told to forget are left out.
+        forgotten: directory of a server's store, or URL of its Redis: rows of users that it was told to forget are left
+            out.
     """
 
     format: str
@@ -49,7 +50,7 @@ class ImportSpec(Section):
     schema_file: Annotated[Path, AfterValidator(here_or_shipped)] | None = None
     split: SplitSpec | None = None
     max_bad: float = Field(default=0.001, ge=0, le=1)
-    forgotten: Path | None = None
+    forgotten: Path | str | None = None
 
     def forgotten_users(self) -> frozenset[str]:
         """Digests of the users whose rows are left out, as of now."""

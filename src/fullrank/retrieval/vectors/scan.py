@@ -156,6 +156,10 @@ class Scan:
             self._halves = half_ID, torch.cat(norm_G)[None], torch.cat(lost_G)[None]
         return self._halves
 
+    def hold_halves(self, halves: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Take the place of `halves`, which are equal and need not be made."""
+        self._halves = halves
+
 
 def _by_group(scores_BI: Tensor) -> Tensor:
     """Scores of a block as (B, rows of a group, groups): the maximum over the middle runs along memory."""

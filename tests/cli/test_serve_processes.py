@@ -1,0 +1,203 @@
+"""Facts about the processes that `fullrank serve --processes` starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fullrank.data.simulate import simulate_dataset
+from fullrank.funnel import FunnelConfig, StageSizes, load_bundle, save_bundle, train_funnel
+from fullrank.funnel.training import EarlyConfig, FinalConfig
+from fullrank.training import TrainerConfig
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="--processes needs Linux")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "30000"}
+COMMAND = [sys.executable, "-c", "from fullrank.cli.main import main; main()"]
+TOKEN = {"Authorization": "Bearer secret"}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("processes")
+    dataset = simulate_dataset(place / "data", 2000, 3, items=80, users=60)
+    training = TrainerConfig(batch_size=256)
+    final = FinalConfig(model={"name": "din", "hidden": [16], "embedding_dim": 8}, training=training)
+    config = FunnelConfig(early=EarlyConfig(training=training), final=final, sizes=StageSizes(retrieve=80, keep=80))
+    save_bundle(train_funnel(dataset, config)[0], place / "bundle")
+    return place / "bundle"
+
+
+class Server:
+    """A server that was started with two processes."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str, log: Path) -> None:
+        self.process, self.url, self.log = process, url, log
+
+    def workers(self) -> set[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return set(map(int, children))
+
+    def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"content-type": "application/json", **TOKEN}
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            read = answer.read().decode()
+            return json.loads(read) if answer.headers["content-type"].startswith("application/json") else read
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        text = self.log.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def answered_by(self, request_id: str) -> int:
+        """The process that answered; its line is written once the answer was sent."""
+        while True:
+            for line in reversed(self.log_lines()):
+                if line["request_id"] == request_id:
+                    return int(line["process"])
+            time.sleep(0.01)
+
+    def by_each(self, body: dict[str, Any]) -> dict[int, Any]:
+        """An answer of each process."""
+        found: dict[int, Any] = {}
+        for _ in range(200):
+            answer = self.ask("/v1/recommend", body)
+            found[self.answered_by(answer["request_id"])] = answer
+            if self.workers() <= found.keys():
+                break
+        return {process: found[process] for process in self.workers()}
+
+
+@contextmanager
+def served(bundle: Path, log: Path, *options: str) -> Iterator[Server]:
+    command = [*COMMAND, "serve", str(bundle), "--port", "0", "--json", "--processes", "2", "--token", "secret"]
+    command += ["--access-log", str(log), "--workers", "1", *options]
+    with (log.parent / "stderr").open("w") as errors:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=errors, text=True)
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, (log.parent / "stderr").read_text()
+            yield Server(process, json.loads(line)["url"], log)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    place = tmp_path_factory.mktemp("served")
+    with served(bundle, place / "access.jsonl", "--store", str(place / "store")) as server:
+        yield server
+    assert server.process.returncode == 0
+
+
+def until(there: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+
+
+def test_both_answer_alike_and_count_together(server: Server) -> None:
+    answers = server.by_each({"user_id": 3, "k": 5})
+    assert len(answers) == 2
+    one, other = answers.values()
+    assert [item["item_id"] for item in one["items"]] == [item["item_id"] for item in other["items"]]
+    asked = len(server.log_lines())
+    for _ in range(3):
+        counted = [line for line in server.ask("/metrics").splitlines() if line.startswith("fullrank_requests_total{")]
+        assert sum(float(line.split()[-1]) for line in counted) >= asked
+
+
+def test_items_that_one_takes_are_found_by_both(server: Server) -> None:
+    server.ask("/v1/items", {"items": [{"item_id": 1000, "features": {"category": "3"}, "bid": 1e5}]})
+
+    def found() -> bool:
+        answers = server.by_each({"user_id": 3, "k": 80})
+        return all(1000 in [item["item_id"] for item in each["items"]] for each in answers.values())
+
+    until(found, 5)
+
+
+def test_one_that_is_killed_is_replaced_and_costs_nothing_but_what_it_was_doing(server: Server) -> None:
+    stop, failures, kept = threading.Event(), [], []
+
+    def ask(place: int) -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            name = f"{place}-{number}"
+            event = {"user_id": 1, "item_id": 5, "labels": {"click": 1}, "event_id": name}
+            try:
+                server.ask("/v1/feedback", {"events": [event]})
+                kept.append(name)
+            except (urllib.error.URLError, HTTPException, ConnectionError) as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=ask, args=(place,)) for place in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        before = server.workers()
+        until(lambda: len(kept) > 20)
+        killed = min(before)
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: killed not in server.workers() and len(server.workers()) == 2)
+        new = (server.workers() - before).pop()
+        until(lambda: new in {line["process"] for line in server.log_lines()})
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    # At most what each of the four was waiting for.
+    assert len(failures) <= 4
+    again = server.ask("/v1/feedback", {"events": [
+        {"user_id": 1, "item_id": 5, "labels": {"click": 1}, "event_id": name} for name in kept[:1000]
+    ]})  # fmt: skip
+    assert {event["status"] for event in again["events"]} == {200}
+    assert "fullrank_processes_replaced_total 1.0" in server.ask("/metrics")
+    # The new one has the changes of items.
+    answer = server.by_each({"user_id": 3, "k": 80})[new]
+    assert 1000 in [item["item_id"] for item in answer["items"]]
+
+
+def test_a_new_bundle_and_a_rollback_reach_both(server: Server, bundle: Path) -> None:
+    def versions() -> set[str]:
+        return {answer["model_version"] for answer in server.by_each({"user_id": 3, "k": 1}).values()}
+
+    (first,) = versions()
+    save_bundle(load_bundle(bundle), bundle, about={"second": True}, overwrite=True)
+    second = server.ask("/v1/admin/reload", method="POST")
+    assert second["outcome"] == "swapped" and second["model_version"] != first
+    until(lambda: versions() == {second["model_version"]})
+    server.ask("/v1/admin/rollback", method="POST")
+    until(lambda: versions() == {first})
+    # A bundle that is damaged is refused by all.
+    (bundle / "schema.json").write_text("{}")
+    assert "schema.json" in server.ask("/v1/admin/reload", method="POST")["outcome"]
+    assert versions() == {first}
+
+
+def test_a_bundle_that_cannot_be_served_is_one_line(tmp_path: Path) -> None:
+    command = [*COMMAND, "serve", str(tmp_path / "none"), "--port", "0", "--processes", "2"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert ran.returncode == 2
+    assert len(ran.stderr.splitlines()) == 1 and "is not a bundle" in ran.stderr
+    ran = subprocess.run([*command, "--arm", "a=b:0.1"], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert ran.returncode == 2
+    assert len(ran.stderr.splitlines()) == 1 and "--arm" in ran.stderr and "--processes" in ran.stderr
