@@ -19,7 +19,7 @@ from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
 from fullrank.serving.admin import Bearer, add_admin, describe_token
 from fullrank.serving.errors import add_handlers
-from fullrank.serving.experiment import Experiment, add_experiment
+from fullrank.serving.experiment import CONTROL, Experiment, add_experiment
 from fullrank.serving.feedback import add_feedback
 from fullrank.serving.instruments import Instruments
 from fullrank.serving.item_store import ItemStore
@@ -160,6 +160,7 @@ def create_app(
     add_items(app, live, beside)
     add_experiment(app, experiment)
     app.state.versions = versions
+    app.state.arms = {CONTROL: live} if experiment is None else experiment.arms
     if token is not None:
         add_admin(app, versions)
         app.add_middleware(Bearer, token=token)
