@@ -259,3 +259,22 @@ def test_the_access_log_has_a_line_for_each_request(bundle: Path, tmp_path: Path
     command = [*COMMAND, "serve", str(bundle), "--port", "0", "--access-log", str(tmp_path / "none" / "log")]
     ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
     assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1 and "--access-log" in ran.stderr
+
+
+def test_a_dry_run_says_what_would_be_served_and_takes_no_port(bundle: Path, tmp_path: Path) -> None:
+    store, damaged = tmp_path / "store", tmp_path / "damaged"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        command = [*COMMAND, "serve", str(bundle), "--port", port, "--store", str(store), "--dry-run"]
+        ran = subprocess.run([*command, "--json"], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    said = json.loads(ran.stdout)
+    assert said["served"]["control"]["stages"] == [{"stage": "final", "kind": "fm", "candidates": None}]
+    assert {"POST /v1/score", "GET /metrics"} <= set(said["routes"]) and not store.exists()
+    assert said["peak_memory_bytes"] > 10**7
+    shutil.copytree(bundle, damaged)
+    (damaged / "schema.json").write_text("{}")
+    command = [*COMMAND, "serve", str(damaged), "--dry-run"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1 and "schema.json" in ran.stderr

@@ -201,3 +201,28 @@ def test_a_bundle_that_cannot_be_served_is_one_line(tmp_path: Path) -> None:
     ran = subprocess.run([*command, "--arm", "a=b:0.1"], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
     assert ran.returncode == 2
     assert len(ran.stderr.splitlines()) == 1 and "--arm" in ran.stderr and "--processes" in ran.stderr
+
+
+def test_what_both_are_doing_is_answered_after_a_signal_to_stop(server: Server) -> None:
+    """The last test of this server."""
+    statuses: list[int] = []
+
+    def ask() -> None:
+        statuses.append(len(server.ask("/v1/score", {"user_id": 3, "item_ids": list(range(8000))})["items"]))
+
+    def in_flight() -> float:
+        lines = server.ask("/metrics").splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith("fullrank_requests_in_flight "))
+
+    workers, threads = server.workers(), [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    # With the one that asks for it.
+    until(lambda: in_flight() + len(statuses) == 7)
+    begun = len(statuses)
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(30)
+    for thread in threads:
+        thread.join(60)
+    assert begun < 6 and statuses == [8000] * 6
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)

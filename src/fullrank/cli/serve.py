@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -72,6 +72,10 @@ def serve(
     access_log: Annotated[
         str | None, typer.Option("--access-log", metavar="FILE", help="A JSON line for each request; - is stderr.")
     ] = None,
+    only_check: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Open and ask the bundle, print what would be served, and listen on no port."),
+    ] = False,
     imports: ImportOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout once requests are answered.")
@@ -85,6 +89,10 @@ def serve(
         raise ValueError("--processes needs Linux; elsewhere, start several servers behind a proxy")
     if processes > 1 and arm:
         raise ValueError("--arm counts what comes of the arms in one process: it cannot be given with --processes")
+    settings: dict[str, Any] = {"token": token, "arms": dict(map(_arm, arm or ())), "salt": salt}
+    if only_check:
+        _dry_run(bundle, imports or (), workers, settings, as_json=as_json)
+        return
     # Before PyTorch is loaded and the bundle read, which may take long: a port in use is known at once.
     listening = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
@@ -114,17 +122,9 @@ def serve(
                 print(f"serving {bundle} on {place} (Ctrl-C stops)", file=sys.stderr, flush=True)
 
         def answer(ready: Callable[[], None]) -> None:
-            settings, arms = ServingConfig(workers=workers, rows=rows), dict(map(_arm, arm or ()))
+            limits = ServingConfig(workers=workers, rows=rows)
             app = create_app(
-                bundle,
-                settings,
-                store=store,
-                token=token,
-                arms=arms,
-                salt=salt,
-                log_impressions=log_impressions,
-                note=note,
-                shared=shared,
+                bundle, limits, store=store, log_impressions=log_impressions, note=note, shared=shared, **settings
             )
 
             class Server(uvicorn.Server):
@@ -165,6 +165,16 @@ def serve(
         grace = GRACE_SECONDS + KILL_SECONDS
         code = Processes(processes, worked, listening, said, grace=grace, metrics=shared.metrics).run()
     raise typer.Exit(code)
+
+
+def _dry_run(bundle: Path, imports: Sequence[str], workers: int, settings: dict[str, Any], *, as_json: bool) -> None:
+    with needs("serve", "serving"):
+        from fullrank.registry import import_modules
+        from fullrank.serving import ServingConfig, create_app
+        from fullrank.serving.dry_run import dry_run, dry_run_text
+    import_modules(imports, "--import")
+    said = dry_run(create_app(bundle, ServingConfig(workers=workers), **settings))
+    print(json.dumps({"bundle": str(bundle), **said}, allow_nan=False) if as_json else dry_run_text(said))
 
 
 @contextmanager

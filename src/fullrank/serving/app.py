@@ -176,6 +176,7 @@ def create_app(
     add_items(app, live, beside)
     add_experiment(app, experiment)
     app.state.versions = watched
+    app.state.arms = {CONTROL: live} if experiment is None else experiment.arms
     if token is not None:
         add_admin(app, watched)
         app.add_middleware(Bearer, token=token)

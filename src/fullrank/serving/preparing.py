@@ -5,6 +5,8 @@ python -m fullrank.serving.preparing BUNDLE IDENTITY DIRECTORY [MODULE ...]
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import sys
 from pathlib import Path
 
@@ -16,9 +18,14 @@ from fullrank.funnel.mapped import write_arrays
 from fullrank.registry import import_modules
 from fullrank.training.deltas import position_of
 
+_PR_SET_PDEATHSIG = 1
+
 
 def main() -> None:
     bundle, base, directory, *imports = sys.argv[1:]
+    if sys.platform == "linux":
+        # Nobody waits for it once the process that does has ended.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     torch.set_num_threads(1)
     try:
         import_modules(imports, "--import")
