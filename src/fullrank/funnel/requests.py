@@ -17,7 +17,7 @@ from torch import Tensor
 from fullrank.batch import Batch, RowGather
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
-from fullrank.funnel.catalogue import Catalogue
+from fullrank.funnel.catalogue import NO_ROW, Catalogue
 from fullrank.funnel.raw_values import check_alike, list_column, scalar_column
 from fullrank.funnel.recent_events import Event, RecentEvents, known_times, rows_with_pending
 from fullrank.retrieval.filters import ItemFilter
@@ -70,8 +70,8 @@ class Request:
 class RequestEncoder:
     """Encodes requests with the encoders of training.
 
-    A known user who says nothing new costs one gather; a scalar feature that was seen before costs one lookup. No
-    data frame is built for either.
+    Known users who say nothing new cost one gather together; a scalar feature that was seen before costs one lookup.
+    No data frame is built for either.
     """
 
     def __init__(self, encoders: Encoders, users: Catalogue | None, context: pl.DataFrame, items: Catalogue) -> None:
@@ -120,6 +120,12 @@ class RequestEncoder:
         Raises:
             ValueError: if a feature is unknown, belongs to the item, or has a value of the wrong type; names it.
         """
+        names = [request.user_id for request in requests if request.user_id is not None and not _says_more(request)]
+        if self.users is not None and len(names) == len(requests) > 1:
+            known_U = self.users.find(names)
+            known = known_U.tolist()
+            if NO_ROW not in known and self.pending.isdisjoint(known):
+                return self.users.rows.take(known_U)
         rows = [self._row(request) for request in requests]
         return rows[0] if len(rows) == 1 else Batch.cat(rows)
 
@@ -209,6 +215,11 @@ class RequestEncoder:
         if name in {feature.name for feature in self.schema.select({"item"}).features}:
             return f'"{name}" is a feature of items; a request gives features of the user and the context'
         return f'unknown feature "{name}"; expected one of {", ".join((*self.scalars, *self.lists, *self.events))}'
+
+
+def _says_more(request: Request) -> bool:
+    """Than who asks."""
+    return bool(request.features or request.events) or request.time is not None
 
 
 def _is_short(value: Any) -> bool:
