@@ -104,7 +104,7 @@ def create_app(
         check_answers(content)
     events = None if store is None else EventStore(store)
     items = ItemStore(store if shared is None else store or shared.directory)
-    live = Live(content, version, items)
+    live = Live(content, version, items, told=None if shared is None else shared.tell_applied)
     instruments = Instruments(None if shared is None else shared.metrics)
     experiment = None
     if arms:
@@ -157,7 +157,7 @@ def create_app(
             instruments.arm_rewarded.labels(arm).inc()
 
     add_feedback(app, content.schema, events, told)
-    add_items(app, live, beside)
+    add_items(app, live, beside, None if shared is None else shared.all_applied)
     add_experiment(app, experiment)
     app.state.versions = versions
     app.state.arms = {CONTROL: live} if experiment is None else experiment.arms
