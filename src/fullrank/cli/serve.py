@@ -163,7 +163,7 @@ def serve(
             answer(said)
             return
         grace = GRACE_SECONDS + KILL_SECONDS
-        code = Processes(processes, worked, listening, said, grace=grace, metrics=shared.metrics).run()
+        code = Processes(processes, worked, listening, said, grace=grace, shared=shared).run()
     raise typer.Exit(code)
 
 

@@ -112,7 +112,7 @@ def create_app(
         raise ValueError(f"--log-impressions needs {need}")
     events = None if store is None else opened_events(store)
     items = opened_items(store if shared is None else store or shared.directory)
-    live = Live(content, version, items)
+    live = Live(content, version, items, told=None if shared is None else shared.tell_applied)
     instruments = Instruments(None if shared is None else shared.metrics)
     impressions = ImpressionLog(events, instruments) if log_impressions and events is not None else None
     experiment, others = None, dict[str, tuple[Live, Opened | None]]()
@@ -173,7 +173,7 @@ def create_app(
             instruments.arm_rewarded.labels(arm).inc()
 
     add_feedback(app, content.schema, events, told)
-    add_items(app, live, beside)
+    add_items(app, live, beside, None if shared is None else shared.all_applied)
     add_experiment(app, experiment)
     app.state.versions = watched
     app.state.arms = {CONTROL: live} if experiment is None else experiment.arms

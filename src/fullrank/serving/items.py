@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
@@ -19,6 +20,8 @@ from fullrank.serving.live import Live
 # What may be in a batch.
 MOST_ITEMS = 1000
 LARGEST_BID = 3e38
+# Seconds in which other processes should have applied a change.
+PATIENCE = 5.0
 
 Features = Annotated[dict[str, Scalar | list[Scalar]], Field(max_length=1000)]
 
@@ -70,12 +73,19 @@ class ItemsResponse(Strict):
     items: list[ItemStatus]
 
 
-def add_items(app: FastAPI, live: Live, others: Sequence[Live] = ()) -> None:
+def add_items(
+    app: FastAPI,
+    live: Live,
+    others: Sequence[Live] = (),
+    everywhere: Callable[[int], bool] | None = None,
+) -> None:
     """Routes that change what may be recommended. An answer comes when the next request sees the change.
 
     Args:
         live: whose items are meant; it decides what they may be.
         others: bundles that are served beside it, with the same store of items.
+        everywhere: whether other processes have applied the states up to a number, which is waited for, though not for
+            long.
     """
 
     def ready() -> tuple[Funnel, ItemEncoder]:
@@ -90,6 +100,9 @@ def add_items(app: FastAPI, live: Live, others: Sequence[Live] = ()) -> None:
     async def changed(names: list[str], of: Callable[[Mapping[str, ItemState]], Mapping[str, ItemState]]) -> None:
         number = await asyncio.get_running_loop().run_in_executor(None, live.store.change, names, of)
         await asyncio.gather(*(asyncio.wrap_future(each.applied(number)) for each in (live, *others)))
+        end = time.monotonic() + PATIENCE
+        while everywhere is not None and not everywhere(number) and time.monotonic() < end:
+            await asyncio.sleep(0.01)
 
     @app.post(
         "/v1/items",

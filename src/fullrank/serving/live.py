@@ -82,6 +82,7 @@ class Live:
         version: of it.
         store: of the states of items.
         clock: seconds since 1970.
+        told: of the number of the last state that requests see, whenever it changes.
     """
 
     def __init__(
@@ -90,8 +91,9 @@ class Live:
         version: str,
         store: ItemStates,
         clock: Callable[[], float] = time.time,
+        told: Callable[[int], None] | None = None,
     ) -> None:
-        self.store = store
+        self.store, self._told = store, told
         self._clock = clock
         self._gate = Gate()
         self._wake = threading.Condition()
@@ -171,6 +173,8 @@ class Live:
             _add_expiring(expiring, states, self._clock())
             self._changed, self._served = changed, served
             self._number, self._expiring = number, expiring
+            if self._told is not None:
+                self._told(number)
 
     def _run(self) -> None:
         while True:
@@ -211,6 +215,8 @@ class Live:
             except Exception as error:
                 log.exception("changes of items could not be applied")
                 fault = error
+            if self._told is not None and number != self._number:
+                self._told(number)
             with self._wake:
                 self._number = number
                 done = [future for wanted, future in self._waiting if wanted <= number]

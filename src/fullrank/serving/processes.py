@@ -14,11 +14,11 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from prometheus_client import Counter
-from prometheus_client.multiprocess import mark_process_dead
+
+from fullrank.serving.shared import Shared
 
 # Seconds after which a process that ends was no failure to start; pauses before those that fail are started again.
 STEADY, PAUSES = 10.0, (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -43,7 +43,7 @@ class Processes:
         listening: what they accept connections from; closed once they are to end.
         ready: called once all are.
         grace: seconds that a process has to end after SIGTERM, before it is killed.
-        metrics: directory in which processes count.
+        shared: what they have in common.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Processes:
         ready: Callable[[], None],
         *,
         grace: float,
-        metrics: Path,
+        shared: Shared,
     ) -> None:
         self.count, self._work, self._listening, self._ready = count, work, listening, ready
-        self._grace, self._metrics = grace, metrics
+        self._grace, self._shared = grace, shared
         self._running: dict[int, _Process] = {}
         self._failures, self._next_start = 0, 0.0
         self._was_ready = False
@@ -179,7 +179,7 @@ class Processes:
                 continue
             self._hear()
             each = self._running.pop(process)
-            mark_process_dead(process, str(self._metrics))  # type: ignore[no-untyped-call]
+            self._shared.forget(process)
             if self._kill_at is not None:
                 continue
             if not self._was_ready:

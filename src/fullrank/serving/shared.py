@@ -8,15 +8,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from prometheus_client.multiprocess import mark_process_dead
 from pydantic import BaseModel, ConfigDict
 
 from fullrank.data import atomic
 from fullrank.serving.versions import Target
 
-_ARRAYS, _AGREED = "arrays", "agreed.json"
+_ARRAYS, _AGREED, _APPLIED = "arrays", "agreed.json", "applied"
 
 
 class Agreed(BaseModel):
@@ -52,6 +53,7 @@ class Shared:
         self.directory, self.imports = directory, tuple(imports)
         self.metrics = directory / "metrics"
         self.metrics.mkdir(parents=True, exist_ok=True)
+        (directory / _APPLIED).mkdir(exist_ok=True)
         (directory / _ARRAYS).mkdir(exist_ok=True)
 
     def arrays(self, bundle: Path, base: str) -> Path:
@@ -78,6 +80,23 @@ class Shared:
             for place in (self.directory / _ARRAYS).iterdir():
                 if place.name not in bases:
                     shutil.rmtree(place, ignore_errors=True)
+
+    def tell_applied(self, number: int) -> None:
+        """Tell the others up to which change of items the requests of this process see them."""
+        atomic.write_text(self.directory / _APPLIED / str(os.getpid()), str(number))
+
+    def all_applied(self, number: int) -> bool:
+        """Whether the requests of all processes see a change of items."""
+        for place in (self.directory / _APPLIED).glob("[0-9]*"):
+            with suppress(FileNotFoundError):
+                if int(place.read_text()) < number:
+                    return False
+        return True
+
+    def forget(self, process: int) -> None:
+        """A process has ended: nobody waits for it, and what it was doing does not count."""
+        mark_process_dead(process, str(self.metrics))  # type: ignore[no-untyped-call]
+        (self.directory / _APPLIED / str(process)).unlink(missing_ok=True)
 
     @contextmanager
     def deciding(self, *, wait: bool = True) -> Iterator[bool]:
