@@ -37,9 +37,10 @@ class Sample(NamedTuple):
     @staticmethod
     def joined(parts: list[Sample]) -> Sample:
         stack = sp.vstack if sp.issparse(parts[0].rows) else np.vstack
-        offset = None if parts[0].offset is None else np.concatenate([part.offset for part in parts])  # type: ignore
-        columns = (np.concatenate([part[i] for part in parts]) for i in (1, 2, 3))
-        return Sample(stack([part.rows for part in parts]), *columns, offset)
+        offsets = [part.offset for part in parts if part.offset is not None]
+        target, weight, odds = (np.concatenate([part[i] for part in parts]) for i in (1, 2, 3))
+        offset = np.concatenate(offsets) if offsets else None
+        return Sample(stack([part.rows for part in parts]), target, weight, odds, offset)
 
     def margin(self, coef: Array) -> Array:
         """Of every row, for coef of shape (p,) or (p, K)."""
@@ -92,7 +93,6 @@ class Draw(NamedTuple):
         weight = importance if block.weight is None else importance * block.weight[kept]
         offset = None if block.offset is None else block.offset[kept]
         return Sample(with_ones(block.X[kept], free), block.target[kept], weight, 1 / importance, offset)
-
 
 
 def row_squares(X: Any) -> Array:

@@ -1,4 +1,4 @@
-"""The minimum of a quadratic model plus an absolute penalty, by coordinate descent: what a Newton step is with an l1 part.
+"""The minimum of a quadratic model plus an absolute penalty, by coordinate descent: a Newton step with an l1 part.
 
 The model of the objective around w is g'(u - w) + (u - w)' H (u - w) / 2 + a |u|_1 for new weights u. Free unknowns
 are eliminated, scikit-learn's coordinate descent finds which weights are zero and the signs of the others, and these

@@ -140,9 +140,9 @@ class _SubsampledNewton(TableEstimator):
 class SubsampledNewtonClassifier(ClassifierMixin, _SubsampledNewton):  # type: ignore[misc]
     """Logistic regression of two or more classes, for many rows and up to a few thousand columns.
 
-    Minimises sum_i w_i log(1 + exp(-y_i (x_i'w + b))) + ((1 - l1_ratio) / 2 ||w||^2 + l1_ratio |w|_1) / C, the objective
-    of scikit-learn's `LogisticRegression`; of K > 2 classes, the cross-entropy of the softmax of K margins. Without an
-    l1 part nothing needs to be scaled: Newton's steps do not depend on the units of the columns.
+    Minimises sum_i w_i log(1 + exp(-y_i (x_i'w + b))) + ((1 - l1_ratio) / 2 ||w||^2 + l1_ratio |w|_1) / C, the
+    objective of scikit-learn's `LogisticRegression`; of K > 2 classes, the cross-entropy of the softmax of K margins.
+    Without an l1 part nothing needs to be scaled: Newton's steps do not depend on the units of the columns.
 
     Args:
         C: one over the penalty; larger fits closer.
@@ -153,8 +153,9 @@ class SubsampledNewtonClassifier(ClassifierMixin, _SubsampledNewton):  # type: i
             half the table.
         sample_size: expected rows of the Hessian; 50 per weight of a class when omitted.
         refresh: steps that share one draw of rows; 1 draws for every step, as the paper does.
-        tol: stop when the largest entry of the gradient (with an l1 part, of the smallest subgradient) has fallen to tol
-            (relative to its first value if that is above 1) and the objective is within tol of its minimum, relatively, by the quadratic model.
+        tol: stop when the largest entry of the gradient, with an l1 part of the smallest subgradient, has fallen to tol
+            (relative to its first value if that is above 1) and the objective is within tol of its minimum, relatively,
+            by the quadratic model.
         max_iter: most steps.
         fit_intercept: whether to add b, which is not penalised.
         class_weight: None, "balanced", or a dict of weights by class.
@@ -284,10 +285,10 @@ def _classes_seen(blocks: Iterator[Block]) -> Array:
 class SubsampledNewtonRegressor(RegressorMixin, _SubsampledNewton):  # type: ignore[misc]
     """Ridge, Poisson, gamma or Tweedie regression, for many rows and up to a few thousand columns.
 
-    Minimises sum_i w_i loss(x_i'w + b, y_i) + alpha ((1 - l1_ratio) / 2 ||w||^2 + l1_ratio |w|_1). The mean is x'w + b with
-    the loss (z - y)^2 / 2 ("squared": scikit-learn's `Ridge(alpha)`), else its exponential: exp(z) - y z ("poisson": its
-    `PoissonRegressor(alpha / sum of weights)`), and half the deviance of "gamma" and "tweedie" (`GammaRegressor` and
-    `TweedieRegressor(power, link="log")` likewise).
+    Minimises sum_i w_i loss(x_i'w + b, y_i) + alpha ((1 - l1_ratio) / 2 ||w||^2 + l1_ratio |w|_1). The mean is x'w + b
+    with the loss (z - y)^2 / 2 ("squared": scikit-learn's `Ridge(alpha)`), else its exponential, with exp(z) - y z
+    ("poisson": its `PoissonRegressor(alpha / sum of weights)`) or half the deviance ("gamma" and "tweedie":
+    `GammaRegressor` and `TweedieRegressor(power, link="log")` likewise).
 
     Args:
         loss: "squared", "poisson" (counts), "gamma" (positive values) or "tweedie" (values that are often 0).
@@ -302,7 +303,7 @@ class SubsampledNewtonRegressor(RegressorMixin, _SubsampledNewton):  # type: ign
         n_iter_, n_passes_, history_: as in `SubsampledNewtonClassifier`.
 
     Raises:
-        ValueError: a parameter out of range, a target that the loss has no value for, NaN or infinity, negative weights.
+        ValueError: a parameter out of range, a target without a value of the loss, NaN or infinity, negative weights.
 
     Source: Xu, Yang, Roosta, Ré and Mahoney, arXiv 1607.00559. Deviations are listed in `fullrank.randomized.newton`.
     """

@@ -1,7 +1,7 @@
 """The Hessian of a loss over rows: as a matrix, by its products with vectors, and its diagonal.
 
-With one margin a row the Hessian is X' diag(w loss'') X. With K of them, `Softmax`, coefficients are a matrix (p, K), and
-entry (i, k), (j, l) is the sum of w x_i x_j (p_k [k = l] - p_k p_l).
+With one margin a row the Hessian is X' diag(w loss'') X. With K of them, `Softmax`, coefficients are a matrix (p, K),
+and entry (i, k), (j, l) is the sum of w x_i x_j (p_k [k = l] - p_k p_l).
 """
 
 # Shapes: k rows, d columns of X, p = d + 1 with a last column of ones (`free`) else d, K classes.

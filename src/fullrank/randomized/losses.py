@@ -171,14 +171,15 @@ class Softmax:
 
     def probability(self, margin: Array) -> Array:
         """Of every class, shape (n, K)."""
-        powers = np.exp(margin - margin.max(axis=1, keepdims=True))
+        powers: Array = np.exp(margin - margin.max(axis=1, keepdims=True))
         powers /= powers.sum(axis=1, keepdims=True)
         return powers
 
     def value(self, margin: Array, target: Array) -> Array:
         largest = margin.max(axis=1)
         own = margin[np.arange(len(target)), target.astype(np.intp)]
-        return np.log(np.exp(margin - largest[:, None]).sum(axis=1)) + (largest - own)
+        values: Array = np.log(np.exp(margin - largest[:, None]).sum(axis=1)) + (largest - own)
+        return values
 
     def margin_of(self, mean: Any) -> Any:
         if not (mean > 0).all():
