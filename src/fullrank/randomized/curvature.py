@@ -125,7 +125,8 @@ class Constant(NamedTuple):
     def shares(self, target: Array) -> Array:
         """How far from common targets are, as numbers whose mean over the rows is 1; shape (k,)."""
         if np.ndim(self.mean):
-            return np.asarray(1.0 / (len(self.mean) * self.mean[target.astype(np.intp)]))
+            share = np.maximum(self.mean, np.finfo(float).tiny)[target.astype(np.intp)]
+            return np.asarray(1.0 / (len(self.mean) * share))
         return np.abs(target - self.mean) / self.deviation if self.deviation > 0 else np.ones(len(target))
 
 

@@ -9,7 +9,7 @@ Deviations: the paper is local and takes unit steps; here the first point solves
 stratified by the target, and steps are halved until the objective falls enough. The paper draws rows for every step;
 here for every third, and between two draws the inverse Hessian is corrected by the last steps and changes of the
 gradient, both exact (the two loops of L-BFGS): as few steps, most at the cost of a gradient. `refresh=1, memory=0` is
-the paper's iteration.
+the paper's iteration. With an absolute penalty a step minimises the quadratic model plus that penalty (`elastic_net`).
 """
 
 # Shapes: d columns, p = d + 1 with an intercept (its entry is last) else d.
