@@ -1,4 +1,4 @@
-"""Quantile, logistic and least-squares fits beside the solvers that others take, as they come and tuned, in one run.
+"""Linear fits of quantiles, means, clicks, classes and values beside others' solvers, as they come and tuned.
 
     python -m benchmarks.randomized.solver_peers --only logistic least-squares
 
@@ -10,7 +10,7 @@ A side whose package is not installed is left out, and told. Large tasks leave o
 is at 20,000 rows only.
 
 Data: for quantiles that of `quantile_regression`; for logistic regression that of `logistic_newton`, with columns of
-condition 1e3 or 1; for least squares that of `least_squares`.
+condition 1e3 or 1; for least squares that of `least_squares`; of `glm`, normal columns, of which a third matter.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
-from sklearn.linear_model import LinearRegression, LogisticRegression
+from scipy.special import log_softmax
+from sklearn.linear_model import GammaRegressor, LinearRegression, LogisticRegression
 from threadpoolctl import threadpool_info
 
 from benchmarks.randomized import least_squares, quantile_regression
 from benchmarks.randomized.cpu_seconds import interleaved, merge, table
 from benchmarks.randomized.logistic_newton import dense
-from fullrank.randomized import RandomizedLinearRegression, SubsampledNewtonClassifier
+from fullrank.randomized import RandomizedLinearRegression, SubsampledNewtonClassifier, SubsampledNewtonRegressor
 
 Side = Callable[[], np.ndarray]
 COLUMNS = ["task", "side", "call", "cpu_s", "wall_s", "times_ours", "excess"]
@@ -47,7 +48,10 @@ def quantile(rows: int, columns: int, seed: int) -> tuple[dict[str, Side], Calla
         return float(np.abs(y - X @ coef[1:] - coef[0]).mean() / 2)
 
     coef, gap = quantile_regression.ours(X, y, 0.5)
-    sides: dict[str, Side] = {"fullrank, default": lambda: quantile_regression.ours(X, y, 0.5)[0]}
+    sides: dict[str, Side] = {
+        "fullrank, default": lambda: quantile_regression.ours(X, y, 0.5)[0],
+        "fullrank, three quantiles": lambda: quantile_regression.three(X, y, 0.5)[0],
+    }
     if find_spec("statsmodels"):
         sides["statsmodels, default"] = lambda: quantile_regression.statsmodels(X, y, 0.5)[0]
     if rows <= 20_000:
@@ -82,6 +86,56 @@ def logistic(
     return sides, objective, None
 
 
+def glm(kind: str, seed: int) -> tuple[dict[str, Side], Callable[[np.ndarray], float], None]:
+    """An elastic net on 200,000 x 50, ten classes on 100,000 x 30, and gamma regression on 500,000 x 50."""
+    draws = np.random.default_rng(seed)
+    n, d, K = {"elastic net": (200_000, 50, 1), "classes": (100_000, 30, 10), "gamma": (500_000, 50, 1)}[kind]
+    X = draws.standard_normal((n, d))
+    W = draws.standard_normal((d, K)) * (draws.random((d, 1)) < 1 / 3)
+    margin = X @ W / np.sqrt(d / 3)
+    if kind == "gamma":
+        y = draws.gamma(2.0, np.exp(margin[:, 0]) / 2)
+
+        def deviance(coef: np.ndarray) -> float:
+            z = X @ coef[1:] + coef[0]
+            return float((z + y * np.exp(-z) - 1 - np.log(y)).sum() + coef[1:] @ coef[1:] / 2)
+
+        def peer(**settings: Any) -> Side:
+            return lambda: with_intercept(GammaRegressor(alpha=1 / n, **settings).fit(X, y))
+
+        sides = {
+            "fullrank, default": lambda: with_intercept(SubsampledNewtonRegressor("gamma", random_state=0).fit(X, y)),
+            "lbfgs, default": peer(),
+            "newton-cholesky, tuned": peer(solver="newton-cholesky"),
+        }
+        return sides, deviance, None
+    y = (
+        (margin + draws.gumbel(size=(n, K))).argmax(axis=1)
+        if K > 1
+        else draws.random(n) < 1 / (1 + np.exp(-margin[:, 0]))
+    )
+    settings = {"C": 0.01, "l1_ratio": 0.5} if kind == "elastic net" else {}
+
+    def objective(coef: np.ndarray) -> float:
+        b, w = coef[:K], coef[K:].reshape(K, d)
+        z = X @ w.T + b
+        z = z if K > 1 else np.column_stack([np.zeros(n), z])
+        loss = -log_softmax(z, axis=1)[np.arange(n), y.astype(int)].sum()
+        ratio = settings.get("l1_ratio", 0.0)
+        return float(loss + (ratio * np.abs(w).sum() + (1 - ratio) / 2 * np.square(w).sum()) / settings.get("C", 1.0))
+
+    def scikit(**more: Any) -> Side:
+        return lambda: with_intercept(LogisticRegression(**settings, **more).fit(X, y))
+
+    ours = SubsampledNewtonClassifier(**settings, random_state=0)
+    sides = {"fullrank, default": lambda: with_intercept(ours.fit(X, y))}
+    if kind == "elastic net":
+        sides |= {"saga, default": scikit(solver="saga"), "saga, tuned": scikit(solver="saga", tol=1e-8, max_iter=1000)}
+    else:
+        sides |= {"lbfgs, default": scikit(), "newton-cholesky, tuned": scikit(solver="newton-cholesky")}
+    return sides, objective, None
+
+
 def squares(
     rows: int, columns: int, condition: float, seed: int
 ) -> tuple[dict[str, Side], Callable[[np.ndarray], Any], None]:
@@ -109,6 +163,11 @@ TASKS: dict[str, dict[str, Callable[[int], tuple[dict[str, Side], Callable[[np.n
     "logistic": {
         "logistic, 500,000 x 100, condition 1e3": lambda seed: logistic(500_000, 100, 1e3, seed),
         "logistic, 500,000 x 100, condition 1": lambda seed: logistic(500_000, 100, 1.0, seed),
+    },
+    "glm": {
+        "elastic net, 200,000 x 50": lambda seed: glm("elastic net", seed),
+        "ten classes, 100,000 x 30": lambda seed: glm("classes", seed),
+        "gamma, 500,000 x 50": lambda seed: glm("gamma", seed),
     },
     "least-squares": {
         "least squares, 1,000,000 x 100, condition 1e2": lambda seed: squares(1_000_000, 100, 1e2, seed),
