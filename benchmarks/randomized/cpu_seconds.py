@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-from benchmarks.machine import RESULTS, table, write
+from benchmarks.machine import RESULTS, machine, table, write
 from benchmarks.randomized import THREADS
 
 __all__ = ["THREADS", "interleaved", "merge", "seconds", "table"]
@@ -36,10 +36,14 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
 def merge(
     name: str, settings: dict[str, Any], rows: list[dict[str, Any]], keys: list[str], packages: list[str]
 ) -> None:
-    """Write rows into `results/randomized/<name>.json`; rows of earlier runs stay unless these have the same keys."""
+    """Write rows into `results/randomized/<name>.json`; rows of earlier runs stay unless these have the same keys, and
+    say so where they are of another machine."""
     path = RESULTS / "randomized" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(path.read_text())["results"] if path.exists() else []
+    before = json.loads(path.read_text()) if path.exists() else {"results": []}
+    kept, here = before["results"], machine()
+    if (there := before.get("machine", here))["cpu"] != here["cpu"]:
+        kept = [{"machine": f"{there['cpu']}, {there['date']}"} | row for row in kept]
     new = {tuple(row.get(key) for key in keys) for row in rows}
     kept = [row for row in kept if tuple(row.get(key) for key in keys) not in new]
     versions = {package: metadata.version(package) for package in packages}

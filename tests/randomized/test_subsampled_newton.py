@@ -18,15 +18,14 @@ from fullrank.randomized import (
 )
 from fullrank.randomized.curvature import (
     Constant,
-    Draw,
     Problem,
-    Sample,
     draw_by_target,
     evaluate,
     full_curvature,
-    gram,
     sampled_curvature,
 )
+from fullrank.randomized.draws import Draw, Sample
+from fullrank.randomized.hessian import gram
 from fullrank.randomized.losses import LOSSES
 from fullrank.randomized.newton import subsampled_newton
 
@@ -58,7 +57,7 @@ def test_scikit_learn_contract(estimator: Any, check: Any) -> None:
 
 @pytest.mark.parametrize("loss", list(LOSSES))
 def test_derivatives_are_those_of_the_value(loss: str) -> None:
-    margin, target = np.linspace(-6, 6, 41), np.tile([0.0, 1.0, 0.3], 14)[:41]
+    margin, target = np.linspace(-6, 6, 41), np.tile([0.0 if loss != "gamma" else 2.0, 1.0, 0.3], 14)[:41]
     value, slope, curvature = LOSSES[loss](margin, target)
     above, below = (LOSSES[loss](margin + h, target) for h in (1e-5, -1e-5))
     np.testing.assert_allclose(value, LOSSES[loss].value(margin, target))
@@ -298,14 +297,12 @@ def test_parameters_out_of_range_are_named(model: Any, message: str) -> None:
 
 def test_targets_and_rows_that_no_model_fits_are_refused() -> None:
     X = np.arange(12.0).reshape(6, 2)
-    with pytest.raises(ValueError, match="Only binary classification is supported"):
-        SubsampledNewtonClassifier().fit(X, [0, 1, 2, 0, 1, 2])
     with pytest.raises(ValueError, match="one class"):
         SubsampledNewtonClassifier().fit(X, [1] * 6)
     with pytest.raises(ValueError, match="target of row 3 is -1.0, expected 0 or more"):
         SubsampledNewtonRegressor("poisson").fit(X, [0, 1, 2, -1, 0, 1])
-    with pytest.raises(ValueError, match="target of row 1 is 2.0, expected between 0 and 1"):
-        SubsampledNewtonClassifier().fit(ArraySource(X, np.array([1, 2, 0, 0, 0, 0])))
+    with pytest.raises(ValueError, match="target of row 1 is -1.0, expected between 0 and 1"):
+        SubsampledNewtonClassifier().fit(ArraySource(X, np.array([1, -1, 0, 0, 0, 0])))
     with pytest.raises(ValueError, match="0 targets"):
         SubsampledNewtonClassifier().fit(ArraySource(X))
     with pytest.raises(ValueError, match="NaN"):

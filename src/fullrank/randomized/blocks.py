@@ -26,12 +26,14 @@ class Block:
         y: shape (k,) or (k, t), float64; None where the source has no target.
         weight: shape (k,), float64, non-negative; None means ones.
         start: number of the block's first row in the whole table.
+        offset: shape (k,), float64: what a linear model adds to x'w; None where the source has none.
     """
 
     X: Any
     y: Array | None
     weight: Array | None
     start: int
+    offset: Array | None = None
 
     @property
     def stop(self) -> int:
@@ -119,6 +121,8 @@ def check_block(block: Block, feature_names: Sequence[str], place: str) -> None:
         raise ValueError(f"{place}: NaN or infinity in the target, first in row {row}")
     if block.weight is not None:
         check_weights(block.weight, block.start, place)
+    if block.offset is not None:
+        check_offset(block.offset, block.start, place)
 
 
 def check_weights(weight: Array, start: int, place: str) -> None:
@@ -127,3 +131,19 @@ def check_weights(weight: Array, start: int, place: str) -> None:
     if not fine.all():
         row = int(np.argmin(fine))
         raise ValueError(f"{place}: the weight of row {start + row} is {weight[row]}, expected >= 0")
+
+
+def check_offset(offset: Array, start: int, place: str) -> None:
+    """Raises ValueError, which names the row, at an offset that is NaN or infinite."""
+    if not np.isfinite(offset).all():
+        row = int(np.argmin(np.isfinite(offset)))
+        raise ValueError(f"{place}: the offset of row {start + row} is {offset[row]}, expected a finite number")
+
+
+def log_exposure(exposure: Array, start: int, place: str) -> Array:
+    """Logarithms of exposures; raises ValueError, which names the row, at one that is not positive and finite."""
+    fine = np.isfinite(exposure) & (exposure > 0)
+    if not fine.all():
+        row = int(np.argmin(fine))
+        raise ValueError(f"{place}: the exposure of row {start + row} is {exposure[row]}, expected > 0")
+    return np.asarray(np.log(exposure))

@@ -24,7 +24,7 @@ class ColumnSource(RowSource):
     def __init__(self, source: RowSource, kept: NDArray[np.intp]) -> None:
         self.source, self.kept = source, kept
         self.n_cols, self.n_targets, self.starts = len(kept), source.n_targets, source.starts
-        self.named = source.named
+        self.named, self.has_offset = source.named, source.has_offset
         self.progress = source.progress if len(kept) else None
         self.feature_names = [source.feature_names[j] for j in kept.tolist()]
 

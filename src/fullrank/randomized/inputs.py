@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from sklearn.utils import Tags
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
-from fullrank.randomized.blocks import Array, Block
+from fullrank.randomized.blocks import Array, Block, check_offset
 from fullrank.randomized.engine import Executor, concatenate, map_reduce
 from fullrank.randomized.parameters import FLAG, check, integer
 from fullrank.randomized.progress import Progress
@@ -37,7 +37,10 @@ class TableEstimator(BaseEstimator):  # type: ignore[misc]
         executor: where passes over a table run.
         n_features_in_: columns of the table of the last fit.
         feature_names_in_: their names, shape (d,); not there where that table had none.
+        takes_offset: whether a table may have an offset, which is then part of the predictions.
     """
+
+    takes_offset: ClassVar[bool] = False
 
     executor: Executor
     n_features_in_: int
@@ -59,6 +62,7 @@ def training_source(
     dtype: Any = FLOATS,
     block_rows: Callable[[Any], int] | None = None,
     reset: bool = True,
+    offset: Any = None,
 ) -> RowSource:
     """The table of a fit to numbers, whose columns the model remembers.
 
@@ -71,19 +75,20 @@ def training_source(
         dtype: types of an array X that are left as they are.
         block_rows: rows of a block of X, where X is an array.
         reset: whether the columns are those of a first fit; else they must be those of the fit before.
+        offset: shape (n,), with arrays.
 
     Raises:
         ValueError: NaN or infinity in arrays, lengths that differ, weights that are negative or all zero; another
             number of targets; columns that are not those of the fit before.
     """
-    source = given_source(model, X, y, sample_weight, targets=targets, reset=reset)
+    source = given_source(model, X, y, sample_weight, targets=targets, reset=reset, offset=offset)
     if source is not None:
         return source
     several = targets != 1
     X, y = validate_data(
         model, X, y, accept_sparse="csr", dtype=dtype, y_numeric=True, multi_output=several, reset=reset
     )
-    return array_source(model, X, y, sample_weight, block_rows=block_rows)
+    return array_source(model, X, y, sample_weight, block_rows=block_rows, offset=offset)
 
 
 def given_source(
@@ -94,6 +99,7 @@ def given_source(
     *,
     targets: int | None = 1,
     reset: bool = True,
+    offset: Any = None,
 ) -> RowSource | None:
     """X if it is a source or a Dask collection, whose columns the model remembers; None for arrays.
 
@@ -101,7 +107,7 @@ def given_source(
         ValueError: as `training_source`.
     """
     check("verbose", getattr(model, "verbose", False), VERBOSE)
-    source = as_source(X, y, sample_weight)
+    source = as_source(X, y, sample_weight, offset, takes_offset=model.takes_offset)
     if source is None:
         return None
     source.progress = _progress(model)
@@ -125,6 +131,7 @@ def array_source(
     sample_weight: Any = None,
     *,
     block_rows: Callable[[Any], int] | None = None,
+    offset: Any = None,
 ) -> ArraySource:
     """Arrays X (n, d) and y, which scikit-learn's `validate_data` has let through, as a source.
 
@@ -137,6 +144,7 @@ def array_source(
         X,
         None if y is None else y.astype(np.float64, copy=False),
         sample_weight,
+        offset=None if offset is None else offset_of(offset, X.shape[0]),
         block_rows=None if block_rows is None else block_rows(X),
         feature_names=getattr(model, "feature_names_in_", None),
         check_finite=False,
@@ -168,7 +176,12 @@ def check_classes(model: TableEstimator, classes: NDArray[Any]) -> None:
 
 
 def on_rows(
-    model: TableEstimator, X: Any, function: Callable[[Any], NDArray[Any]], *, dtype: Any = FLOATS
+    model: TableEstimator,
+    X: Any,
+    function: Callable[[Any], NDArray[Any]],
+    *,
+    dtype: Any = FLOATS,
+    offset: Any = None,
 ) -> NDArray[Any]:
     """`function` of the rows of any table, for predictions: at once for arrays, block by block for a source.
 
@@ -177,6 +190,7 @@ def on_rows(
         X: shape (n, d), any kind of table; targets and weights of a source are not looked at.
         function: rows (k, d), dense or CSR -> shape (k,) or (k, t); must be picklable for a cluster.
         dtype: types of an array that are left as they are.
+        offset: shape (n,), added to what `function` returns; with a source None, which may bring one.
 
     Returns:
         shape (n,) or (n, t).
@@ -184,16 +198,27 @@ def on_rows(
     Raises:
         ValueError: NaN or infinity; columns that are not those of the fit.
     """
-    source = as_source(X)
+    source = as_source(X, offset=offset, takes_offset=model.takes_offset)
     if source is None:
-        return function(validate_data(model, X, accept_sparse="csr", dtype=dtype, reset=False))
+        values = function(validate_data(model, X, accept_sparse="csr", dtype=dtype, reset=False))
+        return values if offset is None else values + offset_of(offset, len(values))
     check_columns(model, source)
     source.progress = None
     return np.asarray(map_reduce(source, partial(_on_blocks, function=function), concatenate, model.executor))
 
 
+def offset_of(offset: Any, n: int) -> Array:
+    """An offset of n rows as an array. Raises ValueError at another shape, NaN or infinity."""
+    values = np.asarray(offset, dtype=np.float64)
+    if values.shape != (n,):
+        raise ValueError(f"offset has shape {values.shape}, expected ({n},)")
+    check_offset(values, 0, "X")
+    return values
+
+
 def _on_blocks(blocks: Iterator[Block], function: Callable[[Any], NDArray[Any]]) -> NDArray[Any]:
-    return np.concatenate([function(block.X) for block in blocks])
+    parts = ((function(block.X), block.offset) for block in blocks)
+    return np.concatenate([values if offset is None else values + offset for values, offset in parts])
 
 
 def linear_values(X: Any, *, coef: Array, intercept: Any) -> Array:

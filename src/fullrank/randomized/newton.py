@@ -9,7 +9,7 @@ Deviations: the paper is local and takes unit steps; here the first point solves
 stratified by the target, and steps are halved until the objective falls enough. The paper draws rows for every step;
 here for every third, and between two draws the inverse Hessian is corrected by the last steps and changes of the
 gradient, both exact (the two loops of L-BFGS): as few steps, most at the cost of a gradient. `refresh=1, memory=0` is
-the paper's iteration.
+the paper's iteration. With an absolute penalty a step minimises the quadratic model plus that penalty (`elastic_net`).
 """
 
 # Shapes: d columns, p = d + 1 with an intercept (its entry is last) else d.
@@ -23,17 +23,16 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fullrank.randomized.blocks import Array
 from fullrank.randomized.curvature import (
     HALVINGS,
+    LARGEST_DENSE,
     Cholesky,
     Constant,
     Curvature,
-    Draw,
     Problem,
-    Sample,
-    Sampling,
     Sums,
     draw_by_target,
     evaluate,
@@ -41,6 +40,8 @@ from fullrank.randomized.curvature import (
     sampled_curvature,
     values_along,
 )
+from fullrank.randomized.draws import Draw, Sample, Sampling
+from fullrank.randomized.elastic_net import minimiser, with_steps
 from fullrank.randomized.sources import ArraySource
 
 _ARMIJO = 1e-4
@@ -121,9 +122,13 @@ class _Iteration:
         self, problem: Problem, sampling: Sampling, size: int | None, refresh: int, memory: int, seed: int
     ) -> None:
         self.problem, self.sampling, self.refresh, self.seed = problem, sampling, refresh, seed
-        self.size = _ROWS_PER_UNKNOWN * problem.size if size is None else size
+        self.per_output = problem.size // problem.outputs
+        self.size = _ROWS_PER_UNKNOWN * self.per_output if size is None else size
         self.ridge = problem.ridge()
-        self.pairs: deque[tuple[Array, Array]] = deque(maxlen=memory)
+        # With an absolute penalty and too many unknowns for a matrix, steps change some features' weights only.
+        self.partly = bool(problem.absolute) and problem.size > LARGEST_DENSE
+        self.features: NDArray[np.intp] | None = None
+        self.pairs: deque[tuple[Array, Array]] = deque(maxlen=0 if self.partly else memory)
         self.curvature: Curvature | None = None
         self.age = 0  # steps taken with this curvature
         self.mass = 0.0
@@ -142,10 +147,10 @@ class _Iteration:
         coef, sums = self._begin(start)
         history: list[Step] = []
         falls: list[float] = []
-        largest = _largest(sums.gradient)
+        largest = self._largest(coef, sums)
         rows = 0
         while True:
-            gradient = _largest(sums.gradient)
+            gradient = self._largest(coef, sums)
             passes = self.problem.source.n_passes - self.first_pass
             history.append(Step(sums.value, gradient, rows, passes, time.process_time() - self.started))
             self.problem.source.tell(
@@ -160,13 +165,12 @@ class _Iteration:
             # The last Hessian will do to see that nothing is left to gain.
             last = len(history) > max_iter
             if self.curvature is not None and (flat or last):
-                fall = -float(sums.gradient @ self._direction(sums.gradient, forcing))
+                fall = self._direction(coef, sums.gradient, forcing)[1]
                 if (flat and fall / 2 <= tol * scale) or last:
                     return NewtonResult(coef, not last, fall / max(2 * scale, _TINY), history)
             self._renew_curvature(coef, sums)
             while True:
-                direction = self._direction(sums.gradient, forcing)
-                fall = -float(sums.gradient @ direction)  # the squared Newton decrement
+                direction, fall = self._direction(coef, sums.gradient, forcing)
                 if flat and fall / 2 <= tol * scale:
                     return NewtonResult(coef, True, fall / max(2 * scale, _TINY), history)
                 step, following = self._step(coef, sums, direction, fall, line_search)
@@ -177,7 +181,7 @@ class _Iteration:
                     return NewtonResult(coef, fall <= 1e-10 * scale, fall / max(2 * scale, _TINY), history)
                 if self.age == 0:
                     self._enlarge(2.0)
-                self._redraw(coef)
+                self._redraw(coef, sums)
             assert self.curvature is not None
             rows = self.curvature.n_rows
             self.age += 1
@@ -191,11 +195,11 @@ class _Iteration:
     def _begin(self, start: Array | None) -> tuple[Array, Sums]:
         constant = Constant.of(self.problem)
         plain = np.zeros(self.problem.size)
-        plain[self.problem.source.n_cols :] = constant.margin
+        plain[self.problem.n_penalised :] = constant.margin
         if self.sampling == "none":
             coef = plain if start is None else start
             return coef, self._evaluate(coef, None)
-        size = min(self.size, _FIRST_ROWS_PER_UNKNOWN * self.problem.size)
+        size = min(self.size, _FIRST_ROWS_PER_UNKNOWN * self.per_output)
         draw = Draw("uniform", size, constant.weight, self.seed, self._next_stream())
         parts = self.problem.total(draw_by_target, draw=draw, constant=constant)
         if not parts:
@@ -211,17 +215,20 @@ class _Iteration:
     def _solved(self, sample: Sample) -> Array:
         """The minimiser over sampled rows alone, as exactly as it can tell of the whole."""
         d = self.problem.source.n_cols
-        source = ArraySource(sample.rows[:, :d], sample.target, sample.weight, check_finite=False)
+        rows, target, weight = sample.rows[:, :d], sample.target, sample.weight
+        source = ArraySource(rows, target, weight, offset=sample.offset, check_finite=False)
         within = replace(self.problem, source=source, executor="serial")
         return subsampled_newton(within, sampling="none", tol=1e-2, max_iter=20).coef
 
     def _draw_like(self, sample: Sample, coef: Array) -> Draw:
         """The first draw of a run, by what a first sample tells of the scores."""
-        self.curvature = sampled_curvature(self.problem, sample, coef)
+        if not self.partly:
+            self.curvature = sampled_curvature(self.problem, sample, coef)
         draw = self._draw()
         if self.sampling == "uniform":
             return draw
-        curvature = self.problem.loss(sample.rows @ coef, sample.target).curvature * sample.weight * sample.odds
+        derivatives = self.problem.loss(sample.margin(self.problem.shaped(coef)), sample.target)
+        curvature = derivatives.curvature * sample.weight * sample.odds
         scores = draw.scores(sample.rows, False, curvature)
         draw = draw._replace(mass=float((scores / sample.odds).sum()))
         for _ in range(20):  # towards the mass that makes the expected number of rows right
@@ -241,8 +248,8 @@ class _Iteration:
         return self.stream
 
     def _evaluate(self, coef: Array, draw: Draw | None) -> Sums:
-        sums: Sums = self.problem.total(evaluate, coef=coef, draw=draw)
-        sums.value += 0.5 * float(self.ridge @ np.square(coef))
+        sums: Sums = self.problem.total(evaluate, coef=self.problem.shaped(coef), draw=draw)
+        sums.value += self.problem.penalties(coef)
         sums.gradient += self.ridge * coef
         if draw is not None:
             # A point whose rows hardly curve must not make the next draw take most of the table.
@@ -250,18 +257,52 @@ class _Iteration:
         return sums
 
     def _renew_curvature(self, coef: Array, sums: Sums) -> None:
-        if self.sampling == "none":
-            self.curvature = full_curvature(self.problem, coef)
+        if self.partly:
+            self.features = self._worth_changing(coef, sums)
+        if self.sampling == "none" or (self.partly and not sums.sample):
+            self.curvature = full_curvature(self.problem, coef, self.features)
         elif sums.sample:
-            self.curvature, self.age = sampled_curvature(self.problem, Sample.joined(sums.sample), coef), 0
+            sample = Sample.joined(sums.sample)
+            self.curvature, self.age = sampled_curvature(self.problem, sample, coef, self.features), 0
 
-    def _redraw(self, coef: Array) -> None:
+    def _worth_changing(self, coef: Array, sums: Sums) -> NDArray[np.intp]:
+        """Features whose weights are not zero or would not stay so, at most as many as a matrix may have."""
+        n, K = self.problem.n_penalised, self.problem.outputs
+        steep = np.abs(self.problem.subgradient(coef, sums.gradient)[:n]).reshape(-1, K).max(axis=1)
+        wanted = np.flatnonzero((steep > 0) | coef[:n].reshape(-1, K).any(axis=1))
+        most = LARGEST_DENSE // K
+        return wanted if len(wanted) <= most else np.sort(wanted[np.argsort(-steep[wanted])[:most]])
+
+    def _redraw(self, coef: Array, sums: Sums) -> None:
         """New rows for the same point, without the steps remembered."""
         self.pairs.clear()
-        self._renew_curvature(coef, self._evaluate(coef, None if self.sampling == "none" else self._draw()))
+        draw = None if self.sampling == "none" else self._draw()
+        self._renew_curvature(coef, sums if draw is None else self._evaluate(coef, draw))
 
-    def _direction(self, gradient: Array, forcing: float) -> Array:
-        """Minus the inverse Hessian times the gradient; remembered steps enter by L-BFGS's two loops."""
+    def _direction(self, coef: Array, gradient: Array, forcing: float) -> tuple[Array, float]:
+        """The step to the minimum of the quadratic model, and twice what the model falls by: without an absolute
+        penalty the squared Newton decrement."""
+        if self.problem.absolute:
+            return self._penalised_direction(coef, gradient)
+        direction = -self._solved_for(gradient, forcing)
+        return direction, -float(gradient @ direction)
+
+    def _penalised_direction(self, coef: Array, gradient: Array) -> tuple[Array, float]:
+        assert isinstance(self.curvature, Cholesky)
+        matrix, problem = with_steps(self.curvature.matrix, self.pairs), self.problem
+        n, places = problem.n_penalised, np.arange(problem.size)
+        if self.features is not None:
+            chosen = self.features[:, None] * problem.outputs + np.arange(problem.outputs)
+            places = np.append(chosen, np.arange(n, problem.size))
+        new = minimiser(matrix, gradient[places], coef[places], problem.absolute, problem.size - n)
+        step = new - coef[places]
+        direction = np.zeros_like(coef)
+        direction[places] = step
+        rise = problem.absolute * float(np.abs((coef + direction)[:n]).sum() - np.abs(coef[:n]).sum())
+        return direction, -2 * (float(gradient @ direction) + rise) - float(step @ matrix @ step)
+
+    def _solved_for(self, gradient: Array, forcing: float) -> Array:
+        """The inverse Hessian times the gradient; remembered steps enter by L-BFGS's two loops."""
         assert self.curvature is not None
         vector = gradient.copy()
         shares = []
@@ -272,7 +313,7 @@ class _Iteration:
         vector = self.curvature.solve(vector, forcing)
         for (step, change), share in zip(self.pairs, reversed(shares), strict=True):
             vector += (share - (change @ vector) / (step @ change)) * step
-        return -vector
+        return vector
 
     def _step(
         self, coef: Array, sums: Sums, direction: Array, fall: float, line_search: bool
@@ -291,10 +332,11 @@ class _Iteration:
         # A sample that gives no such step is drawn anew; with all rows there is one, however short.
         for shorter in range(4 if self.sampling == "none" else 1):
             lengths = HALVINGS * HALVINGS[-1] ** shorter
-            values = self.problem.total(values_along, coef=coef, direction=direction, lengths=lengths)
+            way = {"coef": self.problem.shaped(coef), "direction": self.problem.shaped(direction)}
+            values = self.problem.total(values_along, **way, lengths=lengths)
             for length, value in zip(lengths, values, strict=True):
                 step = length * direction
-                if enough(value + 0.5 * float(self.ridge @ np.square(coef + step)), length):
+                if enough(value + self.problem.penalties(coef + step), length):
                     return step, self._evaluate(coef + step, draw)
         return direction, None
 
@@ -307,6 +349,6 @@ class _Iteration:
             self.sampling = "none"
             self.pairs.clear()
 
-
-def _largest(gradient: Array) -> float:
-    return float(np.abs(gradient).max(initial=0.0))
+    def _largest(self, coef: Array, sums: Sums) -> float:
+        """Largest entry of the gradient, with an absolute penalty of the smallest subgradient."""
+        return float(np.abs(self.problem.subgradient(coef, sums.gradient)).max(initial=0.0))

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from fullrank.randomized.blocks import Array, Block, block_size, check_block
+from fullrank.randomized.blocks import Array, Block, block_size, check_block, log_exposure
 from fullrank.randomized.parameters import check, one_of
 from fullrank.randomized.sources import RowSource
 
@@ -36,6 +36,7 @@ class Columns:
         levels: of those features that are categories: their values, one column of X for each.
         targets: columns of y; `single` for a y of one dimension.
         weight: column of row weights.
+        offset, exposure: columns of offsets, and of numbers whose logarithms are added to them.
         complete: columns that must have a value in a row that is kept; empty where a missing value is an error.
     """
 
@@ -45,12 +46,18 @@ class Columns:
     single: bool
     weight: str | None
     complete: tuple[str, ...] = ()
+    offset: str | None = None
+    exposure: str | None = None
+
+    @property
+    def others(self) -> list[str]:
+        """Columns that are no part of X or y."""
+        return [name for name in (self.weight, self.offset, self.exposure) if name]
 
     @property
     def read(self) -> list[str]:
         """All columns that have to be read."""
-        used = [*self.features, *self.targets, *([self.weight] if self.weight else []), *self.complete]
-        return list(dict.fromkeys(used))
+        return list(dict.fromkeys([*self.features, *self.targets, *self.others, *self.complete]))
 
     @property
     def feature_names(self) -> list[str]:
@@ -71,6 +78,8 @@ class ParquetSource(RowSource):
         features: columns of X; all but target and weight when omitted, and then all must be numbers or categories.
         target: column of y, or several.
         weight: column of row weights.
+        offset: column that a generalised linear model adds to x'w.
+        exposure: column whose logarithm is (part of) the offset.
         categories: columns that become one column of 0 and 1 for each value, named "country=NL"; their values are
             looked up in one pass, or given: a dict of lists, as the attribute of the source that a model was fitted on.
         missing: "error" refuses nulls and NaN; "drop" leaves such rows out, which takes one more pass to count them.
@@ -93,6 +102,8 @@ class ParquetSource(RowSource):
         target: str | Sequence[str] | None = None,
         weight: str | None = None,
         *,
+        offset: str | None = None,
+        exposure: str | None = None,
         categories: Sequence[str] | Mapping[str, Sequence[Any]] = (),
         missing: str = "error",
         block_rows: int | None = None,
@@ -102,7 +113,8 @@ class ParquetSource(RowSource):
         check("missing", missing, one_of("error", "drop"))
         self.paths = _parquet_files(paths)
         targets = () if target is None else (target,) if isinstance(target, str) else tuple(target)
-        others = [*targets, *([weight] if weight else [])]
+        columns = Columns((), {}, targets, isinstance(target, str), weight, (), offset, exposure)
+        others = [*targets, *columns.others]
         partitions = _partitions(paths, self.paths)
         groups: list[tuple[str, int, dict[str, Any]]] = []
         rows, first = [0], None
@@ -136,7 +148,8 @@ class ParquetSource(RowSource):
                     rows.append(size)
         if not chosen:
             raise ValueError(f"{self.paths[0].name}: no column to use as a feature")
-        self.columns = Columns(tuple(chosen), {}, targets, isinstance(target, str), weight)
+        self.columns = replace(columns, features=tuple(chosen))
+        self.has_offset = bool(offset or exposure)
         self.single_target, self.n_dropped = isinstance(target, str), 0
         if missing == "drop":
             self.columns = replace(self.columns, complete=(*chosen, *others))
@@ -268,7 +281,7 @@ def _parquet_blocks(
     import pyarrow as pa
 
     place, t = Path(path).name, len(columns.targets)
-    names = [*columns.features, *columns.targets, *([columns.weight] if columns.weight else [])]
+    names = [*columns.features, *columns.targets, *columns.others]
     feature_names = columns.feature_names
     for batch, size in _batches(path, group, constants, columns.read, block_rows):
         k, arrays = size, batch
@@ -292,7 +305,12 @@ def _parquet_blocks(
         d = len(columns.features)
         y = None if not t else cells[d] if columns.single else cells[d : d + t].T
         X = _one_hot(cells[:d], columns) if any(name in columns.levels for name in columns.features) else cells[:d].T
-        block = Block(X, y, cells[-1] if columns.weight else None, start)
+        others = dict(zip(columns.others, cells[d + t :], strict=True))
+        offset = others[columns.offset] if columns.offset else None
+        if columns.exposure:
+            logarithm = log_exposure(others[columns.exposure], start, place)
+            offset = logarithm if offset is None else offset + logarithm
+        block = Block(X, y, others[columns.weight] if columns.weight else None, start, offset)
         check_block(block, feature_names, place)
         yield block
         start = block.stop

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
-from scipy import sparse, stats
+from scipy import sparse
 from sklearn.base import RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import d2_pinball_score
@@ -26,7 +27,6 @@ from fullrank.randomized.columns import ColumnSource
 from fullrank.randomized.conditioning import L1_KINDS
 from fullrank.randomized.engine import concatenate, map_reduce
 from fullrank.randomized.inputs import TableEstimator, linear_values, on_rows, training_source
-from fullrank.randomized.interior_point import MOST_PAIRS
 from fullrank.randomized.parameters import (
     FLAG,
     NONE,
@@ -38,19 +38,11 @@ from fullrank.randomized.parameters import (
     random_seed,
     wrong,
 )
-from fullrank.randomized.pinball import Objective, objective_blocks
-from fullrank.randomized.preprocessing import ExactResult, most_rows, solve_in_passes, solve_rows
+from fullrank.randomized.pinball import Objective
+from fullrank.randomized.preprocessing import ExactResult
+from fullrank.randomized.quantile_solvers import Settings, cheaper, exact, in_memory_and_sparse, sketched
 from fullrank.randomized.sources import ArraySource, RowSource, as_source
-from fullrank.randomized.subsampling import (
-    ROW_NORMS,
-    DependentColumnsError,
-    conditioned_start,
-    conditioner,
-    refuse_rank,
-    spanned_columns,
-    sparse_start,
-    uniform_start,
-)
+from fullrank.randomized.subsampling import ROW_NORMS, DependentColumnsError
 
 CONDITIONINGS = (*L1_KINDS, "uniform")
 RANK_POLICIES = ("drop", "raise")
@@ -184,11 +176,14 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
             for t in quantiles
         ]
         D = source.n_cols + self.fit_intercept
-        self.solver_used_ = _cheaper(source, D) if self.solver == "auto" else self.solver
-        solve = _sketched if self.solver_used_ == "sketch" else _exact
+        self.solver_used_ = cheaper(source, D) if self.solver == "auto" else self.solver
+        settings = Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
+        solve = partial(sketched, settings)
+        if self.solver_used_ != "sketch":
+            solve = partial(exact, settings, everything=self.solver_used_ == "interior_point")
         kept = np.arange(D)
         try:
-            results = [_NOTHING] * len(objectives) if largest == 0 else solve(self, source, objectives, seed)
+            results = [_NOTHING] * len(objectives) if largest == 0 else solve(source, objectives, seed)
         except DependentColumnsError as error:
             if self.rank_policy == "raise":
                 raise
@@ -196,11 +191,11 @@ class QuantileRegressor(RegressorMixin, TableEstimator):  # type: ignore[misc]
             kept = np.delete(kept, error.columns)
             columns = kept[int(self.fit_intercept) :] - int(self.fit_intercept)
             reduced: RowSource = ColumnSource(source, columns)
-            if _sparse(source):
+            if in_memory_and_sparse(source):
                 X = source.X[:, columns]
                 reduced = ArraySource(X, source.y, source.sample_weight, block_rows=_block_rows(X), check_finite=False)
                 reduced.progress = source.progress
-            results = solve(self, reduced, objectives, seed)
+            results = solve(reduced, objectives, seed)
         scalar = np.ndim(self.quantile) == 0
 
         def shaped(values: list[Any]) -> Any:
@@ -314,25 +309,6 @@ class LADRegressor(QuantileRegressor):
         self.random_state = random_state
 
 
-def _sparse(source: RowSource) -> TypeGuard[ArraySource]:
-    """Whether a table in memory is sparse, and stays so by the interior point method."""
-    return isinstance(source, ArraySource) and sparse.issparse(source.X)
-
-
-def _cheaper(source: RowSource, D: int) -> str:
-    """The exact solver with the smaller cost, from what a step of each takes."""
-    n = source.n_rows
-    if not _sparse(source):
-        return "interior_point" if n < max(2000, 35 * D) else "passes"
-    # In nanoseconds: steps on all pairs of entries of a row, against dense steps on a sample and on a band.
-    X: Any = source.X
-    counts = np.diff(X.indptr) + 1
-    pairs = float(np.square(counts, dtype=np.float64).sum())
-    everything = 15 * ((4 if pairs <= MOST_PAIRS else 15) * pairs + 60 * n + 0.1 * D**3)
-    passes = 100 * float(counts.sum()) + 1.2 * (2 * np.sqrt(n * D) + 40 * D) * D**2
-    return "interior_point" if n < 1000 or everything < passes else "passes"
-
-
 def _block_rows(X: Any) -> int:
     """Rows of a dense block that stays in the cache, or of a sparse one."""
     return block_size(X.shape[1]) if sparse.issparse(X) else max(256, 2**18 // X.shape[1])
@@ -354,78 +330,3 @@ def _targets_of(blocks: Iterator[Block]) -> tuple[Array, Array]:
 
 def _join_targets(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
     return first[0] + second[0], max(first[1], second[1])
-
-
-def _exact(model: QuantileRegressor, source: RowSource, objectives: list[Objective], seed: int) -> list[ExactResult]:
-    """One result for each objective, from one sample of the rows."""
-    first, executor = objectives[0], model.executor
-    D = source.n_cols + first.intercept
-    everything = model.solver_used_ == "interior_point"
-    size: float = source.n_rows
-    if not everything:
-        size = model.sketch_size or min(2 * np.sqrt(source.n_rows * D), most_rows(D))
-    if everything and _sparse(source):
-        start = sparse_start(source, first)
-    else:
-        start = uniform_start(source, first, size, seed, executor)
-    if len(spanned_columns(start.R)):
-        if start.share == 1:
-            refuse_rank(source, start.R, first.intercept)
-        # Rare features: a uniform sample has missed some, scores do not.
-        kind = "spc3" if model.conditioning == "uniform" else model.conditioning
-        R = conditioner(source, kind, first.intercept, model.embedding_size, seed, executor)
-        start = conditioned_start(source, first, R, 2 * size, seed, executor, model.row_norms)
-    tol, most = model.tol, model.max_iter
-    if everything:
-        return [solve_rows(source, start, objective, tol=tol, max_iter=most) for objective in objectives]
-    return solve_in_passes(source, objectives, start, tol=tol, max_iter=most, seed=seed, executor=executor)
-
-
-def _sketched(model: QuantileRegressor, source: RowSource, objectives: list[Objective], seed: int) -> list[ExactResult]:
-    """One result for each objective, from one sample of the rows, or from two that grow until their mean is good."""
-    first, executor = objectives[0], model.executor
-    D = source.n_cols + first.intercept
-    size: float = model.sketch_size or max(5000, 400 * D)
-    uniform = model.conditioning == "uniform"
-    R = None
-    if not uniform:
-        R = conditioner(source, model.conditioning, first.intercept, model.embedding_size, seed, executor)
-    tol = max(model.tol, 1e-6)  # a sample misses by more
-    round_ = 0
-    while True:
-        starts = []
-        for half in range(1 if model.epsilon is None else 2):
-            if R is None:
-                starts.append(uniform_start(source, first, size, seed + 2 * round_ + half, executor))
-            else:
-                number = 2 * round_ + half
-                starts.append(conditioned_start(source, first, R, size, seed, executor, model.row_norms, number))
-            refuse_rank(source, starts[-1].R, first.intercept)
-        solved = [
-            [objective.solve(start.rows, share=start.share, tol=tol, max_iter=model.max_iter) for start in starts]
-            for objective in objectives
-        ]
-        points = [[small.coef for small in halves] for halves in solved]
-        points = [[np.mean(halves, axis=0), *halves] for halves in points]
-        values = map_reduce(source, partial(objective_blocks, points=points, objectives=objectives), executor=executor)
-        values = [
-            [value + objective.penalty(point) for value, point in zip(row, rows, strict=True)]
-            for objective, row, rows in zip(objectives, values, points, strict=True)
-        ]
-        excess = max((row[1] + row[-1]) / 2 / row[0] - 1 if row[0] > 0 else 0.0 for row in values)
-        excess *= float(stats.f.ppf(0.99, D, D))
-        if model.epsilon is None or excess <= model.epsilon or size >= source.n_rows:
-            break
-        size, round_ = 2 * size, round_ + 1
-    m = sum(len(start.rows) for start in starts)
-    return [
-        ExactResult(
-            rows[0],
-            Certificate(row[0], 0.0, np.inf),
-            sum(small.n_iter for small in halves),
-            m,
-            0,
-            all(small.converged for small in halves),
-        )
-        for rows, row, halves in zip(points, values, solved, strict=True)
-    ]

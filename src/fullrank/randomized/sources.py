@@ -24,7 +24,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from fullrank.extras import needs
-from fullrank.randomized.blocks import Array, Block, block_size, check_block, check_weights
+from fullrank.randomized.blocks import Array, Block, block_size, check_block, check_offset, check_weights
 from fullrank.randomized.progress import Progress
 
 
@@ -37,6 +37,7 @@ class RowSource(ABC):
         feature_names: names of the columns of X.
         n_targets: columns of y, 0 without a target.
         single_target: y has one dimension.
+        has_offset: whether rows have an offset, which some linear models take.
         named: whether the table has names of its own; else `feature_names` are made up.
         n_passes: how often the table has been read as a whole.
         progress: of a fit that tells of its passes, None for one that does not.
@@ -45,6 +46,7 @@ class RowSource(ABC):
     n_cols: int
     n_targets: int
     single_target: bool
+    has_offset: bool = False
     named: bool = True
     starts: NDArray[np.int64]
     feature_names: list[str]
@@ -85,17 +87,24 @@ class RowSource(ABC):
         return other
 
 
-def as_source(X: Any, y: Any = None, sample_weight: Any = None) -> RowSource | None:
+def as_source(
+    X: Any, y: Any = None, sample_weight: Any = None, offset: Any = None, *, takes_offset: bool = False
+) -> RowSource | None:
     """X if it is a source, a `DaskSource` for a Dask collection, else None: an array, for the caller to validate.
 
     Raises:
-        ValueError: a source together with y or sample_weight, which it brings itself.
+        ValueError: a source together with y, sample_weight or offset, which it brings itself; one with an offset,
+            unless the caller takes it.
     """
     if isinstance(X, RowSource):
         if y is not None or sample_weight is not None:
             raise ValueError("a source brings its own target and weights: leave y and sample_weight out")
+        if offset is not None:
+            raise ValueError("a source brings its own offset: name its column there")
+        if X.has_offset and not takes_offset:
+            raise ValueError("the source has an offset, which only generalised linear models take")
         return X
-    return DaskSource(X, y, sample_weight) if hasattr(X, "__dask_graph__") else None
+    return DaskSource(X, y, sample_weight, offset=offset) if hasattr(X, "__dask_graph__") else None
 
 
 class ArraySource(RowSource):
@@ -105,6 +114,7 @@ class ArraySource(RowSource):
         X: shape (n, d).
         y: shape (n,) or (n, t).
         sample_weight: shape (n,), non-negative.
+        offset: shape (n,), added to x'w by a generalised linear model.
         fragment_rows: rows of a fragment.
         block_rows: rows of a block; by size when omitted.
         feature_names: used in errors; x0, x1, ... when omitted.
@@ -120,6 +130,7 @@ class ArraySource(RowSource):
         y: Any = None,
         sample_weight: Any = None,
         *,
+        offset: Any = None,
         fragment_rows: int = 2**18,
         block_rows: int | None = None,
         feature_names: Sequence[str] | None = None,
@@ -133,7 +144,8 @@ class ArraySource(RowSource):
             raise ValueError("X has no rows")
         self.y = None if y is None else np.asarray(y)
         self.sample_weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
-        for name, values in (("y", self.y), ("sample_weight", self.sample_weight)):
+        self.offset = None if offset is None else np.asarray(offset, dtype=np.float64)
+        for name, values in (("y", self.y), ("sample_weight", self.sample_weight), ("offset", self.offset)):
             if values is not None and len(values) != n:
                 raise ValueError(f"{name} has {len(values)} rows, X has {n}")
         self.n_targets = 0 if self.y is None else 1 if self.y.ndim == 1 else self.y.shape[1]
@@ -146,19 +158,23 @@ class ArraySource(RowSource):
             check_weights(self.sample_weight, 0, "X")
             if not self.sample_weight.any():
                 raise ValueError("sample_weight is zero in every row")
+        if self.offset is not None:
+            self.has_offset = True
+            check_offset(self.offset, 0, "X")
         if check_finite:
             self.check_finite()
 
     def check_finite(self) -> None:
         """Raises ValueError, which names the columns, if there is NaN or infinity."""
-        for block in _array_blocks(self.X, self.y, None, 0, self.block_rows):
+        for block in _array_blocks(self.X, self.y, None, None, 0, self.block_rows):
             check_block(block, self.feature_names, "X")
 
     def task(self, fragment: int) -> tuple[Callable[..., Iterator[Block]], tuple[Any, ...]]:
         start, stop = self.starts[fragment : fragment + 2].tolist()
         y = None if self.y is None else self.y[start:stop]
         weight = None if self.sample_weight is None else self.sample_weight[start:stop]
-        return _array_blocks, (_rows(self.X, start, stop), y, weight, start, self.block_rows)
+        offset = None if self.offset is None else self.offset[start:stop]
+        return _array_blocks, (_rows(self.X, start, stop), y, weight, offset, start, self.block_rows)
 
     def without_features(self) -> ArraySource:
         return self._shallow(X=np.empty((self.n_rows, 0)))  # type: ignore[no-any-return]
@@ -173,7 +189,9 @@ def _rows(X: Any, start: int, stop: int) -> Any:
     return sp.csr_array(parts, shape=(stop - start, X.shape[1]))
 
 
-def _array_blocks(X: Any, y: Array | None, weight: Array | None, start: int, block_rows: int) -> Iterator[Block]:
+def _array_blocks(
+    X: Any, y: Array | None, weight: Array | None, offset: Array | None, start: int, block_rows: int
+) -> Iterator[Block]:
     for low in range(0, X.shape[0], block_rows):
         high = min(low + block_rows, X.shape[0])
         rows = _rows(X, low, high)
@@ -182,6 +200,7 @@ def _array_blocks(X: Any, y: Array | None, weight: Array | None, start: int, blo
             None if y is None else y[low:high].astype(np.float64, copy=False),
             None if weight is None else weight[low:high],
             start + low,
+            None if offset is None else offset[low:high],
         )
 
 
@@ -192,7 +211,7 @@ class DaskSource(RowSource):
         X: dask array (n, d), or dask data frame.
         y: dask array (n,) or (n, t) with the same chunks of rows (it is rechunked otherwise), or, for a data frame, the
             name or names of its target columns.
-        sample_weight: likewise.
+        sample_weight, offset: likewise.
         features: for a data frame, columns of X; all but target and weight when omitted.
         block_rows: rows of a block; by size when omitted.
 
@@ -206,6 +225,7 @@ class DaskSource(RowSource):
         y: Any = None,
         sample_weight: Any = None,
         *,
+        offset: Any = None,
         features: Sequence[str] | None = None,
         block_rows: int | None = None,
     ) -> None:
@@ -216,7 +236,7 @@ class DaskSource(RowSource):
 
         if hasattr(X, "columns"):
             targets = [] if y is None else [y] if isinstance(y, str) else list(y)
-            others = {*targets, *([sample_weight] if sample_weight is not None else [])}
+            others = {*targets, *(name for name in (sample_weight, offset) if name is not None)}
             self.feature_names = list(features) if features else [name for name in X.columns if name not in others]
             for name in self.feature_names:
                 if getattr(X.dtypes[name], "kind", "O") not in "iufb":
@@ -225,18 +245,22 @@ class DaskSource(RowSource):
                     )
             frame, X = X, X[self.feature_names].to_dask_array()
             y = None if y is None else frame[y if isinstance(y, str) else targets].to_dask_array()
-            sample_weight = None if sample_weight is None else frame[sample_weight].to_dask_array()
+            sample_weight, offset = (
+                None if name is None else frame[name].to_dask_array() for name in (sample_weight, offset)
+            )
         else:
-            if isinstance(y, str) or isinstance(sample_weight, str):
-                raise ValueError("y and sample_weight are names, but X is an array and has no columns of that name")
+            if any(isinstance(part, str) for part in (y, sample_weight, offset)):
+                raise ValueError("y, sample_weight or offset is a name, but X is an array and has no named columns")
             self.named = bool(features)
             self.feature_names = list(features) if features else [f"x{j}" for j in range(X.shape[1])]
         if len(X.chunks[1]) > 1:
             X = X.rechunk({1: -1})
         rows_known = not np.isnan(X.chunks[0]).any()
-        aligned = [_align(part, X.chunks[0], da) if rows_known else part for part in (y, sample_weight)]
+        aligned = [_align(part, X.chunks[0], da) if rows_known else part for part in (y, sample_weight, offset)]
         self._X = X.to_delayed().ravel()
-        self._y, self._weight = (None if part is None else part.to_delayed().ravel() for part in aligned)
+        parts = (None if part is None else part.to_delayed().ravel() for part in aligned)
+        self._y, self._weight, self._offset = parts
+        self.has_offset = offset is not None
         sizes = X.chunks[0] if rows_known else compute(*[delayed(len)(part) for part in self._X])  # type: ignore[no-untyped-call]
         self._filled = np.flatnonzero(sizes)
         if not len(self._filled):
@@ -251,8 +275,9 @@ class DaskSource(RowSource):
         part = self._filled[fragment]
         y = None if self._y is None else self._y[part]
         weight = None if self._weight is None else self._weight[part]
+        offset = None if self._offset is None else self._offset[part]
         place = (int(self.starts[fragment]), self.block_rows, self.feature_names)
-        return _checked_blocks, (self._X[part], y, weight, *place)
+        return _checked_blocks, (self._X[part], y, weight, offset, *place)
 
     def without_features(self) -> DaskSource:
         from dask.delayed import delayed
@@ -275,16 +300,16 @@ def _align(part: Any, row_chunks: tuple[int, ...], da: Any) -> Any:
         return None
     part = da.asarray(part)
     if part.shape[0] != sum(row_chunks):
-        raise ValueError(f"y or sample_weight has {part.shape[0]} rows, X has {sum(row_chunks)}")
+        raise ValueError(f"y, sample_weight or offset has {part.shape[0]} rows, X has {sum(row_chunks)}")
     return part.rechunk({0: row_chunks, **({1: -1} if part.ndim == 2 else {})})
 
 
 def _checked_blocks(
-    X: Any, y: Any, weight: Any, start: int, block_rows: int, feature_names: list[str]
+    X: Any, y: Any, weight: Any, offset: Any, start: int, block_rows: int, feature_names: list[str]
 ) -> Iterator[Block]:
     X = sp.csr_array(X) if sp.issparse(X) else np.asarray(X)
     y = None if y is None else np.asarray(y)
-    weight = None if weight is None else np.asarray(weight, dtype=np.float64)
-    for block in _array_blocks(X, y, weight, start, block_rows):
+    weight, offset = (None if part is None else np.asarray(part, dtype=np.float64) for part in (weight, offset))
+    for block in _array_blocks(X, y, weight, offset, start, block_rows):
         check_block(block, feature_names, "Dask collection")
         yield block
