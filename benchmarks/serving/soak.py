@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import sqlite3
 import statistics
 import sys
 import threading
@@ -217,7 +219,6 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from benchmarks.machine import write
-    from fullrank.serving.store import EventStore
 
     work: Path = arguments.work
     bundles = prepare(work, arguments.impressions)
@@ -264,9 +265,8 @@ def main() -> None:
             time.sleep(2)
         for thread in threads:
             thread.join()
-    events = EventStore(store)
-    kept = collections.Counter(row["event_id"] for row in events.events())
-    events.close()
+    with contextlib.closing(sqlite3.connect(store / "events.sqlite")) as connection:
+        kept = collections.Counter(name for (name,) in connection.execute("SELECT event_id FROM events"))
     level = [mib for when, mib in tally.memory if when > 60 * arguments.minutes * 0.2]
     half = len(level) // 2
     found = sorted(tally.found)
