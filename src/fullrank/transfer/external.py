@@ -94,8 +94,8 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 class StudentAdapter(nn.Module):
     """y_SA = x + w_2 · relu(w_1 x + b_1) + b_2 of the teacher's log-odds x, for each task.
 
-    It learns by an optimiser of its own. It begins as the teacher (w_2 = b_2 = 0). All of it are buffers: no optimiser of the student moves it, and a
-    checkpoint has its moments.
+    It begins as the teacher (w_2 = b_2 = 0), and learns by an optimiser of its own. All of it are buffers: no optimiser
+    of the student moves it, and a checkpoint has its moments.
 
     Deviation: the paper's adapter is an MLP; here it is one beside the identity, so that it is of use from the start.
     """
