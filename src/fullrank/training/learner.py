@@ -98,6 +98,8 @@ class Fitted:
 
     def learn(self, rows: pl.DataFrame, seed: int) -> int:
         """One pass over rows; how many were left aside: a single row has no variance for batch norm."""
+        if not rows.height:
+            return 0
         training = self.training.model_copy(update={"seed": seed, "keep_checkpoints": 0, "tensorboard": False})
         if training.shuffle:
             rows = rows[np.random.default_rng(seed).permutation(rows.height)]

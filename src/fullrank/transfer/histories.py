@@ -57,7 +57,7 @@ def history_columns(sequence: HistorySequence, length: int) -> list[pl.Series]:
     words = -(-width // WORD)
     padded = np.zeros((rows, length, words * WORD), np.uint8)
     padded[:, :, :width] = codes_BLC
-    whole = padded.reshape(rows, -1).view(np.int64)
+    whole = padded.reshape(rows, length * words * WORD).view(np.int64)
     return [
         pl.Series(CODES, whole, dtype=pl.Array(pl.Int64, length * words)),
         pl.Series(AGE, age_BL, dtype=pl.Array(pl.Float32, length)),

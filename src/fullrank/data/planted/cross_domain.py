@@ -22,9 +22,9 @@ TEST = 0.2
 class CrossDomain(PlantedTask):
     """logit P(click) = base + strength ⟨u_i(t), v_j⟩ / √K, where each number of u_i returns to 0 with a half-life.
 
-    The columns `elsewhere_0`, ... are u_i(t) and noise: what the user did on another surface, just then. The history has
-    the user's last impressions, clicked or not. Who has the columns can do what `__true_click` allows but for the noise;
-    who has the history alone has to infer u from some clicks.
+    The columns `elsewhere_0`, ... are u_i(t) and noise: what the user did on another surface, just then. The history
+    has the user's last impressions, clicked or not. Who has the columns knows u but for the noise; who has the history
+    alone has to infer it from some clicks.
 
     Rows are in order of time; the last fifth is the test part.
 
