@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,14 @@ from fullrank.transfer.scoring import EMBEDDINGS, LABELS, TeacherScorer, event_c
 from fullrank.transfer.student import TEACHER, export_student
 from fullrank.transfer.teacher_labels import TeacherLabelLog
 
-TEACHING, STUDENTS, SERVED, PREDICTIONS, REPORT = "teacher", "students", "served", "predictions", "report.json"
+TEACHING, STUDENTS, SERVED, PREDICTIONS, REPORT, SHARED = (
+    "teacher",
+    "students",
+    "served",
+    "predictions",
+    "report.json",
+    "shared.json",
+)
 # What the teacher's rows are called in a report.
 TEACHER_ROW = "teacher"
 # Told who learns, how many windows are done, and the last one's name.
@@ -109,6 +117,7 @@ def score(recipe: Recipe, config: TransferConfig, out: Path, source: str, tell: 
         Versions, events with a label, and inferences of this call.
     """
     out.mkdir(parents=True, exist_ok=True)
+    _same_as_before(recipe, config, out)
     scorer = TeacherScorer(config, open_dataset(recipe.data), out / TEACHING, out)
     _stream(config.recipe_of_teacher(recipe), out / TEACHING, [scorer], source, TEACHING, tell)
     logs = {str(late): log for late, log in scorer.labels.items()}
@@ -133,6 +142,7 @@ def train(
     """
     if not (out / LABELS).is_dir():
         raise ValueError(f"{out} has no labels of a teacher: run `fullrank transfer score` first")
+    _same_as_before(recipe, config, out)
     dataset, reports = open_dataset(recipe.data), {}
     (out / STUDENTS).mkdir(exist_ok=True)
     for name in config.students:
@@ -151,6 +161,7 @@ def report(recipe: Recipe, config: TransferConfig, out: Path, source: str) -> di
     Raises:
         ValueError: if a student has not been trained, or there is no row to compare on.
     """
+    _same_as_before(recipe, config, out)
     dataset = open_dataset(recipe.data)
     begin = first_window(dataset, config.window)
     begin += (config.teacher.warm_up + config.measure_from) * config.window
@@ -173,6 +184,21 @@ def report(recipe: Recipe, config: TransferConfig, out: Path, source: str) -> di
     }
     atomic.write_text(out / REPORT, _as_json(found))
     return found
+
+
+def _same_as_before(recipe: Recipe, config: TransferConfig, out: Path) -> None:
+    """Raises:
+    ValueError: if what is in `out` is of another log, teacher or kind of embeddings.
+    """
+    path, shared = out / SHARED, {"window", "teacher", "embeddings"}
+    now = {"data": recipe.data.model_dump(mode="json"), **config.model_dump(mode="json", include=shared)}
+    if not path.exists():
+        atomic.write_text(path, json.dumps(now, indent=1) + "\n")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before != now:
+        changed = ", ".join(sorted(name for name in now if before.get(name) != now[name]))
+        raise ValueError(f"{out} holds what another recipe left ({changed} differ): choose another --out")
 
 
 def _of(label: str, config: TransferConfig, frames: dict[str, pl.DataFrame], out: Path) -> dict[str, Any]:
@@ -213,8 +239,6 @@ def _stream(recipe: Recipe, place: Path, hooks: list[Hook], source: str, who: st
 
 
 def _as_json(found: dict[str, Any]) -> str:
-    import json
-
     def plain(value: Any) -> Any:
         if isinstance(value, Estimate):
             return {"value": value.value, "interval": [value.low, value.high]}
