@@ -253,6 +253,15 @@ class EmbeddingLog:
         names = tuple(self._manifest["versions"])
         return HistorySequence(codes, offsets, age, event_ids, versions, names, self.dim, self.bits, width)
 
+    def events(self, fm_version: str) -> Iterator[tuple[Ints, Ints, Ints, Ints, Bytes]]:
+        """Keys, ids, times, times of availability and codes of a version, bucket by bucket."""
+        files = [file for file in self._manifest["files"] if file["version"] == fm_version]
+        for bucket in range(self.buckets):
+            chosen = [file for file in files if file["buckets"][bucket]]
+            if chosen:
+                key, event, time, available, _, codes = self._columns(chosen, bucket)
+                yield key, event, time, available, codes
+
     def _block(self, bucket: int, version: str, span: tuple[int, int]) -> Block:
         """A bucket's events of a version: of all time if they may stay in memory, else of the days that are asked."""
         files = [file for file in self._manifest["files"] if version in (ALL_VERSIONS, file["version"])]
