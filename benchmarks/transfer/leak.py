@@ -5,7 +5,8 @@
 The planted task `cross-domain`. Leaky: the teacher learns all 30 days, and the student's sequences, in training and in
 the offline test, hold the current event's embedding. The same student is then served as of each event. Point-in-time:
 the teacher learns 12 days, the student the next 12 with sequences of what was known before; both are tested on the last
-6. The log refuses the leaky one as long as it is told the truth of the cut-off and the times.
+6, and then with codes that are not rounded. The log refuses the leaky one as long as it is told the truth of the
+cut-off and the times.
 """
 
 from __future__ import annotations
@@ -83,6 +84,14 @@ def demonstrate(place: Path, seed: int, rows: int = 36_000, users: int = 400, ep
         found[f"{name}, offline"] = judged(student, rows_with(used, test))
         if name == "leaky":
             found[f"{name}, served"] = judged(student, rows_with(past, test))
+        else:
+            # What rounding alone costs: the same student reads the codes of the same codec in float32.
+            codec.bits, whole = 32, EmbeddingLog(place / "float32", DIM, 32)
+            whole.append(user[embedded], event[embedded], time[embedded], codec.encode(e_nI[embedded]),
+                         time[embedded], name, cutoff)  # fmt: skip
+            wide = RankerSpec.of({**spec, "history": {**history, "bits": 32}}).build(data.schema).eval()
+            wide.load_state_dict(student.state_dict())
+            found[f"{name}, codes in float32"] = judged(wide, rows_with(past, test, whole))
     return found
 
 

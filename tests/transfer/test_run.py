@@ -205,6 +205,20 @@ def test_the_command_line_goes_the_same_way(log: Dataset, done: Any, tmp_path: P
         assert isinstance(failed.exception, ValueError) and message in str(failed.exception)
 
 
+@pytest.mark.parametrize("page", ["recipes/*-transfer.yaml", "docs/papers/exfm.md", "docs/papers/loopfm.md"])
+def test_recipes_and_those_of_pages_are_right(page: str) -> None:
+    root = Path(__file__).parents[2]
+    files = sorted(root.glob(page))
+    assert files
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".md":
+            text = text.split("```yaml")[1].partition("\n")[2].partition("```")[0]
+        recipe = parse_recipe(yaml.safe_load(text))
+        config = read_transfer(recipe, str(file))
+        assert {config.recipe_of(name, recipe).section for name in config.students} == {"model"}
+
+
 def test_what_cannot_be_done_is_said_before_it_is_begun(log: Dataset, tmp_path: Path) -> None:
     recipe, config = parsed(log)
     with pytest.raises(ValueError, match="run `fullrank transfer score` first"):
