@@ -187,8 +187,21 @@ class DistillationHeads(nn.Module):
         if self.adapter is not None:
             self.adapter.learn(teacher_BT, labels_BT, weights_B)
             targets["adapted"] = torch.sigmoid(self.adapter(teacher_BT)).detach()
+        for name, head in self.heads.items():
+            _start(head, targets[name])
         losses = [soft_label_bce(head(scaled_BI), targets[name], weights_B) for name, head in self.heads.items()]
         return config.weight * torch.stack(losses).sum()
+
+
+@torch.no_grad()
+def _start(head: nn.Module, targets_BT: Tensor) -> None:
+    """Let a new head predict the mean of the first targets it sees: its first gradients would else teach what it shares
+    with the served head that events are rare."""
+    bias_T = head.get_parameter("bias")
+    if not bool(bias_T.any()):
+        there_BT = ~targets_BT.isnan()
+        mean_T = targets_BT.nan_to_num(0.0).sum(0) / there_BT.sum(0)
+        bias_T.copy_(torch.where(there_BT.any(0), torch.logit(mean_T, eps=1e-3), bias_T))
 
 
 def _head(width: int, tasks: int) -> Float32Linear:
