@@ -26,6 +26,25 @@ from fullrank.training.run import open_dataset
 RECIPE = Path("recipes/movielens-latest-transfer.yaml")
 
 
+def summed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds."""
+    summary = []
+    for name in found[0]["models"]:
+        rows = [row["models"][name] for row in found]
+        ratios = [row.get("transfer_ratio") for row in rows]
+        summary.append(
+            {
+                "model": name,
+                "ne": statistics.mean(row["ne"][0] for row in rows),
+                "auc": statistics.mean(row["auc"][0] for row in rows),
+                "ne_minus_vm": statistics.mean(row.get("ne_minus_baseline", [0.0])[0] for row in rows),
+                "worst_minus_vm": max(row.get("ne_minus_baseline", [0.0])[0] for row in rows),
+                "transfer_ratio": statistics.mean(ratio[0] for ratio in ratios) if all(ratios) else None,
+            }
+        )
+    return summary
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -45,23 +64,11 @@ def main() -> None:
         found.append(
             {"seed": seed, "rows": part["rows"], "models": models, "gain": gain, "inferences": scored["inferences"]}
         )
-    summary = []
-    for name in found[0]["models"]:
-        rows = [row["models"][name] for row in found]
-        ratios = [row.get("transfer_ratio") for row in rows]
-        summary.append(
-            {
-                "model": name,
-                "ne": statistics.mean(row["ne"][0] for row in rows),
-                "auc": statistics.mean(row["auc"][0] for row in rows),
-                "ne_minus_vm": statistics.mean(row.get("ne_minus_baseline", [0.0])[0] for row in rows),
-                "worst_minus_vm": max(row.get("ne_minus_baseline", [0.0])[0] for row in rows),
-                "transfer_ratio": statistics.mean(ratio[0] for ratio in ratios) if all(ratios) else None,
-            }
-        )
-    table(summary, list(summary[0]))
+        # After each seed, so that a run that is cut short has what it came to.
+        summary = summed(found)
+        table(summary, list(summary[0]))
+        write("transfer_movielens", {"seeds": found, "summary": summary, "cpu_seconds": time.process_time() - began})
     print({term: row["ne"] for term, row in found[0]["gain"].items()})
-    write("transfer_movielens", {"seeds": found, "summary": summary, "cpu_seconds": time.process_time() - began})
 
 
 if __name__ == "__main__":
