@@ -195,6 +195,11 @@ def test_the_command_line_goes_the_same_way(log: Dataset, done: Any, tmp_path: P
     assert (tmp_path / "out" / "staleness.svg").read_text().startswith("<svg")
     shown = cli.invoke(command.app, ["transfer", "report", *arguments]).stdout
     assert "transfer ratio" in shown and "temporal" in shown
+    store = [str(tmp_path / "out" / "embeddings"), str(tmp_path / "store")]
+    kept = json.loads(cli.invoke(command.app, ["transfer", "store", *store, "--json"]).stdout)
+    assert kept["events"] == len(EmbeddingLog(out / "embeddings"))
+    failed = cli.invoke(command.app, ["transfer", "store", *store, "--version", "v9"])
+    assert "name one of them by --version" in str(failed.exception)
     for overrides, message in [
         (["transfer.teacher.delay=5"], "holds what another recipe left"),
         (["transfer.students.vm.staleness=2"], "students.vm.staleness is 2"),

@@ -80,6 +80,34 @@ def report(recipe: RecipeArgument, out: OutOption, set_: SetOption = None, as_js
         print(f"NE by staleness: {out / 'staleness.svg'}", file=sys.stderr)
 
 
+@app.command("store")
+def store(
+    log: Annotated[Path, typer.Argument(help="A log of embeddings: what `score` left in OUT/embeddings.")],
+    directory: Annotated[Path, typer.Argument(help="Where a server reads them: SQLite, made if it is not there.")],
+    version: Annotated[
+        str | None, typer.Option(help="Of the teacher. Default: the first, if there is but one.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a version's embeddings from the log to a store of a few users at a time; once more, add what is new.
+
+    Example: fullrank transfer store runs/transfer/embeddings runs/transfer/store
+    """
+    from fullrank.serving.embedding_store import EmbeddingStore
+    from fullrank.transfer import EmbeddingLog
+
+    codes = EmbeddingLog(log)
+    known = list(codes.versions)
+    if version not in (None, *known) or (version is None and len(known) != 1):
+        raise ValueError(f"{log} has the versions {', '.join(known) or 'none'}: name one of them by --version")
+    chosen = version or known[0]
+    kept = EmbeddingStore.of(directory, codes, chosen)
+    if as_json:
+        print(json.dumps({"path": str(kept.path), "version": chosen, "events": len(kept)}))
+    else:
+        print(f"{kept.path}: {len(kept):,} events of {chosen}")
+
+
 def _read(recipe: Path, set_: list[str] | None) -> tuple[Recipe, TransferConfig]:
     from fullrank.training.recipe import read_recipe
     from fullrank.transfer.config import read_transfer

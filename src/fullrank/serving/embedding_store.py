@@ -75,6 +75,11 @@ class EmbeddingStore:
             store.append(key, event, time, codes, available, fm_version)
         return store
 
+    def __len__(self) -> int:
+        """Events of all versions."""
+        with closing(connected(self.path)) as connection:
+            return int(connection.execute("SELECT count(*) FROM codes").fetchone()[0])
+
     def append(
         self,
         keys: npt.ArrayLike,
