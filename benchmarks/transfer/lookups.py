@@ -41,7 +41,7 @@ DUCKDB = """
 import duckdb, json, resource, sys, time
 events, sql = sys.argv[1:]
 connection = duckdb.connect()
-connection.execute("SET threads TO 1")
+connection.execute("SET threads TO 1; SET enable_progress_bar = false")
 began = time.process_time()
 connection.execute(f"CREATE VIEW events AS SELECT * FROM read_parquet('{events}', hive_partitioning=false)")
 rows = len(connection.execute(sql).fetchall())

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -126,8 +127,6 @@ class Columns:
         self.same &= part.jagged_keys == whole.jagged_keys and part.event_number_keys == whole.event_number_keys
 
     def __call__(self, batch: Batch) -> Batch:
-        from dataclasses import replace
-
         if self.same:
             return batch
         ids = [batch.jagged(key) for key in self.part.jagged_keys]
