@@ -90,12 +90,13 @@ def test_a_ratio_has_an_interval_unless_the_gain_is_noise() -> None:
     n = 6000
     truth, users = torch.randn(n), torch.arange(n) // 20
     labels = torch.bernoulli(torch.sigmoid(truth))
-    logits = {"vm": 0.2 * truth, "after": 0.5 * truth, "fm": truth}
+    logits = {"vm": 0.2 * truth, "after": 0.5 * truth, "fm": truth, "worse": -0.2 * truth}
     compared = Compared(logits, labels, users)
     ratio = compared.transfer_ratio("vm", "after", "fm")
     ne = {name: compared.metric(name, "ne").value for name in logits}
     assert ratio.value == pytest.approx((ne["vm"] - ne["after"]) / (ne["vm"] - ne["fm"]))
     assert 0.4 < ratio.low < ratio.value < ratio.high < 1
     assert compared.transfer_ratio("vm", "fm", "fm") == pytest.approx((1, 1, 1))
-    with pytest.raises(ValueError, match="within noise"):
-        compared.transfer_ratio("vm", "after", "vm")
+    for no_better in ("vm", "worse"):
+        with pytest.raises(ValueError, match="within noise or a loss"):
+            compared.transfer_ratio("vm", "after", no_better)

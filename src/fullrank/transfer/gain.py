@@ -82,13 +82,13 @@ class Compared:
             fm_before: default `before`: the foundation model is new, and what was there is the served model.
 
         Raises:
-            ValueError: if the foundation model's gain is 0 or within noise: its interval holds 0.
+            ValueError: if the foundation model has gained nothing, or no more than noise: its interval is not above 0.
         """
         fm_before = before if fm_before is None else fm_before
         gained = self.minus(fm_before, fm_after)
-        if not (gained.low > 0 or gained.high < 0):
+        if not gained.low > 0:
             raise ValueError(
-                f"the gain of the foundation model, {gained.value:.5f} NE, is within noise "
+                f"the gain of the foundation model, {gained.value:.5f} NE, is within noise or a loss "
                 f"({gained.low:.5f} to {gained.high:.5f}): there is no ratio to it"
             )
         ne = {name: self.resampled[name].resampled["ne"] for name in (before, after, fm_before, fm_after)}
