@@ -15,6 +15,8 @@ amazon_*   beauty, toys (S3-Rec's release) and grocery (ReChorus'), leave-last-o
            before valid, every earlier one with a history train. Per positive 1 (train) or 4 negatives, other users'
            training items drawn by how often they occur, none that the user has. History = the last 20 items, with
            the category of each: grocery's own, elsewhere the rarest attribute. Grocery has ages too.
+movielens_latest  the 100,004 ratings of MovieLens' latest-small in order of time, as one file: rating 4-5 -> 1, lower
+           -> 0; year and genres of the film, a number for each row. Histories and counters are derived at import.
 census     Census-Income (KDD), two tasks: income above 50,000, and never married. The published train and test parts;
            20,000 random rows of train are valid.
 Needs polars and numpy only.
@@ -193,6 +195,21 @@ def amazon(source: Path, out: Path) -> None:
     _write({name: part.select(columns) for name, part in parts.items()}, out)
 
 
+def movielens_latest(source: Path, out: Path) -> None:
+    movies = pl.read_parquet(source / "movies.parquet").select(
+        "movieId",
+        pl.col("title").str.extract(r"\((\d{4})\)\s*$").fill_null("").alias("year"),
+        pl.col("genres").str.replace_all("|", "^", literal=True),
+    )
+    ratings = pl.read_parquet(source / "ratings.parquet").sort("timestamp", "userId", "movieId", maintain_order=True)
+    table = ratings.with_row_index("request_id").join(movies, on="movieId", how="left", maintain_order="left")
+    table = table.with_columns((pl.col("rating") >= 4).cast(pl.Int8).alias("label"))
+    table = table.rename({"userId": "user_id", "movieId": "item_id"}).drop("rating")
+    out.mkdir(parents=True, exist_ok=True)
+    table.write_csv(out / "ratings.csv")
+    print(out.name, table.height, "rows, positive", round(table["label"].mean(), 4))
+
+
 def census(source: Path, out: Path) -> None:
     train, test = (pl.read_parquet(source / f"{part}.parquet") for part in ("train", "test"))
     train = train.sample(fraction=1.0, shuffle=True, seed=0)
@@ -230,6 +247,7 @@ def _write(parts: dict[str, pl.DataFrame], out: Path) -> None:
 # table -> how it is made, from which folder
 TABLES = {
     "ml1m_ctr": (ml1m, "movielens-1m"),
+    "movielens_latest": (movielens_latest, "movielens-latest-small"),
     "census": (census, "census-income-kdd"),
     "globo_seq": (globo_seq, "globo-clicks"),
     "globo_time": (globo_time, "globo-clicks"),

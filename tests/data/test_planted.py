@@ -14,6 +14,7 @@ from fullrank.data.loader import Loader
 from fullrank.data.planted import (
     TASKS,
     Cascade,
+    CrossDomain,
     Heterogeneous,
     Interactions,
     PlantedTask,
@@ -34,6 +35,7 @@ ORACLE = {
     "segments": (0.84, 0.89),
     "timed": (0.84, 0.90),
     "cascade": (0.77, 0.84),
+    "cross-domain": (0.81, 0.86),
 }
 
 
@@ -87,7 +89,7 @@ def test_the_seed_decides_everything_and_nothing_else_does(name: str) -> None:
         assert frames[0].height == first.part_rows()[part]
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "cascade"])
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("cascade", "cross-domain")])
 def test_a_larger_log_is_of_the_same_world(name: str) -> None:
     # rows of the larger log, judged by the smaller one's hidden tables
     small, large = planted_task(name, 1_000), planted_task(name, 5_000)
@@ -401,3 +403,27 @@ def test_impressions_are_the_policys_choice_and_requests_have_every_ad() -> None
         expected = p[test["user_id"], test["item_id"]]
         np.testing.assert_allclose(test[f"__true_{label}"].to_numpy(), expected, rtol=1e-6)
     assert "bid" not in [feature.name for feature in task.log_schema().features]
+
+
+def test_a_history_holds_a_users_own_earlier_rows_and_what_came_of_them() -> None:
+    frame = pl.concat([*(task := CrossDomain(rows=4000, users=30)).frames("train"), *task.frames("test")])
+    assert frame["timestamp"].is_sorted() and frame["request_id"].is_sorted()
+    for _, rows in frame.group_by("user_id"):
+        items, clicks = rows["item_id"].to_list(), rows["click"].to_list()
+        for place, (past, clicked) in enumerate(rows.select("history.item", "history.clicked").iter_rows()):
+            assert past == items[max(0, place - 20) : place] and clicked == clicks[max(0, place - 20) : place]
+
+
+def test_what_comes_from_elsewhere_is_the_interest_and_noise_and_the_interest_halves() -> None:
+    task = CrossDomain(rows=40_000, users=50, noise=0.0, half_life_days=5.0)
+    frame = next(iter(task.frames("train"))).sort("user_id", "timestamp")
+    interest = frame.select(task.elsewhere).to_numpy()
+    content = task.latents().standard_normal((task.ads, task.latent_dim))[frame["item_id"].to_numpy()]
+    logit = task.base + task.strength * (interest * content).sum(1) / 2
+    assert np.allclose(1 / (1 + np.exp(-logit)), frame["__true_click"].to_numpy(), atol=1e-6)
+    days = (frame["timestamp"] - frame["timestamp"].shift(400)).to_numpy() / 86_400
+    same = (frame["user_id"] == frame["user_id"].shift(400)).fill_null(False).to_numpy()
+    assert same.sum() > 5000
+    expected = np.exp2(-days[same] / 5).mean()
+    assert abs((interest[same] * np.roll(interest, 400, 0)[same]).mean() - expected) < 0.15
+    assert abs(interest.std() - 1) < 0.1

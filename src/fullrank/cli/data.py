@@ -181,7 +181,7 @@ def simulate(
         str | None,
         typer.Option(
             "--task",
-            help="A planted task instead: order-1 to order-4, heterogeneous, segments, timed or cascade.",
+            help="A planted task instead: order-1 to order-4, heterogeneous, segments, timed, cascade or cross-domain.",
         ),
     ] = None,
     true_probabilities: Annotated[

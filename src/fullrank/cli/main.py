@@ -30,6 +30,7 @@ from fullrank.cli import (
     serve,
     stream,
     train,
+    transfer,
 )
 
 # Rounds that an idle OpenMP thread spins before it sleeps. The default of 300,000 gains 2 % on an idle machine; on a
@@ -48,6 +49,7 @@ app.add_typer(data.app, name="data")
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("stream")(stream.stream)
+app.add_typer(transfer.app, name="transfer")
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("quantize")(quantize.quantize)

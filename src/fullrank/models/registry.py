@@ -41,6 +41,7 @@ RANKERS: Registry[type[Ranker]] = Registry(
         "interformer": "fullrank.models.interformer:InterFormer",
         "kunlun": "fullrank.models.kunlun:Kunlun",
         "early_stage": "fullrank.models.early_stage:EarlyStageRanker",
+        "student": "fullrank.transfer.student:Student",
     },
 )
 

@@ -106,6 +106,8 @@ class Fitted:
         Args:
             below: makes of a batch and its number one with more rows.
         """
+        if not rows.height:
+            return 0
         training = self.training.model_copy(update={"seed": seed, "keep_checkpoints": 0, "tensorboard": False})
         if training.shuffle:
             rows = rows[np.random.default_rng(seed).permutation(rows.height)]

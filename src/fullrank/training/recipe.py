@@ -23,7 +23,7 @@ from fullrank.training.shipped import find_recipe, here_or_shipped
 from fullrank.training.stream_config import StreamConfig
 
 # What a recipe may train: one of these sections.
-SECTIONS = ("model", "funnel", "retrieval")
+SECTIONS = ("model", "funnel", "retrieval", "transfer")
 
 
 class Section(BaseModel):
@@ -83,6 +83,8 @@ class Recipe(Section):
         model: `name` and the fields of that model's `Config`.
         funnel: instead of `model`: the stages, each with its own model and training (`fullrank.funnel.FunnelConfig`).
         retrieval: instead of `model`: a retriever that stands alone, `name` and the fields of its `Config`.
+        transfer: instead of `model`: a teacher and its students (`fullrank.transfer.config.TransferConfig`), for
+            `fullrank transfer`.
         training: how `model` is fitted.
         embedding: how the tables of `model` learn.
         threads: of PyTorch; default one per core.
@@ -94,6 +96,7 @@ class Recipe(Section):
     model: RankerSpec | None = None
     funnel: dict[str, Any] | None = None
     retrieval: RetrieverSpec | None = None
+    transfer: dict[str, Any] | None = None
     training: TrainerConfig = TrainerConfig()
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
     threads: int | None = Field(default=None, ge=1)
@@ -106,9 +109,11 @@ class Recipe(Section):
             found = "neither" if not given else "both" if len(given) == 2 else "all"
             raise ValueError(f"expected either {', '.join(SECTIONS[:-1])} or {SECTIONS[-1]}, got {found}")
         if self.model is None and {"training", "embedding"} & self.model_fields_set:
-            whose = (
-                "those of a funnel's stages are in its stages" if self.funnel is not None else "a retriever has its own"
-            )
+            whose = {
+                "funnel": "those of a funnel's stages are in its stages",
+                "retrieval": "a retriever has its own",
+                "transfer": "a teacher and students have their own",
+            }[given[0]]
             raise ValueError(f"training and embedding belong to model; {whose}")
         return self
 

@@ -101,6 +101,7 @@ RUNS: Registry[Runner] = Registry(
         "model": f"{__name__}:run_model",
         "funnel": "fullrank.funnel.run:run_funnel",
         "retrieval": "fullrank.funnel.retrieval_run:run_retrieval",
+        "transfer": "fullrank.transfer.run:refuse",
     },
 )
 

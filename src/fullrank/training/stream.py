@@ -71,12 +71,22 @@ class Window(NamedTuple):
 
 
 class Hook:
-    """What can watch a stream, and add to its rows. Methods are called in the order of the list."""
+    """What can watch a stream, and add to its rows. Methods are called in the order of the list.
+
+    Attributes:
+        columns: those it adds that the model reads from `Batch.extra`.
+    """
+
+    columns: tuple[str, ...] = ()
 
     def rows(self, window: Window, rows: pl.DataFrame) -> pl.DataFrame:
         """Encoded rows that are about to be predicted and learnt; what comes back may have further columns, such as a
         teacher's predictions, and must follow from window and rows alone: a stream that was killed asks again."""
         return rows
+
+    def predicted(self, window: Window, rows: pl.DataFrame, logits_BT: Tensor) -> None:
+        """What is served said this of rows of a window, before it learnt them. A stream that was killed says so
+        again."""
 
     def published(self, window: Window, bundle: Path, record: Mapping[str, Any]) -> None:
         """A window is over, `bundle` is what is served now, and `record` is its line of `metrics.jsonl`. A stream that
@@ -205,6 +215,10 @@ class _Stream:
         atomic.write_text(directory / STREAM, recipe.model_dump_json(indent=2) + "\n")
         self._truncate_metrics()
         self.log = self._open_log(start)
+        added = tuple(column for hook in hooks for column in hook.columns)
+        if added:
+            data = recipe.data.model_copy(update={"extra": (*recipe.data.extra, *added)})
+            self.recipe = recipe.model_copy(update={"data": data})
         self.start, self.forget_before = start, self.state.next
         if found is not None:
             assert self.state.bundle is not None
@@ -304,12 +318,15 @@ class _Stream:
     def _slice(self, at: int) -> None:
         """Predict the events of a slice, with what is served and with the model one window older. With deltas, learn
         them and publish; without, a slice is the window, and is learnt when what is served has been judged."""
+        assert self.window is not None
         timely, late = self.held = self._rows(at)
         self.slices.append(at)
         self.timely, self.late = self.timely + timely.height, self.late + late.height
         assert self.learner is not None
         if self.state.bundle is not None and timely.height:
             served = self._observe(self.learner.judged, timely, self.metrics[0])
+            for hook in self.hooks:
+                hook.predicted(self.window, timely, served)
             if self.parent is not None:
                 older = self._observe(self.parent, timely, self.metrics[1])
                 labels = torch.from_numpy(timely[self.judge].fill_null(math.nan).to_numpy().copy())

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from fullrank.data.dataset import Dataset, write_dataset
 from fullrank.data.planted.cascade import Cascade
+from fullrank.data.planted.cross_domain import CrossDomain
 from fullrank.data.planted.heterogeneous import Heterogeneous
 from fullrank.data.planted.interactions import Interactions
 from fullrank.data.planted.segments import Segments
@@ -19,7 +20,7 @@ from fullrank.schema import describe_errors
 # Names on the command line, and what each fixes.
 TASKS: dict[str, tuple[type[PlantedTask], dict[str, Any]]] = {
     **{f"order-{order}": (Interactions, {"order": order}) for order in (1, 2, 3, 4)},
-    **{task.name: (task, {}) for task in (Heterogeneous, Segments, Timed, Cascade)},
+    **{task.name: (task, {}) for task in (Heterogeneous, Segments, Timed, Cascade, CrossDomain)},
 }
 
 
@@ -76,6 +77,7 @@ def planted_dataset(
 __all__ = [
     "TASKS",
     "Cascade",
+    "CrossDomain",
     "Heterogeneous",
     "Interactions",
     "PlantedTask",

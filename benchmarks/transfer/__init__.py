@@ -1,0 +1,1 @@
+"""Benchmarks of the transfer from a foundation model to served models."""
