@@ -29,6 +29,8 @@ BID = KEY_COLUMNS["bid"]
 ACTIVE = "__active"
 # Row of no item.
 NO_ROW = -1
+# Ids up to which each is read by itself.
+ONE_BY_ONE = 1000
 # An integer as it is written.
 _INTEGER = re.compile("-?[1-9][0-9]{0,18}|0")
 
@@ -73,11 +75,19 @@ class Catalogue:
     @cached_property
     def ids(self) -> list[int | str]:
         """The id of each row, as in the log."""
-        return self.frame[self.frame.columns[0]].to_list()
+        return self._ids.to_list()
 
     def ids_of(self, rows: Tensor) -> list[int | str]:
         """The ids of some rows."""
-        return self.frame[self.frame.columns[0]].gather(rows.numpy()).to_list()
+        ids = self._ids
+        if len(rows) > ONE_BY_ONE:
+            return ids.gather(rows.numpy()).to_list()
+        # A gather goes by the threads of polars, which have to be woken while those of other requests compute.
+        return [ids[row] for row in rows.tolist()]
+
+    @cached_property
+    def _ids(self) -> pl.Series:
+        return self.frame.to_series(0)
 
     def row(self, name: int | str) -> int | None:
         """Row of an id, None if it is not here: a request may say 7 or "7"."""
