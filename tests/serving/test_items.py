@@ -257,9 +257,7 @@ def test_a_retriever_that_changes_in_place_is_changed_while_nobody_searches(funn
 
     retriever = copy.copy(funnel.retriever.fork())
     retriever.__class__ = InPlace
-    changing = copy.copy(funnel)
-    changing.retriever = retriever
-    with TestClient(create_app(changing)) as client, ThreadPoolExecutor(2) as pool:
+    with TestClient(create_app(funnel.with_parts(retriever=retriever))) as client, ThreadPoolExecutor(2) as pool:
         asking = [pool.submit(top, client, k=5) for _ in range(60)]
         for number in range(10):
             sent(client, {"item_id": 1000 + number, **GOOD})
