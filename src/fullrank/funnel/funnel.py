@@ -509,6 +509,7 @@ class Funnel:
         return value_UC if whole else value_UC.masked_fill(items_UC == NO_ROW, -torch.inf)
 
 
+@torch.no_grad()
 def _item_vectors(ranker: TwoSided, items: Batch, rows_at_once: int = 8192) -> Tensor:
     pieces = [ranker.item_vectors(items[i : i + rows_at_once]) for i in range(0, len(items), rows_at_once)]
     return torch.cat(pieces)

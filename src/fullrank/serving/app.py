@@ -32,8 +32,9 @@ from fullrank.serving.shared import Shared
 from fullrank.serving.shared_versions import SharedVersions, opened_alike
 from fullrank.serving.store import Feedback
 from fullrank.serving.stores import ItemStates, opened_events, opened_items
-from fullrank.serving.versions import Opened, Versions, give_back, opened, target_of
+from fullrank.serving.versions import Opened, Versions, opened, target_of
 from fullrank.training.manifest import MANIFEST, Manifest
+from fullrank.training.memory import return_freed_memory
 
 
 class ServingConfig(BaseModel):
@@ -143,7 +144,7 @@ def create_app(
         gc.collect()
         gc.freeze()
         if shared is not None:
-            give_back()
+            return_freed_memory()
         yield
         pool.stop()
         gc.unfreeze()
