@@ -87,17 +87,17 @@ def create_app(
         salt: of the split; another one splits users independently.
         log_impressions: keep in the store the lists that are answered, with propensities and features.
         note: told what the access log says of each request.
-        shared: with the other processes of the server that run the same application; `bundle` is then a directory.
+        shared: with the other processes of the server that run the same application; `bundle` is then a directory, and
+            there are no arms.
 
     Raises:
-        ValueError: if there are arms beside other processes, which would count apart, the directory holds no store,
-            Redis does not answer, or the bundle cannot be opened, see `load_bundle`, or does not answer as it should,
-            see `check_answers`; or lists are to be logged without a store or a funnel.
+        ValueError: if the directory holds no store, Redis does not answer, or the bundle cannot be opened, see
+            `load_bundle`, or does not answer as it should, see `check_answers`; or lists are to be logged without a
+            store or a funnel.
     """
     config = config or ServingConfig()
     torch.set_num_threads(config.torch_threads)
-    if shared is not None and arms:
-        raise ValueError("--arm counts what comes of the arms in one process: it cannot be given with --processes")
+    assert shared is None or not arms, "processes would count what comes of the arms apart"
     if not isinstance(bundle, Path):
         first = None
     else:
