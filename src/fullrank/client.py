@@ -81,7 +81,7 @@ class Recommended:
 
     Attributes:
         candidates: how many each stage was handed.
-        degraded: stages that were late or failed.
+        degraded: stages that were late or failed; `store` if what the user did could not be read.
         request_id: what feedback on the list names as `impression_id`.
         timings: milliseconds of each stage.
         explained: where it was asked for.

@@ -273,6 +273,9 @@ def test_a_dry_run_says_what_would_be_served_and_takes_no_port(bundle: Path, tmp
     assert said["served"]["control"]["stages"] == [{"stage": "final", "kind": "fm", "candidates": None}]
     assert {"POST /v1/score", "GET /metrics"} <= set(said["routes"]) and not store.exists()
     assert said["peak_memory_bytes"] > 10**7
+    command = [*COMMAND, "serve", str(bundle), "--dry-run", "--log-impressions", "--store", str(store)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert ran.returncode == 2 and ran.stderr.startswith("fullrank: --log-impressions needs a funnel")
     shutil.copytree(bundle, damaged)
     (damaged / "schema.json").write_text("{}")
     command = [*COMMAND, "serve", str(damaged), "--dry-run"]

@@ -80,6 +80,11 @@ def test_k_beyond_the_catalogue_gives_every_active_item_once(funnel: Funnel) -> 
     assert sorted(str(item.item_id) for item in answer.items) == sorted(map(str, funnel.items.ids))
 
 
+def test_what_is_seen_of_items_beforehand_holds_nothing_of_how_it_was_computed(funnel: Funnel) -> None:
+    for made in (funnel, funnel.with_rankers(funnel.rankers), funnel.with_parts()):
+        assert made.prepared and not any(vectors_IV.requires_grad for _, vectors_IV in made.prepared.values())
+
+
 def test_k_zero_is_refused(funnel: Funnel) -> None:
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         funnel.recommend([Request(3)], 0)

@@ -14,12 +14,14 @@ import torch
 
 from fullrank.data.importing import import_dataset
 from fullrank.funnel import Funnel, Scorer, load_bundle, save_bundle
+from fullrank.funnel.deltas import with_deltas
 from fullrank.funnel.item_changes import ChangedItems, ItemState
 from fullrank.funnel.mapped import write_arrays
 from fullrank.funnel.recent_events import Event
 from fullrank.funnel.requests import Request
 from fullrank.models import MODELS
 from fullrank.schema import Categorical, Label, Schema
+from fullrank.training.deltas import position_of, state_of, write_delta
 
 ROWS, WIDTH = 200_000, 64
 MIB = 2**20
@@ -30,7 +32,7 @@ from pathlib import Path
 import torch
 from fullrank.funnel import load_bundle
 from fullrank.models import MODELS
-from fullrank.serving.versions import give_back
+from fullrank.training.memory import return_freed_memory
 
 def anonymous():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
@@ -40,7 +42,7 @@ MODELS["fm"], torch.zeros(1, device="meta").mul(1.0)
 before = anonymous()
 scorer = load_bundle(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
 scorer.score([{"C1": str(row)} for row in range(0, 200_000, 200)])
-give_back()
+return_freed_memory()
 print(anonymous() - before)
 """
 
@@ -106,6 +108,32 @@ def test_what_one_writes_to_its_weights_no_other_sees(bundle: Path) -> None:
     assert one.score(Request(), one.items.ids[:3]) != answer
     assert other.score(Request(), other.items.ids[:3]) == answer == opened(bundle).score(Request(), other.items.ids[:3])
     assert hashes(bundle / "arrays") == before
+
+
+def test_deltas_change_it_as_the_bundle_and_leave_the_files_as_they_are(bundle: Path, tmp_path: Path) -> None:
+    plain, one, other = load_bundle(bundle / "bundle"), opened(bundle), opened(bundle)
+    assert isinstance(plain, Funnel)
+    position, files = position_of(bundle / "bundle"), hashes(bundle / "arrays")
+    before = {name: tensor.clone() for name, tensor in state_of(plain.rankers).items()}
+    after = {name: tensor * 1.5 if tensor.is_floating_point() else tensor for name, tensor in before.items()}
+    write_delta(tmp_path / "delta", before, after, position, schema=plain.schema, until=1)
+    requests = [Request(), *map(Request, plain.users.ids[:10] if plain.users is not None else [])]
+    expected, _ = with_deltas(plain, [tmp_path / "delta"], position)
+    unchanged = plain.recommend(requests, 10)
+    for content, in_place in ((one, False), (other, True)):
+        newer, _ = with_deltas(content, [tmp_path / "delta"], position, in_place=in_place)
+        assert isinstance(newer, Funnel) and isinstance(expected, Funnel)
+        weights = (state_of(each.rankers).values() for each in (newer, expected))
+        assert all(map(torch.equal, *weights))
+        assert torch.equal(newer.prepared["early"][1], expected.prepared["early"][1])
+        # Where weights lie in memory decides on their last bits.
+        found, wanted = (each.recommend(requests, 10) for each in (newer, expected))
+        for own, full in zip(found, wanted, strict=True):
+            values = [item.value for item in full.items]
+            assert [item.value for item in own.items] == pytest.approx(values, rel=1e-4, abs=1e-6)
+        assert wanted != unchanged
+    assert opened(bundle).recommend(requests, 10) == one.recommend(requests, 10)
+    assert hashes(bundle / "arrays") == files
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

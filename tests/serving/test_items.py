@@ -7,7 +7,9 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from sqlite3 import connect
 from typing import Any
 
 import polars as pl
@@ -20,7 +22,7 @@ from fullrank.funnel.catalogue import ACTIVE, BID
 from fullrank.funnel.item_changes import ChangedItems, ItemState
 from fullrank.serving import create_app
 from fullrank.serving.item_store import ItemStore
-from fullrank.serving.live import Gate, Live
+from fullrank.serving.live import LOOK, Gate, Live
 
 # Worth more than all others.
 GOOD = {"features": {"category": "3", "price": 10.0}, "bid": 1e6}
@@ -257,15 +259,24 @@ def test_a_retriever_that_changes_in_place_is_changed_while_nobody_searches(funn
 
     retriever = copy.copy(funnel.retriever.fork())
     retriever.__class__ = InPlace
-    changing = copy.copy(funnel)
-    changing.retriever = retriever
-    with TestClient(create_app(changing)) as client, ThreadPoolExecutor(2) as pool:
+    with TestClient(create_app(funnel.with_parts(retriever=retriever))) as client, ThreadPoolExecutor(2) as pool:
         asking = [pool.submit(top, client, k=5) for _ in range(60)]
         for number in range(10):
             sent(client, {"item_id": 1000 + number, **GOOD})
             assert 1000 + number in top(client, k=12)
         assert all(len(future.result(20)) == 5 for future in asking)
     assert InPlace.most == 0
+
+
+def test_a_store_of_items_that_fails_for_a_while_is_asked_again(funnel: Funnel, tmp_path: Path) -> None:
+    with TestClient(create_app(funnel, store=tmp_path)) as client, closing(connect(tmp_path / "items.sqlite")) as file:
+        file.execute("ALTER TABLE items RENAME TO elsewhere")
+        time.sleep(2 * LOOK)
+        refused = client.post("/v1/items", json={"items": [{"item_id": 1000, **GOOD}]})
+        assert refused.status_code == 503 and "store" in refused.json()["detail"]
+        file.execute("ALTER TABLE elsewhere RENAME TO items")
+        sent(client, {"item_id": 1000, **GOOD})
+        assert 1000 in top(client, k=12)
 
 
 def test_nobody_reads_while_one_writes() -> None:

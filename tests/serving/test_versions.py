@@ -16,7 +16,13 @@ from fastapi.testclient import TestClient
 
 from fullrank.funnel import Funnel, save_bundle
 from fullrank.funnel.scorer import Scorer
-from fullrank.serving import create_app
+from fullrank.serving import create_app, shared_versions
+from fullrank.serving.instruments import Instruments
+from fullrank.serving.item_store import ItemStore
+from fullrank.serving.live import Live
+from fullrank.serving.shared import Shared
+from fullrank.serving.shared_versions import SharedVersions, opened_alike
+from fullrank.serving.versions import Opened, Target
 from fullrank.training.deltas import Position, position_of, state_of, write_delta
 from fullrank.training.publishing import POINTER, Pointer, write_pointer
 
@@ -143,6 +149,31 @@ def test_a_swap_is_of_one_arm(place: Path, tmp_path: Path, funnel: Funnel) -> No
             assert client.post(f"/v1/admin/{wrong}").status_code == 404
         # The metrics are of the control.
         assert f'fullrank_model{{version="{one}"}} 1.0' in client.get("/metrics").text
+
+
+def test_a_rollback_of_processes_is_to_what_was_served_last_whoever_is_asked(
+    funnel: Funnel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, three = wanted = [Target(tmp_path / name, name, (), 0.0) for name in ("one", "two", "three")]
+    monkeypatch.setattr("fullrank.serving.versions.LOOK", 1e6)
+    for module in ("versions", "shared_versions"):
+        monkeypatch.setattr(f"fullrank.serving.{module}.target_of", lambda place: wanted[0])
+    monkeypatch.setattr(shared_versions, "opened", lambda target, shared: Opened(target, funnel, Position(target.base)))
+    shared, store = Shared(tmp_path / "shared"), ItemStore()
+    lives = [Live(funnel, "", store) for _ in range(2)]
+    made = [SharedVersions(tmp_path, opened_alike(tmp_path, shared), live, Instruments(), shared) for live in lives]
+    try:
+        assert [each.now for each in made] == [one, one]
+        for _ in range(2):
+            del wanted[0]
+            assert made[0].look() == "swapped"
+        # It has not seen that there was another one between.
+        assert made[1].now == one and made[1].roll_back() and made[1].now == two
+        assert made[0].look() == "unchanged" and made[0].now == two
+        assert made[0].roll_back() and made[0].now == three
+    finally:
+        for each in (*made, *lives):
+            each.stop()
 
 
 def test_without_the_token_nobody_is_answered(place: Path) -> None:

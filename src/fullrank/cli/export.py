@@ -29,15 +29,13 @@ def export(
     """
     from fullrank.funnel.bundle import load_bundle
     from fullrank.funnel.exporting import FILES, Format, export_ranker
-    from fullrank.funnel.funnel import Funnel
-    from fullrank.funnel.stages import FINAL
     from fullrank.registry import import_modules
 
     if format not in FILES:
         raise ValueError(f'--format is "{format}", expected {" or ".join(FILES)}')
     import_modules(imports or (), "--import")
     content = load_bundle(bundle)
-    rankers = {**content.early, FINAL: content.final} if isinstance(content, Funnel) else {FINAL: content.model}
+    rankers = content.rankers
     if stage not in rankers:
         raise ValueError(f'{bundle} has no ranker "{stage}"; it has {", ".join(rankers)}')
     said = export_ranker(rankers[stage], out, cast(Format, format), overwrite=overwrite)

@@ -89,7 +89,13 @@ def serve(
         raise ValueError("--processes needs Linux; elsewhere, start several servers behind a proxy")
     if processes > 1 and arm:
         raise ValueError("--arm counts what comes of the arms in one process: it cannot be given with --processes")
-    settings: dict[str, Any] = {"token": token, "arms": dict(map(_arm, arm or ())), "salt": salt}
+    settings: dict[str, Any] = {
+        "store": store,
+        "token": token,
+        "arms": dict(map(_arm, arm or ())),
+        "salt": salt,
+        "log_impressions": log_impressions,
+    }
     if only_check:
         _dry_run(bundle, imports or (), workers, settings, as_json=as_json)
         return
@@ -123,9 +129,7 @@ def serve(
 
         def answer(ready: Callable[[], None]) -> None:
             limits = ServingConfig(workers=workers, rows=rows)
-            app = create_app(
-                bundle, limits, store=store, log_impressions=log_impressions, note=note, shared=shared, **settings
-            )
+            app = create_app(bundle, limits, note=note, shared=shared, **settings)
 
             class Server(uvicorn.Server):
                 async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -169,11 +173,15 @@ def serve(
 
 def _dry_run(bundle: Path, imports: Sequence[str], workers: int, settings: dict[str, Any], *, as_json: bool) -> None:
     with needs("serve", "serving"):
+        from fullrank.data.forgotten import is_url
         from fullrank.registry import import_modules
         from fullrank.serving import ServingConfig, create_app
         from fullrank.serving.dry_run import dry_run, dry_run_text
     import_modules(imports, "--import")
-    said = dry_run(create_app(bundle, ServingConfig(workers=workers), **settings))
+    with Scratch() as scratch:
+        if settings["store"] is not None and not is_url(settings["store"]):
+            settings["store"] = scratch  # nothing is written where it was named
+        said = dry_run(create_app(bundle, ServingConfig(workers=workers), **settings))
     print(json.dumps({"bundle": str(bundle), **said}, allow_nan=False) if as_json else dry_run_text(said))
 
 

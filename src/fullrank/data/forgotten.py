@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,24 @@ def digest(user: int | str) -> str:
     return hashlib.sha256(str(user).encode()).hexdigest()
 
 
+def is_url(store: Path | str) -> bool:
+    """Whether a store is a Redis, and no directory.
+
+    Raises:
+        ValueError: if it is the URL of something else.
+    """
+    scheme, separator, _ = str(store).partition("://")
+    if separator and scheme not in ("redis", "rediss"):
+        raise ValueError(f"{address_of(str(store))} is no store: expected a directory or redis://host:port/database")
+    return bool(separator)
+
+
+def address_of(url: str) -> str:
+    """The URL for people, without a password."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def forgotten_users(store: Path | str) -> frozenset[str]:
     """Digests of the users that a server's store was told to forget.
 
@@ -40,7 +59,7 @@ def forgotten_users(store: Path | str) -> frozenset[str]:
     Raises:
         ValueError: if it holds no store.
     """
-    if str(store).startswith(("redis://", "rediss://")):
+    if is_url(store):
         return _in_redis(str(store))
     file = Path(store) / EVENTS
     if not file.is_file():
@@ -59,7 +78,7 @@ def _in_redis(url: str) -> frozenset[str]:
         with redis.Redis.from_url(url, decode_responses=True, socket_timeout=10, socket_connect_timeout=10) as asked:
             return frozenset(map(str, asked.smembers(REDIS_KEY)))
     except (ValueError, redis.RedisError) as error:
-        raise ValueError(f"the store at redis:// cannot be read: {error}") from None
+        raise ValueError(f"{address_of(url)} cannot be read as a store: {error}") from None
 
 
 def is_forgotten(users: pl.Series, forgotten: Collection[str]) -> npt.NDArray[np.bool_]:

@@ -40,7 +40,7 @@ def bundle_contents(path: Path) -> dict[str, Any]:
         assert isinstance(funnel, Funnel)
         parts = vars(funnel.retriever).values()
         modules = {RETRIEVAL: [part for part in parts if isinstance(part, nn.Module)]}
-        modules |= {name: [ranker] for name, ranker in {**funnel.early, FINAL: funnel.final}.items()}
+        modules |= {name: [ranker] for name, ranker in funnel.rankers.items()}
         vocabularies = funnel.encoders.vocabularies
     stages = []
     for stage in manifest.stages:

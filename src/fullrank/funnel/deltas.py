@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
+from fullrank.funnel.stages import FINAL
 from fullrank.training.deltas import Position, apply_delta
 
 
@@ -27,12 +28,7 @@ def with_deltas(
     Raises:
         ValueError: as `apply_delta`.
     """
-    if isinstance(content, Scorer):
-        model = content.model if in_place else copy.deepcopy(content.model)
-        for delta in deltas:
-            position = apply_delta(model, delta, position)
-        return Scorer(content.encoders, model, content.value.text), position
     rankers = content.rankers if in_place else copy.deepcopy(content.rankers)
     for delta in deltas:
-        position = apply_delta(rankers, delta, position)
+        position = apply_delta(rankers if isinstance(content, Funnel) else rankers[FINAL], delta, position)
     return content.with_rankers(rankers), position

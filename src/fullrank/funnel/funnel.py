@@ -14,14 +14,14 @@ from typing import Any, Self
 import polars as pl
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from fullrank.batch import Batch, RowGather
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
 from fullrank.funnel.attributes import Attributes
-from fullrank.funnel.catalogue import NO_ROW, Catalogue, most_shown
+from fullrank.funnel.candidates import Candidates
+from fullrank.funnel.catalogue import NO_ROW, Catalogue
 from fullrank.funnel.deadline import (
     AT_ONCE,
     Clock,
@@ -29,10 +29,9 @@ from fullrank.funnel.deadline import (
     behind,
     check_deadlines,
     check_milliseconds,
-    log,
     score_in_time,
 )
-from fullrank.funnel.ranking import RankedItem, Ranking, Recommendation, Terms, below, in_front, is_whole
+from fullrank.funnel.ranking import RankedItem, Ranking, Recommendation, Terms, below, is_whole
 from fullrank.funnel.requests import Request, RequestEncoder
 from fullrank.funnel.rules import EMPTY
 from fullrank.funnel.scorer import Observe, ScoredItem, Scorer, trust_ids
@@ -40,7 +39,7 @@ from fullrank.funnel.slate import SlateConfig
 from fullrank.funnel.slate_making import SlateMaker
 from fullrank.funnel.stages import FINAL, RETRIEVAL, StageSizes, TwoSided, check_names
 from fullrank.models.base import Ranker
-from fullrank.retrieval.base import NO_ITEM, Items, Retriever, SearchResult, check_k
+from fullrank.retrieval.base import Items, Retriever, SearchResult, check_k
 from fullrank.retrieval.exact import top_k
 from fullrank.retrieval.pairing import Pairing
 
@@ -94,7 +93,7 @@ class Funnel:
         self.items = items
         self.users = users
         self.context = context
-        self.retriever = retriever
+        self._candidates = Candidates(encoders, items, retriever)
         stages = {"early": early} if isinstance(early, Ranker) else early
         self._take_rankers(stages, final, value, item_vectors or {})
         self.value = self.scorer.value
@@ -156,6 +155,11 @@ class Funnel:
         return type(self)(**{**own, **parts})
 
     @property
+    def retriever(self) -> Retriever:
+        """Of the first stage."""
+        return self._candidates.retriever
+
+    @property
     def rankers(self) -> dict[str, Ranker]:
         """Of all stages after retrieval, in order."""
         return {**self.early, FINAL: self.final}
@@ -192,9 +196,9 @@ class Funnel:
             retriever: of the same kind, with the active items of the catalogue.
         """
         other = copy.copy(self)
-        for name in ("attributes", "_usual_I"):
-            other.__dict__.pop(name, None)
-        other.items, other.retriever, other.encode = items, retriever, self.encode.with_items(items)
+        other.__dict__.pop("attributes", None)
+        other.items, other.encode = items, self.encode.with_items(items)
+        other._candidates = Candidates(self.encoders, items, retriever)
         other._bid_I = None if items.bid_I is None else items.bid_I.float()
         other._make_slate = SlateMaker(self.slate, items, self.scorer)
         new_N = (was_I == NO_ROW).nonzero().squeeze(1)
@@ -273,7 +277,7 @@ class Funnel:
         # A list longer than a stage's share needs more candidates in the stages before.
         keeps = tuple(max(keep, k) for keep in keeps)
         degraded: dict[str, Tensor] = {}
-        items_UC, cost_U, found_U1 = self._retrieved(users, max(sizes.retrieve, k, *keeps), deadline, terms)
+        items_UC, cost_U, found_U1 = self._candidates(users, max(sizes.retrieve, k, *keeps), deadline, terms)
         passed, whole = {RETRIEVAL: items_UC}, is_whole(items_UC)
         lap(RETRIEVAL, found_U1)
         for stage, keep in zip(self.early, keeps, strict=True):
@@ -448,63 +452,9 @@ class Funnel:
                 blank = blank.with_columns(self.encoders.transform(raw, allow_missing=True)[name])
         return partial_batch(blank, self.schema)
 
-    def _retrieved(
-        self, users: Batch, count: int, deadline: Deadline, terms: Terms
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows of the catalogue (U, C), items scored for each user, and whether they were found in time, shape (U, 1),
-        None for all."""
-        end, count_U = deadline.of(RETRIEVAL), len(users)
-        if not deadline.is_over():
-            try:
-                found = self.searched(users, count, terms)
-            except Exception:
-                log.warning("retrieval failed; the most shown items stand in", exc_info=True)
-            else:
-                items_UC, in_time = self.items.places(found.item_keys_BK), self.clock() <= end
-                if in_time and not bool(found.scores_BK.isnan().any()):
-                    return items_UC, found.cost_B, None
-                spoilt_U = (found.scores_BK.isnan() | ~found.found_BK).all(1) & found.found_BK.any(1)
-                usual_UC = self._usual(count_U, items_UC.shape[1], terms)
-                items_UC = torch.where(spoilt_U[:, None], usual_UC, items_UC)
-                return items_UC, found.cost_B, ~spoilt_U[:, None] & in_time
-        usual_UC, nothing_U = self._usual(count_U, count, terms), torch.zeros(count_U, dtype=torch.int64)
-        return usual_UC[:, (usual_UC != NO_ROW).any(0)], nothing_U, torch.zeros(count_U, 1, dtype=torch.bool)
-
-    def _usual(self, users: int, count: int, terms: Terms) -> Tensor:
-        """What is handed on where retrieval cannot, shape (users, count), `NO_ROW` behind the last."""
-        usual_C = self._usual_I if terms.allowed_I is None else self._usual_I[terms.allowed_I[self._usual_I]]
-        usual_UC = terms.left(usual_C.expand(users, -1), count)
-        return F.pad(usual_UC, (0, count - usual_UC.shape[1]), value=NO_ROW)
-
-    @torch.inference_mode()
     def searched(self, users: Batch, count: int, terms: Terms) -> SearchResult:
         """What retrieval finds for users, of what may be recommended to them."""
-        allowed_I, filters = terms.allowed_I, self.retriever.filters
-        asked = count if terms.excluded_UE is None else count + terms.excluded_UE.shape[1]
-        if allowed_I is None:
-            found = self.retriever.search(users, asked)
-        elif filters:
-            found = self.retriever.search(users, asked, allowed=self.items.keys_I[allowed_I])
-        else:
-            # One that cannot filter ranks all that it has.
-            found = self.retriever.search(users, len(self.items))
-        if terms.excluded_UE is None and (allowed_I is None or filters):
-            return found
-        rows_UC = self.items.places(found.item_keys_BK)
-        kept_UC = ~terms.out(rows_UC)
-        if allowed_I is not None:
-            kept_UC &= allowed_I[rows_UC]
-        order_UC, none_UC = in_front(kept_UC, count)
-        return SearchResult(
-            found.item_keys_BK.gather(1, order_UC).masked_fill(none_UC, NO_ITEM),
-            found.scores_BK.gather(1, order_UC).masked_fill(none_UC, -torch.inf),
-            found.cost_B,
-        )
-
-    @cached_property
-    def _usual_I(self) -> Tensor:
-        """What is handed on where retrieval cannot: the active rows of the catalogue, the most shown first."""
-        return most_shown(self.items, self.encoders)
+        return self._candidates.searched(users, count, terms)
 
     def _valued(
         self, stage: str, users: Batch, items_UC: Tensor, whole: bool, deadline: Deadline
@@ -559,6 +509,7 @@ class Funnel:
         return value_UC if whole else value_UC.masked_fill(items_UC == NO_ROW, -torch.inf)
 
 
+@torch.no_grad()
 def _item_vectors(ranker: TwoSided, items: Batch, rows_at_once: int = 8192) -> Tensor:
     pieces = [ranker.item_vectors(items[i : i + rows_at_once]) for i in range(0, len(items), rows_at_once)]
     return torch.cat(pieces)

@@ -21,7 +21,7 @@ from fullrank.data.vocabulary import Vocabulary
 from fullrank.funnel.catalogue import Catalogue, times_column
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
-from fullrank.funnel.stages import FINAL, RETRIEVAL
+from fullrank.funnel.stages import RETRIEVAL
 from fullrank.retrieval.base import Retriever
 from fullrank.retrieval.exact import ExactIndex
 from fullrank.retrieval.vector_retriever import VectorRetriever
@@ -98,8 +98,9 @@ def write_arrays(content: Funnel | Scorer, directory: Path) -> None:
         _write({key: torch.from_numpy(value) for key, value in arrays.items()}, partial / f"vocabulary-{place}")
     vectors: dict[str, Tensor] = {}
     halves: dict[str, Tensor] = {}
+    modules: dict[str, nn.Module] = {**content.rankers}
     if isinstance(content, Funnel):
-        modules = {**content.early, FINAL: content.final, **modules_of(content.retriever)}
+        modules |= modules_of(content.retriever)
         scan = _scan(content.retriever)
         found = None if scan is None else scan.halves()
         if found is not None:
@@ -108,8 +109,6 @@ def write_arrays(content: Funnel | Scorer, directory: Path) -> None:
         _write_catalogue(content.items, content.items.frame, partial / "items")
         if content.users is not None:
             _write_catalogue(content.users, _of_users(content.users.frame), partial / "users")
-    else:
-        modules = {FINAL: content.model}
     _write(halves, partial / _HALVES)
     _write(vectors, partial / _VECTORS)
     _write(

@@ -10,7 +10,7 @@ from typing import Any
 from fullrank.compression.rankers import quantize_ranker
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
-from fullrank.funnel.stages import FINAL, RETRIEVAL
+from fullrank.funnel.stages import RETRIEVAL
 from fullrank.models import Ranker
 
 
@@ -40,7 +40,7 @@ def with_each_ranker(
     """The same with what `change` makes of each ranker, and a report, as of `quantize_content`, of the dataclasses that
     it says of the tables."""
     smaller, parts = {}, []
-    for stage, ranker in rankers_of(content).items():
+    for stage, ranker in content.rankers.items():
         smaller[stage], reports = change(ranker)
         parts += [{"stage": stage, **asdict(report)} for report in reports]
     report = {
@@ -50,18 +50,4 @@ def with_each_ranker(
         "after": sum(part["after"] for part in parts),
         "left": [RETRIEVAL] if isinstance(content, Funnel) else [],
     }
-    return with_rankers(content, smaller), report
-
-
-def rankers_of(content: Funnel | Scorer) -> dict[str, Ranker]:
-    """By stage, the final one last."""
-    return {**content.early, FINAL: content.final} if isinstance(content, Funnel) else {FINAL: content.model}
-
-
-def with_rankers(content: Funnel | Scorer, rankers: Mapping[str, Ranker]) -> Funnel | Scorer:
-    """The same with other rankers, one for each of `rankers_of`."""
-    early = dict(rankers)
-    final = early.pop(FINAL)
-    if isinstance(content, Scorer):
-        return Scorer(content.encoders, final, content.value.text)
-    return content.with_parts(early=early, final=final)
+    return content.with_rankers(smaller), report

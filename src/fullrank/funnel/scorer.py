@@ -19,6 +19,7 @@ from fullrank.data.encoders import KEY_COLUMNS, Encoders
 from fullrank.data.loader import batch_from_frame
 from fullrank.embeddings import EmbeddingCollection
 from fullrank.funnel.raw_values import check_alike, list_column, scalar_column
+from fullrank.funnel.stages import FINAL
 from fullrank.funnel.value import ValueFormula, default_formula, formula_names
 from fullrank.models.base import Ranker
 from fullrank.schema import EventNumber, MultiCategorical, Numeric, Schema
@@ -66,6 +67,15 @@ class Scorer:
         self._binary_T = torch.tensor([label.kind == "binary" for label in self.schema.labels])
         trust_ids(model)
         self.columns = _columns(self.schema)
+
+    @property
+    def rankers(self) -> dict[str, Ranker]:
+        """Its one, as those of a funnel by stage."""
+        return {FINAL: self.model}
+
+    def with_rankers(self, rankers: Mapping[str, Ranker]) -> Scorer:
+        """The same with another ranker."""
+        return Scorer(self.encoders, rankers[FINAL], self.value.text)
 
     def predictions(self, logits_XT: Tensor) -> Tensor:
         """Probabilities of binary tasks, the numbers themselves of regression tasks."""

@@ -121,7 +121,7 @@ class FunnelLearner:
             self.items = self.items.with_columns(unseen.cast(pl.Int64).alias(SEEN))
         for path in self._remembered(self.begun)[-1:]:
             self._see(pl.read_parquet(path))  # The bundle has no ids that came within its window.
-        for name, model in {**funnel.early, FINAL: funnel.final}.items():
+        for name, model in funnel.rankers.items():
             own = {key.removeprefix(f"{name}|"): value for key, value in state.items() if key.startswith(f"{name}|")}
             learning = self._learning(name, model)
             if own:

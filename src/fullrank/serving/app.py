@@ -32,8 +32,9 @@ from fullrank.serving.shared import Shared
 from fullrank.serving.shared_versions import SharedVersions, opened_alike
 from fullrank.serving.store import Feedback
 from fullrank.serving.stores import ItemStates, opened_events, opened_items
-from fullrank.serving.versions import Opened, Versions, give_back, opened, target_of
+from fullrank.serving.versions import Opened, Versions, opened, target_of
 from fullrank.training.manifest import MANIFEST, Manifest
+from fullrank.training.memory import return_freed_memory
 
 
 class ServingConfig(BaseModel):
@@ -86,17 +87,17 @@ def create_app(
         salt: of the split; another one splits users independently.
         log_impressions: keep in the store the lists that are answered, with propensities and features.
         note: told what the access log says of each request.
-        shared: with the other processes of the server that run the same application; `bundle` is then a directory.
+        shared: with the other processes of the server that run the same application; `bundle` is then a directory, and
+            there are no arms.
 
     Raises:
-        ValueError: if there are arms beside other processes, which would count apart, the directory holds no store,
-            Redis does not answer, or the bundle cannot be opened, see `load_bundle`, or does not answer as it should,
-            see `check_answers`; or lists are to be logged without a store or a funnel.
+        ValueError: if the directory holds no store, Redis does not answer, or the bundle cannot be opened, see
+            `load_bundle`, or does not answer as it should, see `check_answers`; or lists are to be logged without a
+            store or a funnel.
     """
     config = config or ServingConfig()
     torch.set_num_threads(config.torch_threads)
-    if shared is not None and arms:
-        raise ValueError("--arm counts what comes of the arms in one process: it cannot be given with --processes")
+    assert shared is None or not arms, "processes would count what comes of the arms apart"
     if not isinstance(bundle, Path):
         first = None
     else:
@@ -143,7 +144,7 @@ def create_app(
         gc.collect()
         gc.freeze()
         if shared is not None:
-            give_back()
+            return_freed_memory()
         yield
         pool.stop()
         gc.unfreeze()

@@ -72,9 +72,8 @@ def _served(live: Live) -> dict[str, Any]:
 def _stages(content: Funnel | Scorer) -> list[dict[str, Any]]:
     if isinstance(content, Scorer):
         return [{"stage": FINAL, "kind": content.model.name, "candidates": None}]
-    rankers = {**content.early, FINAL: content.final}
     handed = (content.sizes.retrieve, *content.sizes.keeps(len(content.early)))
     stages = [{"stage": RETRIEVAL, "kind": content.retriever.name, "candidates": len(content.items)}]
-    for (name, ranker), count in zip(rankers.items(), handed, strict=True):
+    for (name, ranker), count in zip(content.rankers.items(), handed, strict=True):
         stages.append({"stage": name, "kind": ranker.name, "candidates": min(count, len(content.items))})
     return stages

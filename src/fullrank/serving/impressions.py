@@ -95,8 +95,9 @@ class ImpressionLog:
             rows = [row for group in by_funnel.values() for row in self._rows(group)]
             new = self._store.append(rows).result() if rows else []
             self._instruments.impressions.inc(sum(new))
-        except Exception:
-            log.exception("%d lists could not be kept", len(lists))
+        except Exception as error:
+            # A store that fails is no fault of ours, and may fail for long.
+            log.error("%d lists could not be kept: %s", len(lists), error, exc_info=not isinstance(error, OSError))
             self._instruments.impressions_dropped.inc(len(lists))
 
     def _rows(self, lists: Sequence[AnsweredList]) -> list[Impression]:

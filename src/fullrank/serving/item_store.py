@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from fullrank.funnel.item_changes import ItemState
-from fullrank.serving.sqlite import connected, prepare, transaction
+from fullrank.serving.sqlite import connected, failing, prepare, transaction
 
 VERSION = 1
 _TABLES = """
@@ -30,7 +30,7 @@ class ItemStore:
     def __init__(self, directory: Path | None = None) -> None:
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
-        place = ":memory:" if directory is None else directory / "items.sqlite"
+        self._place = place = ":memory:" if directory is None else directory / "items.sqlite"
         self._lock = threading.Lock()
         try:
             self._connection = connected(place, any_thread=True)
@@ -47,22 +47,21 @@ class ItemStore:
         Raises:
             OSError: if the disk does not take them.
         """
-        with self._lock:
-            try:
-                with transaction(self._connection):
-                    last = self._last()
-                    for name, state in of(self._of(names)).items():
-                        last += 1
-                        self._connection.execute(
-                            "INSERT OR REPLACE INTO items VALUES (?, ?, ?)", (name, last, state.model_dump_json())
-                        )
-            except sqlite3.Error as error:
-                raise OSError(f"the store of items cannot be written: {error}") from None
+        with self._lock, failing(self._place, "written"), transaction(self._connection):
+            last = self._last()
+            for name, state in of(self._of(names)).items():
+                last += 1
+                row = name, last, state.model_dump_json()
+                self._connection.execute("INSERT OR REPLACE INTO items VALUES (?, ?, ?)", row)
         return last
 
     def since(self, number: int) -> tuple[int, dict[str, ItemState]]:
-        """States that came after the one of a number, in their order, and the number of the last."""
-        with self._lock:
+        """States that came after the one of a number, in their order, and the number of the last.
+
+        Raises:
+            OSError: if the file cannot be read.
+        """
+        with self._lock, failing(self._place, "read"):
             rows = self._connection.execute(
                 "SELECT item, number, state FROM items WHERE number > ? ORDER BY number", (number,)
             ).fetchall()
@@ -70,8 +69,12 @@ class ItemStore:
         return last, {name: ItemState.model_validate_json(state) for name, _, state in rows}
 
     def of(self, names: Iterable[str]) -> dict[str, ItemState]:
-        """The states of some items, of those that have one."""
-        with self._lock:
+        """The states of some items, of those that have one.
+
+        Raises:
+            OSError: if the file cannot be read.
+        """
+        with self._lock, failing(self._place, "read"):
             return self._of(names)
 
     def close(self) -> None:

@@ -21,12 +21,11 @@ from pydantic import BaseModel, ValidationError
 
 from fullrank.data import atomic
 from fullrank.data.encoders import KEY_COLUMNS
-from fullrank.data.forgotten import EVENTS, digest, forgotten_users
+from fullrank.data.forgotten import EVENTS, digest, forgotten_users, is_url
 from fullrank.data.hashing import hash_text
 from fullrank.data.scratch import Scratch
 from fullrank.schema import EventNumber, Label, MultiCategorical, Numeric, Schema, Sequence
 from fullrank.serving.sqlite import connected
-from fullrank.serving.stores import is_url
 
 # Seconds after an impression in which feedback counts as what came of it.
 WINDOW = 86_400

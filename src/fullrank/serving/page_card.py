@@ -11,7 +11,7 @@ from fullrank.funnel.charts import calibration
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.report_parts import BINARY, REGRESSION, pair, wide
 from fullrank.funnel.scorer import Scorer
-from fullrank.funnel.stages import FINAL, RETRIEVAL
+from fullrank.funnel.stages import RETRIEVAL
 from fullrank.serving.instruments import Instruments
 from fullrank.serving.page_answer import colour, number
 
@@ -36,15 +36,14 @@ def model_card(content: Funnel | Scorer, version: str, about: Mapping[str, Any])
         facts["known users"] = f"{len(content.users):,}" if content.users is not None else "none"
         if content.deadlines:
             facts["deadlines"] = ", ".join(f"{stage} {limit:g} ms" for stage, limit in content.deadlines.items())
-        rankers = {**content.early, FINAL: content.final}
         handed: tuple[int | None, ...] = (content.sizes.retrieve, *content.sizes.keeps(len(content.early)))
         retriever = content.retriever
         config = retriever.config.model_dump(mode="json", exclude_defaults=True)
         stages = [_stage(RETRIEVAL, retriever.name, len(content.items), None, config)]
     else:
         facts["columns"] = f"{len(content.columns):,}"
-        rankers, handed, stages = {FINAL: content.model}, (None,), []
-    for (name, model), count in zip(rankers.items(), handed, strict=True):
+        handed, stages = (None,), []
+    for (name, model), count in zip(content.rankers.items(), handed, strict=True):
         size = model.num_parameters()
         config = model.config.model_dump(mode="json", exclude_defaults=True)
         stages.append(_stage(name, model.name, count, (size.total, size.embedding), config))

@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit
 
+from fullrank.data.forgotten import address_of
 from fullrank.extras import needs
 
 Result = TypeVar("Result")
@@ -44,8 +44,7 @@ class Server:
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         self._fault = redis.RedisError
-        parts = urlsplit(url)
-        self.place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        self.place = address_of(url)
         # A write whose answer was lost may have been done: who sent it decides whether it is sent again.
         how: dict[str, Any] = {"decode_responses": True, "retry": Retry(NoBackoff(), 0)}
         try:

@@ -95,7 +95,11 @@ class RedisStore:
         return self._threads.submit(self.server.write, lambda: [new == 1 for new in self._append(keys, values)])
 
     def recent(self, user: int | str, since: int | None = None, limit: int = RECENT) -> list[Event]:
-        """The last events of a user after a time, oldest first; of equal times in the order in which they came."""
+        """The last events of a user after a time, oldest first; of equal times in the order in which they came.
+
+        Raises:
+            OSError: if Redis does not answer.
+        """
         after = "-inf" if since is None else f"({since}"
         found = self.server.read(
             lambda: self.server.reads.zrevrangebyscore(f"{_EVENTS_OF}{user}", "+inf", after, 0, limit, withscores=True)
@@ -112,6 +116,9 @@ class RedisStore:
 
         Returns:
             how many events and impressions there were.
+
+        Raises:
+            OSError: if Redis does not answer.
         """
         keys = [f"{_EVENTS_OF}{user}", _EVENT_IDS, f"{_LISTS}:{user}", _LIST_IDS, REDIS_KEY]
         counts = self.server.write(lambda: self._forget(keys, [digest(user)]))

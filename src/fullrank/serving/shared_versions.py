@@ -62,9 +62,10 @@ class SharedVersions(Versions):
     def roll_back(self) -> bool:
         with self._shared.deciding():
             agreed = self._follow()
-            if self._before is None and agreed is not None and agreed.before is not None:
-                # It began after the swap.
-                self._before = self._opened(agreed.before)
+            before = None if agreed is None else agreed.before
+            if before is not None and (self._before is None or self._before.target != before):
+                # It began after the swap, or while it opened one bundle there were two more.
+                self._before = self._opened(before)
             done = super().roll_back()
             self._agree()
         return done

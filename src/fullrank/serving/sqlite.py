@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 # Seconds to wait for another process that writes.
 PATIENCE = 30.0
@@ -48,3 +51,13 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         connection.execute("ROLLBACK")
         raise
     connection.execute("COMMIT")
+
+
+@contextmanager
+def failing(place: Path | str, what: str) -> Iterator[None]:
+    """Errors of SQLite are logged, and raised as `OSError`s that say that `place` cannot be `what`."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        log.error("%s cannot be %s: %s", place, what, error)
+        raise OSError(f"{place} cannot be {what}: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,7 @@ from typing import Any, NamedTuple
 
 from fullrank.data.forgotten import EVENTS, digest
 from fullrank.funnel.recent_events import Event
-from fullrank.serving.sqlite import connected, prepare, transaction
-
-log = logging.getLogger(__name__)
+from fullrank.serving.sqlite import connected, failing, prepare, transaction
 
 # Events of a user that a request looks at.
 RECENT = 1000
@@ -152,7 +149,7 @@ class EventStore:
         Raises:
             OSError: if the file cannot be read.
         """
-        try:
+        with failing(self.path, "read"):
             if not hasattr(self._local, "reader"):
                 self._local.reader = connected(self.path)
             rows = self._local.reader.execute(
@@ -160,9 +157,6 @@ class EventStore:
                 "ORDER BY time DESC, number DESC LIMIT ?",
                 (str(user), -(2**62) if since is None else since, limit),
             ).fetchall()
-        except sqlite3.Error as error:
-            log.error("%s cannot be read: %s", self.path, error)
-            raise OSError(f"{self.path} cannot be read: {error}") from None
         return [
             Event(item, time, json.loads(labels), json.loads(features))
             for item, time, labels, features in reversed(rows)
@@ -174,8 +168,11 @@ class EventStore:
 
         Returns:
             how many events and impressions there were.
+
+        Raises:
+            OSError: if the file cannot be written.
         """
-        with closing(connected(self.path)) as connection:
+        with failing(self.path, "written"), closing(connected(self.path)) as connection:
             with transaction(connection):
                 count = connection.execute("DELETE FROM events WHERE user = ?", (str(user),)).rowcount
                 lists = connection.execute("DELETE FROM impressions WHERE user = ?", (str(user),)).rowcount

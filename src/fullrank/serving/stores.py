@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
 
+from fullrank.data.forgotten import is_url
 from fullrank.funnel.item_changes import ItemState
 from fullrank.funnel.recent_events import Event
 from fullrank.serving.item_store import ItemStore
@@ -57,13 +58,3 @@ def opened_items(place: Path | str | None) -> ItemStates:
     from fullrank.serving.redis_item_store import RedisItemStore
 
     return RedisItemStore(str(place))
-
-
-def is_url(place: Path | str) -> bool:
-    """Raises:
-    ValueError: if it is the URL of something else.
-    """
-    scheme, separator, _ = str(place).partition("://")
-    if separator and scheme not in ("redis", "rediss"):
-        raise ValueError(f"--store {place}: expected a directory or redis://host:port/database")
-    return bool(separator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 from pathlib import Path
@@ -17,6 +16,7 @@ from fullrank.serving.instruments import Instruments
 from fullrank.serving.live import Live
 from fullrank.training.deltas import Position, position_of
 from fullrank.training.manifest import MANIFEST
+from fullrank.training.memory import return_freed_memory
 from fullrank.training.publishing import POINTER, read_pointer
 
 if TYPE_CHECKING:
@@ -98,15 +98,8 @@ def opened(target: Target, shared: Shared | None = None) -> Opened:
         content, position = with_deltas(content, target.deltas, position, in_place=True)
     check_answers(content, None if target.deltas else target.bundle)
     if shared is not None:
-        give_back()
+        return_freed_memory()
     return Opened(target, content, position)
-
-
-def give_back() -> None:
-    """Give the system the memory that was needed for a while, where the C library keeps it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 class Versions:

@@ -101,7 +101,8 @@ class StreamReport:
         directory: of the stream.
         windows: a record of each window that ended in this call, as in `metrics.jsonl`.
         pointer: what is served; None if nothing has been published.
-        counts: over the life of the stream: windows, rows taken up, refused and late, trained and left aside.
+        counts: over the life of the stream: windows, and rows taken up, refused, of forgotten users, late, trained,
+            left aside and rolled back.
         seconds: wall time of this call.
         judge: the label whose metric decides on rollbacks.
     """
