@@ -58,7 +58,7 @@ class Student(Ranker):
         @model_validator(mode="before")
         @classmethod
         def _shared(cls, values: Any) -> Any:
-            return pass_on(values, "backbone")
+            return pass_on({"backbone": "dcn_v2", **values} if isinstance(values, dict) else values, "backbone")
 
     config: Config
 
