@@ -4,10 +4,10 @@
     VENV/bin/python benchmarks/peers/linear_peers.py FOLDER
 
 FOLDER holds X.npy, y.npy and problem.json: {"quantile": 0.5}, or {"family", "alpha", "l1_ratio"} of the mean loss plus
-the penalty. The first line printed has the version of each side; then each line read names a side, is answered with the
-CPU and wall seconds of its fit, and leaves [intercept, *coefficients] in FOLDER/coef.npy. Every side has been fitted to a
-few rows before, so that nothing is compiled while it is timed. "F order" is a table whose columns lie together, which
-these packages work on: it is made outside the timing, as pyfixest's data frame is.
+the penalty. The first line printed has the version of each side; then each line read names a side, is answered with
+the CPU and wall seconds of its fit, and leaves [intercept, *coefficients] in FOLDER/coef.npy. Every side was fitted
+to a few rows before, so that nothing is compiled while it is timed. "F order" is a table whose columns lie together,
+which these packages work on: it is made outside the timing, as pyfixest's data frame is.
 """
 
 import json
