@@ -32,12 +32,17 @@ def seconds(call: Callable[[], Any]) -> tuple[Any, float, float]:
     return value, time.process_time() - cpu, time.perf_counter() - wall
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[Any, float, float]]:
-    """Last value, median CPU and median wall seconds of each call; round after round, so that all share the load."""
+def interleaved(
+    calls: dict[str, Callable[[], Any]], repeats: int, once: float = float("inf")
+) -> dict[str, tuple[Any, float, float]]:
+    """Last value, median CPU and median wall seconds of each call; round after round, so that all share the load. Calls
+    that take more than `once` CPU seconds are made once."""
     values: dict[str, Any] = {}
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            if spent[name] and spent[name][0][0] > once:
+                continue
             values[name], cpu, wall = seconds(call)
             spent[name].append((cpu, wall))
     return {name: (values[name], *map(statistics.median, zip(*spent[name], strict=True))) for name in calls}

@@ -4,15 +4,17 @@
     python -m benchmarks.randomized.solver_peers --only quantile --tasks 500,000 --peers-python VENV/bin/python
 
 Every side gets the same arrays and one BLAS thread; sides take turns, round after round, and the medians are of CPU and
-wall seconds. `excess` is the objective over the smallest that any side reached (for quantiles over the bound that our
-certificate proves), less one: sides that stop early are told by it. A "default" is a call without any setting but the
-penalty; a "tuned" one has the tolerance or the iterations that bring it as close as it gets, or the faster algorithm.
-A side whose package is not installed is left out, and told. Large tasks leave out sides that would take minutes: HiGHS
-is at 20,000 rows only. glum, skglm and pyfixest run in a process of an environment of their own (`linear_peers.py` says
-how it is made), take their turns with the others, and say the CPU seconds of their fit; objectives are computed here.
+wall seconds; a side that takes more than --once CPU seconds has one run. `excess` is the objective over the smallest
+that any side reached (for quantiles over the bound that our certificate proves), less one: sides that stop early are told
+by it. A "default" is a call without any setting but the penalty; a "tuned" one has the tolerance or the iterations that
+bring it as close as it gets, or the faster algorithm. A side whose package is not installed is left out, and told. Large
+tasks leave out sides that would take minutes: HiGHS is at 20,000 rows only.
+
+glum, skglm, pyfixest and statsmodels run in a process of an environment of their own (`linear_peers.py` says how it is
+made), take their turns with the others, and say the CPU seconds of their fit; objectives are computed here.
 
 Data: for quantiles that of `quantile_regression`; for logistic regression that of `logistic_newton`, with columns of
-condition 1e3 or 1; for least squares that of `least_squares`; of `glm`, normal columns, of which a third matter.
+condition 1e3 or 1; for least squares that of `least_squares`; of the others, normal columns, of which a third matter.
 """
 
 from __future__ import annotations
@@ -184,7 +186,7 @@ def squares(rows: int, columns: int, condition: float, seed: int) -> Task:
 
 
 @contextmanager
-def peers(python: str | None, task: Task) -> Iterator[tuple[dict[str, Side], dict[str, str]]]:
+def peers(python: str | None, task: Task, limit: float) -> Iterator[tuple[dict[str, Side], dict[str, str]]]:
     """Sides of `linear_peers.py`, which run in one process of that Python, and the version of each."""
     if python is None or task.problem is None:
         yield {}, {}
@@ -194,7 +196,7 @@ def peers(python: str | None, task: Task) -> Iterator[tuple[dict[str, Side], dic
         np.save(folder / "X.npy", task.X)
         np.save(folder / "y.npy", task.y.astype(float))
         (folder / "problem.json").write_text(json.dumps(task.problem))
-        command = [python, str(PEER), name]
+        command = [python, str(PEER), name, str(limit)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         assert process.stdin and process.stdout
         questions, replies = process.stdin, process.stdout
@@ -208,7 +210,8 @@ def peers(python: str | None, task: Task) -> Iterator[tuple[dict[str, Side], dic
             def fit() -> Elsewhere:
                 print(label, file=questions, flush=True)
                 spent = reply()
-                return Elsewhere(np.load(folder / "coef.npy"), spent["cpu"], spent["wall"])
+                coef = None if spent["stopped"] else np.load(folder / "coef.npy")
+                return Elsewhere(coef, spent["cpu"], spent["wall"])
 
             return fit
 
@@ -250,6 +253,8 @@ def main() -> None:
         "--tasks", nargs="+", metavar="WORDS", help="of these, tasks that have one of WORDS in their name"
     )
     parser.add_argument("--peers-python", metavar="PYTHON", help="of an environment with glum, skglm and pyfixest")
+    parser.add_argument("--limit", type=float, default=40.0, help="CPU seconds after which such a fit is stopped")
+    parser.add_argument("--once", type=float, default=10.0, help="sides that take more CPU seconds are run once")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=11)
     args = parser.parse_args()
@@ -262,8 +267,8 @@ def main() -> None:
         if args.tasks and not any(words in name for words in args.tasks):
             continue
         task = make(args.seed)
-        with peers(args.peers_python, task) as (elsewhere, versions):
-            measured = interleaved(task.sides | elsewhere, args.rounds)
+        with peers(args.peers_python, task, args.limit) as (elsewhere, versions):
+            measured = interleaved(task.sides | elsewhere, args.rounds, args.once)
         values = {side: task.objective(found[0]) for side, found in measured.items() if found[0] is not None}
         least = min(values.values()) if task.bound is None else task.bound
         rows = []
@@ -277,7 +282,7 @@ def main() -> None:
             rows.append(row)
         table(rows, COLUMNS)
         print()
-        settings = {"rounds": args.rounds, "seed": args.seed, "blas": kernels}
+        settings = {"rounds": args.rounds, "once_above_cpu_s": args.once, "seed": args.seed, "blas": kernels}
         merge("solver_peers", settings, rows, ["task", "side", "call"], packages)
 
 
