@@ -5,10 +5,10 @@
 
 Every side gets the same arrays and one BLAS thread; sides take turns, round after round, and the medians are of CPU and
 wall seconds; a side that takes more than --once CPU seconds has one run. `excess` is the objective over the smallest
-that any side reached (for quantiles over the bound that our certificate proves), less one: sides that stop early are told
-by it. A "default" is a call without any setting but the penalty; a "tuned" one has the tolerance or the iterations that
-bring it as close as it gets, or the faster algorithm. A side whose package is not installed is left out, and told. Large
-tasks leave out sides that would take minutes: HiGHS is at 20,000 rows only.
+that any side reached (for quantiles over the bound that our certificate proves), less one: sides that stop early are
+told by it. A "default" is a call without any setting but the penalty; a "tuned" one has the tolerance or the iterations
+that bring it as close as it gets, or the faster algorithm. A side whose package is not installed is left out, and told.
+Large tasks leave out sides that would take minutes: HiGHS is at 20,000 rows only.
 
 glum, skglm, pyfixest and statsmodels run in a process of an environment of their own (`linear_peers.py` says how it is
 made), take their turns with the others, and say the CPU seconds of their fit; objectives are computed here.
