@@ -12,6 +12,7 @@ Large tasks leave out sides that would take minutes: HiGHS is at 20,000 rows onl
 
 glum, skglm, pyfixest and statsmodels run in a process of an environment of their own (`linear_peers.py` says how it is
 made), take their turns with the others, and say the CPU seconds of their fit; objectives are computed here.
+`blas` is the kernels that OpenBLAS chose, or was told to by OPENBLAS_CORETYPE, which both processes see.
 
 Data: for quantiles that of `quantile_regression`; for logistic regression that of `logistic_newton`, with columns of
 condition 1e3 or 1; for least squares that of `least_squares`; of the others, normal columns, of which a third matter.
@@ -186,7 +187,7 @@ def squares(rows: int, columns: int, condition: float, seed: int) -> Task:
 
 
 @contextmanager
-def peers(python: str | None, task: Task, limit: float) -> Iterator[tuple[dict[str, Side], dict[str, str]]]:
+def peers(python: str | None, task: Task) -> Iterator[tuple[dict[str, Side], dict[str, str]]]:
     """Sides of `linear_peers.py`, which run in one process of that Python, and the version of each."""
     if python is None or task.problem is None:
         yield {}, {}
@@ -196,7 +197,7 @@ def peers(python: str | None, task: Task, limit: float) -> Iterator[tuple[dict[s
         np.save(folder / "X.npy", task.X)
         np.save(folder / "y.npy", task.y.astype(float))
         (folder / "problem.json").write_text(json.dumps(task.problem))
-        command = [python, str(PEER), name, str(limit)]
+        command = [python, str(PEER), name]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         assert process.stdin and process.stdout
         questions, replies = process.stdin, process.stdout
@@ -210,8 +211,7 @@ def peers(python: str | None, task: Task, limit: float) -> Iterator[tuple[dict[s
             def fit() -> Elsewhere:
                 print(label, file=questions, flush=True)
                 spent = reply()
-                coef = None if spent["stopped"] else np.load(folder / "coef.npy")
-                return Elsewhere(coef, spent["cpu"], spent["wall"])
+                return Elsewhere(np.load(folder / "coef.npy"), spent["cpu"], spent["wall"])
 
             return fit
 
@@ -253,7 +253,6 @@ def main() -> None:
         "--tasks", nargs="+", metavar="WORDS", help="of these, tasks that have one of WORDS in their name"
     )
     parser.add_argument("--peers-python", metavar="PYTHON", help="of an environment with glum, skglm and pyfixest")
-    parser.add_argument("--limit", type=float, default=40.0, help="CPU seconds after which such a fit is stopped")
     parser.add_argument("--once", type=float, default=10.0, help="sides that take more CPU seconds are run once")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=11)
@@ -267,14 +266,15 @@ def main() -> None:
         if args.tasks and not any(words in name for words in args.tasks):
             continue
         task = make(args.seed)
-        with peers(args.peers_python, task, args.limit) as (elsewhere, versions):
+        with peers(args.peers_python, task) as (elsewhere, versions):
             measured = interleaved(task.sides | elsewhere, args.rounds, args.once)
         values = {side: task.objective(found[0]) for side, found in measured.items() if found[0] is not None}
         least = min(values.values()) if task.bound is None else task.bound
         rows = []
         for side, (_, cpu, wall) in measured.items():
             label, call = side.split(", ", 1)
-            row = {"task": name, "side": label, "call": call, "cpu_s": cpu, "wall_s": wall}
+            row = {"task": name, "side": label, "call": call, "cpu_s": cpu, "wall_s": wall, "blas": kernels}
+            row["runs"] = 1 if cpu > args.once else args.rounds
             row["times_ours"] = cpu / measured["fullrank, default"][1]
             row["excess"] = f"{max(float(values[side] / least - 1), 0.0):.1e}" if side in values else None
             if side in versions:
@@ -282,7 +282,7 @@ def main() -> None:
             rows.append(row)
         table(rows, COLUMNS)
         print()
-        settings = {"rounds": args.rounds, "once_above_cpu_s": args.once, "seed": args.seed, "blas": kernels}
+        settings = {"seed": args.seed}
         merge("solver_peers", settings, rows, ["task", "side", "call"], packages)
 
 
