@@ -64,7 +64,7 @@ class SnapshotIndex(VectorIndex):
 
         Attributes:
             recall: share of the best items that searches should find; the effort of a search follows from it.
-            results: how many best items; what is enough for 100 may find little more than half of 1,000. A funnel puts
+            results: how many best items; what is enough for 100 may find far fewer of 1,000. A funnel puts
                 what its retrieval hands on.
             exact_below: number of items up to which there is no snapshot, and all are scored.
             rebuild: share of items added or removed since the snapshot was built, at which it is built anew.
