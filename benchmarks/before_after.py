@@ -24,10 +24,9 @@ from typing import Any
 
 from benchmarks import process_tree
 from benchmarks.machine import table, write
-from benchmarks.serving.load import ask, free_port, running
+from benchmarks.serving.load import FULLRANK, ask, free_port, running
 
 HERE = Path(__file__).parents[1]
-CLI = [sys.executable, "-c", "from fullrank.cli.main import main; main()"]
 RECIPES = ("movielens-1m-deepfm", "movielens-1m-dcn_v2", "globo-din")
 DATA = {"movielens-1m": "ml1m_ctr", "globo": "globo_seq"}
 # Fields and rows of their tables, and how they learn; the program runs on either checkout.
@@ -83,7 +82,7 @@ class Checkout:
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             schema = str(self.path / "recipes" / f"{name}.schema.json")
             words = ["data", "import", "csv", str(tables / DATA[name]), f"{folder}/out", "--schema", schema, "--json"]
-            return process_tree.run([*CLI, *words], self.environment)
+            return process_tree.run([*FULLRANK, *words], self.environment)
 
     def training(self, recipe: str, tables: Path) -> float:
         """Rows per second of training steps; the log is imported once."""
@@ -97,7 +96,7 @@ class Checkout:
         ]
         overrides = [word for setting in settings for word in ("--set", setting)]
         file = str(self.path / "recipes" / f"{recipe}.yaml")
-        command = [*CLI, "train", file, *overrides, "--out", str(self.scratch / "run"), "--json"]
+        command = [*FULLRANK, "train", file, *overrides, "--out", str(self.scratch / "run"), "--json"]
         return float(json.loads(self.output(command))["samples_per_second"])
 
     def steps(self, fields: int, rows: int, kind: str) -> float:
@@ -109,9 +108,9 @@ class Checkout:
         """Recommendations per second at a number of connections, of a funnel on a simulated log."""
         demo = self.scratch / "demo"
         if not demo.exists():
-            self.output([*CLI, "demo", "--impressions", "100000", "--out", str(demo), "--json"])
+            self.output([*FULLRANK, "demo", "--impressions", "100000", "--out", str(demo), "--json"])
         port = free_port()
-        with running([*CLI, "serve", str(demo / "bundle"), "--port", str(port)], port, self.environment):
+        with running([*FULLRANK, "serve", str(demo / "bundle"), "--port", str(port)], port, self.environment):
             found = ask(port, "--connections", str(connections), "--seconds", str(seconds))
         if found["failures"]:
             raise RuntimeError(f"{found['failures']} of {found['requests']} requests failed")

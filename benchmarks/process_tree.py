@@ -68,7 +68,7 @@ def run(command: list[str], environment: dict[str, str] | None = None) -> Usage:
         while True:
             ended = os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             now = time.monotonic()
-            tree = _descendants(os.getpid())
+            tree = descendants(os.getpid())
             for process in tree:
                 seen[process.key] = process.cpu_s
             usage._times.append(now)
@@ -77,7 +77,7 @@ def run(command: list[str], environment: dict[str, str] | None = None) -> Usage:
                 break
             if now - last_memory >= MEMORY_INTERVAL_S:
                 last_memory = now
-                usage.peak_mib_all = max(usage.peak_mib_all, sum(_proportional_mib(process.pid) for process in tree))
+                usage.peak_mib_all = max(usage.peak_mib_all, sum(proportional_mib(process.pid) for process in tree))
                 usage.peak_mib_largest = max(usage.peak_mib_largest, *(_peak_mib(process.pid) for process in tree), 0.0)
             time.sleep(INTERVAL_S)
         usage.wall_s = now - began
@@ -117,7 +117,8 @@ def _read(pid: int) -> _Process | None:
     return _Process(pid, int(fields[1]), int(fields[19]), (int(fields[11]) + int(fields[12])) / _TICKS_PER_S)
 
 
-def _descendants(root: int) -> list[_Process]:
+def descendants(root: int) -> list[_Process]:
+    """All processes that a process and they have started."""
     children: dict[int, list[_Process]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit() and (process := _read(int(entry))) is not None:
@@ -135,7 +136,7 @@ def _end_the_rest(root: int, patience_s: float = 10.0) -> list[_Process]:
     """Let the processes that the program left behind end, by force after a while; their last readings."""
     readings: dict[tuple[int, int], _Process] = {}
     deadline = time.monotonic() + patience_s
-    while left := _descendants(root):
+    while left := descendants(root):
         readings.update((process.key, process) for process in left)
         for process in left:
             if process.parent == root and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -146,7 +147,8 @@ def _end_the_rest(root: int, patience_s: float = 10.0) -> list[_Process]:
     return list(readings.values())
 
 
-def _proportional_mib(pid: int) -> float:
+def proportional_mib(pid: int) -> float:
+    """Its PSS, 0 once it has ended."""
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):

@@ -178,7 +178,7 @@ def squares(rows: int, columns: int, condition: float, seed: int) -> Task:
 
     sides: dict[str, Side] = {
         "fullrank, default": lambda: RandomizedLinearRegression(fit_intercept=False, random_state=0).fit(A, b).coef_,
-        "plain Cholesky, tuned": lambda: least_squares.normal_equations(A, b),  # type: ignore
+        "plain Cholesky, tuned": lambda: least_squares.normal_equations(A, b),
         "LAPACK gelsy, tuned": lapack("gelsy"),
         "LAPACK gelsd, default": lapack("gelsd"),
         "scikit-learn, default": lambda: LinearRegression(fit_intercept=False).fit(A, b).coef_,

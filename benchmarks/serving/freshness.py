@@ -17,7 +17,6 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -33,6 +32,7 @@ import numpy as np
 import polars as pl
 
 from benchmarks import machine
+from benchmarks.serving.load import FULLRANK
 
 USERS, ITEMS, CATEGORIES = 100_000, 20_000, 50
 WINDOW, DELTA, LATENESS, FILE = 60, 10, 1, 2
@@ -111,7 +111,7 @@ def write_log(place: Path, rate: int, seed: int, stop: threading.Event, late: li
 def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A command of ours in a process of its own, ended as by Ctrl-C."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from fullrank.cli.main import main; main()", *arguments]
+    command = [*FULLRANK, *arguments]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         yield process

@@ -24,6 +24,9 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+from benchmarks.process_tree import descendants
+from benchmarks.serving.load import FULLRANK
+
 HISTORY, NOW = 50, 1_700_000_000
 CONNECTIONS, INTERVAL_S = 8, 0.25
 
@@ -107,11 +110,7 @@ def prepare(bundle: Path, items: int, users: int) -> None:
 
 def tree(root: int) -> list[int]:
     """A process and all that it and they have started."""
-    try:
-        children = Path(f"/proc/{root}/task/{root}/children").read_text().split()
-    except OSError:
-        return []
-    return [root, *(process for child in children for process in tree(int(child)))]
+    return [root, *(process.pid for process in descendants(root))]
 
 
 def memory(process: int) -> dict[str, float]:
@@ -141,7 +140,7 @@ def ask(port: int, seed: int, requests: int, users: int) -> None:
 
 def measure(bundle: Path, processes: int, requests: int, users: int) -> dict[str, Any]:
     """Start a server, ask it, and read its memory."""
-    program = [sys.executable, "-c", "from fullrank.cli.main import main; main()", "serve", str(bundle), "--port", "0"]
+    program = [*FULLRANK, "serve", str(bundle), "--port", "0"]
     options = ["--processes", str(processes), "--workers", "2" if processes == 1 else "1", "--json"]
     began, peak, over = time.monotonic(), 0.0, threading.Event()
     server = subprocess.Popen([*program, *options], stdout=subprocess.PIPE, text=True)

@@ -35,6 +35,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
+from benchmarks.process_tree import descendants, proportional_mib
 from benchmarks.serving.load import FULLRANK, free_port, running
 
 K, OF_ORACLE = 10, 100
@@ -190,22 +191,8 @@ def telling(port: int, tally: Tally, until: float) -> None:
         time.sleep(0.02)
 
 
-def children(process: int) -> list[int]:
-    try:
-        return [int(name) for name in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    except OSError:
-        return []
-
-
-def memory_mib(process: int) -> float:
-    total = 0.0
-    for each in (process, *children(process)):
-        try:
-            text = Path(f"/proc/{each}/smaps_rollup").read_text()
-        except OSError:
-            continue
-        total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")) / 1024
-    return total
+def memory_mib(server: int) -> float:
+    return sum(proportional_mib(pid) for pid in (server, *(each.pid for each in descendants(server))))
 
 
 def main() -> None:
@@ -258,7 +245,7 @@ def main() -> None:
                 tally.count(f"swap {answer['outcome']}" if status == 200 else f"swap {status}")
             if now > next_kill and arguments.processes > 1:
                 next_kill = now + arguments.kill_every
-                victims = children(server.pid)
+                victims = [each.pid for each in descendants(server.pid) if each.parent == server.pid]
                 if victims:
                     os.kill(random.Random(int(now)).choice(victims), signal.SIGKILL)
                     tally.count("killed")

@@ -55,6 +55,9 @@ def test_what_is_no_such_store_is_refused(log: EmbeddingLog, tmp_path: Path) -> 
         EmbeddingStore(tmp_path, 6).append([1], [1], [1], np.zeros((1, 4), np.uint8), [1], "v1")
     with pytest.raises(ValueError, match="prefix is 5"):
         EmbeddingStore(tmp_path, 6).lookup([1], [1], 1, fm_version="v1", prefix=5)
+    for where in (EmbeddingStore(tmp_path, 6), log):
+        with pytest.raises(ValueError, match="2 keys and 1 times, expected one of each"):
+            where.lookup([1, 2], [1], 1, fm_version="v1")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "embeddings.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(ValueError, match="cannot be used as a store"):

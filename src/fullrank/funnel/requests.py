@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from fullrank.batch import Batch, RowGather
+from fullrank.batch import Batch
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
 from fullrank.funnel.catalogue import NO_ROW, Catalogue
@@ -79,7 +79,6 @@ class RequestEncoder:
         self.encoders = encoders
         self.users = users
         self.stranger = partial_batch(context if context.width else pl.DataFrame({"_": [0]}), schema)
-        self.known_rows: RowGather | None = None
         if users is not None:
             row = users.rows.batch
             number = [schema.numeric_columns.index(name) for name in context.columns if name in schema.numeric_columns]
@@ -92,7 +91,6 @@ class RequestEncoder:
                 # Pages that other processes share stay shared if nothing is written to them.
                 if bool((column_U != value).any()):
                     column_U.fill_(value)
-            self.known_rows = users.rows
         self.pending = set() if users is None else rows_with_pending(users, schema)
         given = schema.select({"user", "context"})
         self.scalars: dict[str, Numeric | Categorical] = {f.name: f for f in given.numeric}
@@ -135,8 +133,8 @@ class RequestEncoder:
             known = self.users.row(request.user_id)
         scalars = {name: value for name, value in request.features.items() if name in self.scalars}
         others = {name: value for name, value in request.features.items() if name not in self.scalars}
-        if known is not None and self.known_rows is not None:
-            row = self.known_rows.take(torch.tensor([known]))
+        if known is not None and self.users is not None:
+            row = self.users.rows.take(torch.tensor([known]))
         else:
             row = self.stranger
             if request.user_id is not None and self.user_feature is not None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fullrank.serving.sqlite import connected, prepare, transaction
 from fullrank.transfer.codec import check_prefix, code_bytes
-from fullrank.transfer.embedding_log import EmbeddingLog, microseconds, whole_numbers
+from fullrank.transfer.embedding_log import EmbeddingLog, asked
 from fullrank.transfer.lookup import NO_EVENT, HistorySequence
 
 VERSION = 1
@@ -120,12 +120,9 @@ class EmbeddingStore:
         Raises:
             ValueError: as there. A version that is not there has no events.
         """
-        key, time = whole_numbers(keys, "keys"), whole_numbers(as_of, "as_of")
-        own = np.full(len(key), NO_EVENT) if exclude_event_ids is None else whole_numbers(exclude_event_ids, "events")
-        if max_len < 0:
-            raise ValueError(f"max_len is {max_len}, expected 0 or more")
+        key, time, since, exclude = asked(keys, as_of, max_len, window, exclude_event_ids)
+        own = np.full(len(key), NO_EVENT) if exclude is None else exclude
         width = check_prefix(prefix, self.dim, self.prefix_dims)
-        since = np.full(len(time), NO_EVENT) if window is None else time - microseconds(window)
         if not hasattr(self._local, "reader"):
             self._local.reader = connected(self.path)
         found: list[tuple[int, int, bytes]] = []

@@ -218,17 +218,11 @@ class EmbeddingLog:
             ValueError: if `max_len` is negative, the window is no length of time, the prefix was not trained, or the
                 shapes differ.
         """
-        key, time = whole_numbers(keys, "keys"), whole_numbers(as_of, "as_of")
-        exclude = None if exclude_event_ids is None else whole_numbers(exclude_event_ids, "exclude_event_ids")
-        if not len(key) == len(time) == (len(key) if exclude is None else len(exclude)):
-            raise ValueError(f"{len(key)} keys and {len(time)} times, expected one of each for a query")
-        if max_len < 0:
-            raise ValueError(f"max_len is {max_len}, expected 0 or more")
+        key, time, since, exclude = asked(keys, as_of, max_len, window, exclude_event_ids)
         if fm_version != ALL_VERSIONS and fm_version not in self._manifest["versions"]:
             known = ", ".join(self._manifest["versions"]) or "none"
             raise KeyError(f'no version "{fm_version}" in {self.path}; there are {known}')
         width = check_prefix(prefix, self.dim, self.prefix_dims)
-        since = np.full(len(time), NO_EVENT) if window is None else time - microseconds(window)
         found: list[tuple[Ints, Ints, Block, Ints]] = []
         lengths = np.zeros(len(key), np.int64)
         bucket = bucket_of(key, self.buckets)
@@ -297,15 +291,45 @@ class EmbeddingLog:
         return (np.concatenate(columns) for columns in zip(*parts, strict=True))
 
     def _read(self) -> dict[str, Any]:
-        place = self.path / MANIFEST
-        try:
-            manifest: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-            known = manifest["format"] == FORMAT
-        except (ValueError, KeyError, TypeError):
-            known = False
-        if not known:
-            raise ValueError(f"{place} is no log of embeddings of format {FORMAT}")
-        return manifest
+        return read_about(self.path / MANIFEST, FORMAT, "log of embeddings")
+
+
+def read_about(place: Path, number: int, what: str) -> dict[str, Any]:
+    """What the JSON file of a log says.
+
+    Raises:
+        ValueError: if it is none, or not of the format of this number; names what it should be.
+    """
+    try:
+        about: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        known = about["format"] == number
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"{place} is no {what} of format {number}")
+    return about
+
+
+def asked(
+    keys: npt.ArrayLike,
+    as_of: npt.ArrayLike,
+    max_len: int,
+    window: str | int | None,
+    exclude_event_ids: npt.ArrayLike | None,
+) -> tuple[Ints, Ints, Ints, Ints | None]:
+    """Keys, times, since when, and events to leave out, of the queries of a lookup.
+
+    Raises:
+        ValueError: as `EmbeddingLog.lookup`.
+    """
+    key, time = whole_numbers(keys, "keys"), whole_numbers(as_of, "as_of")
+    exclude = None if exclude_event_ids is None else whole_numbers(exclude_event_ids, "exclude_event_ids")
+    if not len(key) == len(time) == (len(key) if exclude is None else len(exclude)):
+        raise ValueError(f"{len(key)} keys and {len(time)} times, expected one of each for a query")
+    if max_len < 0:
+        raise ValueError(f"max_len is {max_len}, expected 0 or more")
+    since = np.full(len(time), NO_EVENT) if window is None else time - microseconds(window)
+    return key, time, since, exclude
 
 
 def bucket_of(keys: Ints, buckets: int) -> Ints:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from fullrank.data import atomic
 from fullrank.training.lock import locked
-from fullrank.transfer.embedding_log import LeakageError, whole_numbers
+from fullrank.transfer.embedding_log import LeakageError, read_about, whole_numbers
 from fullrank.transfer.lookup import Ints
 
 POINTER, FORMAT = "current.json", 1
@@ -179,12 +179,4 @@ class TeacherLabelLog:
         return self._index
 
     def _read(self) -> dict[str, Any]:
-        place = self.path / POINTER
-        try:
-            pointer: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-            known = pointer["format"] == FORMAT
-        except (ValueError, KeyError, TypeError):
-            known = False
-        if not known:
-            raise ValueError(f"{place} is no list of a teacher's labels of format {FORMAT}")
-        return pointer
+        return read_about(self.path / POINTER, FORMAT, "list of a teacher's labels")
