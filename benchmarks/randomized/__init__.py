@@ -5,3 +5,6 @@ import os
 THREADS = 1
 for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ[_name] = str(THREADS)
+# Kernels as OpenBLAS chooses them for the processor, whatever the shell says.
+for _name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
+    os.environ.pop(_name, None)
