@@ -107,6 +107,44 @@ def tune(
     print(f"{bundle} now hands on: {told}" if write else f"--write sets them: {told}", file=sys.stderr)
 
 
+@app.command("replace")
+def replace(
+    bundle: Annotated[Path, typer.Argument(help="The bundle directory of a funnel; it stays as it is.")],
+    stage: Annotated[str, typer.Argument(help="One of its rankers, such as final.")],
+    ranker: Annotated[Path, typer.Argument(help="The bundle of a single ranker, of the same dataset.")],
+    out: Annotated[Path, typer.Argument(help="The new bundle.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier bundle in OUT.")] = False,
+    imports: ImportOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Put a ranker that was trained alone in the place of a stage of a funnel.
+
+    Example: fullrank funnel replace runs/shop/bundle final runs/transfer/served/loopfm runs/shop/with-student
+    """
+    from fullrank.funnel.bundle import load_bundle, save_bundle
+    from fullrank.funnel.funnel import Funnel
+    from fullrank.funnel.scorer import Scorer
+    from fullrank.registry import import_modules
+    from fullrank.training.manifest import read_manifest
+
+    import_modules(imports or (), "--import")
+    funnel, other = load_bundle(bundle), load_bundle(ranker)
+    if not isinstance(funnel, Funnel):
+        raise ValueError(f"{bundle} is the bundle of a single ranker: it has no stages")
+    if not isinstance(other, Scorer):
+        raise ValueError(f"{ranker} is the bundle of a funnel, expected that of a single ranker")
+    if stage not in funnel.rankers:
+        raise ValueError(f'{bundle} has no ranker "{stage}"; it has {", ".join(funnel.rankers)}')
+    if not funnel.encoders.agrees_with(other.encoders):
+        raise ValueError(f"{ranker} reads other columns or ids than {bundle}: train both on the same dataset")
+    about = {**read_manifest(bundle).about, "replaced": {"stage": stage, "by": str(ranker)}}
+    save_bundle(funnel.with_rankers({**funnel.rankers, stage: other.model}), out, about=about, overwrite=overwrite)
+    if as_json:
+        print(json.dumps({"bundle": str(out), "stage": stage, "model": other.model.name}))
+    else:
+        print(f"{out}: {stage} is a {other.model.name} now", file=sys.stderr)
+
+
 def _plot(result: dict[str, Any]) -> str:
     from fullrank.funnel import charts
     from fullrank.funnel.report_cascade import tuned

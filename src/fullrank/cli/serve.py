@@ -58,6 +58,14 @@ def serve(
         bool,
         typer.Option("--log-impressions", help="Keep in the store what is shown too, for `fullrank data export`."),
     ] = False,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            "--embeddings",
+            metavar="DIR",
+            help="Store of a foundation model's embeddings, `fullrank transfer store`, for a student that reads them.",
+        ),
+    ] = None,
     token: Annotated[
         str | None,
         typer.Option("--token", envvar="FULLRANK_TOKEN", help="What requests for /v1 have to send as bearer token."),
@@ -95,6 +103,7 @@ def serve(
         "arms": dict(map(_arm, arm or ())),
         "salt": salt,
         "log_impressions": log_impressions,
+        "embeddings": embeddings,
     }
     if only_check:
         _dry_run(bundle, imports or (), workers, settings, as_json=as_json)

@@ -56,6 +56,8 @@ class Request:
         shown: impressions of the user, for frequency caps; in any order.
         exclude: items that are not recommended, whatever they are worth.
         filter: what recommended items have to be.
+        extra: one row of further columns for rankers that read `Batch.extra`; requests that are answered together have
+            the same.
     """
 
     user_id: int | str | None = None
@@ -65,6 +67,7 @@ class Request:
     shown: Sequence[Shown] = ()
     exclude: Collection[int | str] = ()
     filter: ItemFilter | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class RequestEncoder:
@@ -118,6 +121,12 @@ class RequestEncoder:
         Raises:
             ValueError: if a feature is unknown, belongs to the item, or has a value of the wrong type; names it.
         """
+        rows, extra = self._rows(requests), requests[0].extra
+        if not extra:
+            return rows
+        return replace(rows, extra={name: torch.cat([request.extra[name] for request in requests]) for name in extra})
+
+    def _rows(self, requests: Sequence[Request]) -> Batch:
         names = [request.user_id for request in requests if request.user_id is not None and not _says_more(request)]
         if self.users is not None and len(names) == len(requests) > 1:
             known_U = self.users.find(names)

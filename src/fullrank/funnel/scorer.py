@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
@@ -125,7 +125,12 @@ class Scorer:
 
     @torch.inference_mode()
     def score(
-        self, rows: Sequence[Mapping[str, Any]], observe: Observe | None = None, *, first: int = 1
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        observe: Observe | None = None,
+        *,
+        first: int = 1,
+        extra: Mapping[str, Tensor] | None = None,
     ) -> list[ScoredItem]:
         """Predictions for rows in the columns of the schema, in the given order.
 
@@ -135,6 +140,7 @@ class Scorer:
         Args:
             observe: told the seconds that encoding and the model took.
             first: number of the first row, in errors.
+            extra: further columns, for a ranker that reads `Batch.extra`.
 
         Raises:
             ValueError: if a row has an unknown column or a value of the wrong type; names row and column.
@@ -148,7 +154,7 @@ class Scorer:
             raise
         except ValueError as error:
             raise ValueError(_ROW.sub(lambda row: f"row {int(row[1]) + first - 1}", str(error), count=1)) from None
-        batch = batch_from_frame(frame, self.schema)
+        batch = replace(batch_from_frame(frame, self.schema), extra=dict(extra or {}))
         encoded = time.perf_counter()
         logits_BT = torch.cat(
             [self.model(batch[i : i + ROWS_AT_ONCE]).logits_BT for i in range(0, len(rows), ROWS_AT_ONCE)]

@@ -42,7 +42,7 @@ class Pairing:
     def __call__(self, users: RowGather, user_rows_P: Tensor, items: RowGather, item_rows_P: Tensor) -> Batch:
         """One row for each pair: the user's and context's columns of a row of `users`, the item's of one of `items`.
 
-        Labels are unobserved; weights, timestamps and user keys are left out.
+        Labels are unobserved; further columns are the user's; weights, timestamps and user keys are left out.
         """
         size = user_rows_P.numel()
         user, item = users.batch, items.batch
@@ -72,6 +72,7 @@ class Pairing:
             event_values=event_values,
             event_lengths_EB=event_lengths_EP,
             labels_BT=torch.full((size, len(self.schema.labels)), torch.nan),
+            extra={name: column.index_select(0, user_rows_P) for name, column in user.extra.items()},
         )
 
 

@@ -18,6 +18,7 @@ from fullrank.funnel.canary import check_answers
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
 from fullrank.serving.admin import Bearer, add_admin, describe_token
+from fullrank.serving.embedding_store import EmbeddingStore
 from fullrank.serving.errors import add_handlers
 from fullrank.serving.experiment import CONTROL, Experiment, add_experiment
 from fullrank.serving.feedback import add_feedback
@@ -32,6 +33,7 @@ from fullrank.serving.shared import Shared
 from fullrank.serving.shared_versions import SharedVersions, opened_alike
 from fullrank.serving.store import Feedback
 from fullrank.serving.stores import ItemStates, opened_events, opened_items
+from fullrank.serving.student_histories import StudentHistories
 from fullrank.serving.versions import Opened, Versions, opened, target_of
 from fullrank.training.manifest import MANIFEST, Manifest
 from fullrank.training.memory import return_freed_memory
@@ -75,6 +77,7 @@ def create_app(
     log_impressions: bool = False,
     note: Callable[[dict[str, Any]], None] | None = None,
     shared: Shared | None = None,
+    embeddings: Path | None = None,
 ) -> FastAPI:
     """The application that serves a bundle. A single ranker scores rows; a funnel recommends and scores items too.
 
@@ -89,9 +92,10 @@ def create_app(
         note: told what the access log says of each request.
         shared: with the other processes of the server that run the same application; `bundle` is then a directory, and
             there are no arms.
+        embeddings: directory of a store of a foundation model's embeddings, for students among the rankers.
 
     Raises:
-        ValueError: if the directory holds no store, Redis does not answer, or the bundle cannot be opened, see
+        ValueError: if a directory holds no store, Redis does not answer, or the bundle cannot be opened, see
             `load_bundle`, or does not answer as it should, see `check_answers`; or lists are to be logged without a
             store or a funnel.
     """
@@ -113,13 +117,14 @@ def create_app(
         raise ValueError(f"--log-impressions needs {need}")
     events = None if store is None else opened_events(store)
     items = opened_items(store if shared is None else store or shared.directory)
-    live = Live(content, version, items, told=None if shared is None else shared.tell_applied)
+    histories = StudentHistories(None if embeddings is None else EmbeddingStore(embeddings))
+    live = Live(content, version, items, told=None if shared is None else shared.tell_applied, check=histories.check)
     instruments = Instruments(None if shared is None else shared.metrics)
     impressions = ImpressionLog(events, instruments) if log_impressions and events is not None else None
     experiment, others = None, dict[str, tuple[Live, Opened | None]]()
     if arms:
         reward = next((label.name for label in content.schema.labels if label.kind == "binary"), "")
-        others = {name: _arm(name, arm, items) for name, (arm, _) in arms.items()}
+        others = {name: _arm(name, arm, items, histories) for name, (arm, _) in arms.items()}
         experiment = Experiment(live, {name: (others[name][0], arms[name][1]) for name in arms}, salt, reward)
     beside = [] if experiment is None else [each for each in experiment.arms.values() if each is not live]
     instruments.items.set_function(lambda: _items(live))
@@ -166,14 +171,14 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    add_routes(app, live, pool, instruments, events, experiment, partial(_about, versions), impressions)
+    add_routes(app, live, pool, instruments, events, experiment, partial(_about, versions), impressions, histories)
 
     def told(feedback: Feedback) -> None:
         arm = experiment and experiment.rewarded(feedback.impression, feedback.event.labels)
         if arm:
             instruments.arm_rewarded.labels(arm).inc()
 
-    add_feedback(app, content.schema, events, told)
+    add_feedback(app, content.schema, events, told, histories.forget)
     add_items(app, live, beside, None if shared is None else shared.all_applied)
     add_experiment(app, experiment)
     app.state.versions = watched
@@ -194,13 +199,15 @@ def create_app(
     return app
 
 
-def _arm(name: str, bundle: Path | Funnel, items: ItemStates) -> tuple[Live, Opened | None]:
+def _arm(
+    name: str, bundle: Path | Funnel, items: ItemStates, histories: StudentHistories
+) -> tuple[Live, Opened | None]:
     """What serves an arm, and how it was opened."""
     first = opened(target_of(bundle)) if isinstance(bundle, Path) else None
     content = bundle if first is None else first.content
     if not isinstance(content, Funnel):
         raise ValueError(f"--arm {name}: {bundle} is a single ranker, and an experiment is about lists")
-    return Live(content, "unsaved" if first is None else first.target.version, items), first
+    return Live(content, "unsaved" if first is None else first.target.version, items, check=histories.check), first
 
 
 def _items(live: Live) -> int:

@@ -77,11 +77,13 @@ class Forgotten(Strict):
     Attributes:
         events: that the user sent.
         impressions: lists that the user was shown.
+        embeddings: of what the user did, by a foundation model.
         pending: in words.
     """
 
     events: int
     impressions: int
+    embeddings: int
     pending: list[str]
 
 
@@ -90,11 +92,13 @@ def add_feedback(
     schema: Schema,
     store: UserEvents | None,
     told: Callable[[Feedback], None] | None = None,
+    forget_embeddings: Callable[[int | str], int] = lambda _: 0,
 ) -> None:
     """Routes that write to the store; without one they say so.
 
     Args:
         told: of every event that was kept for the first time.
+        forget_embeddings: of a user who is to be forgotten; says how many there were.
     """
     labels = {label.name: label.kind == "binary" for label in schema.labels}
 
@@ -156,5 +160,10 @@ def add_feedback(
         """Delete what the store has of a user, for good, and leave the user out of later trainings."""
         if store is None:
             raise NoStore
-        deleted = await asyncio.get_running_loop().run_in_executor(None, store.forget, user_id)
-        return answer(encoded({**deleted._asdict(), "pending": PENDING}))
+        known = store
+
+        def deleted() -> dict[str, int]:
+            return {**known.forget(user_id)._asdict(), "embeddings": forget_embeddings(user_id)}
+
+        counts = await asyncio.get_running_loop().run_in_executor(None, deleted)
+        return answer(encoded({**counts, "pending": PENDING}))

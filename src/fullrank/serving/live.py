@@ -83,6 +83,7 @@ class Live:
         store: of the states of items.
         clock: seconds since 1970.
         told: of the number of the last state that requests see, whenever it changes.
+        check: raises a ValueError for what cannot be served here; then what is served stays.
     """
 
     def __init__(
@@ -92,8 +93,9 @@ class Live:
         store: ItemStates,
         clock: Callable[[], float] = time.time,
         told: Callable[[int], None] | None = None,
+        check: Callable[[Funnel | Scorer], None] = lambda _: None,
     ) -> None:
-        self.store, self._told = store, told
+        self.store, self._told, self._check = store, told, check
         self._clock = clock
         self._gate = Gate()
         self._wake = threading.Condition()
@@ -146,6 +148,7 @@ class Live:
         """
         with self._changing:
             content, position = newer(self._served.content)
+            self._check(content)
             if self._changed is not None and isinstance(content, Funnel):
                 self._changed.funnel = content
             self._served = Served(content, version, self._served.changes)
@@ -161,6 +164,7 @@ class Live:
         self._thread.join()
 
     def _serve(self, content: Funnel | Scorer, version: str) -> None:
+        self._check(content)
         with self._changing:
             changed = ChangedItems(content) if isinstance(content, Funnel) else None
             number, states = self.store.since(0)

@@ -36,6 +36,7 @@ from fullrank.serving.live import Live
 from fullrank.serving.page_routes import add_page
 from fullrank.serving.pool import Pool
 from fullrank.serving.stores import UserEvents
+from fullrank.serving.student_histories import StudentHistories
 
 # Those that metrics tell apart.
 PATHS = frozenset(
@@ -85,6 +86,7 @@ def add_routes(
     experiment: Experiment | None = None,
     about: Callable[[], Mapping[str, Any]] = dict,
     impressions: ImpressionLog | None = None,
+    histories: StudentHistories | None = None,
 ) -> None:
     """Answer from a funnel, or from a single ranker, which has no items to recommend.
 
@@ -93,7 +95,9 @@ def add_routes(
         experiment: whose arms answer; rows, and who has no id, are scored by `live`.
         about: what the bundle says of itself, for the page.
         impressions: keeps the lists that are answered, but for those that are explained.
+        histories: of embeddings, for students among the rankers.
     """
+    histories = histories or StudentHistories(None)
     ranking = refusals(400, 408, 413, 415, 422, 429, 500, 503)
 
     def lists(asked: Sequence[_Asked]) -> list[_Made]:
@@ -109,13 +113,14 @@ def add_routes(
         requests, began = [completed(each.body, store) for each in asked], time.perf_counter()
         with asked[0].source.reading() as (funnel, version, changes):
             assert isinstance(funnel, Funnel)
-            lists = funnel.recommend([each.request for each in requests], k, observe, deadline_ms=left)
+            full, unread = histories.known(funnel, [each.request for each in requests])
+            lists = funnel.recommend(full, k, observe, deadline_ms=left)
             # What is to be explained comes alone.
-            explained = explain(funnel, requests[0].request, k) if asked[0].body.explain else None
+            explained = explain(funnel, full[0], k) if asked[0].body.explain else None
         spent = time.perf_counter() - began
         answers = []
         for each, request, found in zip(asked, requests, lists, strict=True):
-            degraded = [*request.degraded, *found.degraded]
+            degraded = [*request.degraded, *unread, *found.degraded]
             for stage in degraded:
                 instruments.degraded.labels(stage).inc()
             if experiment is not None and each.arm is not None:
@@ -194,20 +199,25 @@ def add_routes(
         content, version, _ = source.served
         funnel, scorer = (content, content.scorer) if isinstance(content, Funnel) else (None, content)
         known: Completed | None = None
+        degraded: list[str] = []
 
         def some(begin: int) -> Callable[[], bytes]:
             end = begin + ROWS_AT_ONCE
 
             def work() -> bytes:
-                nonlocal known
+                nonlocal known, degraded
                 scored: list[ScoredItem]
                 if rows is not None:
-                    scored = scorer.score(rows[begin:end], instruments.observe_stage, first=begin + 1)
+                    extra, degraded = histories.of_rows(scorer, rows[begin:end], begin + 1)
+                    scored = scorer.score(rows[begin:end], instruments.observe_stage, first=begin + 1, extra=extra)
                 elif funnel is None:
                     raise ValueError("item_ids: this bundle has no catalogue of items; give rows")
                 else:
                     assert item_ids is not None
-                    known = known or with_events(body.request(), store)
+                    if known is None:
+                        known = with_events(body.request(), store)
+                        full, unread = histories.known(funnel, [known.request])
+                        known, degraded = Completed(full[0], known.degraded), [*known.degraded, *unread]
                     scored = funnel.score(known.request, item_ids[begin:end])
                 return encoded([item_json(item) for item in scored])[1:-1]
 
@@ -218,7 +228,6 @@ def add_routes(
                 await admitted.piece(some(begin), min(ROWS_AT_ONCE, total - begin))
                 for begin in range(0, total, ROWS_AT_ONCE)
             ]
-        degraded = known.degraded if known else []
         for stage in degraded:
             instruments.degraded.labels(stage).inc()
         said = {"degraded": degraded, "model_version": version, "arm": None if body.experiment == OPT_OUT else arm}

@@ -19,11 +19,29 @@ from fullrank.embeddings import EmbeddingCollection, Tables
 from fullrank.models.din import TargetAttention
 from fullrank.schema import Schema
 from fullrank.transfer.codec import code_bytes
+from fullrank.transfer.keys import IdKind
 from fullrank.transfer.lookup import HistorySequence
 
 # Columns of `Batch.extra`: codes in words of 8 bytes, and seconds since each event; NaN where there is no event.
 CODES, AGE = "transfer_codes", "transfer_age"
 WORD = 8
+
+
+class ServedHistory(BaseModel):
+    """Which codes a server reads for a student: what it was trained with.
+
+    Attributes:
+        version: of the foundation model.
+        days: that a history reaches back; null for all time.
+        users, events: whether a log's user ids and request ids are numbers, or texts, whose hashes are filed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: str
+    days: int | None
+    users: IdKind
+    events: IdKind
 
 
 class HistoryConfig(BaseModel):
@@ -35,6 +53,7 @@ class HistoryConfig(BaseModel):
         prefix: numbers of a code to read; null for all.
         length: most events.
         attention_hidden: units of the attention's layer.
+        served: what a server has to know beside this; `export_student` is told it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,24 +64,29 @@ class HistoryConfig(BaseModel):
     prefix: int | None = Field(default=None, ge=1)
     length: int = Field(default=50, ge=1)
     attention_hidden: int = Field(default=32, ge=1)
+    served: ServedHistory | None = None
 
     @property
     def width(self) -> int:
         return self.dim if self.prefix is None else self.prefix
 
 
-def history_columns(sequence: HistorySequence, length: int) -> list[pl.Series]:
-    """What a lookup found, as columns of a frame for `Batch.extra`."""
+def history_tensors(sequence: HistorySequence, length: int) -> dict[str, Tensor]:
+    """What a lookup found, for `Batch.extra`."""
     codes_BLC, age_BL = sequence.padded(length)
     rows, _, width = codes_BLC.shape
     words = -(-width // WORD)
     padded = np.zeros((rows, length, words * WORD), np.uint8)
     padded[:, :, :width] = codes_BLC
     whole = padded.reshape(rows, length * words * WORD).view(np.int64)
-    return [
-        pl.Series(CODES, whole, dtype=pl.Array(pl.Int64, length * words)),
-        pl.Series(AGE, age_BL, dtype=pl.Array(pl.Float32, length)),
-    ]
+    return {CODES: torch.from_numpy(whole), AGE: torch.from_numpy(age_BL)}
+
+
+def history_columns(sequence: HistorySequence, length: int) -> list[pl.Series]:
+    """The same as columns of a frame."""
+    found = history_tensors(sequence, length)
+    kinds = {CODES: pl.Int64, AGE: pl.Float32}
+    return [pl.Series(name, each.numpy(), dtype=pl.Array(kinds[name], each.shape[1])) for name, each in found.items()]
 
 
 def decoded(batch: Batch, config: HistoryConfig) -> tuple[Tensor, Tensor]:

@@ -16,15 +16,17 @@ from torch import Tensor
 
 from fullrank.data import atomic
 from fullrank.data.dataset import Dataset
+from fullrank.data.encoders import KEY_COLUMNS
 from fullrank.training.recipe import Recipe
 from fullrank.training.run import Progress, Report, defined, open_dataset
 from fullrank.training.stream import Hook, StreamReport, Window, stream
 from fullrank.transfer.config import TransferConfig
 from fullrank.transfer.embedding_log import ALL_VERSIONS, DAY, EmbeddingLog
 from fullrank.transfer.gain import Compared, Estimate
-from fullrank.transfer.histories import AGE, CODES, history_columns
+from fullrank.transfer.histories import AGE, CODES, ServedHistory, history_columns
+from fullrank.transfer.keys import event_columns, kind_of
 from fullrank.transfer.lookup import SECOND
-from fullrank.transfer.scoring import EMBEDDINGS, LABELS, TeacherScorer, event_columns, first_window, staleness_of
+from fullrank.transfer.scoring import EMBEDDINGS, LABELS, TeacherScorer, first_window, staleness_of
 from fullrank.transfer.student import TEACHER, export_student
 from fullrank.transfer.teacher_labels import TeacherLabelLog
 
@@ -151,8 +153,19 @@ def train(
         reports[name] = _stream(config.recipe_of(name, recipe), place, hooks, source, name, tell)
         pointer = reports[name].pointer
         assert pointer is not None
-        export_student(place / pointer.bundle, out / SERVED / name, overwrite=True)
+        history = _served(config, name, dataset, out)
+        export_student(place / pointer.bundle, out / SERVED / name, history=history, overwrite=True)
     return reports
+
+
+def _served(config: TransferConfig, student: str, dataset: Dataset, out: Path) -> ServedHistory | None:
+    """What a server has to know of a student's history; None where it has none, or one of several versions."""
+    if config.students[student].history is None or config.embeddings is None or not config.embeddings.fixed:
+        return None
+    columns = dataset.scan(dataset.splits[0]).collect_schema()
+    users, events = (kind_of(columns[KEY_COLUMNS[key]]) for key in ("user_id", "request_id"))
+    version = next(iter(EmbeddingLog(out / EMBEDDINGS).versions))
+    return ServedHistory(version=version, days=config.embeddings.days, users=users, events=events)
 
 
 def report(recipe: Recipe, config: TransferConfig, out: Path, source: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import torch
 from fullrank.data import atomic
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS
-from fullrank.data.hashing import stable_hash
 from fullrank.models import Ranker
 from fullrank.training.arrivals import Replay
 from fullrank.training.learner import batches_of
@@ -25,6 +24,7 @@ from fullrank.training.stream import ROWS_AT_ONCE, Hook, Window
 from fullrank.transfer.codec import MatryoshkaCodec
 from fullrank.transfer.config import TransferConfig
 from fullrank.transfer.embedding_log import EmbeddingLog
+from fullrank.transfer.keys import event_columns
 from fullrank.transfer.lookup import SECOND, Ints
 from fullrank.transfer.tap import EmbeddingTap
 from fullrank.transfer.teacher_labels import TeacherLabelLog
@@ -43,12 +43,6 @@ class Snapshot:
     name: str
     cutoff: int
     place: Path
-
-
-def event_columns(rows: pl.DataFrame) -> tuple[Ints, Ints, Ints]:
-    """Number of each event, number of its user, and its time in microseconds."""
-    event, user = (_numbers(rows[KEY_COLUMNS[key]]) for key in ("request_id", "user_id"))
-    return event, user, rows[KEY_COLUMNS["timestamp"]].to_numpy().astype(np.int64) * SECOND
 
 
 def check_keys(dataset: Dataset) -> None:
@@ -203,18 +197,6 @@ class TeacherScorer(Hook):
                 self._models.pop(next(iter(self._models)))
             self._models[version.name] = load_model(version.place / BUNDLE)
         return self._models[version.name]
-
-
-def _numbers(column: pl.Series) -> Ints:
-    """One whole number for each value: itself, or a hash of its text."""
-    if column.dtype.is_integer():
-        return column.to_numpy().astype(np.int64)
-    hashes = stable_hash(column)
-    if hashes.null_count():
-        raise ValueError(
-            f'column "{column.name}" has {hashes.null_count()} missing values, expected one for each event'
-        )
-    return np.asarray(hashes.to_numpy().view(np.int64))
 
 
 def staleness_of(config: TransferConfig, student: str) -> int:

@@ -21,7 +21,7 @@ from fullrank.models.registry import pass_on
 from fullrank.schema import Numeric, Schema
 from fullrank.training.saving import load_model, save_model
 from fullrank.transfer.external import DistillationHeads, ExternalDistillation
-from fullrank.transfer.histories import AGE, CODES, Columns, HistoryConfig, HistoryPooling
+from fullrank.transfer.histories import AGE, CODES, Columns, HistoryConfig, HistoryPooling, ServedHistory
 
 # Column of `Batch.extra`: the teacher's probabilities of the binary labels, NaN where there is none.
 TEACHER = "transfer_teacher"
@@ -138,8 +138,13 @@ class Student(Ranker):
         return replace(seen, numeric_BN=torch.cat([seen.numeric_BN, pooled_BD, there_B[:, None]], 1))
 
 
-def export_student(bundle: Path, out: Path, *, overwrite: bool = False) -> Student:
+def export_student(
+    bundle: Path, out: Path, *, history: ServedHistory | None = None, overwrite: bool = False
+) -> Student:
     """Write a student's bundle without what only its training needed: the same predictions, fewer numbers.
+
+    Args:
+        history: which codes a server reads for it.
 
     Raises:
         ValueError: if the bundle holds another ranker, or `out` exists and `overwrite` is not set.
@@ -147,7 +152,10 @@ def export_student(bundle: Path, out: Path, *, overwrite: bool = False) -> Stude
     model = load_model(bundle)
     if not isinstance(model, Student):
         raise ValueError(f"{bundle} holds a {model.name}, expected a student")
-    served = Student(model.schema, model.config.model_copy(update={"distillation": None}))
+    changes: dict[str, Any] = {"distillation": None}
+    if model.config.history is not None:
+        changes["history"] = model.config.history.model_copy(update={"served": history})
+    served = Student(model.schema, model.config.model_copy(update=changes))
     served.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("heads.")})
     encoders = Encoders.load(bundle / "encoders")
     save_model(served.eval(), out, encoders, about={"exported_from": bundle.name}, overwrite=overwrite)
