@@ -151,8 +151,8 @@ class Catalogue:
         low, high = int(self.keys_I[0]), int(self.keys_I[-1])
         if low < 0 or high >= 4 * len(self) + 1024:
             return None
-        table = torch.full((high + 1,), NO_ROW, dtype=torch.int64)
-        table[self.keys_I] = torch.arange(len(self))
+        table = torch.full((high + 1,), NO_ROW, dtype=torch.int32)
+        table[self.keys_I] = torch.arange(len(self), dtype=torch.int32)
         return table
 
     def places(self, keys: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Catalogue:
             return torch.full_like(keys, NO_ROW)
         if self._row_of_key is not None:
             inside = keys.clamp(0, self._row_of_key.numel() - 1)
-            rows = self._row_of_key.index_select(0, inside.reshape(-1)).view_as(keys)
+            rows = self._row_of_key.index_select(0, inside.reshape(-1)).long().view_as(keys)
             return rows.masked_fill_(inside != keys, NO_ROW)
         rows = torch.searchsorted(self.keys_I, keys).clamp_max_(len(self) - 1)
         return rows.masked_fill(self.keys_I[rows] != keys, NO_ROW)
