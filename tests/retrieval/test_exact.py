@@ -77,3 +77,46 @@ def test_a_filtered_search_is_a_search_of_what_is_allowed(monkeypatch: pytest.Mo
 def test_the_key_of_no_item_is_refused() -> None:
     with pytest.raises(ValueError, match="-1 is the key of no item"):
         ExactIndex(2).add(torch.tensor([NO_ITEM]), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("count", [400, 30_000])
+def test_changes_beside_a_large_index_are_as_if_it_were_made_anew(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Whatever comes and goes, also again, with ties, filters, forks and more changes than are kept beside."""
+    for name, value in (("LARGE", 100), ("MOST_BESIDE", 60), ("SPARE", 2)):
+        monkeypatch.setattr(f"fullrank.retrieval.exact.{name}", value)
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    known = dict.fromkeys(rng.permutation(3 * count)[:count].tolist())
+    known = {key: torch.randint(-2, 3, (4,), generator=generator).float() for key in known}
+    queries = torch.randint(-2, 3, (5, 4), generator=generator).float()
+    index = ExactIndex(4)
+    index.add(torch.tensor(list(known)), torch.stack(list(known.values())))
+    first = index.scan.vectors_ID.data_ptr()
+    stayed, before = 0, (index.fork(), dict(known))
+    for _ in range(14):
+        index = index.fork()
+        # The best of a query go first, so that what is asked for beyond them is needed.
+        best = index.search(queries[:1], 9).item_keys_BK[0]
+        index.remove(best)
+        gone = {key: known.pop(key) for key in best.tolist()}
+        come = {
+            int(key): torch.randint(-2, 3, (4,), generator=generator).float()
+            for key in rng.integers(3 * count, 4 * count, 5)
+        }
+        come |= dict(list(gone.items())[:2])
+        come = {key: vector for key, vector in come.items() if key not in known}
+        index.add(torch.tensor(list(come)), torch.stack(list(come.values())))
+        known |= come
+        stayed += index.scan.vectors_ID.data_ptr() == first
+        for made, content in ((index, known), before):
+            fresh = ExactIndex(4)
+            fresh.add(torch.tensor(list(content)), torch.stack(list(content.values())))
+            some = torch.tensor([*list(content)[::3], *best.tolist(), 10**9])
+            for allowed in (None, some, some.expand(5, -1)):
+                found, expected = (each.search(queries, 50, allowed=allowed) for each in (made, fresh))
+                assert all(map(torch.equal, found, expected))
+            assert len(made) == len(content) and all(map(torch.equal, made.contents(), fresh.contents()))
+    assert 3 < stayed < 14, "for a while it stays where it is, then it is put together"
+    with pytest.raises(KeyError, match="is not in the index"):
+        index.remove(torch.tensor([next(iter(known)), 10**9]))
+    with pytest.raises(ValueError, match="is in the index already"):
+        index.add(torch.tensor([next(iter(known))]), torch.zeros(1, 4))
