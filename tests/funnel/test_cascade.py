@@ -99,7 +99,7 @@ def test_flops_are_those_of_matrix_products_of_the_candidates(several: Funnel, d
     early, vectors = several.prepared["early"]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        early.score(users, vectors[None, :37])
+        early.score(users, vectors.whole()[None, :37])
     assert flops["early"](37) == pytest.approx(counter.get_total_flops())
     assert flops["early"].fixed > flops["early"].each > 0
     assert flops["fine"] == Linear(0.0, several.early["fine"].flops_per_example())

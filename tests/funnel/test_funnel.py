@@ -82,7 +82,7 @@ def test_k_beyond_the_catalogue_gives_every_active_item_once(funnel: Funnel) -> 
 
 def test_what_is_seen_of_items_beforehand_holds_nothing_of_how_it_was_computed(funnel: Funnel) -> None:
     for made in (funnel, funnel.with_rankers(funnel.rankers), funnel.with_parts()):
-        assert made.prepared and not any(vectors_IV.requires_grad for _, vectors_IV in made.prepared.values())
+        assert made.prepared and not any(seen.whole().requires_grad for _, seen in made.prepared.values())
 
 
 def test_k_zero_is_refused(funnel: Funnel) -> None:

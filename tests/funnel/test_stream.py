@@ -188,8 +188,8 @@ def test_a_bundle_and_its_deltas_are_the_funnel_saved_in_full(
         save_bundle(base.with_parts(early=newer.early, final=newer.final), tmp_path / after)
         full = funnel_of(tmp_path / after)
         assert same(state_of_all(served), state_of_all(full))
-        for name, (_, vectors_IV) in full.prepared.items():
-            assert torch.equal(served.prepared[name][1], vectors_IV)
+        for name, (_, seen) in full.prepared.items():
+            assert torch.equal(served.prepared[name][1].whole(), seen.whole())
         assert served.recommend(requests, 5) == full.recommend(requests, 5) != answers
         # What it was made from is as it was.
         assert same(began, state_of_all(base)) and base.recommend(requests, 5) == answers

@@ -177,8 +177,16 @@ def test_changes_survive_the_server_and_reach_another_process(funnel: Funnel, tm
         assert top(again, k=80) == expected
 
 
-def test_many_changes_in_turn_are_the_catalogue_made_at_once(funnel: Funnel) -> None:
-    """Whatever the way, vectors of the early stage, bids and the index are those of the items."""
+@pytest.mark.parametrize("beside", [None, 12, 1000])
+def test_many_changes_in_turn_are_the_catalogue_made_at_once(
+    funnel: Funnel, monkeypatch: pytest.MonkeyPatch, beside: int | None
+) -> None:
+    """Whatever the way, vectors of the early stage, bids and the index are those of the items; also in a large
+    catalogue, where changes are kept beside what was there."""
+    if beside is not None:
+        for module in ("fullrank.funnel.item_vectors", "fullrank.retrieval.exact"):
+            monkeypatch.setattr(f"{module}.LARGE", 1)
+            monkeypatch.setattr(f"{module}.MOST_BESIDE", beside)
     changed, generator = ChangedItems(funnel), torch.Generator().manual_seed(0)
     last: dict[str, ItemState] = {}
     for _ in range(20):

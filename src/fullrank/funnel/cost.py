@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fullrank.batch import Batch
 from fullrank.funnel.funnel import Funnel
+from fullrank.funnel.item_vectors import ItemVectors
 from fullrank.funnel.stages import FINAL, RETRIEVAL, TwoSided
 from fullrank.retrieval.vector_retriever import VectorRetriever
 
@@ -70,8 +70,9 @@ def flops_of(funnel: Funnel, users: Batch) -> dict[str, Linear]:
     return found
 
 
-def _of_prepared(ranker: TwoSided, vectors_IV: Tensor, users: Batch, count: int) -> float:
-    return _counted(lambda: ranker.score(users, vectors_IV[:1].expand(1, count, -1)))
+def _of_prepared(ranker: TwoSided, vectors: ItemVectors, users: Batch, count: int) -> float:
+    vector_1V = vectors.take(torch.zeros(1, dtype=torch.int64))
+    return _counted(lambda: ranker.score(users, vector_1V.expand(1, count, -1)))
 
 
 def _counted(work: Callable[[], Any]) -> float:

@@ -8,7 +8,7 @@ import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import polars as pl
@@ -31,6 +31,7 @@ from fullrank.funnel.deadline import (
     check_milliseconds,
     score_in_time,
 )
+from fullrank.funnel.item_vectors import ItemVectors
 from fullrank.funnel.ranking import RankedItem, Ranking, Recommendation, Terms, below, is_whole
 from fullrank.funnel.requests import Request, RequestEncoder
 from fullrank.funnel.rules import EMPTY
@@ -121,14 +122,14 @@ class Funnel:
         """Take over rankers, and all that follows from them alone."""
         self.early, self.final = dict(early), final
         self.scorer = Scorer(self.encoders, final, value)
-        self.prepared: dict[str, tuple[TwoSided, Tensor]] = {}
+        self.prepared: dict[str, tuple[TwoSided, ItemVectors]] = {}
         for name, ranker in self.early.items():
             trust_ids(ranker.eval())
             if isinstance(ranker, TwoSided):
                 known_IV = item_vectors.get(name)
                 if known_IV is None:
                     known_IV = _item_vectors(ranker, self.items.rows.batch)
-                self.prepared[name] = ranker, known_IV
+                self.prepared[name] = ranker, ItemVectors(known_IV)
 
     def with_parts(self, **parts: Any) -> Self:
         """A funnel of the same parts but these, made anew.
@@ -201,14 +202,10 @@ class Funnel:
         other._candidates = Candidates(self.encoders, items, retriever)
         other._bid_I = None if items.bid_I is None else items.bid_I.float()
         other._make_slate = SlateMaker(self.slate, items, self.scorer)
-        new_N = (was_I == NO_ROW).nonzero().squeeze(1)
-        features = items.rows.take(new_N)
         other.prepared = {}
-        for stage, (ranker, vectors_IV) in self.prepared.items():
-            moved_IV = vectors_IV.index_select(0, was_I.clamp_min(0))
-            if len(new_N):
-                moved_IV[new_N] = _item_vectors(ranker, features)
-            other.prepared[stage] = ranker, moved_IV
+        for stage, (ranker, vectors) in self.prepared.items():
+            seen = partial(_seen, ranker, items)
+            other.prepared[stage] = ranker, vectors.changed(was_I, seen)
         return other
 
     def index_active(self) -> None:
@@ -481,10 +478,10 @@ class Funnel:
         if stage not in self.prepared:
             ranker = self.final if stage == FINAL else self.early[stage]
             return self._pair_logits(ranker, users, items_UC, whole)
-        prepared, vectors_IV = self.prepared[stage]
+        prepared, vectors = self.prepared[stage]
         rows_UC = items_UC if whole else items_UC.clamp_min(0)
-        vectors_PV = vectors_IV.index_select(0, rows_UC.reshape(-1))
-        return prepared.score(users, vectors_PV.view(*items_UC.shape, vectors_IV.shape[1]))
+        vectors_PV = vectors.take(rows_UC.reshape(-1))
+        return prepared.score(users, vectors_PV.view(*items_UC.shape, vectors_PV.shape[1]))
 
     def _pair_logits(self, ranker: Ranker, users: Batch, items_UC: Tensor, whole: bool) -> Tensor:
         """logits_UCT of a ranker on pairs, NaN where there is no item: those places are no pairs."""
@@ -507,6 +504,11 @@ class Funnel:
     def _values(self, logits_UCT: Tensor, items_UC: Tensor, whole: bool) -> Tensor:
         value_UC = self.scorer.values(logits_UCT, None if self._bid_I is None else self._bid_I[items_UC])
         return value_UC if whole else value_UC.masked_fill(items_UC == NO_ROW, -torch.inf)
+
+
+def _seen(ranker: TwoSided, items: Catalogue, rows: Tensor) -> Tensor:
+    """What a stage sees of some rows of a catalogue."""
+    return _item_vectors(ranker, items.rows.take(rows))
 
 
 @torch.no_grad()

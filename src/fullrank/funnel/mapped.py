@@ -105,7 +105,7 @@ def write_arrays(content: Funnel | Scorer, directory: Path) -> None:
         found = None if scan is None else scan.halves()
         if found is not None:
             halves = dict(zip(("half", "norm", "lost"), found, strict=True))
-        vectors = {stage: vectors_IV for stage, (_, vectors_IV) in content.prepared.items()}
+        vectors = {stage: seen.whole() for stage, (_, seen) in content.prepared.items()}
         _write_catalogue(content.items, content.items.frame, partial / "items")
         if content.users is not None:
             _write_catalogue(content.users, _of_users(content.users.frame), partial / "users")
