@@ -6,7 +6,8 @@ The bundle is made, not trained: vocabularies of all items and users, histories 
 towers with exact search, an early stage and a DIN. Each server is asked over eight connections for lists of users drawn
 from all of them, so that what it shares is read, and then its processes are read from `/proc`: PSS counts a page that
 several share once over all of them. The peak is that of the sum from the start of the server to the end. One process is
-`fullrank serve` as it is without the option, with as many threads as two have together; several have one each.
+`fullrank serve` as it is without the option, with as many threads as two have together; several have one each. Then a
+few items are added, one after the other: how long an answer takes, and what the processes take after that.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -29,6 +31,7 @@ from benchmarks.serving.load import FULLRANK
 
 HISTORY, NOW = 50, 1_700_000_000
 CONNECTIONS, INTERVAL_S = 8, 0.25
+ADDED, SETTLES_S = 5, 2.0
 
 
 def prepare(bundle: Path, items: int, users: int) -> None:
@@ -138,7 +141,22 @@ def ask(port: int, seed: int, requests: int, users: int) -> None:
             raise RuntimeError(said.decode())
 
 
-def measure(bundle: Path, processes: int, requests: int, users: int) -> dict[str, Any]:
+def add_items(port: int, first: int) -> float:
+    """Add items in turn; the median of the seconds until it is answered."""
+    taken = []
+    for item in range(first, first + ADDED):
+        body = json.dumps({"items": [{"item_id": item, "features": {"category": "3", "price": 9.5}}]})
+        connection, began = HTTPConnection("127.0.0.1", port), time.monotonic()
+        connection.request("POST", "/v1/items", body, {"content-type": "application/json"})
+        answer = connection.getresponse()
+        if answer.status != 201:
+            raise RuntimeError(answer.read().decode())
+        taken.append(time.monotonic() - began)
+    time.sleep(SETTLES_S)
+    return statistics.median(taken)
+
+
+def measure(bundle: Path, processes: int, requests: int, users: int, items: int) -> dict[str, Any]:
     """Start a server, ask it, and read its memory."""
     program = [*FULLRANK, "serve", str(bundle), "--port", "0"]
     options = ["--processes", str(processes), "--workers", "2" if processes == 1 else "1", "--json"]
@@ -164,6 +182,8 @@ def measure(bundle: Path, processes: int, requests: int, users: int) -> dict[str
         for thread in asking:
             thread.join()
         each = [memory(process) for process in tree(server.pid)]
+        change_s = add_items(port, items)
+        changed = sum(memory(process)["pss_mb"] for process in tree(server.pid))
     finally:
         over.set()
         watching.join()
@@ -176,6 +196,8 @@ def measure(bundle: Path, processes: int, requests: int, users: int) -> dict[str
         "pss_at_start_mb": at_start,
         **totals,
         "peak_pss_mb": peak,
+        "item_change_s": change_s,
+        "pss_after_changes_mb": changed,
         "each_pss_mb": [one["pss_mb"] for one in each],
     }
 
@@ -196,7 +218,7 @@ def main() -> None:
         prepare(bundle, arguments.items, arguments.users)
     rows = []
     for processes in arguments.processes:
-        rows.append(measure(bundle, processes, arguments.requests, arguments.users))
+        rows.append(measure(bundle, processes, arguments.requests, arguments.users, arguments.items))
         print(rows[-1], file=sys.stderr)
     table(rows, [name for name in rows[0] if name != "each_pss_mb"])
     facts = {"items": arguments.items, "users": arguments.users, "history": HISTORY, "requests": arguments.requests}

@@ -17,6 +17,7 @@ from fullrank.funnel.item_changes import ChangedItems, ItemEncoder, ItemState
 from fullrank.funnel.scorer import Scorer
 from fullrank.serving.stores import ItemStates
 from fullrank.training.deltas import Position
+from fullrank.training.memory import return_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -242,6 +243,7 @@ class Live:
         else:
             changed.funnel = change.apply()
             self._served = Served(changed.funnel, version, changes)
+        return_freed_memory()
 
 
 def _add_expiring(expiring: list[tuple[float, str]], states: dict[str, ItemState], now: float) -> None:
