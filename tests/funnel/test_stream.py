@@ -158,10 +158,11 @@ def test_killed_it_goes_on_to_the_same(
 
 
 def test_it_goes_on_from_a_bundle_of_a_stream_or_of_training(
-    log: Dataset, whole: tuple[Path, StreamReport], tmp_path: Path
+    log: Dataset, whole: tuple[Path, StreamReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = FunnelConfig.model_validate(recipe(log.path)["funnel"])
     save_bundle(train_funnel(log, config)[0], tmp_path / "trained")
+    monkeypatch.setattr("fullrank.funnel.stream.fresh_ranker", None)  # no ranker is made to be thrown away
     for number, bundle in enumerate((min((whole[0] / "bundles").iterdir()), tmp_path / "trained")):
         report = stream(recipe(log.path), tmp_path / f"{number}", start=bundle)
         first = report.windows[0]

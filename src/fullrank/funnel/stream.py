@@ -90,8 +90,9 @@ class FunnelLearner:
         learner = cls(config, recipe, encoders, source, place)
         for name, settings in learner._settings().items():
             check_training(settings.training, f"funnel.{name}.training")
-            model = learner._learning(name, fresh_ranker(settings.model, encoders, config.seed))
-            learner.rankers[name] = Fitted(model, settings.training, settings.embedding, extra=recipe.data.extra)
+            if start is None:
+                model = learner._learning(name, fresh_ranker(settings.model, encoders, config.seed))
+                learner.rankers[name] = Fitted(model, settings.training, settings.embedding, extra=recipe.data.extra)
         if start is not None:
             learner._take(_opened(start), {})
             models = learner._models()
