@@ -239,7 +239,7 @@ def test_a_process_that_cannot_open_what_was_agreed_ends_and_the_others_stay_wit
     with pytest.raises(ValueError, match="no memory left"):
         second.roll_back()
     # The one that takes its place may not be able to either; the other one goes on.
-    with pytest.raises(ValueError, match="bundle two that the other processes serve cannot be opened: no memory left"):
+    with pytest.raises(ValueError, match="what the other processes serve cannot be opened: no memory left"):
         opened_alike(alike.place, area)
     assert first.now == two and first.look() == "unchanged" and alike.areas[0].agreed().now == two
     alike.broken.clear()
@@ -252,7 +252,7 @@ def test_what_is_not_there_any_more_gives_way_to_what_is_wanted_unless_that_was_
     assert first.look() == "swapped" and first.roll_back() and first.now == one
     alike.gone.add(one.bundle)
     # One that begins now.
-    with pytest.raises(ValueError, match="one has changed, and two was refused or rolled back"):
+    with pytest.raises(ValueError, match="one is not one any more, and two was refused or rolled back"):
         opened_alike(alike.place, area)
     assert first.look() == "unchanged" and first.now == one
     del alike.wanted[0]

@@ -26,6 +26,10 @@ _FAULTS = (ValueError, OSError, RuntimeError, MemoryError)
 class NotFollowed(ValueError):
     """What the other processes serve cannot be opened."""
 
+    def __init__(self, why: Exception | str) -> None:
+        line = (str(why).splitlines() or [type(why).__name__])[0]
+        super().__init__(f"what the other processes serve cannot be opened: {line}")
+
 
 def opened_alike(place: Path, shared: SharedArm) -> Opened:
     """What a process that starts serves: what the others do, or what the directory wants if there are none.
@@ -45,7 +49,7 @@ def opened_alike(place: Path, shared: SharedArm) -> Opened:
         try:
             return opened(agreed.now, shared=shared)
         except _FAULTS as error:
-            fault = NotFollowed(_not_opened(agreed.now, error))
+            fault = NotFollowed(error)
     else:
         raise fault
     with shared.deciding():
@@ -57,9 +61,9 @@ def opened_alike(place: Path, shared: SharedArm) -> Opened:
         else:
             target = target_of(place)
             if target == agreed.seen != agreed.now:
-                gone = f"{agreed.now.bundle} has changed, and {target.version} was refused or rolled back"
-                raise NotFollowed(_not_opened(agreed.now, gone))
-            log.warning("%s has changed: all processes go on with %s", agreed.now.bundle, target.version)
+                gone = f"{agreed.now.bundle} is not {agreed.now.version} any more"
+                raise NotFollowed(f"{gone}, and {target.version} was refused or rolled back")
+            log.warning("%s is not %s any more: all go on with %s", *agreed.now[:2], target.version)
         found = opened(target, shared=shared)
         shared.agree(target, None if agreed is None else agreed.before, target)
         return found
@@ -155,20 +159,23 @@ class SharedVersions(Versions):
         Raises:
             NotFollowed: if it cannot be opened; then this process may not decide either.
         """
-        agreed = self._shared.agreed()
-        if agreed is None or agreed.number == self._number:
-            return agreed
-        with self._changing:
-            before = self._before
-            if agreed.now != self.now:
-                held = before is not None and before.content is not None and before.target == agreed.now
-                try:
-                    self._swap(before if held and before is not None else self._opened(agreed.now))
-                except _FAULTS as error:
-                    self._attempts += 1
-                    raise NotFollowed(_not_opened(agreed.now, error)) from None
-            self._number, self._seen, self._attempts = agreed.number, agreed.seen, 0
+        try:
+            agreed = self._shared.agreed()
+            if agreed is not None and agreed.number != self._number:
+                with self._changing:
+                    self._follow_to(agreed)
+        except _FAULTS as error:
+            self._attempts += 1
+            raise NotFollowed(error) from None
+        self._attempts = 0
         return agreed
+
+    def _follow_to(self, agreed: Agreed) -> None:
+        before = self._before
+        if agreed.now != self.now:
+            held = before is not None and before.content is not None and before.target == agreed.now
+            self._swap(before if held and before is not None else self._opened(agreed.now))
+        self._number, self._seen = agreed.number, agreed.seen
 
 
 def _is_there(target: Target) -> bool:
@@ -177,11 +184,6 @@ def _is_there(target: Target) -> bool:
         return position_of(target.bundle).base == target.base and all(delta.is_dir() for delta in target.deltas)
     except _FAULTS:
         return False
-
-
-def _not_opened(target: Target, why: Exception | str) -> str:
-    line = (str(why).splitlines() or [type(why).__name__])[0]
-    return f"the bundle {target.version} that the other processes serve cannot be opened: {line}"
 
 
 def _end() -> None:
