@@ -185,8 +185,8 @@ def test_the_last_lists_are_waited_for_and_the_first_users_counted(
     monkeypatch.setattr(arm_counts, "USERS", 5)
     counts = ArmCounts(1, name and tmp_path / name)
     for number in range(30):
-        counts.answered([CountedList(f"r{number}", 0, 7, number // 2 - 8)])
-    assert counts.rewarded([f"r{number}" for number in range(30)]) == [0] * 10
+        counts.answered([CountedList(number, 0, 7, number // 2 - 8)])
+    assert counts.rewarded(range(30)) == [0] * 10
     (totals,) = counts.totals()
     assert totals.lists[7] == 30 and totals.rewarded[7] == 10 and totals.users == 5
 
@@ -194,10 +194,10 @@ def test_the_last_lists_are_waited_for_and_the_first_users_counted(
 @pytest.mark.skipif(sys.platform != "linux", reason="as --processes")
 def test_a_process_that_is_killed_while_it_counts_holds_nobody_up(tmp_path: Path) -> None:
     counts = ArmCounts(1, tmp_path / "counts")
-    counts.answered([CountedList("r0", 0, 0, 1)])
+    counts.answered([CountedList(10, 0, 0, 1)])
 
     def killed() -> Iterator[CountedList]:
-        yield CountedList("lost", 0, 0, 2)
+        yield CountedList(11, 0, 0, 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
     with warnings.catch_warnings():
@@ -210,10 +210,10 @@ def test_a_process_that_is_killed_while_it_counts_holds_nobody_up(tmp_path: Path
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     begin = time.monotonic()
-    counts.answered([CountedList("r1", 0, 0, 3)])
+    counts.answered([CountedList(12, 0, 0, 3)])
     assert time.monotonic() - begin < 1
     # What was not finished is not there, and what was is.
-    assert counts.rewarded(["lost", "r0", "r1"]) == [0, 0]
+    assert counts.rewarded([10, 11, 12]) == [0, 0]
     (totals,) = ArmCounts(1, tmp_path / "counts").totals()
     assert (totals.lists[0], totals.rewarded[0], totals.users) == (2, 2, 2)
 
@@ -223,7 +223,7 @@ def test_counts_that_cannot_be_written_cost_no_answer(tmp_path: Path, caplog: py
     with closing(sqlite3.connect(tmp_path / "counts")) as other:
         other.execute("DROP TABLE lists")
     for number in range(3):
-        counts.answered([CountedList(f"r{number}", 0, 0, None)])
+        counts.answered([CountedList(number, 0, 0, None)])
     assert [record.message for record in caplog.records] == [
         "what comes of the arms cannot be counted: no such table: lists"
     ]

@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 # Random groups of users, by whose differences rates are judged; lists whose feedback is waited for; users counted.
 GROUPS, LISTS, USERS = 200, 100_000, 100_000
+# Older lists are removed so many at a time.
+STALE = 64
 
 # A cell is an arm and a group of users, arm * GROUPS + group. The process that writes may be killed, and then what it
 # was writing is not there; the machine may not go down, since the counts do not outlive the server.
@@ -25,7 +27,7 @@ PRAGMA journal_mode=WAL;
 PRAGMA synchronous=OFF;
 PRAGMA secure_delete=OFF;
 CREATE TABLE IF NOT EXISTS counts (cell INTEGER PRIMARY KEY, lists INTEGER NOT NULL, rewarded INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS lists (number INTEGER PRIMARY KEY, request TEXT NOT NULL UNIQUE, cell INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS lists (number INTEGER PRIMARY KEY, request INTEGER NOT NULL UNIQUE, cell INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS users (number INTEGER PRIMARY KEY, user INTEGER NOT NULL UNIQUE, arm INTEGER NOT NULL);
 """
 
@@ -34,13 +36,13 @@ class CountedList(NamedTuple):
     """A list that was answered.
 
     Attributes:
-        request: its id, which feedback names.
+        request: digest of its id, 64 bits with a sign.
         arm: number of the one that answered.
         group: of the user.
-        user: digest of 64 bits, signed; None of somebody without an id.
+        user: digest likewise; None of somebody without an id.
     """
 
-    request: str
+    request: int
     arm: int
     group: int
     user: int | None
@@ -75,27 +77,35 @@ class ArmCounts:
 
     def answered(self, lists: Sequence[CountedList]) -> None:
         """Count lists, and wait for what comes of the last 100,000."""
+        number: int | None = None
         with self._writing() as connection:
             for each in lists:
                 cell = each.arm * GROUPS + each.group
                 connection.execute(
                     "INSERT INTO counts VALUES (?, 1, 0) ON CONFLICT (cell) DO UPDATE SET lists = lists + 1", (cell,)
                 )
-                connection.execute("INSERT OR REPLACE INTO lists (request, cell) VALUES (?, ?)", (each.request, cell))
+                waiting = each.request, cell
+                number = connection.execute(
+                    "INSERT OR REPLACE INTO lists (request, cell) VALUES (?, ?)", waiting
+                ).lastrowid
                 if each.user is not None:
                     connection.execute(
                         "INSERT OR IGNORE INTO users (user, arm) "
                         "SELECT ?, ? WHERE COALESCE((SELECT MAX(number) FROM users), 0) < ?",
                         (each.user, each.arm, USERS),
                     )
-            connection.execute("DELETE FROM lists WHERE number <= (SELECT MAX(number) FROM lists) - ?", (LISTS,))
+            if number is not None and number % STALE < len(lists):
+                connection.execute("DELETE FROM lists WHERE number <= ?", (number - LISTS,))
 
-    def rewarded(self, requests: Sequence[str]) -> list[int]:
+    def rewarded(self, requests: Sequence[int]) -> list[int]:
         """Count rewards of lists that are waited for, the first of each: their arms."""
         arms = list[int]()
         with self._writing() as connection:
             for request in requests:
-                row = connection.execute("SELECT number, cell FROM lists WHERE request = ?", (request,)).fetchone()
+                row = connection.execute(
+                    "SELECT number, cell FROM lists WHERE request = ? AND number > (SELECT MAX(number) FROM lists) - ?",
+                    (request, LISTS),
+                ).fetchone()
                 if row is not None:
                     number, cell = row
                     connection.execute("DELETE FROM lists WHERE number = ?", (number,))

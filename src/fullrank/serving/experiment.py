@@ -133,15 +133,15 @@ class Experiment:
         for arm, user, request_id in lists:
             digest = self._hash(_unit(user, request_id))
             group = int.from_bytes(digest[8:12], "big") % GROUPS
-            seen = None if user is None else int.from_bytes(digest[:8], "big", signed=True)
-            counted.append(CountedList(request_id, self._names.index(arm), group, seen))
+            seen = None if user is None else _number(digest)
+            counted.append(CountedList(self._request(request_id), self._names.index(arm), group, seen))
         if counted:
             self._counts.answered(counted)
 
     def rewarded(self, events: Sequence[Feedback]) -> list[str]:
         """Take note of feedback: the arms of lists that are waited for and whose first reward it is."""
         rewards = [
-            each.impression
+            self._request(each.impression)
             for each in events
             if each.impression is not None and each.event.labels.get(self.reward) == 1
         ]
@@ -180,6 +180,9 @@ class Experiment:
     def close(self) -> None:
         self._counts.close()
 
+    def _request(self, name: str) -> int:
+        return _number(self._hash(_unit(None, name)))
+
     def _hash(self, unit: str) -> bytes:
         return hashlib.blake2b(f"{self.salt}\0{unit}".encode(), digest_size=16).digest()
 
@@ -193,6 +196,10 @@ def add_experiment(app: FastAPI, experiment: Experiment | None) -> None:
         if experiment is None:
             raise NoExperiment
         return answer(encoded(await asyncio.get_running_loop().run_in_executor(None, experiment.results)))
+
+
+def _number(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def _unit(user: int | str | None, request_id: str) -> str:
