@@ -139,6 +139,12 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     assert server.process.returncode == 0
 
 
+def mapped(process: int) -> set[Path]:
+    """Arrays of bundles, arms/ARM/arrays/BUNDLE/FILE."""
+    lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+    return {Path(line.split(maxsplit=5)[5]) for line in lines if "/arrays/" in line}
+
+
 def until(there: Callable[[], bool], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not there():
@@ -149,6 +155,8 @@ def until(there: Callable[[], bool], seconds: float = 30) -> None:
 def test_both_answer_alike_and_count_together(server: Server) -> None:
     (_, items), (_, others) = server.served().values()
     assert sorted(item for item, _ in items) == sorted(item for item, _ in others) and items != others
+    one, other = (mapped(process) for process in server.workers())
+    assert one == other and len({path.parents[2] for path in one}) == 2
     asked = len(server.log_lines())
     for _ in range(3):
         counted = [line for line in server.ask("/metrics").splitlines() if line.startswith("fullrank_requests_total{")]
