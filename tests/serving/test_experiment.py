@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
+import random
+import signal
+import sqlite3
+import sys
+import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +20,14 @@ import pytest
 from fastapi.testclient import TestClient
 
 from fullrank.funnel import Funnel
+from fullrank.funnel.recent_events import Event
 from fullrank.funnel.slate import SlateConfig
-from fullrank.serving import create_app
+from fullrank.serving import arm_counts, create_app
+from fullrank.serving.arm_counts import ArmCounts, CountedList
 from fullrank.serving.experiment import Experiment
 from fullrank.serving.item_store import ItemStore
 from fullrank.serving.live import Live
+from fullrank.serving.store import Feedback
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +57,10 @@ def asked(client: TestClient, user: int | None, **body: Any) -> Any:
 
 def ids(answer: Any) -> list[Any]:
     return [item["item_id"] for item in answer["items"]]
+
+
+def click(impression: str | None, value: float = 1.0) -> Feedback:
+    return Feedback(1, Event(1, 0, {"click": value}, {}), None, impression)
 
 
 def test_users_are_split_by_their_shares_and_by_salts_independently(live: Live) -> None:
@@ -133,12 +148,86 @@ def test_a_difference_between_arms_is_seen(live: Live) -> None:
     for user in range(4000):
         arm, counts = experiment.chosen(user, f"r{user}", None)
         assert counts
-        experiment.answered(arm, user, f"r{user}")
+        experiment.answered([(arm, user, f"r{user}")])
         if user % 10 < (5 if arm == "better" else 2):
-            assert experiment.rewarded(f"r{user}", {"click": 1.0}) == arm
+            assert experiment.rewarded([click(f"r{user}")]) == [arm]
     better, control = experiment.results()["arms"]
     assert better["p_value"] < 0.01 and better["low"] > 0 and better["low"] < 0.3 < better["high"]
     assert control["p_value"] is None and control["rate"] == pytest.approx(0.2, abs=0.03)
+
+
+def test_several_processes_count_as_one(live: Live, tmp_path: Path) -> None:
+    """Whoever answered, was told what came of it, or is asked."""
+    draw = random.Random(0)
+    alone = Experiment(live, {"new": (live, 0.4)}, "", "click")
+    several = [Experiment(live, {"new": (live, 0.4)}, "", "click", tmp_path / "counts") for _ in range(3)]
+    for number in range(0, 1200, 4):
+        lists = []
+        for place in range(number, number + draw.randint(1, 4)):
+            user = draw.choice([None, draw.randrange(300)])
+            lists.append((alone.chosen(user, f"r{place}", None)[0], user, f"r{place}"))
+        events = [click(f"r{draw.randrange(1200)}", draw.choice([0, 1])) for _ in range(5)]
+        events += [events[0], click(None)]
+        for one in (alone, draw.choice(several)):
+            one.answered(lists)
+        assert alone.rewarded(events) == draw.choice(several).rewarded(events)
+    expected = alone.results()
+    assert 0 < expected["arms"][0]["rewarded"] < expected["arms"][0]["lists"]
+    assert expected["arms"][0]["p_value"] is not None
+    assert all(one.results() == expected for one in several)
+
+
+@pytest.mark.parametrize("name", [None, "counts"])
+def test_the_last_lists_are_waited_for_and_the_first_users_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
+    monkeypatch.setattr(arm_counts, "LISTS", 10)
+    monkeypatch.setattr(arm_counts, "USERS", 5)
+    counts = ArmCounts(1, name and tmp_path / name)
+    for number in range(30):
+        counts.answered([CountedList(number, 0, 7, number // 2 - 8)])
+    assert counts.rewarded(range(30)) == [0] * 10
+    (totals,) = counts.totals()
+    assert totals.lists[7] == 30 and totals.rewarded[7] == 10 and totals.users == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as --processes")
+def test_a_process_that_is_killed_while_it_counts_holds_nobody_up(tmp_path: Path) -> None:
+    counts = ArmCounts(1, tmp_path / "counts")
+    counts.answered([CountedList(10, 0, 0, 1)])
+
+    def killed() -> Iterator[CountedList]:
+        yield CountedList(11, 0, 0, 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads, which do nothing here
+        child = os.fork()
+    if not child:
+        try:
+            ArmCounts(1, tmp_path / "counts").answered(killed())
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    begin = time.monotonic()
+    counts.answered([CountedList(12, 0, 0, 3)])
+    assert time.monotonic() - begin < 1
+    # What was not finished is not there, and what was is.
+    assert counts.rewarded([10, 11, 12]) == [0, 0]
+    (totals,) = ArmCounts(1, tmp_path / "counts").totals()
+    assert (totals.lists[0], totals.rewarded[0], totals.users) == (2, 2, 2)
+
+
+def test_counts_that_cannot_be_written_cost_no_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    counts = ArmCounts(1, tmp_path / "counts")
+    with closing(sqlite3.connect(tmp_path / "counts")) as other:
+        other.execute("DROP TABLE lists")
+    for number in range(3):
+        counts.answered([CountedList(number, 0, 0, None)])
+    assert [record.message for record in caplog.records] == [
+        "what comes of the arms cannot be counted: no such table: lists"
+    ]
+    assert counts.totals()[0].lists[0] == 0
 
 
 def test_items_change_in_every_arm(client: TestClient) -> None:

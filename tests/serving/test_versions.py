@@ -6,7 +6,7 @@ import copy
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from fullrank.serving import create_app, shared_versions
 from fullrank.serving.instruments import Instruments
 from fullrank.serving.item_store import ItemStore
 from fullrank.serving.live import Live
-from fullrank.serving.shared import Shared
+from fullrank.serving.shared import Shared, SharedArm
 from fullrank.serving.shared_versions import SharedVersions, opened_alike
 from fullrank.serving.versions import Opened, Target
 from fullrank.training.deltas import Position, position_of, state_of, write_delta
@@ -151,29 +151,113 @@ def test_a_swap_is_of_one_arm(place: Path, tmp_path: Path, funnel: Funnel) -> No
         assert f'fullrank_model{{version="{one}"}} 1.0' in client.get("/metrics").text
 
 
-def test_a_rollback_of_processes_is_to_what_was_served_last_whoever_is_asked(
-    funnel: Funnel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, two, three = wanted = [Target(tmp_path / name, name, (), 0.0) for name in ("one", "two", "three")]
-    monkeypatch.setattr("fullrank.serving.versions.LOOK", 1e6)
-    for module in ("versions", "shared_versions"):
-        monkeypatch.setattr(f"fullrank.serving.{module}.target_of", lambda place: wanted[0])
-    monkeypatch.setattr(shared_versions, "opened", lambda target, shared: Opened(target, funnel, Position(target.base)))
-    shared, store = Shared(tmp_path / "shared"), ItemStore()
-    lives = [Live(funnel, "", store) for _ in range(2)]
-    made = [SharedVersions(tmp_path, opened_alike(tmp_path, shared), live, Instruments(), shared) for live in lives]
-    try:
-        assert [each.now for each in made] == [one, one]
-        for _ in range(2):
-            del wanted[0]
-            assert made[0].look() == "swapped"
-        # It has not seen that there was another one between.
-        assert made[1].now == one and made[1].roll_back() and made[1].now == two
-        assert made[0].look() == "unchanged" and made[0].now == two
-        assert made[0].roll_back() and made[0].now == three
-    finally:
-        for each in (*made, *lives):
+class Alike:
+    """Two processes that serve what the directory wants, the first of `wanted`.
+
+    Attributes:
+        gone: bundles that are not there any more.
+        broken: processes that cannot open anything more; their attempts.
+        ended: how often one did.
+    """
+
+    def __init__(self, funnel: Funnel, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.place = place
+        self.wanted = [Target(place / name, name, (), 0.0) for name in ("one", "two", "three")]
+        self.gone, self.broken, self.ended = set[Path](), dict[SharedArm, int](), 0
+
+        def opened(target: Target, shared: SharedArm) -> Opened:
+            if shared in self.broken:
+                self.broken[shared] += 1
+                raise ValueError("no memory left")
+            return Opened(target, funnel, Position(target.base))
+
+        def ends() -> None:
+            self.ended += 1
+
+        for module in ("versions", "shared_versions"):
+            monkeypatch.setattr(f"fullrank.serving.{module}.target_of", lambda place: self.wanted[0])
+        monkeypatch.setattr(shared_versions, "opened", opened)
+        bases = lambda bundle: Position("" if bundle in self.gone else bundle.name)  # noqa: E731
+        monkeypatch.setattr(shared_versions, "position_of", bases)
+        monkeypatch.setattr(shared_versions, "PAUSES", (0.01, 0.01))
+        monkeypatch.setattr(shared_versions, "_end", ends)
+        self.areas = [Shared(place / "shared").arm("control") for _ in range(2)]
+        store = ItemStore()
+        self.lives = [Live(funnel, "", store) for _ in self.areas]
+        self.made = [
+            SharedVersions(place, opened_alike(place, area), live, Instruments(), area)
+            for area, live in zip(self.areas, self.lives, strict=True)
+        ]
+
+    def stop(self) -> None:
+        for each in (*self.made, *self.lives):
             each.stop()
+
+
+@pytest.fixture
+def look() -> float:
+    """Seconds between two looks."""
+    return 1e6
+
+
+@pytest.fixture
+def alike(funnel: Funnel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: float) -> Iterator[Alike]:
+    monkeypatch.setattr("fullrank.serving.versions.LOOK", look)
+    alike = Alike(funnel, tmp_path, monkeypatch)
+    yield alike
+    alike.stop()
+
+
+def test_a_rollback_of_processes_is_to_what_was_served_last_whoever_is_asked(alike: Alike) -> None:
+    (one, two, three), (first, second) = alike.wanted, alike.made
+    assert first.now == second.now == one
+    for _ in range(2):
+        del alike.wanted[0]
+        assert first.look() == "swapped"
+    # It has not seen that there was another one between.
+    assert second.now == one and second.roll_back() and second.now == two
+    assert first.look() == "unchanged" and first.now == two
+    assert first.roll_back() and first.now == three
+
+
+@pytest.mark.parametrize("look", [0.02])
+def test_a_process_that_cannot_open_what_was_agreed_ends_and_the_others_stay_with_it(
+    alike: Alike, caplog: pytest.LogCaptureFixture
+) -> None:
+    (_, two, _), (first, second), (_, area) = alike.wanted, alike.made, alike.areas
+    (alike.place / POINTER).touch()  # so that both look by themselves
+    alike.broken[area] = 0
+    del alike.wanted[0]
+    first.look()
+    until(lambda: bool(alike.ended))
+    assert alike.broken[area] == 3
+    lines = [record.message for record in caplog.records]
+    assert sum("cannot be opened: no memory left; it is tried again" in line for line in lines) == 2
+    assert sum("cannot be opened: no memory left; process" in line for line in lines) == 1
+    # Nor does it decide anything while it answers what it was asked.
+    assert "no memory left" in second.look(again=True)
+    with pytest.raises(ValueError, match="no memory left"):
+        second.roll_back()
+    # The one that takes its place may not be able to either; the other one goes on.
+    with pytest.raises(ValueError, match="what the other processes serve cannot be opened: no memory left"):
+        opened_alike(alike.place, area)
+    assert first.now == two and first.look() == "unchanged" and alike.areas[0].agreed().now == two
+    alike.broken.clear()
+    assert opened_alike(alike.place, area).target == two and alike.ended == 1
+
+
+def test_what_is_not_there_any_more_gives_way_to_what_is_wanted_unless_that_was_given_up(alike: Alike) -> None:
+    (one, _, three), (first, _), (_, area) = alike.wanted, alike.made, alike.areas
+    del alike.wanted[0]
+    assert first.look() == "swapped" and first.roll_back() and first.now == one
+    alike.gone.add(one.bundle)
+    # One that begins now.
+    with pytest.raises(ValueError, match="one is not one any more, and two was refused or rolled back"):
+        opened_alike(alike.place, area)
+    assert first.look() == "unchanged" and first.now == one
+    del alike.wanted[0]
+    assert opened_alike(alike.place, area).target == three
+    assert first.look() == "unchanged" and first.now == three
 
 
 def test_without_the_token_nobody_is_answered(place: Path) -> None:

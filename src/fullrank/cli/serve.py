@@ -95,8 +95,6 @@ def serve(
     """
     if processes > 1 and sys.platform != "linux":
         raise ValueError("--processes needs Linux; elsewhere, start several servers behind a proxy")
-    if processes > 1 and arm:
-        raise ValueError("--arm counts what comes of the arms in one process: it cannot be given with --processes")
     settings: dict[str, Any] = {
         "store": store,
         "token": token,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from fullrank.serving.limits import Limits
 from fullrank.serving.live import Live
 from fullrank.serving.pool import Pool
 from fullrank.serving.routes import PATHS, add_routes
-from fullrank.serving.shared import Shared
+from fullrank.serving.shared import Shared, SharedArm
 from fullrank.serving.shared_versions import SharedVersions, opened_alike
 from fullrank.serving.store import Feedback
 from fullrank.serving.stores import ItemStates, opened_events, opened_items
@@ -91,7 +91,7 @@ def create_app(
         log_impressions: keep in the store the lists that are answered, with propensities and features.
         note: told what the access log says of each request.
         shared: with the other processes of the server that run the same application; `bundle` is then a directory, and
-            there are no arms.
+            so are those of the arms.
         embeddings: directory of a store of a foundation model's embeddings, for students among the rankers.
 
     Raises:
@@ -101,11 +101,8 @@ def create_app(
     """
     config = config or ServingConfig()
     torch.set_num_threads(config.torch_threads)
-    assert shared is None or not arms, "processes would count what comes of the arms apart"
-    if not isinstance(bundle, Path):
-        first = None
-    else:
-        first = opened(target_of(bundle)) if shared is None else opened_alike(bundle, shared)
+    area = None if shared is None else shared.arm(CONTROL)
+    first = _opened(bundle, area) if isinstance(bundle, Path) else None
     if first is not None and first.content is not None:
         content, version = first.content, first.target.version
     else:
@@ -118,28 +115,25 @@ def create_app(
     events = None if store is None else opened_events(store)
     items = opened_items(store if shared is None else store or shared.directory)
     histories = StudentHistories(None if embeddings is None else EmbeddingStore(embeddings))
-    live = Live(content, version, items, told=None if shared is None else shared.tell_applied, check=histories.check)
+    live = Live(content, version, items, told=None if area is None else area.tell_applied, check=histories.check)
     instruments = Instruments(None if shared is None else shared.metrics)
     impressions = ImpressionLog(events, instruments) if log_impressions and events is not None else None
     experiment, others = None, dict[str, tuple[Live, Opened | None]]()
+    areas = {} if shared is None else {name: shared.arm(name) for name in arms or ()}
     if arms:
         reward = next((label.name for label in content.schema.labels if label.kind == "binary"), "")
-        others = {name: _arm(name, arm, items, histories) for name, (arm, _) in arms.items()}
-        experiment = Experiment(live, {name: (others[name][0], arms[name][1]) for name in arms}, salt, reward)
+        others = {name: _arm(name, arm, items, areas.get(name), histories) for name, (arm, _) in arms.items()}
+        lives = {name: (others[name][0], arms[name][1]) for name in arms}
+        experiment = Experiment(live, lives, salt, reward, None if shared is None else shared.counts)
     beside = [] if experiment is None else [each for each in experiment.arms.values() if each is not live]
     instruments.items.set_function(lambda: _items(live))
-    versions = None
+    watched = dict[str, Versions]()
     if isinstance(bundle, Path) and first is not None:
-        versions = (
-            Versions(bundle, first, live, instruments)
-            if shared is None
-            else SharedVersions(bundle, first, live, instruments, shared)
-        )
-    watched = {} if versions is None else {CONTROL: versions}
+        watched[CONTROL] = _watched(bundle, first, live, instruments, area)
     for name, (arm, _) in (arms or {}).items():
         arm_live, arm_first = others[name]
         if isinstance(arm, Path) and arm_first is not None:
-            watched[name] = Versions(arm, arm_first, arm_live, instruments, control=False)
+            watched[name] = _watched(arm, arm_first, arm_live, instruments, areas.get(name), control=False)
     pool = Pool(config.workers, config.rows, config.share, config.seconds, instruments)
 
     @asynccontextmanager
@@ -162,6 +156,8 @@ def create_app(
             impressions.close()
         if events is not None:
             events.close()
+        if experiment is not None:
+            experiment.close()
 
     app = FastAPI(
         title="fullrank",
@@ -171,14 +167,14 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    add_routes(app, live, pool, instruments, events, experiment, partial(_about, versions), impressions, histories)
+    about = partial(_about, watched.get(CONTROL))
+    add_routes(app, live, pool, instruments, events, experiment, about, impressions, histories)
 
-    def told(feedback: Feedback) -> None:
-        arm = experiment and experiment.rewarded(feedback.impression, feedback.event.labels)
-        if arm:
+    def told(feedback: Sequence[Feedback]) -> None:
+        for arm in () if experiment is None else experiment.rewarded(feedback):
             instruments.arm_rewarded.labels(arm).inc()
 
-    add_feedback(app, content.schema, events, told, histories.forget)
+    add_feedback(app, content.schema, events, None if experiment is None else told, histories.forget)
     add_items(app, live, beside, None if shared is None else shared.all_applied)
     add_experiment(app, experiment)
     app.state.versions = watched
@@ -199,15 +195,28 @@ def create_app(
     return app
 
 
+def _opened(place: Path, area: SharedArm | None) -> Opened:
+    return opened(target_of(place)) if area is None else opened_alike(place, area)
+
+
+def _watched(
+    place: Path, first: Opened, live: Live, instruments: Instruments, area: SharedArm | None, *, control: bool = True
+) -> Versions:
+    if area is None:
+        return Versions(place, first, live, instruments, control=control)
+    return SharedVersions(place, first, live, instruments, area, control=control)
+
+
 def _arm(
-    name: str, bundle: Path | Funnel, items: ItemStates, histories: StudentHistories
+    name: str, bundle: Path | Funnel, items: ItemStates, area: SharedArm | None, histories: StudentHistories
 ) -> tuple[Live, Opened | None]:
     """What serves an arm, and how it was opened."""
-    first = opened(target_of(bundle)) if isinstance(bundle, Path) else None
+    first = _opened(bundle, area) if isinstance(bundle, Path) else None
     content = bundle if first is None else first.content
     if not isinstance(content, Funnel):
         raise ValueError(f"--arm {name}: {bundle} is a single ranker, and an experiment is about lists")
-    return Live(content, "unsaved" if first is None else first.target.version, items, check=histories.check), first
+    version, told = "unsaved" if first is None else first.target.version, None if area is None else area.tell_applied
+    return Live(content, version, items, told=told, check=histories.check), first
 
 
 def _items(live: Live) -> int:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import threading
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Response
 
 from fullrank.metrics.sequential import always_valid_difference, always_valid_shares, rate_of
+from fullrank.serving.arm_counts import GROUPS, ArmCounts, CountedList
 from fullrank.serving.bodies import Strict, answer, encoded
 from fullrank.serving.errors import NoExperiment, refusals
 from fullrank.serving.live import Live
+from fullrank.serving.store import Feedback
 
 # The bundle that the server was started with, and what a request says that takes no part.
 CONTROL, OPT_OUT = "control", "none"
-# Random groups of users, by whose differences rates are judged; lists whose feedback is waited for; users counted.
-GROUPS, LISTS, USERS = 200, 100_000, 100_000
 # About the difference of the rates, as a share of the control's, that the test is best at.
 LIFT = 0.05
 
@@ -61,13 +61,6 @@ class ExperimentResult(Strict):
     shares_p_value: float | None
 
 
-class _Counts:
-    """What came of an arm, by group of users."""
-
-    def __init__(self) -> None:
-        self.lists, self.rewarded, self.users = [0] * GROUPS, [0] * GROUPS, 0
-
-
 class Experiment:
     """Splits users among arms by a hash of their ids, in fixed shares: who is in which never changes, in no process,
     unless the salt or the shares do; which bundles they are does not matter.
@@ -77,13 +70,21 @@ class Experiment:
         arms: others by name, each with its share.
         salt: with another one, users are split independently of this.
         reward: the label of feedback that counts.
+        counts: file in which the processes of a server count together; None counts in memory.
 
     Raises:
         ValueError: if a name is that of the control or of no arm, a share is not between 0 and 1, or their sum is 1 or
             more.
     """
 
-    def __init__(self, control: Live, arms: Mapping[str, tuple[Live, float]], salt: str, reward: str) -> None:
+    def __init__(
+        self,
+        control: Live,
+        arms: Mapping[str, tuple[Live, float]],
+        salt: str,
+        reward: str,
+        counts: Path | None = None,
+    ) -> None:
         for name, (_, share) in arms.items():
             if name in (CONTROL, OPT_OUT) or not name:
                 raise ValueError(f'--arm: "{name}" is no name for an arm; {CONTROL} and {OPT_OUT} have a meaning')
@@ -95,11 +96,8 @@ class Experiment:
         self.salt, self.reward = salt, reward
         self.arms = {name: live for name, (live, _) in arms.items()} | {CONTROL: control}
         self.shares = {name: share for name, (_, share) in arms.items()} | {CONTROL: rest}
-        self._counts = {name: _Counts() for name in self.arms}
-        # The arm and group of lists that feedback may come for, the oldest first.
-        self._lists: OrderedDict[str, tuple[str, int]] = OrderedDict()
-        self._seen: set[bytes] = set()
-        self._lock = threading.Lock()
+        self._names = list(self.arms)
+        self._counts = ArmCounts(len(self._names), counts)
 
     def arm_of(self, unit: str) -> str:
         """The arm of a user, or of whatever is split."""
@@ -125,39 +123,40 @@ class Experiment:
             )
         return name, False
 
-    def answered(self, arm: str, user: int | str | None, request_id: str) -> None:
-        """Count a list, and wait for what comes of it."""
-        digest = self._hash(_unit(user, request_id))
-        group = int.from_bytes(digest[8:12], "big") % GROUPS
-        with self._lock:
-            counts = self._counts[arm]
-            counts.lists[group] += 1
-            self._lists[request_id] = arm, group
-            if len(self._lists) > LISTS:
-                self._lists.popitem(last=False)
-            if user is not None and len(self._seen) < USERS and digest[:8] not in self._seen:
-                self._seen.add(digest[:8])
-                counts.users += 1
+    def answered(self, lists: Iterable[tuple[str, int | str | None, str]]) -> None:
+        """Count lists, and wait for what comes of them.
 
-    def rewarded(self, impression: str | None, labels: Mapping[str, float]) -> str | None:
-        """Take note of feedback: the arm of its list, if this is the first reward of one that is waited for."""
-        if impression is None or labels.get(self.reward) != 1:
-            return None
-        with self._lock:
-            found = self._lists.pop(impression, None)
-            if found is None:
-                return None
-            arm, group = found
-            self._counts[arm].rewarded[group] += 1
-            return arm
+        Args:
+            lists: the arm that answered, the user and the request's id of each.
+        """
+        counted = []
+        for arm, user, request_id in lists:
+            digest = self._hash(_unit(user, request_id))
+            group = int.from_bytes(digest[8:12], "big") % GROUPS
+            seen = None if user is None else _number(digest)
+            counted.append(CountedList(self._request(request_id), self._names.index(arm), group, seen))
+        if counted:
+            self._counts.answered(counted)
+
+    def rewarded(self, events: Sequence[Feedback]) -> list[str]:
+        """Take note of feedback: the arms of lists that are waited for and whose first reward it is."""
+        rewards = [
+            self._request(each.impression)
+            for each in events
+            if each.impression is not None and each.event.labels.get(self.reward) == 1
+        ]
+        return [self._names[arm] for arm in self._counts.rewarded(rewards)] if rewards else []
 
     def results(self) -> dict[str, Any]:
-        """An `ExperimentResult`."""
-        with self._lock:
-            counts = {name: (list(own.rewarded), list(own.lists), own.users) for name, own in self._counts.items()}
-        rates = {name: rate_of(own[0], own[1]) if any(own[1]) else None for name, own in counts.items()}
+        """An `ExperimentResult`.
+
+        Raises:
+            OSError: if the file of the counts cannot be read.
+        """
+        counts = dict(zip(self._names, self._counts.totals(), strict=True))
+        rates = {name: rate_of(own.rewarded, own.lists) if any(own.lists) else None for name, own in counts.items()}
         control, arms = rates[CONTROL], []
-        for name, (rewarded, lists, users) in counts.items():
+        for name, (lists, rewarded, users) in counts.items():
             rate, found = rates[name], None
             if name != CONTROL and rate is not None and control is not None and control.rate > 0:
                 found = always_valid_difference(rate, control, expected=LIFT * control.rate)
@@ -174,9 +173,15 @@ class Experiment:
                     **({} if found is None else found._asdict()),
                 }
             )
-        users_A = [own[2] for own in counts.values()]
+        users_A = [own.users for own in counts.values()]
         shares = always_valid_shares(users_A, list(self.shares.values())) if any(users_A) else None
         return {"reward": self.reward, "arms": arms, "shares_p_value": shares}
+
+    def close(self) -> None:
+        self._counts.close()
+
+    def _request(self, name: str) -> int:
+        return _number(self._hash(_unit(None, name)))
 
     def _hash(self, unit: str) -> bytes:
         return hashlib.blake2b(f"{self.salt}\0{unit}".encode(), digest_size=16).digest()
@@ -185,12 +190,16 @@ class Experiment:
 def add_experiment(app: FastAPI, experiment: Experiment | None) -> None:
     """The route that says what came of the arms."""
 
-    @app.get("/v1/experiment", response_model=ExperimentResult, tags=["operation"], responses=refusals(404, 500))
+    @app.get("/v1/experiment", response_model=ExperimentResult, tags=["operation"], responses=refusals(404, 500, 503))
     async def results() -> Response:
         """What came of each arm so far. It may be looked at any time, and stopped by what is seen."""
         if experiment is None:
             raise NoExperiment
-        return answer(encoded(experiment.results()))
+        return answer(encoded(await asyncio.get_running_loop().run_in_executor(None, experiment.results)))
+
+
+def _number(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def _unit(user: int | str | None, request_id: str) -> str:

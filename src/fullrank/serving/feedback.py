@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import fastapi
@@ -91,13 +91,13 @@ def add_feedback(
     app: FastAPI,
     schema: Schema,
     store: UserEvents | None,
-    told: Callable[[Feedback], None] | None = None,
+    told: Callable[[Sequence[Feedback]], None] | None = None,
     forget_embeddings: Callable[[int | str], int] = lambda _: 0,
 ) -> None:
     """Routes that write to the store; without one they say so.
 
     Args:
-        told: of every event that was kept for the first time.
+        told: of the events that were kept for the first time; it may wait for the disk.
         forget_embeddings: of a user who is to be forgotten; says how many there were.
     """
     labels = {label.name: label.kind == "binary" for label in schema.labels}
@@ -141,9 +141,9 @@ def add_feedback(
                 good.append(Feedback(sent.user_id, event, sent.event_id, sent.impression_id))
         asked.state.said = {"events": len(results)}
         kept: list[bool] = await asyncio.wrap_future(store.append(good)) if good else []
-        for event_kept, is_new in zip(good, kept, strict=True):
-            if is_new and told is not None:
-                told(event_kept)
+        if told is not None and any(kept):
+            fresh = [event for event, is_new in zip(good, kept, strict=True) if is_new]
+            await asyncio.get_running_loop().run_in_executor(None, told, fresh)
         new = iter(kept)
         for result in results:
             if not result["status"]:

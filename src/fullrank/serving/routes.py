@@ -125,8 +125,6 @@ def add_routes(
                 instruments.degraded.labels(stage).inc()
             if experiment is not None and each.arm is not None:
                 instruments.observe_arm(each.arm, spent, degraded=bool(degraded))
-                if each.counts:
-                    experiment.answered(each.arm, each.body.user_id, each.request_id)
             said = {
                 "items": [recommended_json(item) for item in found.items],
                 "candidates": found.candidates,
@@ -145,6 +143,9 @@ def add_routes(
                 then = int(time.time()) if request.request.time is None else request.request.time
                 shown = AnsweredList(funnel, version, request.request, each.request_id, then, items)
             answers.append(_Made(encoded(said), shown))
+        if experiment is not None:
+            counted = [(each.arm, each.body.user_id, each.request_id) for each in asked if each.arm and each.counts]
+            experiment.answered(counted)
         instruments.together.observe(len(asked))
         return answers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -17,11 +18,11 @@ from pydantic import BaseModel, ConfigDict
 from fullrank.data import atomic
 from fullrank.serving.versions import Target
 
-_ARRAYS, _AGREED, _APPLIED = "arrays", "agreed.json", "applied"
+_ARMS, _ARRAYS, _AGREED, _APPLIED = "arms", "arrays", "agreed.json", "applied"
 
 
 class Agreed(BaseModel):
-    """What all processes serve.
+    """What all processes serve in an arm.
 
     Attributes:
         number: of the decision; a later one is larger.
@@ -47,14 +48,45 @@ class Shared:
 
     Attributes:
         metrics: directory of what each process counts.
+        counts: file of what comes of the arms.
     """
 
     def __init__(self, directory: Path, imports: Sequence[str] = ()) -> None:
         self.directory, self.imports = directory, tuple(imports)
-        self.metrics = directory / "metrics"
+        self.metrics, self.counts = directory / "metrics", directory / "counts.sqlite"
         self.metrics.mkdir(parents=True, exist_ok=True)
-        (directory / _APPLIED).mkdir(exist_ok=True)
-        (directory / _ARRAYS).mkdir(exist_ok=True)
+
+    def arm(self, name: str) -> SharedArm:
+        """What they have in common of an arm."""
+        return SharedArm(self.directory / _ARMS / hashlib.blake2b(name.encode(), digest_size=8).hexdigest(), self)
+
+    def all_applied(self, number: int) -> bool:
+        """Whether the requests of all processes see a change of items, in every arm."""
+        for place in self.directory.glob(f"{_ARMS}/*/{_APPLIED}/[0-9]*"):
+            with suppress(FileNotFoundError):
+                if int(place.read_text()) < number:
+                    return False
+        return True
+
+    def forget(self, process: int) -> None:
+        """A process has ended: nobody waits for it, and what it was doing does not count."""
+        mark_process_dead(process, str(self.metrics))  # type: ignore[no-untyped-call]
+        for place in self.directory.glob(f"{_ARMS}/*/{_APPLIED}/{process}"):
+            place.unlink(missing_ok=True)
+
+
+class SharedArm:
+    """What the processes of a server have in common of an arm: the files of its bundle, and which one it is.
+
+    Args:
+        directory: of this arm.
+        server: whose it is.
+    """
+
+    def __init__(self, directory: Path, server: Shared) -> None:
+        self.directory, self._imports = directory, server.imports
+        for name in (_APPLIED, _ARRAYS):
+            (directory / name).mkdir(parents=True, exist_ok=True)
 
     def arrays(self, bundle: Path, base: str) -> Path:
         """The directory of a bundle's arrays, to be mapped. Who asks first has them made, by a process that ends then,
@@ -68,7 +100,7 @@ class Shared:
             if not place.is_dir():
                 command = [sys.executable, "-P", "-m", "fullrank.serving.preparing", str(bundle), base, str(place)]
                 environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-                made = subprocess.run([*command, *self.imports], env=environment, stderr=subprocess.PIPE, text=True)
+                made = subprocess.run([*command, *self._imports], env=environment, stderr=subprocess.PIPE, text=True)
                 if made.returncode:
                     said = made.stderr.strip().splitlines() or [f"the process that opened it ended: {made.returncode}"]
                     raise ValueError(said[-1] if made.returncode == 2 else f"{bundle}: {said[-1]}")
@@ -85,22 +117,9 @@ class Shared:
         """Tell the others up to which change of items the requests of this process see them."""
         atomic.write_text(self.directory / _APPLIED / str(os.getpid()), str(number))
 
-    def all_applied(self, number: int) -> bool:
-        """Whether the requests of all processes see a change of items."""
-        for place in (self.directory / _APPLIED).glob("[0-9]*"):
-            with suppress(FileNotFoundError):
-                if int(place.read_text()) < number:
-                    return False
-        return True
-
-    def forget(self, process: int) -> None:
-        """A process has ended: nobody waits for it, and what it was doing does not count."""
-        mark_process_dead(process, str(self.metrics))  # type: ignore[no-untyped-call]
-        (self.directory / _APPLIED / str(process)).unlink(missing_ok=True)
-
     @contextmanager
     def deciding(self, *, wait: bool = True) -> Iterator[bool]:
-        """Alone among the processes, one may decide what is served.
+        """Alone among the processes, one may decide what is served in this arm.
 
         Args:
             wait: until no other does; else the result says whether it is so.

@@ -20,7 +20,7 @@ from fullrank.training.memory import return_freed_memory
 from fullrank.training.publishing import POINTER, read_pointer
 
 if TYPE_CHECKING:
-    from fullrank.serving.shared import Shared
+    from fullrank.serving.shared import SharedArm
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def target_of(place: Path) -> Target:
     return Target(place / pointer.bundle, pointer.base, deltas, pointer.until)
 
 
-def opened(target: Target, shared: Shared | None = None) -> Opened:
+def opened(target: Target, shared: SharedArm | None = None) -> Opened:
     """Open a bundle with its deltas, and ask it for a few answers.
 
     Args:
