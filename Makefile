@@ -13,8 +13,11 @@ export GOMP_SPINCOUNT ?= 30000
 demo: $(STAMP)
 	$(BIN)/fullrank demo --out runs/demo
 
+# Two processes; the tests of a file share what they set up, so they stay together. JOBS=0 is one, without xdist's workers.
+JOBS ?= 2
+
 test: $(STAMP)
-	$(BIN)/python -m pytest --cov=fullrank --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov=fullrank --cov-report=term:skip-covered
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
