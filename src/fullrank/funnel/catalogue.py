@@ -245,6 +245,15 @@ def _with_last_events(users: pl.DataFrame, dataset: Dataset, sequence: Sequence)
     return known.with_columns(pl.col(names).fill_null([])).select(*users.columns, names[-1]).collect()
 
 
+def last_time(dataset: Dataset) -> int | None:
+    """When the last row of all splits happened; None if the schema names no timestamp."""
+    if dataset.schema.keys.timestamp is None:
+        return None
+    time = KEY_COLUMNS["timestamp"]
+    last = pl.concat([dataset.scan(split).select(pl.col(time).max()) for split in dataset.splits]).collect()
+    return int(last[time].max())  # type: ignore[arg-type]
+
+
 def with_market(items: pl.DataFrame, dataset: Dataset, active_days: float | None) -> pl.DataFrame:
     """Add each item's last bid, and whether it was shown in the last `active_days` of the log (None: all are)."""
     item, time = KEY_COLUMNS["item_id"], KEY_COLUMNS["timestamp"]

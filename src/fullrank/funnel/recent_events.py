@@ -31,12 +31,14 @@ class Event:
         time: seconds since 1970.
         labels: what happened, by label: 1, or another number.
         features: raw values of context features, and of the item's if the catalogue does not have it.
+        number: in the store that it was read from.
     """
 
     item_id: int | str
     time: int
     labels: Mapping[str, float]
     features: Mapping[str, Any] = field(default_factory=dict)
+    number: int | None = field(default=None, compare=False)
 
 
 class _Live(NamedTuple):

@@ -58,6 +58,7 @@ class FunnelLearner:
         self.untaught: list[tuple[pl.DataFrame, int]] = []
         self.teacher: Funnel | None = None
         self.items = self.users = self.context = pl.DataFrame()
+        self.until: int | None = None
         self.retriever: Retriever | None = None
         self.indexed: Tensor | None = None
         self.rows: list[pl.DataFrame] = []
@@ -111,6 +112,7 @@ class FunnelLearner:
         self.encoders = funnel.encoders
         self.items, self.context, self.retriever = funnel.items.frame, funnel.context, funnel.retriever
         self.users = pl.DataFrame() if funnel.users is None else funnel.users.frame
+        self.until = funnel.until
         self.indexed = funnel.items.keys_I[funnel.items.active_I]
         # The retriever of a bundle to start from is as good as a new one: its next fit is a whole period away.
         self.windows = int(state["windows"]) if state else self.recipe.stream.retrieval_every
@@ -185,6 +187,7 @@ class FunnelLearner:
     def _see(self, rows: pl.DataFrame) -> None:
         """Know of items and users what rows said last, and which items may be retrieved."""
         schema = self.encoders.schema
+        self.until = max(self.until or 0, int(rows[TIME].max()))  # type: ignore[arg-type]
         self.items = _with_last(self.items, rows, schema, "item").with_columns(pl.col(SEEN).fill_null(rows[TIME].min()))
         if schema.keys.user_id is not None:
             self.users = _with_last(self.users, rows, schema, "user")
@@ -276,6 +279,7 @@ class FunnelLearner:
             retriever=self.retriever,
             final=self.judged,
             value=self.config.value,
+            until=self.until,
             **parts,
         )
 
