@@ -207,7 +207,7 @@ def test_a_users_own_events_count_before_all_others_are_read(bundle: Path, encod
 
 
 def test_without_events_counters_are_those_of_the_logs_end(bundle: Path, tmp_path: Path) -> None:
-    """Of who asks in the first second at which all is known, and of all items, in the catalogue, a batch, and mapped."""
+    """Of who asks in the first second at which all is known, and of all items, one by one, together, and mapped."""
     funnel, frame = opened(bundle), log().filter(pl.col("time") <= END)
     at = END + 60
     asked = [(user, user % 3, item, item % 5) for user, item in zip([*range(10)] * 2, range(20), strict=True)]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -39,7 +40,7 @@ from fullrank.schema import Numeric, Role, Schema
 # Hash of the value of each column that counters are of; None where it is missing.
 Values = Mapping[str, int | None]
 # Distinct ids and values whose hashes are remembered.
-REMEMBERED = 65_536
+REMEMBERED, LONGEST_REMEMBERED = 65_536, 64
 
 
 class _Counter(NamedTuple):
@@ -102,6 +103,12 @@ class Counters:
     def is_followed(self) -> bool:
         """Whether somebody adds what happens, so that counters of users change without them."""
         return self.totals.time is not None and bool(self.of_users)
+
+    def anew(self) -> Self:
+        """The same without events."""
+        other = copy.copy(self)
+        other.totals = Totals(self.state.delays)
+        return other
 
     def with_items(self, items: Catalogue) -> Self:
         """The same, and the same events, with another catalogue of items."""
@@ -277,20 +284,24 @@ class Counters:
         return found
 
     def _hash_of(self, name: str, value: Any) -> int | None:
-        if value is None:
+        if not isinstance(value, (str, int, float)):
             return None
-        is_short = isinstance(value, (int, float)) or len(value) <= 64
+        is_short = not isinstance(value, str) or len(value) <= LONGEST_REMEMBERED
         hashed: int | None = (self._hash if is_short else self._value_hash)(name, type(value).__name__, value)
         return hashed
 
     def _value_hash(self, name: str, kind: str, value: Any) -> int | None:
-        frame = pl.DataFrame([scalar_column(name, [value], numeric=False)])
-        hashed: int | None = raw_hashes(self.schema, frame, [name])[0][0]
+        """None also of what an import would refuse. `kind` keeps 1, 1.0 and "1" apart in the memory."""
+        try:
+            found = raw_hashes(self.schema, pl.DataFrame([scalar_column(name, [value], numeric=False)]), [name])[0]
+        except ValueError:
+            return None
+        hashed: int | None = found[0] if len(found) else None
         return hashed
 
 
 def raw_hashes(schema: Schema, frame: pl.DataFrame, names: Sequence[str]) -> list[pl.Series]:
-    """Hash columns of raw columns; of values that an import would refuse null."""
+    """Hash columns of raw columns, without rows that an import would refuse."""
     alone = schema.model_copy(update={"features": tuple(f for f in schema.categorical if f.name in names)})
     return value_hashes(check(alone, RawChunk(frame), allow_missing=True)[0], names)
 
@@ -357,7 +368,9 @@ def _key(of: Sequence[str], values: Values) -> int | None:
 
 def _part(tally: Tally, event: Event) -> float | None:
     """What an event adds to a sum, None if it does not count."""
-    value = 0.0 if tally.label is None else float(np.float32(event.labels.get(tally.label, 0.0)))
+    with np.errstate(over="ignore"):
+        value = 0.0 if tally.label is None else float(np.float32(event.labels.get(tally.label, 0.0)))
     if tally.statistic == "rate":
-        return value
+        # An import refuses what float32 cannot hold.
+        return value if math.isfinite(value) else None
     return 0.0 if tally.label is None or value == 1 else None

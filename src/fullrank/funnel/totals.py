@@ -99,17 +99,17 @@ class Totals:
     Attributes:
         lock: to be held by who reads several numbers that belong together.
         number: of the store: all events up to it were added.
+        deletions: of the store, when they were.
         time: what was known to a row of this time is summed up; None while nobody adds what happens.
     """
 
     def __init__(self, delays: Sequence[int]) -> None:
         self.lock = threading.Lock()
-        self.number, self.time = 0, None
+        self.number, self.deletions, self.time = 0, 0, None
         self._delays = delays
         self._since: list[dict[int, _Since]] = [{} for _ in delays]
         self._waiting: list[tuple[int, int, int]] = []
 
-    number: int
     time: int | None
 
     def add(self, place: int, key: int, time: int, value: float) -> None:
@@ -158,7 +158,7 @@ class Totals:
     def become(self, other: Totals) -> None:
         """Take over what another one has come to, at once."""
         with self.lock:
-            self.number, self.time = other.number, other.time
+            self.number, self.deletions, self.time = other.number, other.deletions, other.time
             self._since, self._waiting = other._since, other._waiting
 
 
@@ -170,6 +170,10 @@ class CounterState:
             are not known yet.
         end: time of the log's last row.
 
+    Attributes:
+        at_end: by place of the tally.
+        last_known: when the last label of the log is known.
+
     Raises:
         ValueError: if a part is missing or does not fit.
     """
@@ -178,6 +182,7 @@ class CounterState:
         self.tallies, self.tensors, self.end = tallies_of(schema), dict(tensors), end
         self.delays = [delay_of(schema, tally) for tally in self.tallies]
         self.at_end: list[AtEnd] = []
+        self.last_known = end
         wanted = {f"{place}.{name}" for place in range(len(self.tallies)) for name in _NAMES}
         if wanted != tensors.keys():
             raise ValueError(f"expected the tensors {', '.join(sorted(wanted))}")
@@ -193,6 +198,7 @@ class CounterState:
                 raise ValueError(f"{place}: keys are not in order, or lists differ in length")
             if len(places) and (places[0] < 0 or places[-1] >= len(keys)):
                 raise ValueError(f"{place}: a row belongs to no key")
+            self.last_known = max(self.last_known, int(times.max(initial=end)) + delay)
             self.at_end.append(AtEnd(delay, keys, rows, totals, places, times, more_rows, more_totals))
 
     @classmethod

@@ -31,7 +31,7 @@ from fullrank.serving.routes import PATHS, add_routes
 from fullrank.serving.shared import Shared
 from fullrank.serving.shared_versions import SharedVersions, opened_alike
 from fullrank.serving.store import Feedback
-from fullrank.serving.stores import ItemStates, opened_events, opened_items
+from fullrank.serving.stores import ItemStates, UserEvents, opened_events, opened_items
 from fullrank.serving.versions import Opened, Versions, opened, target_of
 from fullrank.training.manifest import MANIFEST, Manifest
 from fullrank.training.memory import return_freed_memory
@@ -113,13 +113,13 @@ def create_app(
         raise ValueError(f"--log-impressions needs {need}")
     events = None if store is None else opened_events(store)
     items = opened_items(store if shared is None else store or shared.directory)
-    live = Live(content, version, items, told=None if shared is None else shared.tell_applied)
+    live = Live(content, version, items, told=None if shared is None else shared.tell_applied, events=events)
     instruments = Instruments(None if shared is None else shared.metrics)
     impressions = ImpressionLog(events, instruments) if log_impressions and events is not None else None
     experiment, others = None, dict[str, tuple[Live, Opened | None]]()
     if arms:
         reward = next((label.name for label in content.schema.labels if label.kind == "binary"), "")
-        others = {name: _arm(name, arm, items) for name, (arm, _) in arms.items()}
+        others = {name: _arm(name, arm, items, events) for name, (arm, _) in arms.items()}
         experiment = Experiment(live, {name: (others[name][0], arms[name][1]) for name in arms}, salt, reward)
     beside = [] if experiment is None else [each for each in experiment.arms.values() if each is not live]
     instruments.items.set_function(lambda: _items(live))
@@ -194,13 +194,13 @@ def create_app(
     return app
 
 
-def _arm(name: str, bundle: Path | Funnel, items: ItemStates) -> tuple[Live, Opened | None]:
+def _arm(name: str, bundle: Path | Funnel, items: ItemStates, events: UserEvents | None) -> tuple[Live, Opened | None]:
     """What serves an arm, and how it was opened."""
     first = opened(target_of(bundle)) if isinstance(bundle, Path) else None
     content = bundle if first is None else first.content
     if not isinstance(content, Funnel):
         raise ValueError(f"--arm {name}: {bundle} is a single ranker, and an experiment is about lists")
-    return Live(content, "unsaved" if first is None else first.target.version, items), first
+    return Live(content, "unsaved" if first is None else first.target.version, items, events=events), first
 
 
 def _items(live: Live) -> int:
