@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Self
@@ -85,6 +85,7 @@ class Counters:
         self.totals = totals or Totals(state.delays)
         self._encoders, self.schema = encoders, encoders.schema
         self._roles = self.schema.counted_roles()
+        self._features = {counter.name: counter for counter in self.schema.counters}
         self._names = {name for tally in state.tallies for name in tally.of}
         self._hashed = hashed_features(self.schema)
         sides = [(counter, {self._roles[name] for name in counter.of}) for counter in self.schema.counters]
@@ -95,6 +96,7 @@ class Counters:
         live = {tally for each in (*self.of_users, *self.of_items) for tally in _tallies(each.feature)}
         self._live = [(place, tally) for place, tally in enumerate(state.tallies) if tally in live]
         self._hash = lru_cache(REMEMBERED)(self._value_hash)
+        self._codes = lru_cache(REMEMBERED)(self._code)
         self._of_id = lru_cache(REMEMBERED)(lambda text: int(stable_hash(pl.Series([text]))[0] or 0))
         # The keys of the items, by what counters are of, with the log's sums.
         self._keys_of_items: dict[tuple[str, ...], tuple[Hashes, npt.NDArray[np.int64], npt.NDArray[np.bool_]]] = {}
@@ -151,7 +153,7 @@ class Counters:
         values: Values,
         events: Sequence[Event] = (),
         now: int | None = None,
-        given: Iterable[str] = (),
+        given: Collection[str] = (),
     ) -> Batch:
         """The row of a request with its counters.
 
@@ -162,44 +164,59 @@ class Counters:
             now: its time; None for that of the totals or, without one, for the end of the log, when all is known.
             given: columns that the request says itself.
         """
+        places, numbers = self._columns(values, events, now, given)
+        if not places:
+            return batch
+        numeric_BN = batch.numeric_BN.clone()
+        numeric_BN[0, places] = torch.tensor(numbers)
+        return replace(batch, numeric_BN=numeric_BN)
+
+    def on_users(self, batch: Batch, users: Sequence[int | str], rows: Sequence[int]) -> Batch:
+        """Rows of the catalogue of users, of whom nothing more is said, with their counters; changed in place."""
+        for place, (user, row) in enumerate(zip(users, rows, strict=True)):
+            places, numbers = self._columns(self.values_of_request(user, row, {}), (), None, ())
+            batch.numeric_BN[place, places] = torch.tensor(numbers)
+        return batch
+
+    def _columns(
+        self, values: Values, events: Sequence[Event], now: int | None, given: Collection[str]
+    ) -> tuple[list[int], list[float]]:
+        """Columns of a batch, and the numbers in them."""
         wanted = [
             each
             for each in self.of_users
             if each.feature.name not in given and all(name in values for name in each.feature.of)
         ]
-        if not wanted:
-            return batch
+        found: dict[int, tuple[int, float]] = {}
         with self.totals.lock:
             if now is None:
                 now = FOREVER if self.totals.time is None else self.totals.time
             own = [event for event in events if event.number is None or event.number > self.totals.number]
             said = [(self._values_of("", event, values), event) for event in own if event.time > self.state.end]
-            found: dict[int, tuple[int, float]] = {}
-            for place, tally in dict.fromkeys(
-                (place, self.state.tallies[place])
-                for each in wanted
-                for place in (each.place, each.prior)
-                if place is not None
-            ):
-                found[place] = self._sums(place, tally, _key(tally.of, values), said, now)
-        numeric_BN = batch.numeric_BN.clone()
+            for each in wanted:
+                for place in (each.place, each.prior):
+                    if place is not None and place not in found:
+                        found[place] = self._sums(place, values, said, now)
+        places, numbers = list[int](), list[float]()
         for each in wanted:
-            prior = None if each.prior is None else [np.array([number]) for number in found[each.prior]]
-            rows, total = (np.array([number], dtype=np.float64) for number in found[each.place])
-            self._write(numeric_BN, each, _number(each.feature, rows, total, prior))
-        return replace(batch, numeric_BN=numeric_BN)
+            raw = _raw(each.feature, found[each.place], None if each.prior is None else found[each.prior])
+            codes = self._codes(each.feature.name, raw)
+            places += range(each.first, each.first + len(codes))
+            numbers += codes
+        return places, numbers
 
-    def _sums(
-        self, place: int, tally: Tally, key: int | None, said: Sequence[tuple[Values, Event]], now: int
-    ) -> tuple[int, float]:
+    def _sums(self, place: int, values: Values, said: Sequence[tuple[Values, Event]], now: int) -> tuple[int, float]:
+        """Rows with these values and their sum, with those of events that are not in the totals."""
+        tally = self.state.tallies[place]
+        key = _key(tally.of, values)
         if key is None:
             return 0, 0.0
         rows, total = self.state.at_end[place].of(key, now)
         more_rows, more = self.totals.of(place, key, now)
         rows, total = rows + more_rows, total + more
-        for values, event in said:
+        for about, event in said:
             value = _part(tally, event)
-            if value is not None and event.time + self.state.delays[place] < now and _key(tally.of, values) == key:
+            if value is not None and event.time + self.state.delays[place] < now and _key(tally.of, about) == key:
                 rows, total = rows + 1, total + value
         return rows, total
 
@@ -226,13 +243,10 @@ class Counters:
         """Rows of items of which the catalogue knows nothing, with what events say of their ids."""
         numeric_BN = batch.numeric_BN.clone()
         for each in self.of_items:
-            tally = self.state.tallies[each.place]
             with self.totals.lock:
                 now = FOREVER if self.totals.time is None else self.totals.time
                 prior = None if each.prior is None else self._prior(each.prior, now)
-                found = [
-                    self._sums(each.place, tally, _key(tally.of, self._only_id(item)), (), now) for item in item_ids
-                ]
+                found = [self._sums(each.place, self._only_id(item), (), now) for item in item_ids]
             rows, totals = np.array(found, dtype=np.float64).T
             self._write(numeric_BN, each, _number(each.feature, rows, totals, prior))
         return replace(batch, numeric_BN=numeric_BN)
@@ -242,7 +256,7 @@ class Counters:
         return {name: self._of_id(str(item)) if name == key else None for name in self._names}
 
     def _prior(self, place: int, now: int) -> Sequence[npt.NDArray[Any]]:
-        return [np.array([number]) for number in self._sums(place, self.state.tallies[place], 0, (), now)]
+        return [np.array([number]) for number in self._sums(place, {}, (), now)]
 
     def _item_keys(self, of: tuple[str, ...]) -> tuple[Hashes, npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Distinct keys of the items, the place of each item's among them, and where no value is missing."""
@@ -255,6 +269,10 @@ class Counters:
     def _write(self, numeric_BN: Tensor, counter: _Counter, raw: Floats) -> None:
         for place, column in enumerate(_encoded(self._encoders, counter.feature, raw)):
             numeric_BN[:, counter.first + place] = torch.from_numpy(column)
+
+    def _code(self, name: str, raw: float) -> tuple[float, ...]:
+        """One number as it is in a batch."""
+        return tuple(float(column[0]) for column in _encoded(self._encoders, self._features[name], np.array([raw])))
 
     def _values_of(self, user: int | str, event: Event, known: Values) -> dict[str, int | None]:
         """Hashes of what an event is about: of a user as they are known, else of the catalogue, else as it says."""
@@ -333,6 +351,15 @@ def at_end(frame: pl.DataFrame, role: Role, state: CounterState, encoders: Encod
         numbers = _encoded(encoders, counter, _number(counter, rows, totals, prior))
         frame = frame.with_columns(pl.Series(name, each) for name, each in zip(counter.columns, numbers, strict=True))
     return frame
+
+
+def _raw(counter: Numeric, known: tuple[int, float], prior: tuple[int, float] | None) -> float:
+    """What `_number` computes, of one key."""
+    rows, total = known
+    if prior is None:
+        return float(rows)
+    mean = prior[1] / prior[0] if prior[0] else math.nan
+    return (total + counter.smoothing * mean) / (rows + counter.smoothing) if rows else mean
 
 
 def _number(counter: Numeric, rows: Floats, totals: Floats, prior: Sequence[npt.NDArray[Any]] | None) -> Floats:

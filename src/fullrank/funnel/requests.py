@@ -138,10 +138,12 @@ class RequestEncoder:
         if self.users is not None and len(names) == len(requests) > 1:
             known_U = self.users.find(names)
             known = known_U.tolist()
-            # Counters of those who say nothing change with what others do.
-            still = self.counters is None or not self.counters.is_followed
-            if still and NO_ROW not in known and self.pending.isdisjoint(known):
-                return self.users.rows.take(known_U)
+            if NO_ROW not in known and self.pending.isdisjoint(known):
+                batch = self.users.rows.take(known_U)
+                if self.counters is None or not self.counters.is_followed:
+                    return batch
+                # Counters of those who say nothing change with what others do.
+                return self.counters.on_users(batch, names, known)
         rows = [self._row(request) for request in requests]
         return rows[0] if len(rows) == 1 else Batch.cat(rows)
 
