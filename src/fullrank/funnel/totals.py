@@ -8,6 +8,7 @@ import heapq
 import threading
 from bisect import insort
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -81,13 +82,23 @@ class AtEnd:
 
 
 class _Since:
-    """What was added to a key of a tally: what is known to all, and what is not, in order of time."""
+    """What was added to a key of a tally: what is known to all, and what is not, from a place on, in order of time."""
 
-    __slots__ = ("pending", "rows", "total")
+    __slots__ = ("first", "pending", "rows", "total")
 
     def __init__(self) -> None:
         self.rows, self.total = 0, 0.0
         self.pending: list[tuple[int, float]] = []
+        self.first = 0
+
+    def sum_up(self) -> None:
+        """The first that is pending is known."""
+        _, value = self.pending[self.first]
+        self.rows, self.total = self.rows + 1, self.total + value
+        self.first += 1
+        if 2 * self.first >= len(self.pending):
+            del self.pending[: self.first]
+            self.first = 0
 
 
 class Totals:
@@ -119,7 +130,7 @@ class Totals:
         if self.time is not None and known < self.time:
             since.rows, since.total = since.rows + 1, since.total + value
         else:
-            insort(since.pending, (known, value))
+            insort(since.pending, (known, value), since.first)
             heapq.heappush(self._waiting, (known, place, key))
 
     def advance(self, now: int) -> bool:
@@ -128,9 +139,7 @@ class Totals:
         self.time = now if self.time is None else max(now, self.time)
         while self._waiting and self._waiting[0][0] < self.time:
             _, place, key = heapq.heappop(self._waiting)
-            since = self._since[place][key]
-            _, value = since.pending.pop(0)
-            since.rows, since.total = since.rows + 1, since.total + value
+            self._since[place][key].sum_up()
         return len(self._waiting) < before
 
     def of(self, place: int, key: int, now: int) -> tuple[int, float]:
@@ -139,7 +148,7 @@ class Totals:
         if since is None:
             return 0, 0.0
         rows, total = since.rows, since.total
-        for known, value in since.pending:
+        for known, value in islice(since.pending, since.first, None):
             if known >= now:
                 break
             rows, total = rows + 1, total + value
@@ -203,10 +212,17 @@ class CounterState:
 
     @classmethod
     def read(cls, path: Path, schema: Schema, end: int) -> Self:
-        """That of a dataset."""
+        """That of a dataset.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
         tensors: dict[str, Tensor] = {}
         for place in range(len(tallies_of(schema))):
-            found = pl.scan_parquet(path, glob=False).filter(pl.col("tally") == place).collect()
+            try:
+                found = pl.scan_parquet(path, glob=False).filter(pl.col("tally") == place).collect()
+            except (pl.exceptions.PolarsError, OSError) as error:
+                raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
             keys = found["key"].unique().sort().to_numpy()
             known, pending = found.filter(pl.col("time").is_null()), found.filter(pl.col("time").is_not_null())
             at = np.searchsorted(keys, known["key"].to_numpy())
