@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from fullrank.data.spelling import as_text, text_bytes
+from fullrank.data.spelling import as_text, is_plain, text_bytes
 from fullrank.schema import FIRST_VOCABULARY_ID, MISSING_ID, RAW_IDS
 
 Hashes = npt.NDArray[np.uint64]
@@ -89,6 +89,14 @@ def stable_hash(values: pl.Series) -> pl.Series:
     text = as_text(values)
     hashes = pl.Series(values.name, hash_series(text), dtype=pl.UInt64)
     return hashes.zip_with(text.is_not_null(), pl.Series([None], dtype=pl.UInt64)) if text.null_count() else hashes
+
+
+def stable_hash_one(text: str) -> int | None:
+    """The same of one text, mostly without the cost of setting up arrays."""
+    if is_plain(text):
+        return hash_text(text)
+    hashed: int | None = stable_hash(pl.Series([text]))[0]
+    return hashed
 
 
 def raw_ids(values: pl.Series) -> npt.NDArray[np.int64]:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 from fullrank.batch import Batch
 from fullrank.data.checks import check
 from fullrank.data.encoders import Encoders
-from fullrank.data.hashing import splitmix, splitmix_one, stable_hash
+from fullrank.data.hashing import splitmix, splitmix_one, stable_hash, stable_hash_one
 from fullrank.data.raw import RawChunk
 from fullrank.data.tallies import (
     Floats,
@@ -39,6 +39,8 @@ from fullrank.schema import Numeric, Role, Schema
 
 # Hash of the value of each column that counters are of; None where it is missing.
 Values = Mapping[str, int | None]
+# In place of a hash, of an id that a catalogue does not have.
+NOT_THERE = -1
 # Distinct ids and values whose hashes are remembered.
 REMEMBERED, LONGEST_REMEMBERED = 65_536, 64
 
@@ -85,9 +87,12 @@ class Counters:
         self.totals = totals or Totals(state.delays)
         self._encoders, self.schema = encoders, encoders.schema
         self._roles = self.schema.counted_roles()
-        self._features = {counter.name: counter for counter in self.schema.counters}
         self._names = {name for tally in state.tallies for name in tally.of}
-        self._hashed = hashed_features(self.schema)
+        hashed = hashed_features(self.schema)
+        self._of_item_names = [name for name, role in hashed.items() if role == "item"]
+        self._of_user = _looked_up(users, [name for name, role in hashed.items() if role == "user"])
+        self._of_item = _looked_up(items, self._of_item_names)
+        self._context = [name for name in self._names if self._roles[name] == "context"]
         sides = [(counter, {self._roles[name] for name in counter.of}) for counter in self.schema.counters]
         self.of_users = [
             self._counter(counter) for counter, roles in sides if "item" not in roles and counter.role != "item"
@@ -95,9 +100,10 @@ class Counters:
         self.of_items = [self._counter(counter) for counter, roles in sides if roles == {"item"} == {counter.role}]
         live = {tally for each in (*self.of_users, *self.of_items) for tally in _tallies(each.feature)}
         self._live = [(place, tally) for place, tally in enumerate(state.tallies) if tally in live]
-        self._hash = lru_cache(REMEMBERED)(self._value_hash)
-        self._codes = lru_cache(REMEMBERED)(self._code)
-        self._of_id = lru_cache(REMEMBERED)(lambda text: int(stable_hash(pl.Series([text]))[0] or 0))
+        self._hash = lru_cache(REMEMBERED)(partial(_value_hash, self.schema))
+        self._of_id = lru_cache(REMEMBERED)(stable_hash_one)
+        features = {counter.name: counter for counter in self.schema.counters}
+        self._codes = lru_cache(REMEMBERED)(partial(_code, encoders, features))
         # The keys of the items, by what counters are of, with the log's sums.
         self._keys_of_items: dict[tuple[str, ...], tuple[Hashes, npt.NDArray[np.int64], npt.NDArray[np.bool_]]] = {}
 
@@ -116,6 +122,7 @@ class Counters:
         """The same, and the same events, with another catalogue of items."""
         other = copy.copy(self)
         other.items, other._keys_of_items = items, {}
+        other._of_item = _looked_up(items, self._of_item_names)
         return other
 
     def _counter(self, feature: Numeric) -> _Counter:
@@ -144,7 +151,7 @@ class Counters:
             elif self._roles[name] != "item" and name in features:
                 values[name] = self._hash_of(name, features[name])
             elif self._roles[name] == "user":
-                values[name] = self._known(self.users, row, name)
+                values[name] = None if row is None or self.users is None else _known(self.users, row, name)
         return values
 
     def on_request(
@@ -270,52 +277,58 @@ class Counters:
         for place, column in enumerate(_encoded(self._encoders, counter.feature, raw)):
             numeric_BN[:, counter.first + place] = torch.from_numpy(column)
 
-    def _code(self, name: str, raw: float) -> tuple[float, ...]:
-        """One number as it is in a batch."""
-        return tuple(float(column[0]) for column in _encoded(self._encoders, self._features[name], np.array([raw])))
-
     def _values_of(self, user: int | str, event: Event, known: Values) -> dict[str, int | None]:
         """Hashes of what an event is about: of a user as they are known, else of the catalogue, else as it says."""
-        keys = self.schema.keys
-        values: dict[str, int | None] = {}
-        for name in self._names:
-            role = self._roles[name]
-            if name in known and role == "user":
-                values[name] = known[name]
-            elif name == keys.user_id:
-                values[name] = self._of_id(str(user))
-            elif name == keys.item_id:
-                values[name] = self._of_id(str(event.item_id))
-            else:
-                catalogue, whose = (self.users, user) if role == "user" else (self.items, event.item_id)
-                row = None if role == "context" or catalogue is None else catalogue.row(whose)
-                if row is not None:
-                    values[name] = self._known(catalogue, row, name)
-                else:
-                    values[name] = self._hash_of(name, event.features.get(name))
+        keys, item = self.schema.keys, str(event.item_id)
+        values = {name: self._hash_of(name, event.features.get(name)) for name in self._context}
+        for catalogued, whose in ((self._of_user, user), (self._of_item, item)):
+            for name, hashed in catalogued(str(whose)):
+                values[name] = self._hash_of(name, event.features.get(name)) if hashed == NOT_THERE else hashed
+        for key, text in ((keys.user_id, str(user)), (keys.item_id, item)):
+            if key is not None and key in self._names:
+                values[key] = self._of_id(text)
+        # Of a request what it says of the context is no matter of its user's earlier events.
+        values.update((name, value) for name, value in known.items() if self._roles[name] == "user")
         return values
-
-    def _known(self, catalogue: Catalogue | None, row: int | None, name: str) -> int | None:
-        if catalogue is None or row is None:
-            return None
-        found: int | None = catalogue.frame[hash_column(name)][row]
-        return found
 
     def _hash_of(self, name: str, value: Any) -> int | None:
         if not isinstance(value, (str, int, float)):
             return None
         is_short = not isinstance(value, str) or len(value) <= LONGEST_REMEMBERED
-        hashed: int | None = (self._hash if is_short else self._value_hash)(name, type(value).__name__, value)
-        return hashed
+        return self._hash(name, type(value).__name__, value) if is_short else _value_hash(self.schema, name, "", value)
 
-    def _value_hash(self, name: str, kind: str, value: Any) -> int | None:
-        """None also of what an import would refuse. `kind` keeps 1, 1.0 and "1" apart in the memory."""
-        try:
-            found = raw_hashes(self.schema, pl.DataFrame([scalar_column(name, [value], numeric=False)]), [name])[0]
-        except ValueError:
-            return None
-        hashed: int | None = found[0] if len(found) else None
-        return hashed
+
+def _looked_up(catalogue: Catalogue | None, names: Sequence[str]) -> Callable[[str], list[tuple[str, int | None]]]:
+    """What hashes a catalogue has of an id's features, by name."""
+
+    @lru_cache(REMEMBERED)
+    def found(text: str) -> list[tuple[str, int | None]]:
+        row = catalogue.row(text) if catalogue is not None and names else None
+        if catalogue is None or row is None:
+            return [(name, NOT_THERE) for name in names]
+        return [(name, _known(catalogue, row, name)) for name in names]
+
+    return found
+
+
+def _known(catalogue: Catalogue, row: int, name: str) -> int | None:
+    found: int | None = catalogue.frame[hash_column(name)][row]
+    return found
+
+
+def _value_hash(schema: Schema, name: str, kind: str, value: Any) -> int | None:
+    """None also of what an import would refuse. `kind` keeps 1, 1.0 and "1" apart where they are remembered."""
+    try:
+        found = raw_hashes(schema, pl.DataFrame([scalar_column(name, [value], numeric=False)]), [name])[0]
+    except ValueError:
+        return None
+    hashed: int | None = found[0] if len(found) else None
+    return hashed
+
+
+def _code(encoders: Encoders, counters: Mapping[str, Numeric], name: str, raw: float) -> tuple[float, ...]:
+    """One number as it is in a batch."""
+    return tuple(float(column[0]) for column in _encoded(encoders, counters[name], np.array([raw])))
 
 
 def raw_hashes(schema: Schema, frame: pl.DataFrame, names: Sequence[str]) -> list[pl.Series]:
@@ -395,8 +408,10 @@ def _key(of: Sequence[str], values: Values) -> int | None:
 
 def _part(tally: Tally, event: Event) -> float | None:
     """What an event adds to a sum, None if it does not count."""
-    with np.errstate(over="ignore"):
-        value = 0.0 if tally.label is None else float(np.float32(event.labels.get(tally.label, 0.0)))
+    value = 0.0 if tally.label is None else float(event.labels.get(tally.label, 0.0))
+    if value not in (0.0, 1.0):
+        with np.errstate(over="ignore"):
+            value = float(np.float32(value))
     if tally.statistic == "rate":
         # An import refuses what float32 cannot hold.
         return value if math.isfinite(value) else None

@@ -14,7 +14,7 @@ from fullrank.funnel.scorer import Scorer
 from fullrank.serving.stores import UserEvents
 
 # Events that are added while requests wait.
-TOGETHER = 256
+TOGETHER = 64
 # Seconds between two times that items get their counters are at least so many times what one takes.
 REST = 10
 
