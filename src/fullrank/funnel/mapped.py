@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fullrank.batch import Batch, RowGather
 from fullrank.data.tallies import is_hash_column
 from fullrank.data.vocabulary import Vocabulary
-from fullrank.funnel.catalogue import Catalogue, times_column
+from fullrank.funnel.catalogue import SEEN, Catalogue, times_column
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
 from fullrank.funnel.stages import RETRIEVAL
@@ -157,14 +157,14 @@ def _narrow(tensor: Tensor) -> Tensor:
 
 
 def _of_users(frame: pl.DataFrame) -> pl.DataFrame:
-    """What is read of it beside the features: ids, what counters count by, and when events happened, in seconds that
-    fit into 32 bits."""
+    """What is read of it beside the features: ids, what counters count by, when somebody was last seen, and when events
+    happened, in seconds that fit into 32 bits."""
     id_column, times = frame.columns[0], [name for name in frame.columns if name.startswith(times_column(""))]
     small = [
         pl.col(name).cast(pl.List(pl.UInt32)) for name in times if frame[name].explode().is_between(0, 2**32 - 1).all()
     ]
-    hashes = [name for name in frame.columns if is_hash_column(name)]
-    return frame.select(id_column, *hashes, *times).with_columns(small)
+    others = [name for name in frame.columns if is_hash_column(name) or name == SEEN]
+    return frame.select(id_column, *others, *times).with_columns(small)
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:

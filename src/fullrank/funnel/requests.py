@@ -20,7 +20,7 @@ from fullrank.data.loader import partial_batch
 from fullrank.funnel.catalogue import NO_ROW, Catalogue
 from fullrank.funnel.counters import Counters
 from fullrank.funnel.raw_values import check_alike, list_column, scalar_column
-from fullrank.funnel.recent_events import Event, RecentEvents, known_times, rows_with_pending
+from fullrank.funnel.recent_events import Event, RecentEvents, known_times, last_seen, rows_with_pending
 from fullrank.retrieval.filters import ItemFilter
 from fullrank.schema import Categorical, EventNumber, Numeric
 
@@ -76,7 +76,7 @@ class RequestEncoder:
     No data frame is built for either.
 
     Args:
-        until: time of the log's last row: events up to it are in the histories already. None if it is not known.
+        until: time of the log's last row; None if it is not known.
         counters: what goes on after the log's end; without, counters are as the catalogue of users has them.
     """
 
@@ -118,13 +118,13 @@ class RequestEncoder:
         }
         key = schema.keys.user_id
         self.user_feature = key if isinstance(self.scalars.get(key or ""), Categorical) else None
-        self.recent = RecentEvents(encoders, items)
+        self.recent = RecentEvents(encoders, items, until)
         self._scalar = lru_cache(REMEMBERED)(self._encode_scalar)
 
     def with_items(self, items: Catalogue) -> Self:
         """An encoder that knows other items."""
         other = copy.copy(self)
-        other.recent = RecentEvents(self.encoders, items)
+        other.recent = RecentEvents(self.encoders, items, self.until)
         other.counters = None if self.counters is None else self.counters.with_items(items)
         return other
 
@@ -161,13 +161,13 @@ class RequestEncoder:
                 scalars.setdefault(self.user_feature, request.user_id)
         if scalars:
             row = self._with_scalars(row, scalars)
-        events = request.events
-        if self.until is not None:
-            events = [event for event in events if event.time > self.until]
-        time = events[-1].time + 1 if request.time is None and events else request.time
+        seen = None if known is None or self.users is None or not request.events else last_seen(self.users, known)
+        events, time = self.recent.later(request.events, seen), request.time
+        if time is None and events:
+            time = max(events[-1].time, self.until or 0) + 1
         if events or time is not None or known in self.pending:
             times = {} if known is None or self.users is None else known_times(self.users, known)
-            row = self.recent(row, events, time, times)
+            row = self.recent(row, events, time, times, seen)
         if self.counters is not None and (time is not None or known is None or scalars or self.counters.is_followed):
             values = self.counters.values_of_request(request.user_id, known, request.features)
             row = self.counters.on_request(row, values, events, time, request.features)

@@ -17,7 +17,7 @@ from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
 from fullrank.data.scratch import Scratch
 from fullrank.funnel.bundle import load_bundle, save_bundle
-from fullrank.funnel.catalogue import ACTIVE, BID, Catalogue, usual_context
+from fullrank.funnel.catalogue import ACTIVE, BID, SEEN, Catalogue, has_own_histories, usual_context
 from fullrank.funnel.distillation import DistillConfig, Distilled, chosen_rows, lists_for, with_lists
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.stages import FINAL, StageSizes
@@ -34,8 +34,6 @@ from fullrank.training.recipe import Recipe
 from fullrank.training.saving import load_ranker
 
 TIME = KEY_COLUMNS["timestamp"]
-# In the catalogue of a stream: when each item was last shown.
-SEEN = "__seen"
 DAY = 86_400
 
 
@@ -121,6 +119,8 @@ class FunnelLearner:
             # Of a funnel that was trained elsewhere: what may be retrieved is as if seen when the stream begins.
             unseen = pl.when(ACTIVE).then(None).otherwise(0) if ACTIVE in self.items.columns else pl.lit(None)
             self.items = self.items.with_columns(unseen.cast(pl.Int64).alias(SEEN))
+        if SEEN not in self.users.columns and self.users.width and has_own_histories(self.encoders.schema):
+            self.users = self.users.with_columns(pl.lit(None, pl.Int64).alias(SEEN))
         for path in self._remembered(self.begun)[-1:]:
             self._see(pl.read_parquet(path))  # The bundle has no ids that came within its window.
         for name, model in funnel.rankers.items():
@@ -309,12 +309,12 @@ def written(
 
 
 def _with_last(known: pl.DataFrame, rows: pl.DataFrame, schema: Schema, role: Role) -> pl.DataFrame:
-    """The catalogue of items or users with what was last seen of them; for items also bid and time."""
+    """The catalogue of items or users with what was last seen of them, and when; for items also the bid."""
     key = KEY_COLUMNS[f"{role}_id"]
     chosen = schema.select({role})
     columns = [*chosen.numeric_columns, *chosen.embedded(), *chosen.event_number_keys]
     market = [BID] if role == "item" and schema.keys.bid is not None else []
-    seen = [pl.col(TIME).last().alias(SEEN)] if role == "item" else []
+    seen = [pl.col(TIME).last().alias(SEEN)] if role == "item" or has_own_histories(schema) else []
     last = (
         rows.filter(pl.col(key).is_not_null())
         .sort(TIME, maintain_order=True)
