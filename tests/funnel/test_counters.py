@@ -231,8 +231,17 @@ def test_without_events_counters_are_those_of_the_logs_end(bundle: Path, tmp_pat
             place = each.schema.numeric_columns.index(name)
             expected = trained[name].head(10).to_torch()
             assert all(torch.equal(numeric_BN[:, place], expected) for numeric_BN in found), name
-        for item, row in enumerate(trained.iter_rows(named=True)):
-            assert [float(number) for number in item_numbers(each, item)] == [row[name] for name in OF_ITEMS]
+        for _ in range(2):
+            for item, row in enumerate(trained.iter_rows(named=True)):
+                assert [float(number) for number in item_numbers(each, item)] == [row[name] for name in OF_ITEMS]
+            assert each.counters is not None
+            each.counters.refresh()
+    # What one process writes is its own.
+    mapped.items.rows.batch.numeric_BN.zero_()
+    again = load_bundle(bundle, tmp_path / "arrays")
+    assert isinstance(again, Funnel) and torch.equal(
+        again.items.rows.batch.numeric_BN, funnel.items.rows.batch.numeric_BN
+    )
 
 
 def test_what_a_request_gives_goes_before_what_is_counted(bundle: Path) -> None:

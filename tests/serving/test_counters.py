@@ -23,6 +23,8 @@ from fullrank.retrieval import TwoTower
 from fullrank.schema import Schema
 from fullrank.serving import create_app
 from fullrank.serving.completing import with_events
+from fullrank.serving.item_store import ItemStore
+from fullrank.serving.live import Live
 from fullrank.serving.log_export import export_log
 from fullrank.serving.store import Feedback
 from fullrank.serving.stores import UserEvents, opened_events
@@ -162,6 +164,21 @@ def test_more_events_of_a_user_than_a_request_looks_at_are_counted(bundle: Path,
         client.post("/v1/feedback", json={"events": [{"user_id": "u5", "item_id": 1, "labels": {"click": 1}}]})
         app: Any = client.app
         assert number(served(app), "rows", store, "u5") == np.float32(np.log1p(expected))
+    store.close()
+
+
+def test_another_bundle_knows_all_events_from_its_first_request_on(bundle: Path, tmp_path: Path) -> None:
+    store, now = opened_events(tmp_path / "store"), int(time.time())
+    store.append([Feedback("u5", Event(4, now - 100, {"click": 1}))] * 30).result()
+    one, other = load_bundle(bundle), load_bundle(bundle)
+    assert isinstance(one, Funnel) and isinstance(other, Funnel)
+    before = liked(one, 4)
+    live = Live(one, "1", ItemStore(), events=store)
+    assert liked(one, 4) != before == liked(other, 4)
+    live.replace(other, "2")
+    assert liked(other, 4) == liked(one, 4)
+    live.stop()
+    assert other.counters is not None and other.counters.totals.number == 30
     store.close()
 
 
