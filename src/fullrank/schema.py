@@ -380,7 +380,7 @@ class Schema(Part):
             return feature if feature.fields else self._with_fields(feature, ids)
         if "role" in feature.model_fields_set:
             return feature
-        roles = self._counted_roles()
+        roles = self.counted_roles()
         found = {roles.get(name) for name in feature.of}
         if None in found:
             name = next(name for name in feature.of if name not in roles)
@@ -390,7 +390,7 @@ class Schema(Part):
             )
         return feature.model_copy(update={"role": found.pop() if len(found) == 1 else "context"})
 
-    def _counted_roles(self) -> dict[str, Role]:
+    def counted_roles(self) -> dict[str, Role]:
         """Whom each column describes that counters may be of."""
         roles: dict[str, Role] = {column.name: column.role for column in self.categorical}
         if self.keys.item_id is not None:
@@ -461,7 +461,7 @@ class Schema(Part):
     @property
     def pair_counters(self) -> tuple[Numeric, ...]:
         """The counters of a user and an item together, which neither of them has alone."""
-        roles = self._counted_roles()
+        roles = self.counted_roles()
         return tuple(
             counter for counter in self.counters if {"user", "item"} <= {roles.get(name) for name in counter.of}
         )

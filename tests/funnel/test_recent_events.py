@@ -131,3 +131,35 @@ def test_without_a_time_the_request_comes_just_after_the_last_event(funnel: Funn
         funnel.encode([Request("u3", events=events)]).jagged_values,
         funnel.encode([Request("u3", events=events, time=END + 91)]).jagged_values,
     )
+
+
+def test_a_history_of_the_log_takes_what_its_users_last_row_does_not_know(tmp_path: Path) -> None:
+    """Which is what that row itself came to, and what is later; the log's last row is of somebody else."""
+    history = {"kind": "sequence", "name": "past", "fields": [{"kind": "event_id", "name": "item", "table": "item"}]}
+    schema = Schema.model_validate(
+        {
+            "features": [*(f.model_dump() for f in SCHEMA.categorical if f.name in ("user", "item")), history],
+            "labels": [{"name": "click"}],
+            "keys": {"user_id": "user", "item_id": "item", "timestamp": "time"},
+        }
+    )
+    frame = log().filter(pl.col("time") <= END)
+    past: dict[str, list[int]] = {}
+    column = []
+    for user, item, click in frame.select("user", "item", "click").iter_rows():
+        column.append(list(past.setdefault(user, [])))
+        past[user] += [item] * click
+    frame = frame.with_columns(pl.Series("past.item", column))
+    save_bundle(train_funnel(Dataset.from_frame(frame, schema), CONFIG)[0], tmp_path / "bundle")
+    funnel = load_bundle(tmp_path / "bundle")
+    assert isinstance(funnel, Funnel)
+    ids = funnel.encoders.vocabularies["item"].ids(pl.Series([str(item) for item in range(20)]))
+    for user in ("u3", "u4"):
+        rows = frame.filter((pl.col("user") == user) & (pl.col("click") == 1))
+        assert frame.filter(pl.col("user") == user)["time"][-1] < END
+        events = [Event(item, time, {"click": 1}) for item, time in rows.select("item", "time").iter_rows()]
+        for more in ([], [Event(7, END + 5, {"click": 1})]):
+            expected = ids[[*past[user], *(event.item_id for event in more)]][-50:].tolist()  # type: ignore[list-item]
+            for time in (END + 60, None):
+                batch = funnel.encode([Request(user, events=[*events, *more], time=time)])
+                assert batch.jagged("past.item")[0].tolist() == expected, (user, more, time)

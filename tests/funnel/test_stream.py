@@ -32,9 +32,9 @@ from fullrank.funnel import (
     save_bundle,
     train_funnel,
 )
+from fullrank.funnel.catalogue import SEEN
 from fullrank.funnel.deltas import with_deltas
 from fullrank.funnel.distillation import lists_for, with_lists
-from fullrank.funnel.stream import SEEN
 from fullrank.training.deltas import position_of, state_of
 from fullrank.training.learner import Fitted, fresh_ranker
 from fullrank.training.publishing import read_pointer
@@ -125,6 +125,7 @@ def test_the_catalogue_is_what_the_log_said_last_and_only_what_was_shown_today_i
         assert items["__bid"].to_list() == last["__bid"].to_list()
         assert items[SEEN].to_list() == last["__timestamp"].to_list()
         newest = int(until["__timestamp"].max())  # type: ignore[arg-type]
+        assert funnel.until == newest
         active = set(last.filter(pl.col("__timestamp") >= newest - DAY)["__item_id"].to_list())
         found = funnel.retriever.search(funnel.encode([Request()]), 1000)
         assert {funnel.items.ids[row] for row in funnel.items.places(found.item_keys_BK)[0].tolist()} == active

@@ -24,6 +24,7 @@ from fullrank.data.lookahead import prefetched
 from fullrank.data.raw import REJECTED_SCHEMA
 from fullrank.data.splits import PARTS, TRAIN, Parts, TimestampCounts, by_time
 from fullrank.data.spool import Spool
+from fullrank.data.tallies import TALLIES, hashed_features, value_hashes
 from fullrank.schema import Schema
 
 FORMAT_VERSION = 1
@@ -281,7 +282,7 @@ class DatasetBuilder:
         """What the schema derives from earlier rows, if anything."""
         if not self._schema.counters and not self._schema.histories:
             return None
-        derived = Derived(self._schema, directory)
+        derived = Derived(self._schema, directory, self._directory / TALLIES)
         derived.read(
             (chunk, np.ones(chunk.rows, dtype=bool) if parts is None else parts != _DROPPED)
             for chunk, parts in zip(self._spool, self._parts, strict=True)
@@ -302,6 +303,7 @@ class DatasetBuilder:
         self, encoders: Encoders, cuts: tuple[int, int] | None, derived: Derived | None
     ) -> Iterator[tuple[pl.DataFrame, Parts]]:
         stored = encoders.without({sequence.name for sequence in self._schema.histories})
+        hashed = hashed_features(self._schema)
         for place, (chunk, parts) in enumerate(zip(self._spool.drain(), self._parts, strict=True)):
             if derived is not None:
                 chunk = derived.with_counters(chunk, place)
@@ -309,6 +311,7 @@ class DatasetBuilder:
             if derived is None:
                 yield frame, parts
                 continue
+            frame = frame.with_columns(value_hashes(chunk, hashed))
             for rows, piece in derived.with_histories(frame, place):
                 yield piece, parts[rows]
 

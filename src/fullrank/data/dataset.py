@@ -34,6 +34,7 @@ from fullrank.data.raw import RawChunk, rejected_text
 from fullrank.data.reading import read_log
 from fullrank.data.scratch import Scratch
 from fullrank.data.splits import PARTS, SplitSpec
+from fullrank.data.tallies import TALLIES, hash_column, hashed_features, is_hash_column
 from fullrank.schema import OUT_OF_VOCABULARY_ID, Role, Schema, TimeUnit
 
 
@@ -259,7 +260,13 @@ class Dataset:
         known = {*encoded_columns(self.schema), *KEY_COLUMNS.values()}
         first = next((shard for split in self.splits for shard in self.shards(split)), None)
         columns = {} if first is None else pl.read_parquet_schema(first)
-        return {name: dtype for name, dtype in columns.items() if name not in known}
+        return {name: dtype for name, dtype in columns.items() if name not in known and not is_hash_column(name)}
+
+    @property
+    def tallies(self) -> Path | None:
+        """The file of what counters come to at the log's end; None without counters, or from an earlier release."""
+        path = self.path / TALLIES
+        return path if path.is_file() and self.schema.counters else None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -296,7 +303,8 @@ class Dataset:
         """One row per item (or user) of a split: its key and the last seen values of the features of that role.
 
         "Last" is by timestamp when the log has one, else by order of rows. The first column is `__item_id` or
-        `__user_id`, the others are encoded features; rows are in order of the key.
+        `__user_id`, the others are encoded features, and hashes of those that counters count by; rows are in order of
+        the key.
 
         Raises:
             ValueError: if the schema names no key for the role.
@@ -307,6 +315,8 @@ class Dataset:
         wanted: set[Role] = {role}
         chosen = self.schema.select(wanted)
         columns = [*chosen.numeric_columns, *chosen.embedded(), *chosen.event_number_keys]
+        if self.tallies is not None:
+            columns += [hash_column(name) for name, whose in hashed_features(self.schema).items() if whose == role]
         frame = self.scan(split).select(key, *columns, *self._order_columns())
         if self.schema.keys.timestamp is not None:
             frame = frame.sort("__timestamp", maintain_order=True)

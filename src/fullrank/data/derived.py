@@ -19,6 +19,7 @@ from fullrank.data.chunk import Chunk, Mask
 from fullrank.data.encoders import Encoders
 from fullrank.data.hashing import Hashes, splitmix, stable_hash
 from fullrank.data.past import BLOCK_ROWS, Past, RowNumbers, groups, past, whole_seconds
+from fullrank.data.tallies import Tally, TallyWriter, rate_towards
 from fullrank.data.transforms import transformed_events
 from fullrank.schema import EventNumber, Numeric, Schema, Sequence
 
@@ -52,14 +53,16 @@ class Derived:
     Args:
         schema: unfitted, or fitted.
         directory: for the files; made if needed.
+        tallies: the file of what rows after the log would know of it; see `TallyWriter`.
 
     Raises:
         ValueError: if a column that a feature is derived of is not there.
     """
 
-    def __init__(self, schema: Schema, directory: Path) -> None:
+    def __init__(self, schema: Schema, directory: Path, tallies: Path) -> None:
         self._schema = schema
         self._directory = directory
+        self._tallies = tallies
         directory.mkdir(parents=True, exist_ok=True)
         self._starts = [0]
         self._files = 0
@@ -93,9 +96,11 @@ class Derived:
         self._keys = {columns: (self._new(np.uint64), self._new(np.int8)) for columns in of}
         self._labels = {name: self._new(np.float32) for name in names if name is not None}
         rates = {counter.label: _RateSoFar() for counter in schema.counters if counter.statistic == "rate"}
+        end = 0
         for chunk, counts in chunks:
             self._starts.append(self._starts[-1] + chunk.rows)
             times = chunk.keys["timestamp"].to_numpy()
+            end = max(end, int(times[counts].max(initial=end)))
             self._times.append(times)
             self._counts.append(counts)
             for columns, (keys, present) in self._keys.items():
@@ -107,8 +112,15 @@ class Derived:
             for label, rate in rates.items():
                 assert label is not None
                 rate.add(times[counts], chunk.labels[label][counts])
-        for counter in schema.counters:
-            self._counters[counter.name] = self._counted(counter, rates.get(counter.label))
+        if schema.counters:
+            with TallyWriter(self._tallies, schema, end) as kept:
+                for label, rate in rates.items():
+                    found = rate.by_time()
+                    kept.add(
+                        Tally((), "rate", label), *(found[name].to_numpy() for name in ("key", "time", "rows", "label"))
+                    )
+                for counter in schema.counters:
+                    self._counters[counter.name] = self._counted(counter, rates.get(counter.label), kept)
         for sequence in schema.histories:
             self._events[sequence.name] = self._past_events(sequence, user)
 
@@ -178,8 +190,9 @@ class Derived:
             found = past(keys.numbers[rows], self._times.numbers[rows], delay_seconds)
             yield rows[found.order], found
 
-    def _counted(self, counter: Numeric, rate: _RateSoFar | None) -> RowNumbers:
-        delay = self._delay(counter.label)
+    def _counted(self, counter: Numeric, rate: _RateSoFar | None, kept: TallyWriter) -> RowNumbers:
+        delay, tally = self._delay(counter.label), Tally.of_counter(counter)
+        is_new = kept.wants(tally)
         result = RowNumbers.full(self._path(), self._times.rows, 0.0, np.float64)
         numbers = result.numbers
         if counter.statistic == "rate":
@@ -188,19 +201,15 @@ class Derived:
                 block = slice(start, start + BLOCK_ROWS)
                 numbers[block] = rate(self._times.numbers[block] - whole_seconds(delay))
         for rows, known in self._pasts(counter.of, delay):
-            if counter.label is None:
-                numbers[rows] = known.ends - known.starts
-                continue
-            labels = self._labels[counter.label].numbers[rows]
+            labels = None if counter.label is None else self._labels[counter.label].numbers[rows]
+            weights, sums = tally.parts(labels, len(rows))
+            if is_new:
+                kept.add(tally, self._keys[counter.of][0].numbers[rows], self._times.numbers[rows], weights, sums)
+            seen = known.total(weights)
             if counter.statistic == "count":
-                numbers[rows] = known.total(labels == 1)
+                numbers[rows] = seen
                 continue
-            observed = ~np.isnan(labels)
-            seen, total = known.total(observed), known.total(np.where(observed, labels, 0))
-            # Nothing known of the key is the mean of all rows; nothing known at all stays missing.
-            with np.errstate(invalid="ignore"):
-                drawn = (total + counter.smoothing * numbers[rows]) / (seen + counter.smoothing)
-            numbers[rows] = np.where(seen > 0, drawn, numbers[rows])
+            numbers[rows] = rate_towards(numbers[rows], seen, known.total(sums), counter.smoothing)
         return result
 
     def _past_events(self, sequence: Sequence, user: tuple[str, ...]) -> _Events:
@@ -290,10 +299,14 @@ class _RateSoFar:
             .agg(pl.col("rows").sum(), pl.col("label").sum())
         )
 
+    def by_time(self) -> pl.DataFrame:
+        """Each `time` with its `rows` and the sum of their `label`, in order, under one `key` for all."""
+        return self._in_one().sort("time").with_columns(pl.lit(0, pl.UInt64).alias("key"))
+
     def __call__(self, times: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """The mean over rows of a time strictly before each of these; NaN where there is none."""
         if self._merged is None:
-            found = self._in_one().sort("time")
+            found = self.by_time()
             rows, total = np.cumsum(found["rows"].to_numpy()), np.cumsum(found["label"].to_numpy())
             self._merged = found["time"].to_numpy(), np.concatenate([[np.nan], total / rows])
         moments, means = self._merged

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from fullrank.data.spelling import as_text, text_bytes
+from fullrank.data.spelling import as_text, is_plain, text_bytes
 from fullrank.schema import FIRST_VOCABULARY_ID, MISSING_ID, RAW_IDS
 
 Hashes = npt.NDArray[np.uint64]
@@ -73,6 +73,14 @@ def splitmix(numbers: Hashes) -> Hashes:
         return state ^ (state >> np.uint64(31))
 
 
+def splitmix_one(number: int) -> int:
+    """The same of one number, without the cost of setting up arrays."""
+    state = ((number + 1) * 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)
+
+
 def stable_hash(values: pl.Series) -> pl.Series:
     """64-bit hash (UInt64) of each value's text; null stays null. Equal on every machine, version and process.
 
@@ -81,6 +89,14 @@ def stable_hash(values: pl.Series) -> pl.Series:
     text = as_text(values)
     hashes = pl.Series(values.name, hash_series(text), dtype=pl.UInt64)
     return hashes.zip_with(text.is_not_null(), pl.Series([None], dtype=pl.UInt64)) if text.null_count() else hashes
+
+
+def stable_hash_one(text: str) -> int | None:
+    """The same of one text, mostly without the cost of setting up arrays."""
+    if is_plain(text):
+        return hash_text(text)
+    hashed: int | None = stable_hash(pl.Series([text]))[0]
+    return hashed
 
 
 def raw_ids(values: pl.Series) -> npt.NDArray[np.int64]:

@@ -16,6 +16,7 @@ Every other text stays as it is: `007`, `1e5`, `+3`, `1.50`, `9007199254740993` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 import numpy as np
@@ -28,6 +29,14 @@ _BLANKS = " \t\r\n\v\f\xa0"
 _LEAST_INEXACT = 2**53
 _INTEGER_AS_FLOAT = r"^(-?(?:0|[1-9][0-9]{0,15}))\.0+$"
 _TRUTHS = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false", "-0": "0"}
+
+
+_PLAIN = re.compile("[A-Za-z0-9_:-]+")
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text surely stays as it is, unless a schema says that it is missing."""
+    return _PLAIN.fullmatch(text) is not None and text not in _TRUTHS
 
 
 def text_bytes(values: pl.Series) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import polars as pl
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from fullrank.data import atomic
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
+from fullrank.data.tallies import hash_column, hashed_features
 from fullrank.funnel.canary import CANARY, canary_text
 from fullrank.funnel.catalogue import ACTIVE, BID, Catalogue
 from fullrank.funnel.deadline import check_deadlines
@@ -23,10 +26,11 @@ from fullrank.funnel.scorer import Scorer
 from fullrank.funnel.searcher import Searcher
 from fullrank.funnel.slate import SlateConfig
 from fullrank.funnel.stages import FINAL, RETRIEVAL, StageSizes, check_names
+from fullrank.funnel.totals import CounterState
 from fullrank.models import Ranker
 from fullrank.retrieval import RETRIEVERS, Retriever
 from fullrank.schema import Role, Schema, describe_errors
-from fullrank.training.manifest import MANIFEST, Stage, read_manifest, write_manifest
+from fullrank.training.manifest import MANIFEST, Manifest, Stage, read_manifest, write_manifest
 from fullrank.training.saving import (
     WEIGHTS,
     last_line,
@@ -36,6 +40,9 @@ from fullrank.training.saving import (
     stage_of,
     write_weights,
 )
+
+# The sums that counters go on from, apart from what a stage may be called.
+COUNTERS = "counters/sums.safetensors"
 
 
 def save_bundle(
@@ -65,9 +72,19 @@ def save_bundle(
             write_weights(ranker, partial / f"{name}.safetensors")
         atomic.write_text(partial / CANARY, canary_text(content))
         sizes, slate = content.sizes.model_dump(mode="json"), content.slate.model_dump(mode="json")
-        deadlines = content.deadlines or None
-        value = content.value.text
-        write_manifest(partial, stages, value=value, sizes=sizes, slate=slate, deadlines=deadlines, about=about)
+        if content.counters is not None:
+            (partial / COUNTERS).parent.mkdir()
+            save_file(content.counters.state.tensors, partial / COUNTERS)
+        write_manifest(
+            partial,
+            stages,
+            value=content.value.text,
+            sizes=sizes,
+            slate=slate,
+            deadlines=content.deadlines or None,
+            until=content.until,
+            about=about,
+        )
 
 
 def write_sizes(path: Path, sizes: StageSizes) -> None:
@@ -198,10 +215,12 @@ def load_bundle(path: Path, mapped: Path | None = None) -> Funnel | Scorer:
         arrays.hold(modules_of(retriever))
         arrays.hold_halves(retriever)
     has_users = "users.parquet" in manifest.files
+    items = _catalogue(path / "items.parquet", schema, "item", arrays)
+    users = _catalogue(path / "users.parquet", schema, "user", arrays) if has_users else None
     funnel = Funnel(
         encoders=encoders,
-        items=_catalogue(path / "items.parquet", schema, "item", arrays),
-        users=_catalogue(path / "users.parquet", schema, "user", arrays) if has_users else None,
+        items=items,
+        users=users,
         context=_context(path / "context.parquet", schema),
         retriever=retriever,
         early={name: rankers[name] for name in early},
@@ -211,6 +230,8 @@ def load_bundle(path: Path, mapped: Path | None = None) -> Funnel | Scorer:
         slate=slate,
         deadlines=deadlines,
         item_vectors=None if arrays is None else arrays.item_vectors,
+        until=manifest.until,
+        counters=_counters(path, manifest, schema, {"item": items, "user": users}, arrays),
     )
     found = funnel.retriever.search(funnel.encode([Request()]), len(funnel.items))
     found_keys = found.item_keys_BK[found.found_BK]
@@ -261,6 +282,28 @@ def _catalogue(path: Path, schema: Schema, role: Role, arrays: MappedArrays | No
         return Catalogue.of(frame, schema)
     except (ValueError, pl.exceptions.PolarsError) as error:
         raise ValueError(f"{path} does not fit the schema: {last_line(error)}") from None
+
+
+def _counters(
+    path: Path,
+    manifest: Manifest,
+    schema: Schema,
+    catalogues: Mapping[Role, Catalogue | None],
+    arrays: MappedArrays | None,
+) -> CounterState | None:
+    if COUNTERS not in manifest.files:
+        return None
+    place = path / COUNTERS
+    if not schema.counters or manifest.until is None:
+        raise ValueError(f"{place} needs counters in the schema, and {MANIFEST} to say until when they are")
+    for name, role in hashed_features(schema).items():
+        catalogue = catalogues.get(role)
+        if catalogue is not None and catalogue.frame.schema.get(hash_column(name)) != pl.UInt64():
+            raise ValueError(f'{path / f"{role}s.parquet"}: the column "{hash_column(name)}" of hashes is missing')
+    try:
+        return CounterState(schema, load_file(place) if arrays is None else arrays.counters(), manifest.until)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{place} is damaged: {last_line(error)}") from None
 
 
 def _context(path: Path, schema: Schema) -> pl.DataFrame:

@@ -27,6 +27,9 @@ from fullrank.schema import EventNumber, Schema, Sequence
 BID = KEY_COLUMNS["bid"]
 # Whether an item may be retrieved; the others can still be scored by name.
 ACTIVE = "__active"
+# When an item of a stream was last shown, and when the last row of a user happened that has histories of its own: what
+# is not earlier is not in these.
+SEEN = "__seen"
 # Row of no item.
 NO_ROW = -1
 # Ids up to which each is read by itself.
@@ -211,7 +214,17 @@ def all_rows(dataset: Dataset, role: Literal["item", "user"]) -> pl.DataFrame:
     for sequence in dataset.schema.histories:
         if sequence.role == role:
             rows = _with_last_events(rows, dataset, sequence)
+    if role == "user" and dataset.schema.keys.timestamp is not None and has_own_histories(dataset.schema):
+        user, time = rows.columns[0], pl.col(KEY_COLUMNS["timestamp"])
+        log = pl.concat([dataset.scan(split) for split in dataset.splits])
+        last = log.group_by(user).agg(time.max().alias(SEEN)).collect()
+        rows = rows.join(last, on=user, how="left", maintain_order="left")
     return rows
+
+
+def has_own_histories(schema: Schema) -> bool:
+    """Whether a history of users is a column of the log."""
+    return any(sequence.role == "user" and not sequence.of for sequence in schema.sequences)
 
 
 def _with_last_events(users: pl.DataFrame, dataset: Dataset, sequence: Sequence) -> pl.DataFrame:
@@ -243,6 +256,15 @@ def _with_last_events(users: pl.DataFrame, dataset: Dataset, sequence: Sequence)
     )
     known = users.drop(names[:-1]).lazy().join(events, on=user, how="left", maintain_order="left")
     return known.with_columns(pl.col(names).fill_null([])).select(*users.columns, names[-1]).collect()
+
+
+def last_time(dataset: Dataset) -> int | None:
+    """When the last row of all splits happened; None if the schema names no timestamp."""
+    if dataset.schema.keys.timestamp is None:
+        return None
+    time = KEY_COLUMNS["timestamp"]
+    last = pl.concat([dataset.scan(split).select(pl.col(time).max()) for split in dataset.splits]).collect()
+    return int(last[time].max())  # type: ignore[arg-type]
 
 
 def with_market(items: pl.DataFrame, dataset: Dataset, active_days: float | None) -> pl.DataFrame:

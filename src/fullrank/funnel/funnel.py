@@ -22,6 +22,7 @@ from fullrank.data.loader import partial_batch
 from fullrank.funnel.attributes import Attributes
 from fullrank.funnel.candidates import Candidates
 from fullrank.funnel.catalogue import NO_ROW, Catalogue
+from fullrank.funnel.counters import Counters
 from fullrank.funnel.deadline import (
     AT_ONCE,
     Clock,
@@ -39,6 +40,7 @@ from fullrank.funnel.scorer import Observe, ScoredItem, Scorer, trust_ids
 from fullrank.funnel.slate import SlateConfig
 from fullrank.funnel.slate_making import SlateMaker
 from fullrank.funnel.stages import FINAL, RETRIEVAL, StageSizes, TwoSided, check_names
+from fullrank.funnel.totals import CounterState
 from fullrank.models.base import Ranker
 from fullrank.retrieval.base import Items, Retriever, SearchResult, check_k
 from fullrank.retrieval.exact import top_k
@@ -63,6 +65,8 @@ class Funnel:
         deadlines: milliseconds by stage that it may take for the users of one pass; one that cannot finish hands on
             what it was handed, in that order, behind what it has scored.
         item_vectors: by early stage that looks at items beforehand, what it saw; default: it looks now.
+        until: time of the log's last row, in seconds since 1970, if it is known: later events are not in it.
+        counters: sums at the log's end, from which counters go on with events; default: they stay as they are.
 
     Attributes:
         clock: what deadlines and times are read from.
@@ -88,6 +92,8 @@ class Funnel:
         slate: SlateConfig | None = None,
         deadlines: Mapping[str, float] | None = None,
         item_vectors: Mapping[str, Tensor] | None = None,
+        until: int | None = None,
+        counters: CounterState | None = None,
     ) -> None:
         self.encoders = encoders
         self.schema = encoders.schema
@@ -99,7 +105,9 @@ class Funnel:
         self._take_rankers(stages, final, value, item_vectors or {})
         self.value = self.scorer.value
         self.sizes = sizes or StageSizes()
-        self.encode = RequestEncoder(encoders, users, context, items)
+        self.until = until
+        going_on = None if counters is None else Counters(encoders, counters, users, items)
+        self.encode = RequestEncoder(encoders, users, context, items, until, going_on)
         self.pairing = Pairing.of(self.schema)
         check_names(self.early)
         self.sizes.keeps(len(self.early))
@@ -152,6 +160,8 @@ class Funnel:
             "sizes": self.sizes,
             "slate": self.slate,
             "deadlines": self.deadlines,
+            "until": self.until,
+            "counters": None if self.counters is None else self.counters.state,
         }
         return type(self)(**{**own, **parts})
 
@@ -159,6 +169,11 @@ class Funnel:
     def retriever(self) -> Retriever:
         """Of the first stage."""
         return self._candidates.retriever
+
+    @property
+    def counters(self) -> Counters | None:
+        """Those that go on with events."""
+        return self.encode.counters
 
     @property
     def rankers(self) -> dict[str, Ranker]:
@@ -447,7 +462,8 @@ class Funnel:
             if feature.name == name and feature.role == "item":
                 raw = pl.DataFrame({name: [str(item_id) for item_id in item_ids]})
                 blank = blank.with_columns(self.encoders.transform(raw, allow_missing=True)[name])
-        return partial_batch(blank, self.schema)
+        batch = partial_batch(blank, self.schema)
+        return batch if self.counters is None else self.counters.on_unknown_items(batch, item_ids)
 
     def searched(self, users: Batch, count: int, terms: Terms) -> SearchResult:
         """What retrieval finds for users, of what may be recommended to them."""

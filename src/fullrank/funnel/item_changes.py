@@ -12,7 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from fullrank.data.tallies import hash_column
 from fullrank.funnel.catalogue import ACTIVE, BID, NO_ROW, Catalogue
+from fullrank.funnel.counters import raw_hashes
 from fullrank.funnel.funnel import Funnel
 from fullrank.retrieval.base import Items, Retriever, item_keys
 from fullrank.schema import Numeric
@@ -66,7 +68,8 @@ class ItemEncoder:
                 missing = [] if feature.missing_column is None else [feature.missing_column]
                 names = {feature.name: [*feature.columns, *missing]}
             else:
-                names = {feature.name: [feature.name]}
+                hashed = hash_column(feature.name)
+                names = {feature.name: [feature.name, *([hashed] if hashed in self.types else [])]}
             for name, columns in names.items():
                 self.columns[name], self._encoded[name] = funnel.scorer.columns[name], columns
         self._events = [[each.column(part) for part in each.fields] for each in features.sequences]
@@ -135,6 +138,8 @@ class ItemEncoder:
             BID: pl.Series(BID, [state.bid for state in states.values()], pl.Float64),
             ACTIVE: pl.Series(ACTIVE, [not state.hidden for state in states.values()]),
         }
+        hashed = [name for name in given if hash_column(name) in self.types]
+        own |= {each.name: each for each in raw_hashes(self.encoders.schema, frame, hashed)}
         return pl.DataFrame(
             [
                 own[name].cast(kind)

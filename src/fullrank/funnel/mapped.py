@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fullrank.batch import Batch, RowGather
+from fullrank.data.tallies import is_hash_column
 from fullrank.data.vocabulary import Vocabulary
-from fullrank.funnel.catalogue import Catalogue, times_column
+from fullrank.funnel.catalogue import SEEN, Catalogue, times_column
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
 from fullrank.funnel.stages import RETRIEVAL
@@ -29,7 +30,7 @@ from fullrank.retrieval.vectors.scan import Scan
 from fullrank.schema import Schema
 
 _TABLES, _MODULES = "vocabularies.json", "modules.safetensors"
-_VECTORS, _HALVES = "item_vectors.safetensors", "halves.safetensors"
+_VECTORS, _HALVES, _COUNTERS = "item_vectors.safetensors", "halves.safetensors", "counters.safetensors"
 _INDEX = ("hashes", "ids", "first")
 
 
@@ -66,6 +67,11 @@ class MappedArrays:
         keys_I = tensors.pop("keys")
         batch = Batch(jagged_keys=schema.jagged_keys, event_keys=schema.event_number_keys, **tensors)
         return Catalogue(_read_frame(self.directory / f"{name}.arrow"), keys_I, RowGather(batch, starts))
+
+    def counters(self) -> dict[str, Tensor]:
+        """The sums that counters go on from."""
+        found: dict[str, Tensor] = load_file(self.directory / _COUNTERS)
+        return found
 
     def hold_halves(self, retriever: Retriever) -> None:
         """Give an exact index its vectors in bfloat16, if that is what it scores first."""
@@ -105,6 +111,8 @@ def write_arrays(content: Funnel | Scorer, directory: Path) -> None:
         found = None if scan is None else scan.halves()
         if found is not None:
             halves = dict(zip(("half", "norm", "lost"), found, strict=True))
+        if content.counters is not None:
+            _write(content.counters.state.tensors, partial / _COUNTERS)
         vectors = {stage: seen.whole() for stage, (_, seen) in content.prepared.items()}
         _write_catalogue(content.items, content.items.frame, partial / "items")
         if content.users is not None:
@@ -149,12 +157,14 @@ def _narrow(tensor: Tensor) -> Tensor:
 
 
 def _of_users(frame: pl.DataFrame) -> pl.DataFrame:
-    """What is read of it beside the features: ids, and when events happened, in seconds that fit into 32 bits."""
+    """What is read of it beside the features: ids, what counters count by, when somebody was last seen, and when events
+    happened, in seconds that fit into 32 bits."""
     id_column, times = frame.columns[0], [name for name in frame.columns if name.startswith(times_column(""))]
     small = [
         pl.col(name).cast(pl.List(pl.UInt32)) for name in times if frame[name].explode().is_between(0, 2**32 - 1).all()
     ]
-    return frame.select(id_column, *times).with_columns(small)
+    others = [name for name in frame.columns if is_hash_column(name) or name == SEEN]
+    return frame.select(id_column, *others, *times).with_columns(small)
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:

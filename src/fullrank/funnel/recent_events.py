@@ -17,7 +17,7 @@ from fullrank.batch import Batch
 from fullrank.data.encoders import Encoders
 from fullrank.data.past import whole_seconds
 from fullrank.data.transforms import transformed_events
-from fullrank.funnel.catalogue import NO_ROW, Catalogue, times_column
+from fullrank.funnel.catalogue import NO_ROW, SEEN, Catalogue, times_column
 from fullrank.schema import EventId, EventNumber, Schema
 from fullrank.schema import Sequence as History
 
@@ -31,12 +31,14 @@ class Event:
         time: seconds since 1970.
         labels: what happened, by label: 1, or another number.
         features: raw values of context features, and of the item's if the catalogue does not have it.
+        number: in the store that it was read from.
     """
 
     item_id: int | str
     time: int
     labels: Mapping[str, float]
     features: Mapping[str, Any] = field(default_factory=dict)
+    number: int | None = field(default=None, compare=False)
 
 
 class _Live(NamedTuple):
@@ -62,19 +64,39 @@ class RecentEvents:
     of positive rows of the first binary label, if each of its ids shares its table with a feature of the item and it
     has no other number than an `age` in seconds; else events leave it as it is.
 
+    What is in the log already does not count again: for a derived history events up to its last row, for a column of
+    the log those before the user's last row, whose history is what is known of them.
+
     The ages of what was known before are those at the request if the bundle has the times, which that of a derived
     history has; else they stay as they were at the end of the log.
+
+    Args:
+        until: time of the log's last row; None if it is not known, and all events count.
     """
 
-    def __init__(self, encoders: Encoders, items: Catalogue) -> None:
-        self.encoders = encoders
+    def __init__(self, encoders: Encoders, items: Catalogue, until: int | None = None) -> None:
+        self.encoders, self.until = encoders, until
         self.schema = encoders.schema
         self.items = items
         self._places = {feature.name: place for place, feature in enumerate(self.schema.categorical)}
         self._roles = {feature.name: feature.role for feature in self.schema.categorical}
         self.live = [live for history in self.schema.sequences if (live := _live(self.schema, history)) is not None]
 
-    def __call__(self, row: Batch, events: Sequence[Event], time: int | None, times: Mapping[str, list[int]]) -> Batch:
+    def later(self, events: Sequence[Event], seen: int | None) -> Sequence[Event]:
+        """Those that count for some history or counter, of a user whose last row happened then, if that is known."""
+        if self.until is None:
+            return events
+        first = self.until + 1 if seen is None else min(self.until + 1, seen)
+        return [event for event in events if event.time >= first]
+
+    def __call__(
+        self,
+        row: Batch,
+        events: Sequence[Event],
+        time: int | None,
+        times: Mapping[str, list[int]],
+        seen: int | None = None,
+    ) -> Batch:
         """The row of a request with what its user did.
 
         Args:
@@ -82,13 +104,15 @@ class RecentEvents:
             events: the latest of this user, oldest first.
             time: of the request; None, without events, for the end of the log, when all is known.
             times: by history, when the events happened that the row has already.
+            seen: when the user's last row in the log happened, if that is known.
         """
         schema = self.schema
         now = 0 if time is None else time
         ids = dict(zip(row.jagged_keys, _split(row.jagged_values, row.jagged_lengths_KB), strict=True))
         numbers = dict(zip(row.event_keys, _split(row.event_values, row.event_lengths_EB), strict=True))
         for history, label, delay, columns in self.live:
-            new = [event for event in events if label is None or event.labels.get(label) == 1]
+            new = self.later(events, None if history.of else seen)
+            new = [event for event in new if label is None or event.labels.get(label) == 1]
             new = [event for event in new if event.time + delay < now][-history.max_length :]
             places = self.items.find([event.item_id for event in new]).tolist()
             known = None if time is None else times.get(history.name)
@@ -156,6 +180,12 @@ def known_times(users: Catalogue, row: int) -> dict[str, list[int]]:
     """When the events of a user's histories happened, by history, where the catalogue says so."""
     columns = (name for name in users.frame.columns if name.startswith(times_column("")))
     return {name.removeprefix(times_column("")): users.frame[name][row].to_list() for name in columns}
+
+
+def last_seen(users: Catalogue, row: int) -> int | None:
+    """When the last row of a user happened, where the catalogue says so."""
+    seen: int | None = users.frame[SEEN][row] if SEEN in users.frame.columns else None
+    return seen
 
 
 def _split(values: Tensor, lengths_K1: Tensor) -> list[Tensor]:

@@ -18,8 +18,9 @@ from fullrank.batch import Batch
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
 from fullrank.funnel.catalogue import NO_ROW, Catalogue
+from fullrank.funnel.counters import Counters
 from fullrank.funnel.raw_values import check_alike, list_column, scalar_column
-from fullrank.funnel.recent_events import Event, RecentEvents, known_times, rows_with_pending
+from fullrank.funnel.recent_events import Event, RecentEvents, known_times, last_seen, rows_with_pending
 from fullrank.retrieval.filters import ItemFilter
 from fullrank.schema import Categorical, EventNumber, Numeric
 
@@ -50,9 +51,10 @@ class Request:
         features: raw values of user and context features by column name; events of a sequence are lists named
             `<sequence>.<field>`, oldest first. What is given replaces what is known of the user, what is not given
             stays as it was last seen, or is missing for an unknown user.
-        events: what the user did since the bundle was made, oldest first; goes into the histories that are not given.
+        events: what the user did, oldest first; what is later than the log goes into the histories and counters that
+            are not given.
         time: of the request, in seconds since 1970: only events strictly before it count, and ages are those at it.
-            Default: just after the last event.
+            Default: just after the last event that is later than the log.
         shown: impressions of the user, for frequency caps; in any order.
         exclude: items that are not recommended, whatever they are worth.
         filter: what recommended items have to be.
@@ -75,9 +77,22 @@ class RequestEncoder:
 
     Known users who say nothing new cost one gather together; a scalar feature that was seen before costs one lookup.
     No data frame is built for either.
+
+    Args:
+        until: time of the log's last row; None if it is not known.
+        counters: what goes on after the log's end; without, counters are as the catalogue of users has them.
     """
 
-    def __init__(self, encoders: Encoders, users: Catalogue | None, context: pl.DataFrame, items: Catalogue) -> None:
+    def __init__(
+        self,
+        encoders: Encoders,
+        users: Catalogue | None,
+        context: pl.DataFrame,
+        items: Catalogue,
+        until: int | None = None,
+        counters: Counters | None = None,
+    ) -> None:
+        self.until, self.counters = until, counters
         self.schema = schema = encoders.schema
         self.encoders = encoders
         self.users = users
@@ -106,13 +121,14 @@ class RequestEncoder:
         }
         key = schema.keys.user_id
         self.user_feature = key if isinstance(self.scalars.get(key or ""), Categorical) else None
-        self.recent = RecentEvents(encoders, items)
+        self.recent = RecentEvents(encoders, items, until)
         self._scalar = lru_cache(REMEMBERED)(self._encode_scalar)
 
     def with_items(self, items: Catalogue) -> Self:
         """An encoder that knows other items."""
         other = copy.copy(self)
-        other.recent = RecentEvents(self.encoders, items)
+        other.recent = RecentEvents(self.encoders, items, self.until)
+        other.counters = None if self.counters is None else self.counters.with_items(items)
         return other
 
     def __call__(self, requests: Sequence[Request]) -> Batch:
@@ -132,7 +148,11 @@ class RequestEncoder:
             known_U = self.users.find(names)
             known = known_U.tolist()
             if NO_ROW not in known and self.pending.isdisjoint(known):
-                return self.users.rows.take(known_U)
+                batch = self.users.rows.take(known_U)
+                if self.counters is None or not self.counters.is_followed:
+                    return batch
+                # Counters of those who say nothing change with what others do.
+                return self.counters.on_users(batch, names, known)
         rows = [self._row(request) for request in requests]
         return rows[0] if len(rows) == 1 else Batch.cat(rows)
 
@@ -150,10 +170,16 @@ class RequestEncoder:
                 scalars.setdefault(self.user_feature, request.user_id)
         if scalars:
             row = self._with_scalars(row, scalars)
-        if request.events or request.time is not None or known in self.pending:
+        seen = None if known is None or self.users is None or not request.events else last_seen(self.users, known)
+        events, time = self.recent.later(request.events, seen), request.time
+        if time is None and events:
+            time = max(events[-1].time, self.until or 0) + 1
+        if events or time is not None or known in self.pending:
             times = {} if known is None or self.users is None else known_times(self.users, known)
-            time = request.events[-1].time + 1 if request.time is None and request.events else request.time
-            row = self.recent(row, request.events, time, times)
+            row = self.recent(row, events, time, times, seen)
+        if self.counters is not None and (time is not None or known is None or scalars or self.counters.is_followed):
+            values = self.counters.values_of_request(request.user_id, known, request.features)
+            row = self.counters.on_request(row, values, events, time, request.features)
         return self._with_lists(row, others) if others else row
 
     def _with_scalars(self, row: Batch, values: Mapping[str, Any]) -> Batch:

@@ -17,7 +17,7 @@ from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import KEY_COLUMNS, Encoders
 from fullrank.data.scratch import Scratch
 from fullrank.funnel.bundle import load_bundle, save_bundle
-from fullrank.funnel.catalogue import ACTIVE, BID, Catalogue, usual_context
+from fullrank.funnel.catalogue import ACTIVE, BID, SEEN, Catalogue, has_own_histories, usual_context
 from fullrank.funnel.distillation import DistillConfig, Distilled, chosen_rows, lists_for, with_lists
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.stages import FINAL, StageSizes
@@ -34,8 +34,6 @@ from fullrank.training.recipe import Recipe
 from fullrank.training.saving import load_ranker
 
 TIME = KEY_COLUMNS["timestamp"]
-# In the catalogue of a stream: when each item was last shown.
-SEEN = "__seen"
 DAY = 86_400
 
 
@@ -58,6 +56,7 @@ class FunnelLearner:
         self.untaught: list[tuple[pl.DataFrame, int]] = []
         self.teacher: Funnel | None = None
         self.items = self.users = self.context = pl.DataFrame()
+        self.until: int | None = None
         self.retriever: Retriever | None = None
         self.indexed: Tensor | None = None
         self.rows: list[pl.DataFrame] = []
@@ -112,6 +111,7 @@ class FunnelLearner:
         self.encoders = funnel.encoders
         self.items, self.context, self.retriever = funnel.items.frame, funnel.context, funnel.retriever
         self.users = pl.DataFrame() if funnel.users is None else funnel.users.frame
+        self.until = funnel.until
         self.indexed = funnel.items.keys_I[funnel.items.active_I]
         # The retriever of a bundle to start from is as good as a new one: its next fit is a whole period away.
         self.windows = int(state["windows"]) if state else self.recipe.stream.retrieval_every
@@ -120,6 +120,8 @@ class FunnelLearner:
             # Of a funnel that was trained elsewhere: what may be retrieved is as if seen when the stream begins.
             unseen = pl.when(ACTIVE).then(None).otherwise(0) if ACTIVE in self.items.columns else pl.lit(None)
             self.items = self.items.with_columns(unseen.cast(pl.Int64).alias(SEEN))
+        if SEEN not in self.users.columns and self.users.width and has_own_histories(self.encoders.schema):
+            self.users = self.users.with_columns(pl.lit(None, pl.Int64).alias(SEEN))
         for path in self._remembered(self.begun)[-1:]:
             self._see(pl.read_parquet(path))  # The bundle has no ids that came within its window.
         for name, model in funnel.rankers.items():
@@ -186,6 +188,7 @@ class FunnelLearner:
     def _see(self, rows: pl.DataFrame) -> None:
         """Know of items and users what rows said last, and which items may be retrieved."""
         schema = self.encoders.schema
+        self.until = max(self.until or 0, int(rows[TIME].max()))  # type: ignore[arg-type]
         self.items = _with_last(self.items, rows, schema, "item").with_columns(pl.col(SEEN).fill_null(rows[TIME].min()))
         if schema.keys.user_id is not None:
             self.users = _with_last(self.users, rows, schema, "user")
@@ -277,6 +280,7 @@ class FunnelLearner:
             retriever=self.retriever,
             final=self.judged,
             value=self.config.value,
+            until=self.until,
             **parts,
         )
 
@@ -306,12 +310,12 @@ def written(
 
 
 def _with_last(known: pl.DataFrame, rows: pl.DataFrame, schema: Schema, role: Role) -> pl.DataFrame:
-    """The catalogue of items or users with what was last seen of them; for items also bid and time."""
+    """The catalogue of items or users with what was last seen of them, and when; for items also the bid."""
     key = KEY_COLUMNS[f"{role}_id"]
     chosen = schema.select({role})
     columns = [*chosen.numeric_columns, *chosen.embedded(), *chosen.event_number_keys]
     market = [BID] if role == "item" and schema.keys.bid is not None else []
-    seen = [pl.col(TIME).last().alias(SEEN)] if role == "item" else []
+    seen = [pl.col(TIME).last().alias(SEEN)] if role == "item" or has_own_histories(schema) else []
     last = (
         rows.filter(pl.col(key).is_not_null())
         .sort(TIME, maintain_order=True)

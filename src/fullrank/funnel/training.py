@@ -13,12 +13,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fullrank.data.dataset import Dataset
 from fullrank.embeddings import EmbeddingOptimizer
-from fullrank.funnel.catalogue import Catalogue, all_rows, usual_context, with_market
+from fullrank.funnel.catalogue import Catalogue, all_rows, last_time, usual_context, with_market
+from fullrank.funnel.counters import at_end
 from fullrank.funnel.distillation import CandidateLists, DistillConfig, Distilled, MixedBatches, candidate_lists
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.slate import SlateConfig
 from fullrank.funnel.slate_making import check_slate
 from fullrank.funnel.stages import FINAL, RETRIEVAL, StageSizes, check_names
+from fullrank.funnel.totals import CounterState
 from fullrank.funnel.value import ValueFormula, default_formula, formula_names
 from fullrank.models import Ranker, RankerSpec
 from fullrank.registry import Spec
@@ -241,8 +243,16 @@ def train_funnel(
             f"({', '.join(counter.of)}), and a funnel keeps numbers of users and of items, not of pairs: leave it out "
             "of the schema and import again"
         )
-    items = Catalogue.of(with_market(all_rows(dataset, "item"), dataset, config.active_days), schema)
+    until = last_time(dataset)
+    counters = None
+    if dataset.tallies is not None and until is not None:
+        counters = CounterState.read(dataset.tallies, schema, until)
+    shown = with_market(all_rows(dataset, "item"), dataset, config.active_days)
     known = all_rows(dataset, "user") if schema.keys.user_id is not None else pl.DataFrame()
+    if counters is not None:
+        shown = at_end(shown, "item", counters, dataset.encoders)
+        known = at_end(known, "user", counters, dataset.encoders) if known.height else known
+    items = Catalogue.of(shown, schema)
     users = Catalogue.of(known, schema) if known.height else None
 
     def report(stage: str) -> Callable[[int, int, float], None] | None:
@@ -296,6 +306,8 @@ def train_funnel(
             final=final,
             value=config.value,
             slate=config.slate,
+            until=until,
+            counters=counters,
         )
         teacher = stages(early={}, sizes=StageSizes(retrieve=config.sizes.retrieve))
         teacher.index_active()

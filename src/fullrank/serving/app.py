@@ -32,7 +32,7 @@ from fullrank.serving.routes import PATHS, add_routes
 from fullrank.serving.shared import Shared, SharedArm
 from fullrank.serving.shared_versions import SharedVersions, opened_alike
 from fullrank.serving.store import Feedback
-from fullrank.serving.stores import ItemStates, opened_events, opened_items
+from fullrank.serving.stores import opened_events, opened_items
 from fullrank.serving.student_histories import StudentHistories
 from fullrank.serving.versions import Opened, Versions, opened, target_of
 from fullrank.training.manifest import MANIFEST, Manifest
@@ -115,14 +115,15 @@ def create_app(
     events = None if store is None else opened_events(store)
     items = opened_items(store if shared is None else store or shared.directory)
     histories = StudentHistories(None if embeddings is None else EmbeddingStore(embeddings))
-    live = Live(content, version, items, told=None if area is None else area.tell_applied, check=histories.check)
+    made = partial(Live, store=items, check=histories.check, events=events)
+    live = made(content, version, told=None if area is None else area.tell_applied)
     instruments = Instruments(None if shared is None else shared.metrics)
     impressions = ImpressionLog(events, instruments) if log_impressions and events is not None else None
     experiment, others = None, dict[str, tuple[Live, Opened | None]]()
     areas = {} if shared is None else {name: shared.arm(name) for name in arms or ()}
     if arms:
         reward = next((label.name for label in content.schema.labels if label.kind == "binary"), "")
-        others = {name: _arm(name, arm, items, areas.get(name), histories) for name, (arm, _) in arms.items()}
+        others = {name: _arm(name, arm, made, areas.get(name)) for name, (arm, _) in arms.items()}
         lives = {name: (others[name][0], arms[name][1]) for name in arms}
         experiment = Experiment(live, lives, salt, reward, None if shared is None else shared.counts)
     beside = [] if experiment is None else [each for each in experiment.arms.values() if each is not live]
@@ -208,7 +209,7 @@ def _watched(
 
 
 def _arm(
-    name: str, bundle: Path | Funnel, items: ItemStates, area: SharedArm | None, histories: StudentHistories
+    name: str, bundle: Path | Funnel, made: Callable[..., Live], area: SharedArm | None
 ) -> tuple[Live, Opened | None]:
     """What serves an arm, and how it was opened."""
     first = _opened(bundle, area) if isinstance(bundle, Path) else None
@@ -216,7 +217,7 @@ def _arm(
     if not isinstance(content, Funnel):
         raise ValueError(f"--arm {name}: {bundle} is a single ranker, and an experiment is about lists")
     version, told = "unsaved" if first is None else first.target.version, None if area is None else area.tell_applied
-    return Live(content, version, items, told=told, check=histories.check), first
+    return made(content, version, told=told), first
 
 
 def _items(live: Live) -> int:

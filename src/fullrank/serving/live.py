@@ -15,7 +15,8 @@ from typing import NamedTuple
 from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.item_changes import ChangedItems, ItemEncoder, ItemState
 from fullrank.funnel.scorer import Scorer
-from fullrank.serving.stores import ItemStates
+from fullrank.serving.following import Following
+from fullrank.serving.stores import ItemStates, UserEvents
 from fullrank.training.deltas import Position
 from fullrank.training.memory import return_freed_memory
 
@@ -73,7 +74,7 @@ class Gate:
 
 
 class Live:
-    """A bundle and the changes of its items, which a thread of its own applies.
+    """A bundle, the changes of its items and what users do, which a thread of its own applies.
 
     Changes that come together are applied together. They make a new funnel beside the one that is served; then requests
     begin to see it. Only where a retriever changes in place do requests wait for it.
@@ -85,6 +86,7 @@ class Live:
         clock: seconds since 1970.
         told: of the number of the last state that requests see, whenever it changes.
         check: raises a ValueError for what cannot be served here; then what is served stays.
+        events: of users, which counters go on with; None leaves them as they are.
     """
 
     def __init__(
@@ -95,8 +97,10 @@ class Live:
         clock: Callable[[], float] = time.time,
         told: Callable[[int], None] | None = None,
         check: Callable[[Funnel | Scorer], None] = lambda _: None,
+        events: UserEvents | None = None,
     ) -> None:
         self.store, self._told, self._check = store, told, check
+        self._follow = None if events is None else Following(events)
         self._clock = clock
         self._gate = Gate()
         self._wake = threading.Condition()
@@ -174,6 +178,8 @@ class Live:
                 change = changed.prepare(_encodable(changed, states), self._clock())
                 changed.funnel = change.apply()
                 served = Served(changed.funnel, version, len(states))
+            if self._follow is not None:
+                self._follow(served.content, self._clock())
             expiring: list[tuple[float, str]] = []
             _add_expiring(expiring, states, self._clock())
             self._changed, self._served = changed, served
@@ -192,6 +198,7 @@ class Live:
             begin = time.monotonic()
             try:
                 applied = self._apply()
+                self._count()
             except OSError:
                 # The store has failed, and said so.
                 with self._wake:
@@ -201,6 +208,18 @@ class Live:
                 with self._wake:
                     # In a large catalogue a change takes a while; then others get the processor as long.
                     self._wake.wait_for(lambda: self._stopped, min(PAUSE, time.monotonic() - begin))
+
+    def _count(self) -> None:
+        """Let the counters go on with what users did."""
+        if self._follow is None:
+            return
+        try:
+            with self._changing:
+                self._follow(self._served.content, self._clock())
+        except OSError:
+            raise
+        except Exception:
+            log.exception("counters could not be brought up to date")
 
     def _apply(self) -> bool:
         """Apply what came and what expired; whether there was something."""

@@ -23,28 +23,36 @@ log = logging.getLogger(__name__)
 WRITERS = 8
 _EVENT_IDS, _EVENT_NUMBER = f"{PREFIX}event_ids", f"{PREFIX}event_number"
 _LIST_IDS, _LIST_NUMBER = f"{PREFIX}list_ids", f"{PREFIX}list_number"
+# The last events by number, for servers that follow what all users do, and about how many there are.
+_EVENT_LOG, LOGGED = f"{PREFIX}event_log", 100_000
+_DELETIONS = f"{PREFIX}deletions"
 # Of each user; lists of nobody have the second name alone.
 _EVENTS_OF, _LISTS = f"{PREFIX}events:", f"{PREFIX}lists"
 
 # A user's events, and lists, are a sorted set by time, of texts that begin with their number, by which equal times are
-# sorted. KEYS: ids, number, forgotten, then that of each row's user. ARGV: for each row id, time, text, and the digest
-# of a user who must not be forgotten for it to be kept.
+# sorted. KEYS: ids, number, forgotten, then that of each row's user. ARGV: the log, its length, then for each row id,
+# time, text, and the digest of a user who must not be forgotten for it to be kept.
 _APPEND = """
 local new = {}
 for place = 1, #KEYS - 3 do
-  local id, time, text, user = unpack(ARGV, 4 * place - 3, 4 * place)
+  local id, time, text, user = unpack(ARGV, 4 * place - 1, 4 * place + 2)
   if user ~= '' and redis.call('SISMEMBER', KEYS[3], user) == 1 then
     new[place] = 0
   elseif id ~= '' and redis.call('HSETNX', KEYS[1], id, 1) == 0 then
     new[place] = 0
   else
-    redis.call('ZADD', KEYS[place + 3], time, string.format('%016d ', redis.call('INCR', KEYS[2])) .. text)
+    local number = redis.call('INCR', KEYS[2])
+    redis.call('ZADD', KEYS[place + 3], time, string.format('%016d ', number) .. text)
+    if ARGV[1] ~= '' then
+      local entry = string.format('%d-0', number)
+      redis.call('XADD', ARGV[1], 'MAXLEN', '~', ARGV[2], entry, 'key', KEYS[place + 3], 'time', time, 'said', text)
+    end
     new[place] = 1
   end
 end
 return new
 """
-# KEYS: the user's events and their ids, lists and their ids, forgotten. ARGV: the user's digest.
+# KEYS: the user's events and their ids, lists and their ids, forgotten, the log, how often. ARGV: the user's digest.
 _FORGET = """
 local counts = {}
 for place = 1, 3, 2 do
@@ -52,11 +60,13 @@ for place = 1, 3, 2 do
   for _, text in ipairs(texts) do
     local id = cjson.decode(string.sub(text, 18))[1]
     if id ~= cjson.null then redis.call('HDEL', KEYS[place + 1], id) end
+    if place == 1 then redis.call('XDEL', KEYS[6], string.format('%d-0', tonumber(string.sub(text, 1, 16)))) end
   end
   redis.call('DEL', KEYS[place])
   counts[#counts + 1] = #texts
 end
 redis.call('SADD', KEYS[5], ARGV[1])
+redis.call('INCR', KEYS[7])
 return counts
 """
 
@@ -87,7 +97,7 @@ class RedisStore:
         user who was forgotten are not kept."""
         are_lists = bool(rows) and isinstance(rows[0], Impression)
         keys = [_LIST_IDS, _LIST_NUMBER, REDIS_KEY] if are_lists else [_EVENT_IDS, _EVENT_NUMBER, REDIS_KEY]
-        values: list[str | int] = []
+        values: list[str | int] = ["" if are_lists else _EVENT_LOG, LOGGED]
         for row in rows:
             key, written = _event(row) if isinstance(row, Feedback) else _list(row)
             keys.append(key)
@@ -107,8 +117,54 @@ class RedisStore:
         events = []
         for text, when in reversed(found):
             _, item, labels, features, _ = json.loads(text[17:])
-            events.append(Event(item, int(when), labels, features))
+            events.append(Event(item, int(when), labels, features, int(text[:16])))
         return events
+
+    def deletions(self) -> int:
+        """How often `forget` was called.
+
+        Raises:
+            OSError: if Redis does not answer.
+        """
+        return int(self.server.write(lambda: self.server.writes.get(_DELETIONS)) or 0)
+
+    def after(self, number: int, since: int) -> tuple[int, Iterator[tuple[str, Event]]] | None:
+        """Everybody's events that came after the one of a number and happened after a time, and the number of the last
+        event that there is.
+
+        Returns:
+            that number, and users with their events, in order of number but for all from 0 on; None if some that came
+            in between are not known by number any more, so that all have to be read.
+
+        Raises:
+            OSError: if Redis does not answer, also later.
+        """
+        redis = self.server.writes
+        if not number:
+            last = int(self.server.write(lambda: redis.get(_EVENT_NUMBER)) or 0)
+            return last, self._all_events(last, since)
+        found = self.server.write(lambda: redis.xrange(_EVENT_LOG, f"({number}-0", "+", LOGGED))
+        last = number + len(found)
+        numbers = [int(entry.partition("-")[0]) for entry, _ in found]
+        newest = int(self.server.write(lambda: redis.get(_EVENT_NUMBER)) or 0) if not found else last
+        if newest != last or numbers != list(range(number + 1, last + 1)):
+            return None
+        told = (
+            (number, said["key"], int(said["time"]), json.loads(said["said"]))
+            for number, (_, said) in zip(numbers, found, strict=True)
+        )
+        return last, (
+            (key.removeprefix(_EVENTS_OF), Event(item, when, labels, features, number))
+            for number, key, when, (_, item, labels, features, _) in told
+            if when > since
+        )
+
+    def _all_events(self, last: int, since: int) -> Iterator[tuple[str, Event]]:
+        seen: set[int] = set()
+        for user, number, when, (_, item, labels, features, _) in self._rows(_EVENTS_OF, last):
+            if user is not None and when > since and number not in seen:
+                seen.add(number)
+                yield user, Event(item, when, labels, features, number)
 
     def forget(self, user: int | str) -> Deleted:
         """Delete a user's events and impressions, and remember, by a digest, that the user is to be left out of later
@@ -121,6 +177,7 @@ class RedisStore:
             OSError: if Redis does not answer.
         """
         keys = [f"{_EVENTS_OF}{user}", _EVENT_IDS, f"{_LISTS}:{user}", _LIST_IDS, REDIS_KEY]
+        keys += [_EVENT_LOG, _DELETIONS]
         counts = self.server.write(lambda: self._forget(keys, [digest(user)]))
         try:
             self.server.write(self.server.writes.bgrewriteaof)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -47,6 +47,7 @@ CREATE TABLE IF NOT EXISTS impressions (
 CREATE INDEX IF NOT EXISTS impressions_of_user ON impressions (user);
 CREATE INDEX IF NOT EXISTS impressions_by_time ON impressions (time);
 CREATE TABLE IF NOT EXISTS forgotten (digest TEXT PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS deletions (number INTEGER PRIMARY KEY AUTOINCREMENT);
 """
 
 
@@ -153,14 +154,52 @@ class EventStore:
             if not hasattr(self._local, "reader"):
                 self._local.reader = connected(self.path)
             rows = self._local.reader.execute(
-                "SELECT item, time, labels, features FROM events WHERE user = ? AND time > ? "
+                "SELECT item, time, labels, features, number FROM events WHERE user = ? AND time > ? "
                 "ORDER BY time DESC, number DESC LIMIT ?",
                 (str(user), -(2**62) if since is None else since, limit),
             ).fetchall()
-        return [
-            Event(item, time, json.loads(labels), json.loads(features))
-            for item, time, labels, features in reversed(rows)
-        ]
+        return [_event(*row) for row in reversed(rows)]
+
+    def deletions(self) -> int:
+        """How often `forget` was called.
+
+        Raises:
+            OSError: if the file cannot be read.
+        """
+        (number,) = self._follower("SELECT MAX(number) FROM deletions").fetchone()
+        return number or 0
+
+    def after(self, number: int, since: int) -> tuple[int, Iterator[tuple[str, Event]]]:
+        """Everybody's events that came after the one of a number and happened after a time, and the number of the last
+        event that there is.
+
+        Returns:
+            that number, and users with their events in order of number, to be read by the thread that asked.
+
+        Raises:
+            OSError: if the file cannot be read, also later.
+        """
+        (last,) = self._follower("SELECT MAX(number) FROM events").fetchone()
+        last = max(number, last or 0)
+        return last, self._between(number, last, since) if last > number else iter(())
+
+    def _between(self, first: int, last: int, since: int) -> Iterator[tuple[str, Event]]:
+        found = self._follower(
+            "SELECT user, item, time, labels, features, number FROM events "
+            "WHERE number > ? AND number <= ? AND time > ? ORDER BY number",
+            (first, last, since),
+        )
+        with failing(self.path, "read"):
+            for user, *row in found:
+                yield user, _event(*row)
+
+    def _follower(self, sql: str, values: Sequence[int] = ()) -> sqlite3.Cursor:
+        """Ask by a connection of this thread."""
+        with failing(self.path, "read"):
+            if not hasattr(self._local, "follower"):
+                self._local.follower = connected(self.path)
+            found: sqlite3.Cursor = self._local.follower.execute(sql, values)
+        return found
 
     def forget(self, user: int | str) -> Deleted:
         """Delete a user's events and impressions, and remember, by a digest, that the user is to be left out of later
@@ -177,6 +216,7 @@ class EventStore:
                 count = connection.execute("DELETE FROM events WHERE user = ?", (str(user),)).rowcount
                 lists = connection.execute("DELETE FROM impressions WHERE user = ?", (str(user),)).rowcount
                 connection.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (digest(user),))
+                connection.execute("INSERT INTO deletions DEFAULT VALUES")
             # What was written before would else stay in the journal for a while.
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return Deleted(int(count), int(lists))
@@ -209,6 +249,10 @@ class EventStore:
             return
         for write, new in zip(writes, found, strict=True):
             write.result.set_result(new)
+
+
+def _event(item: str, time: int, labels: str, features: str, number: int) -> Event:
+    return Event(item, time, json.loads(labels), json.loads(features), number)
 
 
 def _insert(connection: sqlite3.Connection, new: Feedback | Impression) -> bool:

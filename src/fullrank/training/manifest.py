@@ -59,6 +59,7 @@ class Manifest(BaseModel):
         sizes: how many candidates pass the stages of a funnel.
         slate: how a funnel makes a list of values; None, as before there was a choice, the largest first.
         deadlines: milliseconds by stage of a funnel that it may take.
+        until: time of the last row of the log that a funnel's catalogues are of, in seconds since 1970, if it is known.
         about: where the bundle comes from, for people.
     """
 
@@ -72,6 +73,7 @@ class Manifest(BaseModel):
     sizes: dict[str, Any] | None = None
     slate: dict[str, Any] | None = None
     deadlines: dict[str, float] | None = None
+    until: int | None = None
     about: dict[str, Any] = {}
     files: dict[str, File]
 
@@ -84,6 +86,7 @@ def write_manifest(
     sizes: dict[str, Any] | None = None,
     slate: dict[str, Any] | None = None,
     deadlines: dict[str, float] | None = None,
+    until: int | None = None,
     about: dict[str, Any] | None = None,
 ) -> None:
     """Write the manifest of all files below `directory`."""
@@ -96,6 +99,7 @@ def write_manifest(
         sizes=sizes,
         slate=slate,
         deadlines=deadlines,
+        until=until,
         about=about or {},
         files={name: describe_file(directory / name) for name in _listing(directory)},
     )
