@@ -5,13 +5,22 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from fullrank.retrieval.base import NO_ITEM, SearchResult, check_k
-from fullrank.retrieval.vectors.base import VectorIndex, check_added, check_distinct, places_of, without, woven
+from fullrank.retrieval.vectors.base import (
+    VectorIndex,
+    check_added,
+    check_distinct,
+    in_order,
+    places_of,
+    without,
+    woven,
+)
 from fullrank.retrieval.vectors.scan import Scan, top_k
 
 __all__ = ["ExactIndex", "top_k"]
@@ -81,12 +90,16 @@ class ExactIndex(VectorIndex):
     def restore(self, state: dict[str, Tensor]) -> None:
         keys_I, vectors_ID = state["keys"], state["vectors"]
         check_added(keys_I, vectors_ID, self.width)
-        if vectors_ID.dtype == torch.float32 and bool((keys_I[1:] > keys_I[:-1]).all()):
-            # As they were saved: they need not be sorted, and what is mapped from a file stays there.
+        if in_order(keys_I, vectors_ID):
             self.keys_I = keys_I
             self._hold(vectors_ID)
+            if self.arrays is not None:
+                self.scan.map_halves(self.arrays)
         else:
             super().restore(state)
+
+    def write_arrays(self, directory: Path) -> None:
+        self.scan.write_halves(directory)
 
     def remove(self, keys: Tensor) -> None:
         places = places_of(keys, self.keys_I)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from fullrank.data.dataset import Dataset
 from fullrank.extras import MissingExtra
 from fullrank.retrieval import NO_ITEM, Items, RetrieverSpec, TwoTower
 from fullrank.retrieval.exact import ExactIndex
-from fullrank.retrieval.vectors import VECTOR_INDEXES, VectorIndex, VectorIndexSpec, register_index
+from fullrank.retrieval.vectors import VECTOR_INDEXES, VectorIndex, VectorIndexSpec, auto, register_index
 from fullrank.retrieval.vectors.audit import audit, reachable
 from fullrank.retrieval.vectors.graph import GraphIndex, augmented
 from fullrank.retrieval.vectors.snapshot import SnapshotIndex, ladder
@@ -141,6 +142,44 @@ def test_it_is_built_again_from_what_is_saved(name: str) -> None:
         assert again.recall >= 0.95
 
 
+@pytest.mark.parametrize("name", ["exact", "auto", "ivf", "faiss_ivf_sq8", "faiss_4bit", "faiss_hnsw"])
+def test_what_one_process_has_built_others_map(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "chosen", lambda times: ["faiss_ivf_sq8", *6 * ["faiss_4bit"]])
+    index, again = filled(name), empty(name)
+    index.write_arrays(tmp_path)
+    again.arrays = tmp_path
+    with monkeypatch.context() as patch:
+        patch.setattr(SnapshotIndex, "rebuild", lambda self: pytest.fail("it was built again"))
+        again.restore(index.state())
+    for rows in (1, 20):
+        for own, other in zip(again.search(QUERIES[:rows], 30), index.search(QUERIES[:rows], 30), strict=True):
+            assert torch.equal(own, other)
+    if sys.platform == "linux" and name in ("faiss_ivf_sq8", "faiss_hnsw"):
+        assert str(tmp_path / "index.faiss") in Path("/proc/self/maps").read_text()
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    best = again.search(QUERIES[:1], 5).item_keys_BK[0]
+    again.remove(best)
+    again.add(best[:1], 50 * QUERIES[:1])
+    assert again.search(QUERIES[:1], 5).item_keys_BK[0, 0] == best[0] and len(again) == COUNT - 4
+    again.remove(KEYS[~torch.isin(KEYS, best)][:1000])  # so many that it is built anew
+    assert index.search(QUERIES[:1], 5).item_keys_BK[0].tolist() == best.tolist()
+    assert {path: path.read_bytes() for path in written} == written
+
+
+def test_what_cannot_be_mapped_is_built_by_each(tmp_path: Path) -> None:
+    """What has changed since its snapshot was built, and what no library maps."""
+    changed, tree = filled("ivf"), filled("tree")
+    changed.remove(KEYS[:1])
+    for index in (changed, tree):
+        index.write_arrays(tmp_path)
+        assert not (tmp_path / "snapshot.json").exists()
+        again = empty("ivf" if index is changed else "tree")
+        again.arrays = tmp_path
+        again.restore(index.state())
+        assert len(again) == len(index)
+        assert shared(again.search(QUERIES, 30).item_keys_BK, index.search(QUERIES, 30).item_keys_BK) > 0.9
+
+
 def test_random_operations_against_a_dictionary() -> None:
     """An index that probes everything is exact, and equals scoring what a dictionary holds, at any time."""
     generator = torch.Generator().manual_seed(0)
@@ -222,8 +261,6 @@ def test_efforts_rise_to_the_last() -> None:
 
 
 def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     for module in ("hnswlib", "usearch", "usearch.index", "scann", "faiss"):
         monkeypatch.setitem(sys.modules, module, None)
     for name, extra in (("hnswlib", "hnswlib"), ("usearch", "ann"), ("scann", "ann"), ("faiss_hnsw", "retrieval")):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field
@@ -83,9 +84,7 @@ class AutoIndex(SnapshotIndex):
         k = min(self.config.results, self.live_S.numel())
         times = {ALL: [_seconds(snapshot.scan, batch_BD, k) for batch_BD in batches]}
         for name, library in snapshot.library.items():
-            index = self.indexes[name]
-            index.snapshot = Snapshot(snapshot.keys_S, snapshot.scan, library)
-            index.live_S, index.live = self.live_S, self.live
+            index = self._within(name, snapshot, library)
             index.tune(queries_QD)
             times[name] = [_seconds(index.answer, batch_BD, k) for batch_BD in batches]
         self.ways = chosen(times)
@@ -94,6 +93,37 @@ class AutoIndex(SnapshotIndex):
             self.indexes[name]._clear()
         first = self.indexes.get(self.ways[0])
         self.effort, self.recall = (None, 1.0) if first is None else (first.effort, first.recall)
+
+    def _within(self, name: str, snapshot: Snapshot, library: Any) -> SnapshotIndex:
+        """One of the indexes, given its part of the snapshot."""
+        index = self.indexes[name]
+        index.snapshot = Snapshot(snapshot.keys_S, snapshot.scan, library)
+        index.live_S, index.live = self.live_S, self.live
+        return index
+
+    def _write(self, library: dict[str, Any], directory: Path) -> bool:
+        for name, each in library.items():
+            (directory / name).mkdir()
+            if not self.indexes[name]._write(each, directory / name):
+                return False
+        return True
+
+    def _map(self, directory: Path) -> dict[str, Any]:
+        return {
+            name: index._map(directory / name) for name, index in self.indexes.items() if (directory / name).is_dir()
+        }
+
+    def _chosen(self) -> dict[str, Any]:
+        assert self.snapshot is not None
+        each = {name: self.indexes[name]._chosen() for name in self.snapshot.library}
+        return {**super()._chosen(), "ways": self.ways, "indexes": each}
+
+    def _choose(self, chosen: dict[str, Any]) -> None:
+        super()._choose(chosen)
+        assert self.snapshot is not None
+        self.ways = chosen["ways"]
+        for name, library in self.snapshot.library.items():
+            self._within(name, self.snapshot, library)._choose(chosen["indexes"][name])
 
     def _way(self, rows: int) -> str:
         return self.ways[bisect_right(BATCHES, rows) - 1]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from pydantic import Field
 from torch import Tensor
 
 from fullrank.extras import needs
-from fullrank.retrieval.vectors.graph import GraphConfig, GraphIndex
+from fullrank.retrieval.vectors.graph import GraphIndex
 from fullrank.retrieval.vectors.ivf import cells
 from fullrank.retrieval.vectors.snapshot import SnapshotIndex, ladder
 
 # Vectors that levels of numbers are chosen by.
 TRAINED_ON = 100_000
+
+_FILE = "index.faiss"
 
 
 def _faiss(name: str) -> Any:
@@ -27,7 +30,23 @@ def _faiss(name: str) -> Any:
     return faiss
 
 
-class _FaissIVF(SnapshotIndex):
+class _Faiss(SnapshotIndex):
+    """An index of FAISS, whose inverted files, graphs and vectors are mapped; of four-bit codes there are no more than
+    half a byte a number, which each process reads."""
+
+    def __init__(self, width: int, config: Any = None) -> None:
+        self.faiss = _faiss(self.name)
+        super().__init__(width, config)
+
+    def _write(self, library: Any, directory: Path) -> bool:
+        self.faiss.write_index(library, str(directory / _FILE))
+        return True
+
+    def _map(self, directory: Path) -> Any:
+        return self.faiss.read_index(str(directory / _FILE), self.faiss.IO_FLAG_MMAP_IFC)
+
+
+class _FaissIVF(_Faiss):
     """An inverted file of FAISS, by inner products."""
 
     class Config(SnapshotIndex.Config):
@@ -42,10 +61,6 @@ class _FaissIVF(SnapshotIndex):
         probes: int | None = Field(default=None, ge=1)
 
     config: Config
-
-    def __init__(self, width: int, config: Config | None = None) -> None:
-        self.faiss = _faiss(self.name)
-        super().__init__(width, config)
 
     @abstractmethod
     def _quantizer(self) -> str:
@@ -111,7 +126,7 @@ class FaissIVFPQ(_FaissIVF):
         return round(self.config.refine * count)
 
 
-class Faiss4Bit(SnapshotIndex):
+class Faiss4Bit(_Faiss):
     """Four bits of each number of every item, scanned in registers; the best of that are scored again.
 
     A search looks at all items, and costs a fraction of scoring them. Its effort is how many times as many items are
@@ -121,10 +136,6 @@ class Faiss4Bit(SnapshotIndex):
     """
 
     name = "faiss_4bit"
-
-    def __init__(self, width: int, config: SnapshotIndex.Config | None = None) -> None:
-        self.faiss = _faiss(self.name)
-        super().__init__(width, config)
 
     def _build(self, vectors_SD: Tensor) -> Any:
         index = self.faiss.index_factory(self.width, f"PQ{self.width}x4fs", self.faiss.METRIC_INNER_PRODUCT)
@@ -143,17 +154,13 @@ class Faiss4Bit(SnapshotIndex):
         return size
 
 
-class FaissHNSW(GraphIndex):
+class FaissHNSW(_Faiss, GraphIndex):
     """The graph of FAISS.
 
     Source: Malkov and Yashunin, Efficient and robust approximate nearest neighbor search using HNSW graphs, TPAMI 2018.
     """
 
     name = "faiss_hnsw"
-
-    def __init__(self, width: int, config: GraphConfig | None = None) -> None:
-        self.faiss = _faiss(self.name)
-        super().__init__(width, config)
 
     def _graph(self, points_SE: Tensor) -> Any:
         index = self.faiss.IndexHNSWFlat(points_SE.shape[1], self.config.links, self.faiss.METRIC_L2)
