@@ -101,6 +101,7 @@ class VectorRetriever(Retriever):
         index = {name.removeprefix("index."): value for name, value in state.items() if name.startswith("index.")}
         self.vectors.arrays = self.arrays
         self.vectors.restore(index)
+        self.typical_QD = self.vectors.typical_QD
 
     def write_arrays(self, directory: Path) -> None:
         self.vectors.write_arrays(directory)

@@ -142,9 +142,11 @@ def test_it_is_built_again_from_what_is_saved(name: str) -> None:
         assert again.recall >= 0.95
 
 
-@pytest.mark.parametrize("name", ["exact", "auto", "ivf", "faiss_ivf_sq8", "faiss_4bit", "faiss_hnsw"])
+@pytest.mark.parametrize(
+    "name", ["exact", "auto", "ivf", "faiss_ivf_sq8", "faiss_4bit", "faiss_ivf_4bit", "faiss_hnsw"]
+)
 def test_what_one_process_has_built_others_map(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "chosen", lambda times: ["faiss_ivf_sq8", *6 * ["faiss_4bit"]])
+    monkeypatch.setattr(auto, "chosen", lambda times: ["faiss_ivf_4bit", *6 * ["faiss_4bit"]])
     index, again = filled(name), empty(name)
     index.write_arrays(tmp_path)
     again.arrays = tmp_path

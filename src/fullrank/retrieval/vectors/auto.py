@@ -19,7 +19,7 @@ from fullrank.retrieval.vectors.snapshot import Snapshot, SnapshotIndex
 
 # Those that were never far from the best at a recall of .95 (benchmarks.retrieval.dot_products), and what each needs;
 # where many results are asked for, four bits of all items beat bytes of some.
-LIBRARIES = {"scann": "scann", "faiss_ivf_sq8": "faiss-cpu", "faiss_4bit": "faiss-cpu"}
+LIBRARIES = {"scann": "scann", "faiss_ivf_sq8": "faiss-cpu", "faiss_4bit": "faiss-cpu", "faiss_ivf_4bit": "faiss-cpu"}
 WITHOUT = "ivf"
 ALL = "exact"
 
@@ -73,6 +73,8 @@ class AutoIndex(SnapshotIndex):
             index._clear()
 
     def _build(self, vectors_SD: Tensor) -> dict[str, Any]:
+        for index in self.indexes.values():
+            index.typical_QD = self.typical_QD
         return {name: index._build(vectors_SD) for name, index in self.indexes.items()}
 
     def tune(self, queries_QD: Tensor | None = None) -> None:

@@ -187,8 +187,7 @@ class SnapshotIndex(VectorIndex):
         _, best_QK = self.snapshot.scan(queries_QD, k)
         for effort in self._efforts(size):
             self.effort = effort
-            _, found_QK = self.answer(queries_QD, k)
-            share_Q = (found_QK[:, :, None] == best_QK[:, None, :]).any(1).double().mean(1)
+            share_Q = self._share(queries_QD, best_QK)
             self.recall = float(share_Q.mean())
             # A standard error above it, as other queries will be less lucky than those that it was chosen by.
             if self.recall - float(share_Q.std()) / len(share_Q) ** 0.5 >= self.config.recall or self.recall == 1:
@@ -199,6 +198,12 @@ class SnapshotIndex(VectorIndex):
                 f" {self.config.recall} asked for; choose another index or let it try harder",
                 stacklevel=2,
             )
+
+    def _share(self, queries_QD: Tensor, best_QK: Tensor) -> Tensor:
+        """Share of their best places that queries find, (Q,)."""
+        found_QK = self.answer(queries_QD, best_QK.shape[1])[1].sort(dim=1).values
+        place_QK = torch.searchsorted(found_QK, best_QK).clamp_max(found_QK.shape[1] - 1)
+        return (found_QK.gather(1, place_QK) == best_QK).double().mean(1)
 
     def answer(
         self, queries_BD: Tensor, k: int, wanted: int | None = None, live_S: Tensor | None = None
