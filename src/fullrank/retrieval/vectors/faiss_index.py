@@ -17,7 +17,7 @@ from torch import Tensor
 from fullrank.extras import needs
 from fullrank.retrieval.vectors.graph import GraphIndex
 from fullrank.retrieval.vectors.ivf import ROWS_AT_ONCE, TRAINING_ROWS, cells, k_means
-from fullrank.retrieval.vectors.snapshot import SnapshotIndex, ladder
+from fullrank.retrieval.vectors.snapshot import QUERIES, TYPICAL, SnapshotIndex, ladder
 
 # Vectors that levels of numbers are chosen by.
 TRAINED_ON = 100_000
@@ -182,7 +182,7 @@ class FaissIVF4Bit(_FaissIVF):
 
     def _build(self, vectors_SD: Tensor) -> Based:
         faiss, number = self.faiss, cells(self.config.cells, len(vectors_SD))
-        items_DD, queries_DD = bases(self.width, self.typical_QD)
+        items_DD, queries_DD = bases(self.width, self._learnt_from())
         rows = torch.randperm(len(vectors_SD), generator=torch.Generator().manual_seed(0))
         sample_RD = vectors_SD[rows[: max(TRAINED_ON, TRAINING_ROWS * number)]] @ items_DD
         centroids_CD = k_means(sample_RD, number)
@@ -198,6 +198,10 @@ class FaissIVF4Bit(_FaissIVF):
         largest.this.disown()
         index.quantizer, index.own_fields = largest, True
         return Based(queries_DD, index)
+
+    def _learnt_from(self) -> Tensor | None:
+        typical_QD = self.typical_QD
+        return typical_QD if typical_QD is None or len(typical_QD) <= QUERIES else typical_QD[QUERIES:TYPICAL]
 
     def tune(self, queries_QD: Tensor | None = None) -> None:
         snapshot = self.snapshot

@@ -23,8 +23,8 @@ from fullrank.retrieval.exact import ExactIndex
 from fullrank.retrieval.vectors.base import VectorIndex, check_added, in_order, merged, places_of
 from fullrank.retrieval.vectors.scan import Scan
 
-# Typical queries that an effort is chosen by.
-QUERIES = 100
+# Typical queries that an effort is chosen by, and how many are kept; an index learns from the others.
+QUERIES, TYPICAL = 100, 400
 
 _ABOUT = "snapshot.json"
 
@@ -278,7 +278,7 @@ class SnapshotIndex(VectorIndex):
         """Keys, vectors and typical queries. The library's index is built again when it is loaded: no format of a
         library is read from a file that others may have written."""
         typical_QD = torch.zeros(0, self.width) if self.typical_QD is None else self.typical_QD
-        return {**super().state(), "typical": typical_QD[:QUERIES].contiguous()}
+        return {**super().state(), "typical": typical_QD[:TYPICAL].contiguous()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         if len(state["typical"]):
