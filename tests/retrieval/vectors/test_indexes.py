@@ -16,6 +16,7 @@ from fullrank.retrieval import NO_ITEM, Items, RetrieverSpec, TwoTower
 from fullrank.retrieval.exact import ExactIndex
 from fullrank.retrieval.vectors import VECTOR_INDEXES, VectorIndex, VectorIndexSpec, auto, register_index
 from fullrank.retrieval.vectors.audit import audit, reachable
+from fullrank.retrieval.vectors.faiss_index import bases
 from fullrank.retrieval.vectors.graph import GraphIndex, augmented
 from fullrank.retrieval.vectors.snapshot import SnapshotIndex, ladder
 
@@ -166,6 +167,38 @@ def test_what_one_process_has_built_others_map(name: str, tmp_path: Path, monkey
     again.remove(KEYS[~torch.isin(KEYS, best)][:1000])  # so many that it is built anew
     assert index.search(QUERIES[:1], 5).item_keys_BK[0].tolist() == best.tolist()
     assert {path: path.read_bytes() for path in written} == written
+
+
+def test_bases_keep_inner_products_and_make_distances_differences_of_scores() -> None:
+    """|items_DD (x - y)|² is the mean of (q·x - q·y)² over typical queries, beside that over all directions."""
+    queries = QUERIES * torch.linspace(0.1, 3, WIDTH)
+    items_DD, queries_DD = bases(WIDTH, queries)
+    assert torch.allclose((VECTORS @ items_DD) @ (QUERIES @ queries_DD).T, VECTORS @ QUERIES.T, atol=1e-4)
+    difference = VECTORS[:50] - VECTORS[50:100]
+    typical = (difference @ queries.T).square().mean(1) / (queries.square().sum(1).mean() / WIDTH)
+    assert torch.allclose(
+        (difference @ items_DD).square().sum(1), typical + 0.5 * difference.square().sum(1), rtol=1e-4
+    )
+    for none in (None, torch.zeros(3, WIDTH)):
+        items_DD, queries_DD = bases(WIDTH, none)
+        assert torch.allclose(items_DD, queries_DD) and torch.allclose(
+            items_DD @ items_DD.T, torch.eye(WIDTH), atol=1e-5
+        )
+
+
+def test_cells_by_what_typical_queries_ask_for_are_found_with_fewer_probes() -> None:
+    """Queries along two of eight numbers: items are then gathered by these two."""
+    queries = QUERIES * torch.tensor([1.0, 1.0, *6 * [0.01]])
+    efforts = []
+    for typical in (queries, None):
+        index = empty("faiss_ivf_4bit", refine=8)
+        index.typical_QD = typical
+        index.add(KEYS, VECTORS)
+        assert isinstance(index, SnapshotIndex)
+        index.tune(queries)
+        assert index.recall >= 0.95 and index.effort is not None
+        efforts.append(index.effort)
+    assert efforts[0] < 0.7 * efforts[1]
 
 
 def test_what_cannot_be_mapped_is_built_by_each(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from fullrank.extras import installed
 from fullrank.retrieval.vectors.registry import VECTOR_INDEXES
 from fullrank.retrieval.vectors.snapshot import Snapshot, SnapshotIndex
 
-# Those that were never far from the best at a recall of .95 (benchmarks.retrieval.dot_products), and what each needs;
-# where many results are asked for, four bits of all items beat bytes of some.
-LIBRARIES = {"scann": "scann", "faiss_ivf_sq8": "faiss-cpu", "faiss_4bit": "faiss-cpu", "faiss_ivf_4bit": "faiss-cpu"}
+# Those that were never far from the best at a recall of .95 (benchmarks.retrieval.dot_products and many_results), and
+# what each needs; where cells do not help, as for queries of other directions than any that are known, a scan does.
+LIBRARIES = {"scann": "scann", "faiss_4bit": "faiss-cpu", "faiss_ivf_4bit": "faiss-cpu"}
 WITHOUT = "ivf"
 ALL = "exact"
 
