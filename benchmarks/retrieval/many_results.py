@@ -3,7 +3,7 @@
 python -m benchmarks.retrieval.many_results [--items 100000 1000000]
 
 "unit" and "raw" are the vectors of `benchmarks.retrieval.dot_products`. "towers" are like those of two towers with a
-popularity: items of 32 numbers of norm 10 and a bias with few large ones, users of norm 1 that mostly lie in 8
+popularity: items of 32 numbers of norm 10 and a bias that is large for a thousand of them, users of norm 1 that mostly lie in 8
 directions, and a 1. How it is measured is said there. 400 of the queries for tuning are kept as typical ones; beside
 `auto` stands what it chose for 1, 2, 4, ... 64 queries at once.
 
@@ -22,7 +22,7 @@ from benchmarks.retrieval.dot_products import QUERIES, TUNING, WIDTH, measured, 
 RESULTS = 1000
 NAMES = ("exact", "faiss_ivf_sq8", "faiss_4bit", "faiss_ivf_4bit", "auto")
 COLUMNS = ("set", "items", "index", "build_s", "bytes", "effort", "recall", "single_ms", "batch_ms")
-DIRECTIONS = 8
+DIRECTIONS, POPULAR = 8, 1000
 
 
 def towers(items: int) -> tuple[Any, Any]:
@@ -35,7 +35,7 @@ def towers(items: int) -> tuple[Any, Any]:
     def normal(*shape: int) -> Any:
         return torch.randn(*shape, generator=generator)
 
-    popular = (torch.rand(items, 1, generator=generator) < 0.01) * normal(items, 1).abs() * 5
+    popular = (torch.rand(items, 1, generator=generator) < POPULAR / items) * normal(items, 1).abs() * 5
     items_ID = torch.cat([10 * normalize(normal(items, 32), dim=1), 0.3 * normal(items, 1) + popular], 1)
     count = TUNING + QUERIES
     users_BD = normalize(normal(count, DIRECTIONS) @ normal(DIRECTIONS, 32) + 0.3 * normal(count, 32), dim=1)
