@@ -3,9 +3,9 @@
 python -m benchmarks.retrieval.many_results [--items 100000 1000000]
 
 "unit" and "raw" are the vectors of `benchmarks.retrieval.dot_products`. "towers" are like those of two towers with a
-popularity: items of 32 numbers of norm 10 and a bias that is large for a thousand of them, users of norm 1 that mostly lie in 8
-directions, and a 1. How it is measured is said there. 400 of the queries for tuning are kept as typical ones; beside
-`auto` stands what it chose for 1, 2, 4, ... 64 queries at once.
+popularity: items of 32 numbers of norm 10 and a bias that is large for a thousand of them, users of norm 1 that mostly
+lie in 8 directions, and a 1. How it is measured is said there; an index learns from 300 of the queries that its effort
+is chosen by.
 
 Written to benchmarks/results/retrieval_many_results.json.
 """
