@@ -148,7 +148,9 @@ def test_it_is_built_again_from_what_is_saved(name: str) -> None:
 )
 def test_what_one_process_has_built_others_map(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "chosen", lambda times: ["faiss_ivf_4bit", *6 * ["faiss_4bit"]])
-    index, again = filled(name), empty(name)
+    index, again = empty(name), empty(name)
+    index.typical_QD = QUERIES
+    index.add(KEYS, VECTORS)
     index.write_arrays(tmp_path)
     again.arrays = tmp_path
     with monkeypatch.context() as patch:
@@ -199,6 +201,16 @@ def test_cells_by_what_typical_queries_ask_for_are_found_with_fewer_probes() -> 
         assert index.recall >= 0.95 and index.effort is not None
         efforts.append(index.effort)
     assert efforts[0] < 0.7 * efforts[1]
+
+
+def test_cells_are_not_asked_where_nobody_knows_what_queries_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[set[str]] = []
+    monkeypatch.setattr(auto, "chosen", lambda times: compared.append(set(times)) or 7 * ["exact"])
+    for typical in (None, QUERIES):
+        index = empty("auto")
+        index.typical_QD = typical
+        index.add(KEYS, VECTORS)
+    assert compared[1] - compared[0] == {"faiss_ivf_4bit"} and {"exact", "faiss_4bit"} <= compared[0]
 
 
 def test_what_cannot_be_mapped_is_built_by_each(tmp_path: Path) -> None:
