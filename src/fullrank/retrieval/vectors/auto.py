@@ -21,8 +21,8 @@ from fullrank.retrieval.vectors.snapshot import Snapshot, SnapshotIndex
 # what each needs; where cells do not help, as for queries of other directions than any that are known, a scan does.
 LIBRARIES = {"scann": "scann", "faiss_4bit": "faiss-cpu", "faiss_ivf_4bit": "faiss-cpu"}
 WITHOUT = "ivf"
-# Asked only where typical queries are given. Chosen by vectors of items, the probes of a funnel's catalogue found .52 of
-# the best items of its users; what looks at all items depends on that little.
+# Asked only where typical queries are given: with probes chosen by vectors of items a funnel's users found .52 of their
+# best items. What looks at all items depends on that little.
 BY_QUERIES = "faiss_ivf_4bit"
 ALL = "exact"
 
