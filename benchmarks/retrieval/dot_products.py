@@ -30,8 +30,9 @@ from benchmarks.machine import table, write
 
 WIDTH, CENTRES, K = 64, 20_000, 100
 TUNING, QUERIES, BATCH, ROUNDS = 500, 300, 64, 5
-PLAIN = ("exact float32", "exact", "ivf", "faiss_ivf_sq8", "faiss_ivf_pq", "scann", "auto")
-GRAPHS = ("exact", "faiss_ivf_sq8", "scann", "auto", "faiss_hnsw", "hnswlib", "usearch")
+FAISS = ("faiss_ivf_sq8", "faiss_ivf_pq", "faiss_4bit", "faiss_ivf_4bit")
+PLAIN = ("exact float32", "exact", "ivf", *FAISS, "scann", "auto")
+GRAPHS = ("exact", "faiss_ivf_sq8", "faiss_ivf_4bit", "scann", "auto", "faiss_hnsw", "hnswlib", "usearch")
 OURS = ("exact float32", "exact", "ivf", "auto")
 
 
@@ -67,6 +68,8 @@ def library_bytes(name: str, index: Any) -> int | None:
         parts = [library_bytes(of, index.indexes[of]) for of in index.snapshot.library]
         return sum(part or 0 for part in parts)
     library = index.snapshot.library
+    if name == "faiss_ivf_4bit":
+        library = library.index
     if name == "ivf":
         held = (library.centroids_CD, library.order_S, library.vectors_SD)
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
@@ -82,14 +85,20 @@ def library_bytes(name: str, index: Any) -> int | None:
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def measured(names: tuple[str, ...], items: int, *, unit: bool) -> list[dict[str, Any]]:
-    """A line for each index."""
+def measured(names: tuple[str, ...], kind: str, drawn: tuple[Any, Any], k: int = K) -> list[dict[str, Any]]:
+    """A line for each index.
+
+    Args:
+        kind: what the vectors are called.
+        drawn: vectors of items, and queries: first those for tuning.
+    """
     import torch
 
     from fullrank.retrieval.exact import ExactIndex
     from fullrank.retrieval.vectors import VECTOR_INDEXES
 
-    vectors_ID, queries_BD = vectors(items, unit=unit)
+    vectors_ID, queries_BD = drawn
+    items, width = vectors_ID.shape
     tuning_BD, queries_BD = queries_BD[:TUNING], queries_BD[TUNING:]
     keys_I = torch.arange(items)
     indexes: dict[str, Any] = {}
@@ -97,27 +106,29 @@ def measured(names: tuple[str, ...], items: int, *, unit: bool) -> list[dict[str
     for name in names:
         try:
             if name == "exact float32":
-                index: Any = ExactIndex(WIDTH, ExactIndex.Config(bfloat16=False))
+                index: Any = ExactIndex(width, ExactIndex.Config(bfloat16=False))
+            elif name == "exact":
+                index = ExactIndex(width)
             else:
-                index = VECTOR_INDEXES[name](WIDTH)
+                index = VECTOR_INDEXES[name](width, VECTOR_INDEXES[name].Config.model_validate({"results": k}))
         except ImportError as error:
             print(f"left out: {error}")
             continue
-        index.typical_QD = tuning_BD[:100]
+        index.typical_QD = tuning_BD
         build = seconds(lambda index=index: index.add(keys_I, vectors_ID))  # type: ignore[misc]
         if hasattr(index, "tune"):
             index.tune(tuning_BD)
         indexes[name] = index
         size = library_bytes(name, index)
-        lines[name] = {"set": "unit" if unit else "raw", "items": items, "index": name, "build_s": build, "bytes": size}
+        lines[name] = {"set": kind, "items": items, "index": name, "build_s": build, "bytes": size}
         if name == "auto":
             lines[name]["ways"] = index.ways
         print(f"{name}: built in {build:.0f} s", flush=True)
-    exact_BK = indexes["exact"].search(queries_BD, K).item_keys_BK
+    exact_BK = indexes["exact"].search(queries_BD, k).item_keys_BK
     singles = [queries_BD[row : row + 1] for row in range(100)]
     batches = [queries_BD[row : row + BATCH] for row in range(0, 4 * BATCH, BATCH)]
     for name, index in indexes.items():
-        found_BK = torch.cat([index.search(queries_BD[row : row + 1], K).item_keys_BK for row in range(QUERIES)])
+        found_BK = torch.cat([index.search(queries_BD[row : row + 1], k).item_keys_BK for row in range(QUERIES)])
         share_B = (found_BK[:, :, None] == exact_BK[:, None, :]).any(1).double().mean(1)
         effort = getattr(index, "effort", None)
         lines[name] |= {"effort": effort, "recall": float(share_B.mean()), "single_ms": [], "batch_ms": []}
@@ -125,11 +136,11 @@ def measured(names: tuple[str, ...], items: int, *, unit: bool) -> list[dict[str
             lines[name]["alone_single_ms"], lines[name]["alone_batch_ms"] = [], []
 
     def searches(index: Any, parts: list[Any]) -> float:
-        taken = seconds(lambda: [index.search(part_BD, K) for part_BD in parts])
+        taken = seconds(lambda: [index.search(part_BD, k) for part_BD in parts])
         return 1000 * taken / sum(len(part_BD) for part_BD in parts)
 
     def alone(index: Any, parts: list[Any]) -> float:
-        library, count = index.snapshot.library, index._asked(K)
+        library, count = index.snapshot.library, index._asked(k)
         taken = seconds(lambda: [index._find(library, part_BD, count, index.effort) for part_BD in parts])
         return 1000 * taken / sum(len(part_BD) for part_BD in parts)
 
@@ -181,8 +192,8 @@ def main() -> None:
     torch.set_num_threads(1)
     lines: list[dict[str, Any]] = []
     for names, items in ((PLAIN, args.items), (GRAPHS, args.graph_items)):
-        for unit in (True, False):
-            lines += measured(names, items, unit=unit)
+        for kind in ("unit", "raw"):
+            lines += measured(names, kind, vectors(items, unit=kind == "unit"))
             columns = ["set", "items", "index", "build_s", "bytes", "effort", "recall", "single_ms", "batch_ms"]
             table(lines, [*columns, "alone_single_ms", "alone_batch_ms"])
             table(comparisons(lines), list(comparisons(lines)[0]))

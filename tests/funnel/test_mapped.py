@@ -62,7 +62,8 @@ def opened(bundle: Path) -> Funnel:
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_a_mapped_bundle_answers_as_the_bundle(funnel: Funnel, bundle: Path) -> None:

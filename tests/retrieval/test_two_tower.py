@@ -21,6 +21,7 @@ from fullrank.retrieval import Items, Popularity, TwoTower
 from fullrank.retrieval.base import item_keys
 from fullrank.retrieval.recent_clicks import best_clicks
 from fullrank.retrieval.two_tower import positive_rows, sampled_softmax_loss
+from fullrank.retrieval.vectors import VectorIndexSpec
 from fullrank.schema import Categorical, Keys, Label, Schema
 
 
@@ -218,6 +219,21 @@ def test_it_is_no_worse_than_popularity_where_there_is_nothing_else(arbitrary: D
     popularity = recall(Popularity(arbitrary.schema))
     assert recall(TwoTower(arbitrary.schema)) > popularity - 0.02
     assert recall(TwoTower(arbitrary.schema, TwoTower.Config(popularity=False))) < popularity - 0.03
+
+
+def test_an_index_is_given_vectors_of_users_who_clicked_and_keeps_them(
+    fitted: TwoTower, items: Items, tmp_path: Path
+) -> None:
+    assert fitted.typical_QD is not None and len(fitted.typical_QD) > 100
+    assert bool((fitted.typical_QD[:, -1] == 1).all())  # the users', whose last number is that of the bias
+    config = fitted.config.model_copy(update={"index": VectorIndexSpec.of({"name": "ivf", "exact_below": 10})})
+    approximate = TwoTower(fitted.schema, config)
+    approximate.towers, approximate.typical_QD = fitted.towers, fitted.typical_QD
+    approximate.index(items)
+    approximate.save(tmp_path)
+    again = TwoTower.load(tmp_path, fitted.schema)
+    for typical_QD in (again.typical_QD, again.vectors.typical_QD):
+        assert typical_QD is not None and torch.equal(typical_QD, fitted.typical_QD)
 
 
 def test_what_was_saved_before_popularity_opens_without_it(fitted: TwoTower, users: Batch, tmp_path: Path) -> None:

@@ -210,10 +210,9 @@ def load_bundle(path: Path, mapped: Path | None = None) -> Funnel | Scorer:
         rankers[stage.stage] = load_ranker(path, stage, schema, path / weights[stage.stage])
         if arrays is not None:
             arrays.hold({stage.stage: rankers[stage.stage]})
-    retriever = _retriever(path, manifest.stages[0], schema)
+    retriever = _retriever(path, manifest.stages[0], schema, None if arrays is None else arrays.retriever)
     if arrays is not None:
         arrays.hold(modules_of(retriever))
-        arrays.hold_halves(retriever)
     has_users = "users.parquet" in manifest.files
     items = _catalogue(path / "items.parquet", schema, "item", arrays)
     users = _catalogue(path / "users.parquet", schema, "user", arrays) if has_users else None
@@ -250,14 +249,14 @@ def _encoders(path: Path, arrays: MappedArrays | None = None) -> tuple[Schema, E
     return schema, encoders
 
 
-def _retriever(path: Path, stage: Stage, schema: Schema) -> Retriever:
+def _retriever(path: Path, stage: Stage, schema: Schema, arrays: Path | None = None) -> Retriever:
     place = path / RETRIEVAL
     try:
         kind = RETRIEVERS.find(stage.kind, stage.defined_in)
     except ValueError as error:
         raise ValueError(f"{path / MANIFEST}: {error}") from None
     try:
-        retriever = kind.load(place, schema)
+        retriever = kind.load(place, schema, arrays=arrays)
         same = kind.Config.model_validate(stage.config) == retriever.config
     except ValidationError as error:
         raise ValueError(describe_errors(error, f"{place / 'retriever.json'}: config").splitlines()[0]) from None

@@ -24,13 +24,10 @@ from fullrank.funnel.funnel import Funnel
 from fullrank.funnel.scorer import Scorer
 from fullrank.funnel.stages import RETRIEVAL
 from fullrank.retrieval.base import Retriever
-from fullrank.retrieval.exact import ExactIndex
-from fullrank.retrieval.vector_retriever import VectorRetriever
-from fullrank.retrieval.vectors.scan import Scan
 from fullrank.schema import Schema
 
 _TABLES, _MODULES = "vocabularies.json", "modules.safetensors"
-_VECTORS, _HALVES, _COUNTERS = "item_vectors.safetensors", "halves.safetensors", "counters.safetensors"
+_VECTORS, _COUNTERS = "item_vectors.safetensors", "counters.safetensors"
 _INDEX = ("hashes", "ids", "first")
 
 
@@ -42,13 +39,15 @@ class MappedArrays:
 
     Args:
         directory: may be removed once all is read.
+
+    Attributes:
+        retriever: directory of what the retriever has written.
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory, self.retriever = directory, directory / RETRIEVAL
         self.item_vectors = load_file(directory / _VECTORS)
         self._modules = load_file(directory / _MODULES)
-        self._halves = load_file(directory / _HALVES)
 
     def vocabularies(self) -> dict[str, Vocabulary]:
         """Those of the encoders, by table."""
@@ -72,12 +71,6 @@ class MappedArrays:
         """The sums that counters go on from."""
         found: dict[str, Tensor] = load_file(self.directory / _COUNTERS)
         return found
-
-    def hold_halves(self, retriever: Retriever) -> None:
-        """Give an exact index its vectors in bfloat16, if that is what it scores first."""
-        scan = _scan(retriever)
-        if scan is not None and self._halves:
-            scan.hold_halves((self._halves["half"], self._halves["norm"], self._halves["lost"]))
 
     def hold(self, modules: Mapping[str, nn.Module]) -> None:
         """Put the mapped tensors in the place of the modules' own, which are equal."""
@@ -103,21 +96,17 @@ def write_arrays(content: Funnel | Scorer, directory: Path) -> None:
         _write_frame(frame, partial / f"vocabulary-{place}.arrow")
         _write({key: torch.from_numpy(value) for key, value in arrays.items()}, partial / f"vocabulary-{place}")
     vectors: dict[str, Tensor] = {}
-    halves: dict[str, Tensor] = {}
     modules: dict[str, nn.Module] = {**content.rankers}
     if isinstance(content, Funnel):
         modules |= modules_of(content.retriever)
-        scan = _scan(content.retriever)
-        found = None if scan is None else scan.halves()
-        if found is not None:
-            halves = dict(zip(("half", "norm", "lost"), found, strict=True))
+        (partial / RETRIEVAL).mkdir()
+        content.retriever.write_arrays(partial / RETRIEVAL)
         if content.counters is not None:
             _write(content.counters.state.tensors, partial / _COUNTERS)
         vectors = {stage: seen.whole() for stage, (_, seen) in content.prepared.items()}
         _write_catalogue(content.items, content.items.frame, partial / "items")
         if content.users is not None:
             _write_catalogue(content.users, _of_users(content.users.frame), partial / "users")
-    _write(halves, partial / _HALVES)
     _write(vectors, partial / _VECTORS)
     _write(
         {f"{name}.{key}": tensor for name, each in modules.items() for key, tensor in _tensors(each).items()},
@@ -129,11 +118,6 @@ def write_arrays(content: Funnel | Scorer, directory: Path) -> None:
 def modules_of(retriever: Retriever) -> dict[str, nn.Module]:
     """The networks of a retriever, by names that no stage has."""
     return {f"{RETRIEVAL}.{name}": part for name, part in vars(retriever).items() if isinstance(part, nn.Module)}
-
-
-def _scan(retriever: Retriever) -> Scan | None:
-    index = retriever.vectors if isinstance(retriever, VectorRetriever) else None
-    return index.scan if isinstance(index, ExactIndex) else None
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -78,6 +78,7 @@ class Retriever(ABC):
 
     Attributes:
         filters: whether `search` takes `allowed`.
+        arrays: directory that `write_arrays` wrote of the same state, from which `restore` maps what it would make.
         added_later: names of tensors by item that what was saved by an earlier version lacks, and `restore` can.
     """
 
@@ -89,6 +90,7 @@ class Retriever(ABC):
     name: ClassVar[str]
     filters: ClassVar[bool] = False
     added_later: ClassVar[frozenset[str]] = frozenset()
+    arrays: Path | None = None
 
     def __init__(self, schema: Schema, config: Config | None = None) -> None:
         self.schema = schema
@@ -162,6 +164,9 @@ class Retriever(ABC):
         """
         raise NotImplementedError
 
+    def write_arrays(self, directory: Path) -> None:  # noqa: B027
+        """Write what `restore` makes of the state, for other processes of this machine to map; by default nothing."""
+
     def save(self, directory: Path) -> None:
         """Write the fitted state and the index as safetensors and JSON into a directory, made if needed."""
         directory.mkdir(parents=True, exist_ok=True)
@@ -170,8 +175,11 @@ class Retriever(ABC):
         atomic.write_text(directory / _ABOUT, json.dumps(about, indent=1) + "\n")
 
     @classmethod
-    def load(cls, directory: Path, schema: Schema) -> Self:
+    def load(cls, directory: Path, schema: Schema, *, arrays: Path | None = None) -> Self:
         """Read what `save` wrote.
+
+        Args:
+            arrays: see `Retriever`. Unlike what `save` wrote it is trusted.
 
         Raises:
             ValueError: if files are missing, damaged, of another kind of retriever, or do not fit the schema.
@@ -193,6 +201,7 @@ class Retriever(ABC):
             if state[name].is_floating_point() and not bool(torch.isfinite(state[name]).all()):
                 raise ValueError(f"{path}: {name} has a NaN or infinite number")
         retriever = cls(schema, config)
+        retriever.arrays = arrays
         retriever.restore(state)
         return retriever
 

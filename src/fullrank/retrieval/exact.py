@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -15,6 +16,7 @@ from fullrank.retrieval.vectors.base import (
     VectorIndex,
     check_added,
     check_distinct,
+    in_order,
     merged,
     places_of,
     without,
@@ -117,11 +119,17 @@ class ExactIndex(VectorIndex):
     def restore(self, state: dict[str, Tensor]) -> None:
         keys_I, vectors_ID = state["keys"], state["vectors"]
         check_added(keys_I, vectors_ID, self.width)
-        if vectors_ID.dtype == torch.float32 and bool((keys_I[1:] > keys_I[:-1]).all()):
-            # As they were saved: they need not be sorted, and what is mapped from a file stays there.
+        if in_order(keys_I, vectors_ID):
             self._hold(keys_I, vectors_ID)
+            if self.arrays is not None:
+                self.scan.map_halves(self.arrays)
         else:
             super().restore(state)
+
+    def write_arrays(self, directory: Path) -> None:
+        """Write the vectors in bfloat16, unless there are changes beside them."""
+        if self._came is None and self._gone_I is None:
+            self.scan.write_halves(directory)
 
     def remove(self, keys: Tensor) -> None:
         places = places_of(keys, self._keys_I)

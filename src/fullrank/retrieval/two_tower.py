@@ -24,6 +24,7 @@ from fullrank.layers.towers import Towers
 from fullrank.retrieval.base import Items, Progress, item_keys
 from fullrank.retrieval.recent_clicks import RecentClicks, best_clicks
 from fullrank.retrieval.vector_retriever import VectorRetriever
+from fullrank.retrieval.vectors.snapshot import TYPICAL
 from fullrank.schema import Schema
 
 # Rows of a tower's forward pass when all items are encoded.
@@ -177,6 +178,8 @@ class TwoTower(VectorRetriever):
             self.towers = untrained
         self._train(rows_P, keys_P, lambda step, loss: told(sum(steps[:-1]) + step, loss))
         self.clicks = clicks
+        drawn = torch.randperm(len(keys_P), generator=torch.Generator().manual_seed(self.config.seed))[:TYPICAL]
+        self.typical_QD = self.user_vectors(RowGather(rows_P).take(drawn))
         return self
 
     def _steps(self, rows: int) -> int:

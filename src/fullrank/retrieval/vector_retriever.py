@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from pathlib import Path
 from typing import Self
 
 from pydantic import Field
@@ -98,4 +99,9 @@ class VectorRetriever(Retriever):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         index = {name.removeprefix("index."): value for name, value in state.items() if name.startswith("index.")}
+        self.vectors.arrays = self.arrays
         self.vectors.restore(index)
+        self.typical_QD = self.vectors.typical_QD
+
+    def write_arrays(self, directory: Path) -> None:
+        self.vectors.write_arrays(directory)

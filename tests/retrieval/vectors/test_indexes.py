@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from fullrank.data.dataset import Dataset
 from fullrank.extras import MissingExtra
 from fullrank.retrieval import NO_ITEM, Items, RetrieverSpec, TwoTower
 from fullrank.retrieval.exact import ExactIndex
-from fullrank.retrieval.vectors import VECTOR_INDEXES, VectorIndex, VectorIndexSpec, register_index
+from fullrank.retrieval.vectors import VECTOR_INDEXES, VectorIndex, VectorIndexSpec, auto, register_index
 from fullrank.retrieval.vectors.audit import audit, reachable
+from fullrank.retrieval.vectors.faiss_index import bases
 from fullrank.retrieval.vectors.graph import GraphIndex, augmented
 from fullrank.retrieval.vectors.snapshot import SnapshotIndex, ladder
 
@@ -141,6 +143,90 @@ def test_it_is_built_again_from_what_is_saved(name: str) -> None:
         assert again.recall >= 0.95
 
 
+@pytest.mark.parametrize(
+    "name", ["exact", "auto", "ivf", "faiss_ivf_sq8", "faiss_4bit", "faiss_ivf_4bit", "faiss_hnsw"]
+)
+def test_what_one_process_has_built_others_map(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "chosen", lambda times: ["faiss_ivf_4bit", *6 * ["faiss_4bit"]])
+    index, again = empty(name), empty(name)
+    index.typical_QD = QUERIES
+    index.add(KEYS, VECTORS)
+    index.write_arrays(tmp_path)
+    again.arrays = tmp_path
+    with monkeypatch.context() as patch:
+        patch.setattr(SnapshotIndex, "rebuild", lambda self: pytest.fail("it was built again"))
+        again.restore(index.state())
+    for rows in (1, 20):
+        for own, other in zip(again.search(QUERIES[:rows], 30), index.search(QUERIES[:rows], 30), strict=True):
+            assert torch.equal(own, other)
+    if sys.platform == "linux" and name in ("faiss_ivf_sq8", "faiss_hnsw"):
+        assert str(tmp_path / "index.faiss") in Path("/proc/self/maps").read_text()
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    best = again.search(QUERIES[:1], 5).item_keys_BK[0]
+    again.remove(best)
+    again.add(best[:1], 50 * QUERIES[:1])
+    assert again.search(QUERIES[:1], 5).item_keys_BK[0, 0] == best[0] and len(again) == COUNT - 4
+    again.remove(KEYS[~torch.isin(KEYS, best)][:1000])  # so many that it is built anew
+    assert index.search(QUERIES[:1], 5).item_keys_BK[0].tolist() == best.tolist()
+    assert {path: path.read_bytes() for path in written} == written
+
+
+def test_bases_keep_inner_products_and_make_distances_differences_of_scores() -> None:
+    """|items_DD (x - y)|² is the mean of (q·x - q·y)² over typical queries, beside that over all directions."""
+    queries = QUERIES * torch.linspace(0.1, 3, WIDTH)
+    items_DD, queries_DD = bases(WIDTH, queries)
+    assert torch.allclose((VECTORS @ items_DD) @ (QUERIES @ queries_DD).T, VECTORS @ QUERIES.T, atol=1e-4)
+    difference = VECTORS[:50] - VECTORS[50:100]
+    typical = (difference @ queries.T).square().mean(1) / (queries.square().sum(1).mean() / WIDTH)
+    assert torch.allclose(
+        (difference @ items_DD).square().sum(1), typical + 0.5 * difference.square().sum(1), rtol=1e-4
+    )
+    for none in (None, torch.zeros(3, WIDTH)):
+        items_DD, queries_DD = bases(WIDTH, none)
+        assert torch.allclose(items_DD, queries_DD) and torch.allclose(
+            items_DD @ items_DD.T, torch.eye(WIDTH), atol=1e-5
+        )
+
+
+def test_cells_by_what_typical_queries_ask_for_are_found_with_fewer_probes() -> None:
+    """Queries along two of eight numbers: items are then gathered by these two."""
+    queries = QUERIES * torch.tensor([1.0, 1.0, *6 * [0.01]])
+    efforts = []
+    for typical in (queries, None):
+        index = empty("faiss_ivf_4bit", refine=8)
+        index.typical_QD = typical
+        index.add(KEYS, VECTORS)
+        assert isinstance(index, SnapshotIndex)
+        index.tune(queries)
+        assert index.recall >= 0.95 and index.effort is not None
+        efforts.append(index.effort)
+    assert efforts[0] < 0.7 * efforts[1]
+
+
+def test_cells_are_not_asked_where_nobody_knows_what_queries_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[set[str]] = []
+    monkeypatch.setattr(auto, "chosen", lambda times: compared.append(set(times)) or 7 * ["exact"])
+    for typical in (None, QUERIES):
+        index = empty("auto")
+        index.typical_QD = typical
+        index.add(KEYS, VECTORS)
+    assert compared[1] - compared[0] == {"faiss_ivf_4bit"} and {"exact", "faiss_4bit"} <= compared[0]
+
+
+def test_what_cannot_be_mapped_is_built_by_each(tmp_path: Path) -> None:
+    """What has changed since its snapshot was built, and what no library maps."""
+    changed, tree = filled("ivf"), filled("tree")
+    changed.remove(KEYS[:1])
+    for index in (changed, tree):
+        index.write_arrays(tmp_path)
+        assert not (tmp_path / "snapshot.json").exists()
+        again = empty("ivf" if index is changed else "tree")
+        again.arrays = tmp_path
+        again.restore(index.state())
+        assert len(again) == len(index)
+        assert shared(again.search(QUERIES, 30).item_keys_BK, index.search(QUERIES, 30).item_keys_BK) > 0.9
+
+
 def test_random_operations_against_a_dictionary() -> None:
     """An index that probes everything is exact, and equals scoring what a dictionary holds, at any time."""
     generator = torch.Generator().manual_seed(0)
@@ -222,8 +308,6 @@ def test_efforts_rise_to_the_last() -> None:
 
 
 def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     for module in ("hnswlib", "usearch", "usearch.index", "scann", "faiss"):
         monkeypatch.setitem(sys.modules, module, None)
     for name, extra in (("hnswlib", "hnswlib"), ("usearch", "ann"), ("scann", "ann"), ("faiss_hnsw", "retrieval")):

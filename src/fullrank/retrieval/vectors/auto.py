@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field
@@ -16,10 +17,13 @@ from fullrank.extras import installed
 from fullrank.retrieval.vectors.registry import VECTOR_INDEXES
 from fullrank.retrieval.vectors.snapshot import Snapshot, SnapshotIndex
 
-# Those that were never far from the best at a recall of .95 (benchmarks.retrieval.dot_products), and what each needs;
-# where many results are asked for, four bits of all items beat bytes of some.
-LIBRARIES = {"scann": "scann", "faiss_ivf_sq8": "faiss-cpu", "faiss_4bit": "faiss-cpu"}
+# Those that were never far from the best at a recall of .95 (benchmarks.retrieval.dot_products and many_results), and
+# what each needs; where cells do not help, as for queries of other directions than any that are known, a scan does.
+LIBRARIES = {"scann": "scann", "faiss_4bit": "faiss-cpu", "faiss_ivf_4bit": "faiss-cpu"}
 WITHOUT = "ivf"
+# Asked only where typical queries are given: with probes chosen by vectors of items a funnel's users found .52 of their
+# best items. What looks at all items depends on that little.
+BY_QUERIES = "faiss_ivf_4bit"
 ALL = "exact"
 
 # Queries at once for which the ways are timed, and how much faster than the usual one another has to be.
@@ -72,7 +76,10 @@ class AutoIndex(SnapshotIndex):
             index._clear()
 
     def _build(self, vectors_SD: Tensor) -> dict[str, Any]:
-        return {name: index._build(vectors_SD) for name, index in self.indexes.items()}
+        for index in self.indexes.values():
+            index.typical_QD = self.typical_QD
+        names = [name for name in self.indexes if name != BY_QUERIES or self.typical_QD is not None]
+        return {name: self.indexes[name]._build(vectors_SD) for name in names}
 
     def tune(self, queries_QD: Tensor | None = None) -> None:
         snapshot = self.snapshot
@@ -83,9 +90,7 @@ class AutoIndex(SnapshotIndex):
         k = min(self.config.results, self.live_S.numel())
         times = {ALL: [_seconds(snapshot.scan, batch_BD, k) for batch_BD in batches]}
         for name, library in snapshot.library.items():
-            index = self.indexes[name]
-            index.snapshot = Snapshot(snapshot.keys_S, snapshot.scan, library)
-            index.live_S, index.live = self.live_S, self.live
+            index = self._within(name, snapshot, library)
             index.tune(queries_QD)
             times[name] = [_seconds(index.answer, batch_BD, k) for batch_BD in batches]
         self.ways = chosen(times)
@@ -94,6 +99,37 @@ class AutoIndex(SnapshotIndex):
             self.indexes[name]._clear()
         first = self.indexes.get(self.ways[0])
         self.effort, self.recall = (None, 1.0) if first is None else (first.effort, first.recall)
+
+    def _within(self, name: str, snapshot: Snapshot, library: Any) -> SnapshotIndex:
+        """One of the indexes, given its part of the snapshot."""
+        index = self.indexes[name]
+        index.snapshot = Snapshot(snapshot.keys_S, snapshot.scan, library)
+        index.live_S, index.live = self.live_S, self.live
+        return index
+
+    def _write(self, library: dict[str, Any], directory: Path) -> bool:
+        for name, each in library.items():
+            (directory / name).mkdir()
+            if not self.indexes[name]._write(each, directory / name):
+                return False
+        return True
+
+    def _map(self, directory: Path) -> dict[str, Any]:
+        return {
+            name: index._map(directory / name) for name, index in self.indexes.items() if (directory / name).is_dir()
+        }
+
+    def _chosen(self) -> dict[str, Any]:
+        assert self.snapshot is not None
+        each = {name: self.indexes[name]._chosen() for name in self.snapshot.library}
+        return {**super()._chosen(), "ways": self.ways, "indexes": each}
+
+    def _choose(self, chosen: dict[str, Any]) -> None:
+        super()._choose(chosen)
+        assert self.snapshot is not None
+        self.ways = chosen["ways"]
+        for name, library in self.snapshot.library.items():
+            self._within(name, self.snapshot, library)._choose(chosen["indexes"][name])
 
     def _way(self, rows: int) -> str:
         return self.ways[bisect_right(BATCHES, rows) - 1]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
@@ -24,6 +25,7 @@ class VectorIndex(ABC):
     Attributes:
         typical_QD: queries as they will come, by which an index chooses what it has to choose when it is built; vectors
             of its items where omitted.
+        arrays: directory that `write_arrays` wrote of the same items, from which `restore` maps what it would make.
     """
 
     class Config(BaseModel):
@@ -32,6 +34,7 @@ class VectorIndex(ABC):
         model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: ClassVar[str]
+    arrays: Path | None = None
 
     def __init__(self, width: int, config: Config | None = None) -> None:
         self.width = width
@@ -95,6 +98,14 @@ class VectorIndex(ABC):
             ValueError: see `add`.
         """
         self.add(state["keys"], state["vectors"])
+
+    def write_arrays(self, directory: Path) -> None:  # noqa: B027
+        """Write what `restore` makes of the state, for other processes of this machine to map; by default nothing."""
+
+
+def in_order(keys_I: Tensor, vectors_ID: Tensor) -> bool:
+    """Whether items are as an index holds them: they need not be sorted, and what is mapped from a file stays there."""
+    return vectors_ID.dtype == torch.float32 and bool((keys_I[1:] > keys_I[:-1]).all())
 
 
 def check_added(keys_I: Tensor, vectors_ID: Tensor, width: int) -> None:

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from pydantic import Field
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fullrank.retrieval.vectors.scan import top_k
@@ -19,6 +21,8 @@ from fullrank.retrieval.vectors.snapshot import SnapshotIndex, ladder
 TRAINING_ROWS = 64
 ROUNDS = 10
 ROWS_AT_ONCE = 16_384
+
+_FILE = "cells.safetensors"
 
 
 class Cells(NamedTuple):
@@ -63,6 +67,14 @@ class IVFIndex(SnapshotIndex):
         order_S = cell_S.argsort(stable=True)
         counts_C = torch.bincount(cell_S, minlength=len(centroids_CD))
         return Cells(centroids_CD, [0, *counts_C.cumsum(0).tolist()], order_S, vectors_SD[order_S])
+
+    def _write(self, library: Cells, directory: Path) -> bool:
+        save_file(library._asdict() | {"begins": torch.tensor(library.begins)}, directory / _FILE)
+        return True
+
+    def _map(self, directory: Path) -> Cells:
+        tensors = load_file(directory / _FILE)
+        return Cells(tensors["centroids_CD"], tensors["begins"].tolist(), tensors["order_S"], tensors["vectors_SD"])
 
     def _find(self, library: Cells, queries_BD: Tensor, count: int, effort: int) -> Tensor:
         probed_BP = (queries_BD @ library.centroids_CD.T).topk(min(effort, len(library.centroids_CD)), dim=1).indices

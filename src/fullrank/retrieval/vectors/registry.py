@@ -19,6 +19,7 @@ VECTOR_INDEXES: Registry[type[VectorIndex]] = Registry(
         "faiss_ivf_sq8": "fullrank.retrieval.vectors.faiss_index:FaissIVFSQ8",
         "faiss_ivf_pq": "fullrank.retrieval.vectors.faiss_index:FaissIVFPQ",
         "faiss_4bit": "fullrank.retrieval.vectors.faiss_index:Faiss4Bit",
+        "faiss_ivf_4bit": "fullrank.retrieval.vectors.faiss_index:FaissIVF4Bit",
         "faiss_hnsw": "fullrank.retrieval.vectors.faiss_index:FaissHNSW",
         "hnswlib": "fullrank.retrieval.vectors.hnswlib_index:HnswlibIndex",
         "usearch": "fullrank.retrieval.vectors.usearch_index:UsearchIndex",

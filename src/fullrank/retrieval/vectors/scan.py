@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 # Scores held at once: 4M floats are 16 MB, about what a laptop's last-level cache takes.
@@ -16,6 +18,8 @@ SCORES_AT_ONCE = 4_000_000
 # Rows of a product by groups, and rows of a group: 0.9 ms of CPU a query for 1M x 64 in bfloat16 in batches of 64,
 # within a tenth for halves and doubles of either; whole rows of scores and their selection took 4.8.
 BLOCK, GROUP = 16_384, 16
+
+_HALVES, _NAMES = "halves.safetensors", ("half", "norm", "lost")
 
 # Below so many rows, whole rows of scores are cheaper than groups.
 GROUPS_FROM = 20_000
@@ -156,9 +160,17 @@ class Scan:
             self._halves = half_ID, torch.cat(norm_G)[None], torch.cat(lost_G)[None]
         return self._halves
 
-    def hold_halves(self, halves: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Take the place of `halves`, which are equal and need not be made."""
-        self._halves = halves
+    def write_halves(self, directory: Path) -> None:
+        """Write what `map_halves` maps, if bfloat16 is used."""
+        halves = self.halves()
+        if halves is not None:
+            save_file(dict(zip(_NAMES, halves, strict=True)), directory / _HALVES)
+
+    def map_halves(self, directory: Path) -> None:
+        """Have `halves` mapped from where another process wrote them, instead of made."""
+        if (directory / _HALVES).is_file():
+            tensors = load_file(directory / _HALVES)
+            self._halves = tensors["half"], tensors["norm"], tensors["lost"]
 
 
 def _by_group(scores_BI: Tensor) -> Tensor:

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -18,11 +20,13 @@ from torch import Tensor
 
 from fullrank.retrieval.base import NO_ITEM, SearchResult, check_k
 from fullrank.retrieval.exact import ExactIndex
-from fullrank.retrieval.vectors.base import VectorIndex, check_added, merged, places_of
+from fullrank.retrieval.vectors.base import VectorIndex, check_added, in_order, merged, places_of
 from fullrank.retrieval.vectors.scan import Scan
 
-# Typical queries that an effort is chosen by.
-QUERIES = 100
+# Typical queries that an effort is chosen by, and how many are kept; an index learns from the others.
+QUERIES, TYPICAL = 100, 400
+
+_ABOUT = "snapshot.json"
 
 # Share of the snapshot that may be returned, below which all of it is scored, and below which its vectors are copied
 # out for that: see docs/vector-indexes.md.
@@ -183,8 +187,7 @@ class SnapshotIndex(VectorIndex):
         _, best_QK = self.snapshot.scan(queries_QD, k)
         for effort in self._efforts(size):
             self.effort = effort
-            _, found_QK = self.answer(queries_QD, k)
-            share_Q = (found_QK[:, :, None] == best_QK[:, None, :]).any(1).double().mean(1)
+            share_Q = self._share(queries_QD, best_QK)
             self.recall = float(share_Q.mean())
             # A standard error above it, as other queries will be less lucky than those that it was chosen by.
             if self.recall - float(share_Q.std()) / len(share_Q) ** 0.5 >= self.config.recall or self.recall == 1:
@@ -195,6 +198,12 @@ class SnapshotIndex(VectorIndex):
                 f" {self.config.recall} asked for; choose another index or let it try harder",
                 stacklevel=2,
             )
+
+    def _share(self, queries_QD: Tensor, best_QK: Tensor) -> Tensor:
+        """Share of their best places that queries find, (Q,)."""
+        found_QK = self.answer(queries_QD, best_QK.shape[1])[1].sort(dim=1).values
+        place_QK = torch.searchsorted(found_QK, best_QK).clamp_max(found_QK.shape[1] - 1)
+        return (found_QK.gather(1, place_QK) == best_QK).double().mean(1)
 
     def answer(
         self, queries_BD: Tensor, k: int, wanted: int | None = None, live_S: Tensor | None = None
@@ -269,12 +278,45 @@ class SnapshotIndex(VectorIndex):
         """Keys, vectors and typical queries. The library's index is built again when it is loaded: no format of a
         library is read from a file that others may have written."""
         typical_QD = torch.zeros(0, self.width) if self.typical_QD is None else self.typical_QD
-        return {**super().state(), "typical": typical_QD[:QUERIES].contiguous()}
+        return {**super().state(), "typical": typical_QD[:TYPICAL].contiguous()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         if len(state["typical"]):
             self.typical_QD = state["typical"]
-        super().restore(state)
+        keys_I, vectors_ID = state["keys"], state["vectors"]
+        if self.arrays is None or not (self.arrays / _ABOUT).is_file() or not in_order(keys_I, vectors_ID):
+            super().restore(state)
+            return
+        check_added(keys_I, vectors_ID, self.width)
+        scan = Scan(vectors_ID)
+        scan.map_halves(self.arrays)
+        self.snapshot = Snapshot(keys_I, scan, self._map(self.arrays))
+        self.live_S, self.live = torch.ones(keys_I.numel(), dtype=torch.bool), keys_I.numel()
+        self._choose(json.loads((self.arrays / _ABOUT).read_text(encoding="utf-8")))
+
+    def write_arrays(self, directory: Path) -> None:
+        """Write the snapshot, if it has all items and its library's index can be mapped."""
+        if self.snapshot is None or len(self.tail) or self.live < self.live_S.numel():
+            return
+        if self._write(self.snapshot.library, directory):
+            self.snapshot.scan.write_halves(directory)
+            (directory / _ABOUT).write_text(json.dumps(self._chosen()), encoding="utf-8")
+
+    def _write(self, library: Any, directory: Path) -> bool:
+        """Write the library's index so that `_map` can read it; False if that is not possible."""
+        return False
+
+    def _map(self, directory: Path) -> Any:
+        """The library's index that `_write` wrote."""
+        raise NotImplementedError
+
+    def _chosen(self) -> dict[str, Any]:
+        """What `tune` has chosen."""
+        return {"effort": self.effort, "recall": self.recall}
+
+    def _choose(self, chosen: dict[str, Any]) -> None:
+        """Take back what `_chosen` gave."""
+        self.effort, self.recall = chosen["effort"], chosen["recall"]
 
 
 def _scanned(scan: Scan, queries_BD: Tensor, k: int, live_S: Tensor, count: int) -> tuple[Tensor, Tensor]:
