@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 import torch
 
-from fullrank.batch import RowGather
+from fullrank.batch import Batch, RowGather
 from fullrank.data.dataset import Dataset
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import batch_from_frame
@@ -112,6 +112,22 @@ def test_strangers_are_all_alike_until_they_say_something(funnel: Funnel) -> Non
     assert len(nobody.items) == 5
     known = next(row for row in funnel.users.ids if row is not None) if funnel.users else 0
     assert funnel.recommend([Request(known)], 5)[0] != first
+
+
+def test_users_are_encoded_together_as_each_alone(funnel: Funnel) -> None:
+    """Those that the catalogue has, and others, whose id the vocabulary may have or not, written in any way."""
+    assert funnel.users is not None
+    known = funnel.users.ids[:3]
+    others: list[int | str] = [10**9, "nobody", " 7 ", "NA", "true", "x y", 3.0, "2"]  # type: ignore[list-item]
+    for users in ([known[0], *others, *known], others, [*known, others[0]]):
+        requests = [Request(user) for user in users]
+        together, alone = funnel.encode(requests), Batch.cat([funnel.encode([request]) for request in requests])
+        for one, other in zip(together.tensors(), alone.tensors(), strict=True):
+            assert torch.equal(one.nan_to_num(), other.nan_to_num()) and len(together) == len(users)
+        places = [feature.name for feature in funnel.schema.categorical]
+        texts = pl.DataFrame({"user_id": [str(user) for user in users]})
+        expected = funnel.encoders.transform(texts, allow_missing=True)["user_id"].to_list()
+        assert together.ids_BF[:, places.index("user_id")].tolist() == expected
 
 
 def test_a_new_history_changes_the_list(funnel: Funnel) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fullrank.batch import Batch
 from fullrank.data.encoders import Encoders
 from fullrank.data.loader import partial_batch
+from fullrank.data.spelling import is_plain
 from fullrank.funnel.catalogue import NO_ROW, Catalogue
 from fullrank.funnel.counters import Counters
 from fullrank.funnel.raw_values import check_alike, list_column, scalar_column
@@ -113,6 +114,7 @@ class RequestEncoder:
         given = schema.select({"user", "context"})
         self.scalars: dict[str, Numeric | Categorical] = {f.name: f for f in given.numeric}
         self.scalars.update({f.name: f for f in given.categorical})
+        self._places = {feature.name: place for place, feature in enumerate(schema.categorical)}
         self.lists = {bag.name: bag for bag in given.bags}
         self.events = {
             sequence.column(part): (sequence, isinstance(part, EventNumber))
@@ -120,7 +122,7 @@ class RequestEncoder:
             for part in sequence.fields
         }
         key = schema.keys.user_id
-        self.user_feature = key if isinstance(self.scalars.get(key or ""), Categorical) else None
+        self.user_feature = key if key is not None and isinstance(self.scalars.get(key), Categorical) else None
         self.recent = RecentEvents(encoders, items, until)
         self._scalar = lru_cache(REMEMBERED)(self._encode_scalar)
 
@@ -147,6 +149,8 @@ class RequestEncoder:
         if self.users is not None and len(names) == len(requests) > 1:
             known_U = self.users.find(names)
             known = known_U.tolist()
+            if NO_ROW in known and self.counters is None:
+                return self._some_known(requests, known_U)
             if NO_ROW not in known and self.pending.isdisjoint(known):
                 batch = self.users.rows.take(known_U)
                 if self.counters is None or not self.counters.is_followed:
@@ -155,6 +159,19 @@ class RequestEncoder:
                 return self.counters.on_users(batch, names, known)
         rows = [self._row(request) for request in requests]
         return rows[0] if len(rows) == 1 else Batch.cat(rows)
+
+    def _some_known(self, requests: Sequence[Request], known_U: Tensor) -> Batch:
+        """Rows of users of whom some are known, and who say nothing but who they are."""
+        is_new_U = known_U == NO_ROW
+        new, known = is_new_U.nonzero().squeeze(1), (~is_new_U).nonzero().squeeze(1)
+        strangers = self.stranger.take(torch.zeros_like(new))
+        if (name := self.user_feature) is not None:
+            ids = [self._coded(name, requests[place].user_id)[0][0] for place in new.tolist()]
+            strangers.ids_BF[:, self._places[name]] = torch.tensor(ids, dtype=torch.int64)
+        if not len(known):
+            return strangers
+        rows = self._rows([requests[place] for place in known.tolist()])
+        return Batch.cat([rows, strangers]).take(torch.cat([known, new]).argsort())
 
     def _row(self, request: Request) -> Batch:
         known = None
@@ -185,22 +202,36 @@ class RequestEncoder:
     def _with_scalars(self, row: Batch, values: Mapping[str, Any]) -> Batch:
         numeric_BN, ids_BF = row.numeric_BN.clone(), row.ids_BF.clone()
         for name, value in values.items():
-            encode = self._scalar if _is_short(value) else self._encode_scalar
-            numbers, place = encode(name, type(value).__name__, value)
+            numbers, place = self._coded(name, value)
             if isinstance(self.scalars[name], Numeric):
                 numeric_BN[0, place : place + len(numbers)] = torch.tensor(numbers)
             else:
                 ids_BF[0, place] = int(numbers[0])
         return replace(row, numeric_BN=numeric_BN, ids_BF=ids_BF)
 
+    def _coded(self, name: str, value: Any) -> tuple[tuple[float, ...], int]:
+        encode = self._scalar if _is_short(value) else self._encode_scalar
+        return encode(name, type(value).__name__, value)
+
     def _encode_scalar(self, name: str, kind: str, value: Any) -> tuple[tuple[float, ...], int]:
         """Codes of one value, and their first column. `kind` keeps 1, 1.0 and "1" apart in the memory."""
         feature = self.scalars[name]
+        if isinstance(feature, Categorical) and (plain := self._plain_id(feature, value)) is not None:
+            return (float(plain),), self._places[name]
         encoded = self._encoded([scalar_column(name, [value], numeric=isinstance(feature, Numeric))])
         if isinstance(feature, Numeric):
             numbers = tuple(float(encoded[column][0]) for column in feature.columns)
             return numbers, self.schema.numeric_columns.index(name)
-        return (float(encoded[name][0]),), [f.name for f in self.schema.categorical].index(name)
+        return (float(encoded[name][0]),), self._places[name]
+
+    def _plain_id(self, feature: Categorical, value: Any) -> int | None:
+        """Id of a value of a vocabulary whose text is surely that of the log; None where that takes a closer look."""
+        text = str(value)
+        if feature.encoding != "vocabulary" or isinstance(value, bool) or not isinstance(value, (int, str)):
+            return None
+        if text in self.schema.missing or not is_plain(text):
+            return None
+        return self.encoders.vocabularies[feature.table_name].id_of(text)
 
     def _with_lists(self, row: Batch, values: Mapping[str, Any]) -> Batch:
         columns = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -37,6 +38,9 @@ from fullrank.serving.student_histories import StudentHistories
 from fullrank.serving.versions import Opened, Versions, opened, target_of
 from fullrank.training.manifest import MANIFEST, Manifest
 from fullrank.training.memory import return_freed_memory
+
+# After which a thread lets another one go on: those that score keep the one that talks to clients waiting less.
+SWITCH_SECONDS = 0.001
 
 
 class ServingConfig(BaseModel):
@@ -139,6 +143,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
         await pool.start(lambda: check_answers(live.served.content))
         # What stays as long as the server need not be looked through for garbage again and again.
         gc.collect()
@@ -146,6 +152,7 @@ def create_app(
         if shared is not None:
             return_freed_memory()
         yield
+        sys.setswitchinterval(interval)
         pool.stop()
         gc.unfreeze()
         for each in watched.values():
