@@ -76,6 +76,7 @@ EXTRAS: dict[str, Extra] = {
             "mypy": "mypy",
             "pytest": "pytest",
             "pytest_cov": "pytest-cov",
+            "xdist": "pytest-xdist",
             "ruff": "ruff",
             "schemathesis": "schemathesis",
             "sklearn": "scikit-learn",
