@@ -14,7 +14,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -72,10 +72,11 @@ def measured(items: int, count: int) -> dict[str, Any]:
     assert until is not None
     if dataset.tallies is not None:
         state = CounterState.read(dataset.tallies, dataset.schema, until)
-    frames = {role: all_rows(dataset, role) for role in ("user", "item")}  # type: ignore[arg-type]
+    sides: tuple[Literal["user", "item"], ...] = ("user", "item")
+    frames = {role: all_rows(dataset, role) for role in sides}
     if state is not None:
-        frames = {role: at_end(frame, role, state, dataset.encoders) for role, frame in frames.items()}  # type: ignore[arg-type]
-    users, catalogue = (Catalogue.of(frames[role], dataset.schema) for role in ("user", "item"))
+        frames = {role: at_end(frame, role, state, dataset.encoders) for role, frame in frames.items()}
+    users, catalogue = (Catalogue.of(frames[role], dataset.schema) for role in sides)
     counters = None if state is None else Counters(dataset.encoders, state, users, catalogue)
     encode = RequestEncoder(dataset.encoders, users, usual_context(dataset), catalogue, until, counters)
     rng, clock = np.random.default_rng(1), itertools.count(until + 1)

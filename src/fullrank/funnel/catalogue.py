@@ -235,7 +235,7 @@ def _with_last_events(users: pl.DataFrame, dataset: Dataset, sequence: Sequence)
     user, time = KEY_COLUMNS["user_id"], KEY_COLUMNS["timestamp"]
     wanted = dict.fromkeys([user, time, *sequence.of, *([sequence.where] if sequence.where is not None else [])])
     log = pl.concat([dataset.scan(split).select(*wanted) for split in dataset.splits])
-    end = log.select(pl.col(time).max()).collect().item()
+    end = last_time(dataset)
     happened = pl.lit(True) if sequence.where is None else pl.col(sequence.where) == 1
     fields = [
         (end - pl.col(time)).cast(pl.Float32).log1p().alias(sequence.column(field))
@@ -263,8 +263,8 @@ def last_time(dataset: Dataset) -> int | None:
     if dataset.schema.keys.timestamp is None:
         return None
     time = KEY_COLUMNS["timestamp"]
-    last = pl.concat([dataset.scan(split).select(pl.col(time).max()) for split in dataset.splits]).collect()
-    return int(last[time].max())  # type: ignore[arg-type]
+    log = pl.concat([dataset.scan(split).select(time) for split in dataset.splits])
+    return int(log.select(pl.col(time).max()).collect().item())
 
 
 def with_market(items: pl.DataFrame, dataset: Dataset, active_days: float | None) -> pl.DataFrame:

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from fullrank.funnel.catalogue import NO_ROW
-
-# Rows from which a change leaves the vectors where they are, and how many come beside, before all are put together.
-LARGE, MOST_BESIDE = 100_000, 4096
+from fullrank.retrieval.exact import LARGE, MOST_BESIDE
 
 
 class ItemVectors:

@@ -149,8 +149,8 @@ class RequestEncoder:
         if self.users is not None and len(names) == len(requests) > 1:
             known_U = self.users.find(names)
             known = known_U.tolist()
-            if NO_ROW in known and self.counters is None:
-                return self._some_known(requests, known_U)
+            if NO_ROW in known and self.counters is None and self.pending.isdisjoint(known):
+                return self._some_known(self.users, requests, known_U)
             if NO_ROW not in known and self.pending.isdisjoint(known):
                 batch = self.users.rows.take(known_U)
                 if self.counters is None or not self.counters.is_followed:
@@ -160,7 +160,7 @@ class RequestEncoder:
         rows = [self._row(request) for request in requests]
         return rows[0] if len(rows) == 1 else Batch.cat(rows)
 
-    def _some_known(self, requests: Sequence[Request], known_U: Tensor) -> Batch:
+    def _some_known(self, users: Catalogue, requests: Sequence[Request], known_U: Tensor) -> Batch:
         """Rows of users of whom some are known, and who say nothing but who they are."""
         is_new_U = known_U == NO_ROW
         new, known = is_new_U.nonzero().squeeze(1), (~is_new_U).nonzero().squeeze(1)
@@ -168,10 +168,7 @@ class RequestEncoder:
         if (name := self.user_feature) is not None:
             ids = [self._coded(name, requests[place].user_id)[0][0] for place in new.tolist()]
             strangers.ids_BF[:, self._places[name]] = torch.tensor(ids, dtype=torch.int64)
-        if not len(known):
-            return strangers
-        rows = self._rows([requests[place] for place in known.tolist()])
-        return Batch.cat([rows, strangers]).take(torch.cat([known, new]).argsort())
+        return Batch.cat([users.rows.take(known_U[known]), strangers]).take(torch.cat([known, new]).argsort())
 
     def _row(self, request: Request) -> Batch:
         known = None

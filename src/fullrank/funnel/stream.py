@@ -188,7 +188,7 @@ class FunnelLearner:
     def _see(self, rows: pl.DataFrame) -> None:
         """Know of items and users what rows said last, and which items may be retrieved."""
         schema = self.encoders.schema
-        self.until = max(self.until or 0, int(rows[TIME].max()))  # type: ignore[arg-type]
+        self.until = max(self.until or 0, int(rows.select(pl.col(TIME).max()).item()))
         self.items = _with_last(self.items, rows, schema, "item").with_columns(pl.col(SEEN).fill_null(rows[TIME].min()))
         if schema.keys.user_id is not None:
             self.users = _with_last(self.users, rows, schema, "user")
